@@ -1,0 +1,251 @@
+#include "dispatch.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <list>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+
+namespace diffcore {
+
+// ---- instruction sets -----------------------------------------------------------------------
+
+#if defined(__x86_64__)
+namespace avx512_bf16 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+#elif defined(__aarch64__)
+namespace neon { extern const Kernels kernels; }
+#endif
+namespace baseline { extern const Kernels kernels; }
+
+namespace {
+
+struct Candidate {
+  const Kernels* kernels;
+  bool supported;
+};
+
+// Best first.
+std::vector<Candidate> candidates() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  return {{&avx512_bf16::kernels, avx512 && __builtin_cpu_supports("avx512bf16")},
+          {&avx512::kernels, avx512},
+          {&avx2::kernels, avx2},
+          {&baseline::kernels, true}};
+#elif defined(__aarch64__)
+  return {{&neon::kernels, true}, {&baseline::kernels, true}};
+#else
+  return {{&baseline::kernels, true}};
+#endif
+}
+
+const Kernels& find_isa(const std::string& name) {
+  std::string built;
+  for (const Candidate& c : candidates()) {
+    built += (built.empty() ? "" : ", ") + std::string(c.kernels->isa);
+    if (name != c.kernels->isa) continue;
+    if (!c.supported)
+      throw std::runtime_error("DIFFCORE_ISA: this CPU doesn't support '" + name + "'");
+    return *c.kernels;
+  }
+  throw std::runtime_error("DIFFCORE_ISA: unknown instruction set '" + name +
+                           "'; this build has: " + built);
+}
+
+std::atomic<const Kernels*> active{nullptr};
+
+}  // namespace
+
+const Kernels& active_kernels() {
+  if (const Kernels* chosen = active.load(std::memory_order_acquire)) return *chosen;
+  const char* forced = std::getenv("DIFFCORE_ISA");
+  const Kernels& chosen =
+      forced && *forced ? find_isa(forced) : find_isa(available_isas().front());
+  active.store(&chosen, std::memory_order_release);
+  return chosen;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Candidate& c : candidates())
+    if (c.supported) names.emplace_back(c.kernels->isa);
+  return names;
+}
+
+void use_isa(const std::string& isa) {
+  active.store(&find_isa(isa), std::memory_order_release);
+}
+
+// ---- threads --------------------------------------------------------------------------------
+
+namespace {
+
+bool forked = false;
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+struct ThreadBuffer {
+  void* data = nullptr;
+  int64_t size = 0;
+  ~ThreadBuffer() { std::free(data); }
+};
+
+}  // namespace
+
+int usable_threads(int wanted) {
+  (void)fork_handler;
+  return forked || wanted < 1 ? 1 : wanted;
+}
+
+char* thread_scratch(Scratch slot, int64_t bytes) {
+  thread_local ThreadBuffer buffers[2];
+  ThreadBuffer& buffer = buffers[static_cast<int>(slot)];
+  if (buffer.size < bytes) {
+    std::free(buffer.data);
+    buffer.size = 0;
+    buffer.data = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64));
+    if (!buffer.data) throw std::bad_alloc();
+    buffer.size = bytes;
+  }
+  return static_cast<char*>(buffer.data);
+}
+
+// ---- packs ----------------------------------------------------------------------------------
+
+Block::Block(int64_t bytes) : size_(bytes) {
+  constexpr int64_t huge_page = int64_t{1} << 21;
+  const bool large = bytes >= huge_page / 8;
+  const int64_t alignment = large ? huge_page : 64;
+  const int64_t rounded = (bytes + alignment - 1) / alignment * alignment;
+  data_ = static_cast<char*>(
+      std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(rounded)));
+  if (!data_) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (large) madvise(data_, static_cast<size_t>(rounded), MADV_HUGEPAGE);
+#endif
+}
+
+Block::~Block() { std::free(data_); }
+
+namespace {
+
+std::atomic<int64_t> built{0};
+
+struct Fingerprint {
+  uint32_t lanes[64];
+  bool operator==(const Fingerprint& other) const {
+    return std::memcmp(lanes, other.lanes, sizeof lanes) == 0;
+  }
+};
+
+// What identifies a pack: who reads it, where its parameters lie, their shapes, their content.
+struct PackKey {
+  const Kernels* kernels;
+  const void* address;
+  std::vector<int> shape;
+  Fingerprint content;
+
+  PackKey(const Kernels& k, const LinearParameters& first, std::vector<int> sizes)
+      : kernels(&k), address(first.weight), shape(std::move(sizes)) {
+    for (uint32_t i = 0; i < 64; ++i) content.lanes[i] = i;
+  }
+  void add(const float* values, int64_t count) {
+    kernels->fingerprint(values, count, content.lanes);
+  }
+  void add(const LinearParameters& layer) {
+    // Parameters come whole: the rows lie `row_stride` apart with nothing between them.
+    add(layer.weight, static_cast<int64_t>(layer.out) * layer.row_stride);
+    add(layer.bias, layer.out);
+    shape.insert(shape.end(), {layer.in, layer.out, layer.row_stride});
+  }
+  bool same_place(const PackKey& other) const {
+    return kernels == other.kernels && address == other.address && shape == other.shape;
+  }
+};
+
+template <class Pack>
+struct CacheEntry {
+  PackKey key;
+  std::shared_ptr<Packed<Pack>> packed;
+};
+
+constexpr size_t cached_packs = 16;
+std::mutex cache_mutex;
+template <class Pack>
+std::list<CacheEntry<Pack>> cache;  // newest first
+
+// A lock that another thread holds during fork() would stay locked in the child for ever.
+const int cache_fork_handler = pthread_atfork([] { cache_mutex.lock(); },
+                                              [] { cache_mutex.unlock(); },
+                                              [] { cache_mutex.unlock(); });
+
+// build(memory) fills a pack; bytes is the memory that it needs. An outdated pack's memory is used
+// again unless a call in another thread still reads it.
+template <class Pack, class Build>
+std::shared_ptr<const Packed<Pack>> find_or_build(const PackKey& key, int64_t bytes, Build build) {
+  (void)cache_fork_handler;
+  std::shared_ptr<Packed<Pack>> packed;
+  {
+    const std::lock_guard<std::mutex> lock(cache_mutex);
+    auto& entries = cache<Pack>;
+    for (auto entry = entries.begin(); entry != entries.end(); ++entry) {
+      if (!entry->key.same_place(key)) continue;
+      entries.splice(entries.begin(), entries, entry);
+      if (entry->key.content == key.content) return entry->packed;
+      packed = std::move(entry->packed);
+      entries.pop_front();
+      break;
+    }
+  }
+  if (!packed || packed.use_count() != 1 || packed->memory->size() < bytes) {
+    packed = std::make_shared<Packed<Pack>>();
+    packed->memory = std::make_unique<Block>(bytes);
+  }
+  build(packed->memory->data(), &packed->pack);
+  ++built;
+  const std::lock_guard<std::mutex> lock(cache_mutex);
+  auto& entries = cache<Pack>;
+  entries.push_front({key, packed});
+  if (entries.size() > cached_packs) entries.pop_back();
+  return packed;
+}
+
+}  // namespace
+
+std::shared_ptr<const Packed<DenoiserPack>> packed_denoiser(const DenoiserParameters& p) {
+  const Kernels& kernels = active_kernels();
+  PackKey key(kernels, p.trunk[0],
+              {p.action_dim, p.state_dim, p.steps, p.trunk_layers, static_cast<int>(p.activation),
+               static_cast<int>(p.precision)});
+  key.add(p.time_hidden);
+  key.add(p.time_out);
+  for (int l = 0; l < p.trunk_layers; ++l) key.add(p.trunk[l]);
+  key.add(p.time_embedding, static_cast<int64_t>(p.steps) * p.time_hidden.in);
+  return find_or_build<DenoiserPack>(
+      key, kernels.denoiser_pack_bytes(p),
+      [&](void* block, DenoiserPack* pack) { kernels.pack_denoiser(p, block, pack); });
+}
+
+std::shared_ptr<const Packed<CriticPack>> packed_critic(const CriticParameters& p) {
+  const Kernels& kernels = active_kernels();
+  PackKey key(kernels, p.layers[0],
+              {p.action_dim, p.state_dim, p.layer_count, static_cast<int>(p.activation),
+               static_cast<int>(p.precision)});
+  for (int l = 0; l < p.layer_count; ++l) key.add(p.layers[l]);
+  return find_or_build<CriticPack>(
+      key, kernels.critic_pack_bytes(p),
+      [&](void* block, CriticPack* pack) { kernels.pack_critic(p, block, pack); });
+}
+
+int64_t packs_built() { return built; }
+
+}  // namespace diffcore

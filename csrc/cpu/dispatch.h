@@ -1,0 +1,57 @@
+// Chooses the instruction set, keeps packed weights, and gives threads their scratch memory.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace diffcore {
+
+// The kernels in use: the best that CPU and build have, or what DIFFCORE_ISA names. Throws
+// std::runtime_error if that is unknown, not built or not supported here.
+const Kernels& active_kernels();
+
+// Instruction sets that are built in and that this CPU supports, best first.
+std::vector<std::string> available_isas();
+
+// Makes `isa` the active one, for tests; packs of another set are never mixed in.
+void use_isa(const std::string& isa);
+
+// 1 in a child process that was forked while a team of OpenMP threads existed (the GNU runtime can't
+// rebuild its pool there), else `wanted`.
+int usable_threads(int wanted);
+
+// A block of memory, in huge pages where the system grants them: panels are read from end to end at
+// every step, and with 4 KiB pages the TLB would cost more than the cache.
+class Block {
+ public:
+  explicit Block(int64_t bytes);
+  ~Block();
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  char* data() const { return data_; }
+  int64_t size() const { return size_; }
+
+ private:
+  char* data_;
+  int64_t size_;
+};
+
+template <class Pack>
+struct Packed {
+  std::unique_ptr<Block> memory;
+  Pack pack;
+};
+
+// Packs of the given parameters. Kept in a small cache and found again by the parameters' addresses
+// and CONTENT: however a weight was changed (optimiser step, `.data`, a NumPy view), a stale pack is
+// never used.
+std::shared_ptr<const Packed<DenoiserPack>> packed_denoiser(const DenoiserParameters&);
+std::shared_ptr<const Packed<CriticPack>> packed_critic(const CriticParameters&);
+
+// Number of packs built so far in this process; lets tests and profiles see the cache work.
+int64_t packs_built();
+
+}  // namespace diffcore

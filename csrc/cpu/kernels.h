@@ -1,0 +1,153 @@
+// What the dispatcher and the kernels of every instruction set agree on: plain structures and a
+// table of functions. No inline functions here: this header is compiled with different flags.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace diffcore {
+
+enum class Activation : int { identity, relu, elu, silu, tanh, mish };
+enum class Precision : int { float32, bfloat16 };
+
+constexpr int max_layers = 16;
+
+// torch.nn.Linear: weight [out, in], rows `row_stride` apart, bias [out].
+struct LinearParameters {
+  const float* weight;
+  const float* bias;
+  int in;
+  int out;
+  int row_stride;
+};
+
+// A weight matrix in the order in which the tile kernel reads it; see tile.h.
+struct PackedLinear {
+  const void* panels;
+  const float* bias;  // padded to whole vectors
+  int in;
+  int out;
+};
+
+// eps(x, state, t): trunk([x, time_mlp(time_embedding(t)), state]).
+struct DenoiserParameters {
+  LinearParameters time_hidden;
+  LinearParameters time_out;
+  LinearParameters trunk[max_layers];
+  int trunk_layers;
+  int action_dim;
+  int state_dim;
+  Activation activation;
+  Precision precision;
+  const float* time_embedding;  // [steps, time_hidden.in], in the order of execution
+  int steps;
+};
+
+// The denoiser, ready to run: the first layer is split by input, and all that depends on the step
+// alone is already summed up in `step_bias` [steps, stride].
+struct DenoiserPack {
+  PackedLinear action_input;
+  PackedLinear state_input;
+  PackedLinear trunk[max_layers];  // from the second layer on
+  int trunk_layers;
+  const float* step_bias;
+  int step_bias_stride;
+  int steps;
+  Activation activation;
+  Precision precision;
+};
+
+struct ReverseDiffusionCall {
+  const DenoiserPack* denoiser;
+  int64_t batch;
+  int action_dim;
+  int state_dim;
+  int steps;
+  const float* state;         // [batch, state_dim]
+  const float* x_init;        // [batch, action_dim], or null: drawn
+  const float* noise;         // [steps, batch, action_dim], or null: drawn
+  const float* coefficients;  // [steps, 7]
+  uint64_t seed;
+  float noise_scale;
+  float clip;
+  float* trajectory;  // [steps + 1, batch, action_dim] or null: x before every step, and the last
+  float* actions;     // [batch, action_dim]
+  int threads;
+};
+
+// Philox 4x32-10 normals z[row, column] for rows first_row.. of one step; see philox.h.
+struct NormalsCall {
+  uint64_t seed;
+  uint32_t step;
+  int64_t first_row;
+  int64_t rows;
+  int columns;
+  float* out;  // [rows, columns]
+};
+
+// A critic's parameters: an MLP from [state, action] to one value.
+struct CriticParameters {
+  LinearParameters layers[max_layers];
+  int layer_count;
+  int state_dim;
+  int action_dim;
+  Activation activation;
+  Precision precision;
+};
+
+// A critic, ready for value and action gradient: the state's part of the first layer apart, and
+// for the way back every inner weight matrix transposed (of layer 0 the action columns only).
+struct CriticPack {
+  PackedLinear action_input;
+  PackedLinear state_input;
+  PackedLinear forward[max_layers];   // layers 1 .. count - 1; entry 0 is unused
+  PackedLinear backward[max_layers];  // layers 0 .. count - 2
+  const float* output_weight;         // the last layer's only row, padded with zeros
+  int layer_count;
+  Activation activation;
+  Precision precision;
+};
+
+enum class ActionOptimizer : int { adam, ascent };
+enum class NormClip : int { none, batch, row };
+
+struct ActionGradientCall {
+  const CriticPack* critics[2];
+  int64_t batch;
+  int action_dim;
+  int state_dim;
+  const float* state;   // [batch, state_dim]
+  const float* action;  // [batch, action_dim]
+  float* improved;      // [batch, action_dim]
+  int steps;
+  float lr;
+  float eps;
+  float max_norm;
+  NormClip norm_clip;
+  ActionOptimizer optimizer;
+  float low;
+  float high;
+  int threads;
+};
+
+// What an instruction set provides.
+struct Kernels {
+  const char* isa;
+  bool native_bf16;
+  void (*fingerprint)(const float* values, int64_t count, uint32_t state[64]);
+  int64_t (*denoiser_pack_bytes)(const DenoiserParameters&);
+  void (*pack_denoiser)(const DenoiserParameters&, void* block, DenoiserPack*);
+  void (*reverse_diffusion)(const ReverseDiffusionCall&);
+  int64_t (*critic_pack_bytes)(const CriticParameters&);
+  void (*pack_critic)(const CriticParameters&, void* block, CriticPack*);
+  void (*action_gradient)(const ActionGradientCall&);
+  void (*normals)(const NormalsCall&);
+};
+
+// Memory of the calling thread that grows and is never given back, 64-byte aligned; valid until
+// the thread asks for the same slot again. A call keeps what all its threads share in one slot and
+// every thread the buffers of its tile in the other.
+enum class Scratch : int { call, tile };
+char* thread_scratch(Scratch slot, int64_t bytes);
+
+}  // namespace diffcore

@@ -1,0 +1,135 @@
+// What the ops build from the tile product: activations applied block by block, and how a batch is
+// cut into tiles.
+#pragma once
+
+#include "activations.h"
+#include "tile.h"
+
+namespace diffcore {
+namespace DIFFCORE_ISA {
+
+// out = f(sums) for a block, and where `slope` isn't null slope = f'(sums).
+template <class Operand>
+using ActivateFunction = void (*)(const float* sums, ptrdiff_t sums_stride, int rows, int columns,
+                                  typename Operand::Input* out, ptrdiff_t out_stride, float* slope,
+                                  ptrdiff_t slope_stride);
+
+template <class Operand, class Function>
+static void activate(const float* sums, ptrdiff_t sums_stride, int rows, int columns,
+                     typename Operand::Input* out, ptrdiff_t out_stride, float* slope,
+                     ptrdiff_t slope_stride) {
+  for (int i = 0; i < rows; ++i) {
+    const float* z = sums + i * sums_stride;
+    if (slope) {
+      for (int n = 0; n < columns; n += W) {
+        Vec s;
+        const Vec y = Function::value_and_slope(load(z + n), &s);
+        Operand::store_activation(out + i * out_stride + n, y);
+        store(slope + i * slope_stride + n, s);
+      }
+    } else {
+      for (int n = 0; n < columns; n += W)
+        Operand::store_activation(out + i * out_stride + n, Function::value(load(z + n)));
+    }
+  }
+}
+
+template <class Operand>
+DIFFCORE_INLINE ActivateFunction<Operand> activate_function(Activation kind) {
+  switch (kind) {
+    case Activation::identity: return activate<Operand, ActivationFunction<Activation::identity>>;
+    case Activation::relu: return activate<Operand, ActivationFunction<Activation::relu>>;
+    case Activation::elu: return activate<Operand, ActivationFunction<Activation::elu>>;
+    case Activation::silu: return activate<Operand, ActivationFunction<Activation::silu>>;
+    case Activation::tanh: return activate<Operand, ActivationFunction<Activation::tanh>>;
+    case Activation::mish: return activate<Operand, ActivationFunction<Activation::mish>>;
+  }
+  return nullptr;
+}
+
+// A buffer of rows; `stride` is counted in elements.
+template <class T>
+struct Rows {
+  T* data;
+  ptrdiff_t stride;
+  T* row(int64_t i) const { return data + i * stride; }
+};
+
+template <class T>
+DIFFCORE_INLINE Rows<T> take_rows(Carver* memory, int64_t rows, int columns) {
+  const ptrdiff_t stride = buffer_stride(columns);
+  return {memory->take<T>(static_cast<int64_t>(sizeof(T)) * rows * stride), stride};
+}
+
+DIFFCORE_INLINE Offset bias_only(const PackedLinear& layer) { return {layer.bias, nullptr, 0}; }
+
+// out = f(x W^T + offset), and where `slope` has memory slope = f'(...).
+template <class In, class Out>
+DIFFCORE_INLINE void linear_activate(Rows<typename In::Input> x, int rows, const PackedLinear& layer,
+                                     Offset offset, ActivateFunction<Out> function,
+                                     Rows<typename Out::Input> out, Rows<float> slope) {
+  linear<In>(x.data, x.stride, rows, layer, offset,
+             [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {
+               function(sums, stride, count, columns, out.row(row) + column, out.stride,
+                        slope.data ? slope.row(row) + column : nullptr, slope.stride);
+             });
+}
+
+// out = x W^T + offset.
+template <class In>
+DIFFCORE_INLINE void linear_store(Rows<typename In::Input> x, int rows, const PackedLinear& layer,
+                                  Offset offset, Rows<float> out) {
+  linear<In>(x.data, x.stride, rows, layer, offset,
+             [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {
+               for (int i = 0; i < count; ++i)
+                 for (int n = 0; n < columns; n += W)
+                   store(out.row(row + i) + column + n, load(sums + i * stride + n));
+             });
+}
+
+DIFFCORE_INLINE void clear_rows(Rows<float> r, int64_t rows) {
+  memset(r.data, 0, sizeof(float) * static_cast<size_t>(rows * r.stride));
+}
+
+// Copies `columns` of each row and clears the rest of the last vector.
+DIFFCORE_INLINE void copy_rows(const float* from, ptrdiff_t from_stride, int64_t rows, int columns,
+                               Rows<float> to) {
+  for (int64_t i = 0; i < rows; ++i) {
+    memcpy(to.row(i), from + i * from_stride, sizeof(float) * static_cast<size_t>(columns));
+    for (int n = columns; n < padded(columns); ++n) to.row(i)[n] = 0.0f;
+  }
+}
+
+// The first `columns` of each row, side by side.
+DIFFCORE_INLINE void write_rows(Rows<float> from, int64_t rows, int columns, float* to) {
+  for (int64_t i = 0; i < rows; ++i)
+    memcpy(to + i * columns, from.row(i), sizeof(float) * static_cast<size_t>(columns));
+}
+
+// Tiles of at most 64 rows, so that a tile's buffers share L2 with the weights, evenly filled and as
+// many as keep all threads busy to the end; but under 4 rows a second thread isn't worth waking.
+constexpr int max_tile = 64;
+constexpr int min_tile = 4;
+
+DIFFCORE_INLINE int64_t tile_count(int64_t batch, int threads) {
+  if (batch < 2 * min_tile) return 1;
+  const int64_t per_round = static_cast<int64_t>(threads) * max_tile;
+  const int64_t rounds = (batch + per_round - 1) / per_round;
+  const int64_t tiles = rounds * threads;
+  const int64_t most = batch / min_tile;
+  return tiles < most ? tiles : most;
+}
+
+// Rows of tile `index` of `tiles`: shares that differ by at most one row.
+struct Span {
+  int64_t first;
+  int rows;
+};
+DIFFCORE_INLINE Span tile_span(int64_t batch, int64_t tiles, int64_t index) {
+  const int64_t share = batch / tiles, extra = batch % tiles;
+  const int64_t first = index * share + (index < extra ? index : extra);
+  return {first, static_cast<int>(share + (index < extra))};
+}
+
+}  // namespace DIFFCORE_ISA
+}  // namespace diffcore

@@ -1,0 +1,214 @@
+// The whole reverse chain of a batch of actions in one call.
+//
+// A tile of rows runs through all steps before the next tile starts: x and the hidden activations
+// stay in L1/L2, and only the weights are read again at every step. All that doesn't depend on x is
+// taken out of the loop: the state's part of the first layer is computed once per row, the time
+// embedding's part once per step (when the weights are packed).
+#pragma once
+
+#include "layers.h"
+#include "philox.h"
+
+namespace diffcore {
+namespace DIFFCORE_ISA {
+
+// Columns of the solver table: x0 = clip(c0 x - c1 eps); x' = c2 x0 + c3 x + c4 eps + c5 z + c6 x0'.
+constexpr int table_columns = 7;
+
+// Pieces of a denoiser pack; with no memory behind the carver it only measures.
+template <class Operand>
+static void carve_denoiser(const DenoiserParameters& p, Carver* memory, DenoiserPack* pack) {
+  const LinearParameters& first = p.trunk[0];
+  const int time_dim = p.time_out.out;
+  pack->trunk_layers = p.trunk_layers;
+  pack->steps = p.steps;
+  pack->activation = p.activation;
+  pack->precision = Operand::precision;
+  // The input is [x, time embedding, state]; x and state meet float weights in either precision:
+  // the layer is thin, and x is what the chain refines.
+  pack->action_input = pack_linear<Float32Operand>(first, 0, p.action_dim, Direction::forward, false,
+                                                   memory);
+  pack->state_input = pack_linear<Float32Operand>(first, p.action_dim + time_dim, p.state_dim,
+                                                  Direction::forward, false, memory);
+  for (int l = 1; l < p.trunk_layers; ++l) {
+    pack->trunk[l] = pack_linear<Operand>(p.trunk[l], 0, p.trunk[l].in, Direction::forward, true,
+                                          memory);
+  }
+  pack->step_bias_stride = padded(first.out);
+  float* step_bias =
+      memory->take<float>(4 * static_cast<int64_t>(p.steps) * pack->step_bias_stride);
+  pack->step_bias = step_bias;
+
+  // step_bias[i] = W_t time_mlp(embedding of step i) + b, max_tile steps at a time.
+  const PackedLinear hidden = pack_linear<Float32Operand>(p.time_hidden, 0, p.time_hidden.in,
+                                                          Direction::forward, true, memory);
+  const PackedLinear out =
+      pack_linear<Float32Operand>(p.time_out, 0, p.time_out.in, Direction::forward, true, memory);
+  const PackedLinear into_trunk = pack_linear<Float32Operand>(first, p.action_dim, time_dim,
+                                                              Direction::forward, true, memory);
+  const Rows<float> h = take_rows<float>(memory, max_tile, p.time_hidden.out);
+  const Rows<float> t = take_rows<float>(memory, max_tile, time_dim);
+  if (!memory->base) return;
+  const auto function = activate_function<Float32Operand>(p.activation);
+  for (int step = 0; step < p.steps; step += max_tile) {
+    const int rows = p.steps - step < max_tile ? p.steps - step : max_tile;
+    const int width = p.time_hidden.in;
+    const Rows<float> embedding = {const_cast<float*>(p.time_embedding) +
+                                       static_cast<ptrdiff_t>(step) * width,
+                                   width};
+    linear_activate<Float32Operand, Float32Operand>(embedding, rows, hidden, bias_only(hidden),
+                                                    function, h, {nullptr, 0});
+    linear_store<Float32Operand>(h, rows, out, bias_only(out), t);
+    linear_store<Float32Operand>(
+        t, rows, into_trunk, bias_only(into_trunk),
+        {step_bias + static_cast<ptrdiff_t>(step) * pack->step_bias_stride, pack->step_bias_stride});
+  }
+}
+
+static void carve_denoiser(const DenoiserParameters& p, Carver* memory, DenoiserPack* pack) {
+  if (p.precision == Precision::bfloat16) {
+    carve_denoiser<Bfloat16Operand>(p, memory, pack);
+  } else {
+    carve_denoiser<Float32Operand>(p, memory, pack);
+  }
+}
+
+static int64_t denoiser_pack_bytes(const DenoiserParameters& p) {
+  Carver memory{nullptr};
+  DenoiserPack pack;
+  carve_denoiser(p, &memory, &pack);
+  return memory.used;
+}
+
+static void pack_denoiser(const DenoiserParameters& p, void* block, DenoiserPack* pack) {
+  Carver memory{static_cast<char*>(block)};
+  carve_denoiser(p, &memory, pack);
+}
+
+template <class Operand>
+struct ChainBuffers {
+  Rows<float> x, x0, z, eps, state_part;
+  Rows<typename Operand::Input> hidden[2];
+
+  static ChainBuffers take(const ReverseDiffusionCall& call, int rows, Carver* memory) {
+    ChainBuffers b;
+    b.x = take_rows<float>(memory, rows, call.action_dim);
+    b.x0 = take_rows<float>(memory, rows, call.action_dim);
+    b.z = take_rows<float>(memory, rows, call.action_dim);
+    b.eps = take_rows<float>(memory, rows, call.action_dim);
+    b.state_part = take_rows<float>(memory, rows, call.denoiser->action_input.out);
+    int widest = call.denoiser->action_input.out;
+    for (int l = 1; l < call.denoiser->trunk_layers - 1; ++l)
+      widest = call.denoiser->trunk[l].out > widest ? call.denoiser->trunk[l].out : widest;
+    for (auto& h : b.hidden) h = take_rows<typename Operand::Input>(memory, rows, widest);
+    return b;
+  }
+};
+
+// One step of the solver, for all rows of the tile: x and the running x0 are updated in place.
+DIFFCORE_INLINE void solver_step(const float* c, float noise_scale, float clip, int rows,
+                                 int columns, Rows<float> x, Rows<float> x0, Rows<float> eps,
+                                 Rows<float> z) {
+  const Vec c0 = broadcast(c[0]), c1 = broadcast(c[1]), c2 = broadcast(c[2]), c3 = broadcast(c[3]);
+  const Vec c4 = broadcast(c[4]), c5 = broadcast(c[5] * noise_scale), c6 = broadcast(c[6]);
+  const Vec upper = broadcast(clip), lower = broadcast(-clip);
+  for (int i = 0; i < rows; ++i) {
+    for (int n = 0; n < columns; n += W) {
+      const Vec xn = load(x.row(i) + n), e = load(eps.row(i) + n);
+      const Vec predicted = clamp(fnma(c1, e, c0 * xn), lower, upper);
+      Vec next = fma(c3, xn, c2 * predicted);
+      next = fma(c4, e, next);
+      next = fma(c5, load(z.row(i) + n), next);
+      next = fma(c6, load(x0.row(i) + n), next);
+      store(x.row(i) + n, next);
+      store(x0.row(i) + n, predicted);
+    }
+  }
+}
+
+template <class Operand>
+static void reverse_diffusion_tile(const ReverseDiffusionCall& call, Span span,
+                                   const ChainBuffers<Operand>& b) {
+  const DenoiserPack& denoiser = *call.denoiser;
+  const int rows = span.rows, columns = call.action_dim;
+  const auto function = activate_function<Operand>(denoiser.activation);
+  const int64_t actions_before = span.first * columns;
+
+  const Rows<float> state = {const_cast<float*>(call.state) + span.first * call.state_dim,
+                             call.state_dim};
+  linear_store<Float32Operand>(state, rows, denoiser.state_input, bias_only(denoiser.state_input),
+                               b.state_part);
+  // Lanes past the last column keep zeros: they take part in the vector arithmetic.
+  clear_rows(b.x, rows);
+  clear_rows(b.x0, rows);
+  clear_rows(b.z, rows);
+  if (call.x_init) {
+    copy_rows(call.x_init + actions_before, columns, rows, columns, b.x);
+  } else {
+    fill_normals(call.seed, 0, span.first, rows, columns, b.x.data, b.x.stride);
+  }
+
+  for (int step = 0; step < call.steps; ++step) {
+    const float* c = call.coefficients + step * table_columns;
+    const int64_t step_offset = step * call.batch * columns + actions_before;
+    if (call.trajectory) write_rows(b.x, rows, columns, call.trajectory + step_offset);
+    const Offset first = {denoiser.step_bias + step * denoiser.step_bias_stride, b.state_part.data,
+                          b.state_part.stride};
+    linear_activate<Float32Operand, Operand>(b.x, rows, denoiser.action_input, first, function,
+                                             b.hidden[0], {nullptr, 0});
+    int current = 0;
+    for (int l = 1; l < denoiser.trunk_layers - 1; ++l, current ^= 1) {
+      linear_activate<Operand, Operand>(b.hidden[current], rows, denoiser.trunk[l],
+                                        bias_only(denoiser.trunk[l]), function,
+                                        b.hidden[current ^ 1], {nullptr, 0});
+    }
+    const PackedLinear& last = denoiser.trunk[denoiser.trunk_layers - 1];
+    linear_store<Operand>(b.hidden[current], rows, last, bias_only(last), b.eps);
+
+    if (call.noise) {
+      copy_rows(call.noise + step_offset, columns, rows, columns, b.z);
+    } else if (c[5] * call.noise_scale != 0.0f) {
+      fill_normals(call.seed, static_cast<uint32_t>(step) + 1, span.first, rows, columns, b.z.data,
+                   b.z.stride);
+    }
+    solver_step(c, call.noise_scale, call.clip, rows, columns, b.x, b.x0, b.eps, b.z);
+  }
+
+  if (call.trajectory) {
+    write_rows(b.x, rows, columns,
+               call.trajectory + call.steps * call.batch * columns + actions_before);
+  }
+  const Vec lower = broadcast(-call.clip), upper = broadcast(call.clip);
+  for (int i = 0; i < rows; ++i)
+    for (int n = 0; n < columns; n += W)
+      store(b.x.row(i) + n, clamp(load(b.x.row(i) + n), lower, upper));
+  write_rows(b.x, rows, columns, call.actions + actions_before);
+}
+
+template <class Operand>
+static void reverse_diffusion(const ReverseDiffusionCall& call) {
+  const int64_t tiles = tile_count(call.batch, call.threads);
+  const int threads = tiles < call.threads ? static_cast<int>(tiles) : call.threads;
+  const int most_rows = tile_span(call.batch, tiles, 0).rows;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Carver sizes{nullptr};
+    ChainBuffers<Operand>::take(call, most_rows, &sizes);
+    Carver memory{thread_scratch(Scratch::tile, sizes.used)};
+    const auto buffers = ChainBuffers<Operand>::take(call, most_rows, &memory);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t tile = 0; tile < tiles; ++tile)
+      reverse_diffusion_tile(call, tile_span(call.batch, tiles, tile), buffers);
+  }
+}
+
+static void reverse_diffusion(const ReverseDiffusionCall& call) {
+  if (call.denoiser->precision == Precision::bfloat16) {
+    reverse_diffusion<Bfloat16Operand>(call);
+  } else {
+    reverse_diffusion<Float32Operand>(call);
+  }
+}
+
+}  // namespace DIFFCORE_ISA
+}  // namespace diffcore

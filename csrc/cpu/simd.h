@@ -1,0 +1,314 @@
+// One vector type per instruction set, all with the same interface.
+//
+// This header is compiled once for every instruction set, each time with that set's compiler flags
+// and inside its own namespace (DIFFCORE_ISA), so nothing here can leak into code that runs on an
+// older CPU. For the same reason nothing compiled here uses inline functions of the C++ library.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(DIFFCORE_ISA_AVX512) || defined(DIFFCORE_ISA_AVX2)
+#include <immintrin.h>
+#elif defined(DIFFCORE_ISA_NEON)
+#include <arm_neon.h>
+#endif
+
+#define DIFFCORE_INLINE static inline __attribute__((always_inline))
+
+namespace diffcore {
+namespace DIFFCORE_ISA {
+
+#if defined(DIFFCORE_ISA_AVX512)
+
+struct Vec {
+  static constexpr int width = 16;
+  __m512 v;
+};
+using Mask = __mmask16;
+
+// Rows of the register tile: 12 rows x 2 vectors + 2 weights + 1 input = 27 of 32 registers.
+constexpr int max_tile_rows = 12;
+constexpr int max_narrow_rows = 6;
+
+DIFFCORE_INLINE Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+DIFFCORE_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+DIFFCORE_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+DIFFCORE_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+DIFFCORE_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+DIFFCORE_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+DIFFCORE_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+DIFFCORE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+DIFFCORE_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
+// x86 returns the second operand when either is NaN: with the value second, NaN passes through.
+DIFFCORE_INLINE Vec at_least(Vec lower, Vec x) { return {_mm512_max_ps(lower.v, x.v)}; }
+DIFFCORE_INLINE Vec at_most(Vec upper, Vec x) { return {_mm512_min_ps(upper.v, x.v)}; }
+DIFFCORE_INLINE Vec round_nearest(Vec a) { return {_mm512_roundscale_ps(a.v, 0)}; }
+DIFFCORE_INLINE Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
+DIFFCORE_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+DIFFCORE_INLINE Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+DIFFCORE_INLINE Vec select(Mask m, Vec yes, Vec no) {
+  return {_mm512_mask_blend_ps(m, no.v, yes.v)};
+}
+// 1/a for positive normal a, to about 1 ulp: one Newton step on the 14-bit estimate.
+DIFFCORE_INLINE Vec reciprocal(Vec a) {
+  const __m512 r = _mm512_rcp14_ps(a.v);
+  return {_mm512_mul_ps(r, _mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(2.0f)))};
+}
+// a * 2^n for integral n.
+DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// For positive normal a: mantissa in [sqrt(1/2), sqrt(2)) and the matching exponent.
+DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i shifted = _mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f3504f3));
+  const __m512i e = _mm512_srai_epi32(shifted, 23);
+  *exponent = {_mm512_cvtepi32_ps(e)};
+  *mantissa = {_mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(e, 23)))};
+}
+// Round to bfloat16, nearest even, result kept as float; NaN stays NaN.
+DIFFCORE_INLINE Vec round_to_bf16(Vec a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_and_si512(
+      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))),
+      _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return {_mm512_mask_blend_ps(nan, _mm512_castsi512_ps(rounded), a.v)};
+}
+// Pairs of bfloat16 packed as 32-bit words: the value at the even position is in the low half.
+DIFFCORE_INLINE Vec low_bf16(const uint32_t* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))};
+}
+DIFFCORE_INLINE Vec high_bf16(const uint32_t* p) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p),
+                                               _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+}
+
+#elif defined(DIFFCORE_ISA_AVX2)
+
+struct Vec {
+  static constexpr int width = 8;
+  __m256 v;
+};
+struct Mask {
+  __m256 v;
+};
+
+// 6 rows x 2 vectors + 2 weights + 1 input = 15 of 16 registers.
+constexpr int max_tile_rows = 6;
+constexpr int max_narrow_rows = 3;
+
+DIFFCORE_INLINE Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
+DIFFCORE_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+DIFFCORE_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+DIFFCORE_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+DIFFCORE_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+DIFFCORE_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+DIFFCORE_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+DIFFCORE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+DIFFCORE_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+DIFFCORE_INLINE Vec at_least(Vec lower, Vec x) { return {_mm256_max_ps(lower.v, x.v)}; }
+DIFFCORE_INLINE Vec at_most(Vec upper, Vec x) { return {_mm256_min_ps(upper.v, x.v)}; }
+DIFFCORE_INLINE Vec round_nearest(Vec a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+DIFFCORE_INLINE Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+DIFFCORE_INLINE Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+DIFFCORE_INLINE Mask less(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+DIFFCORE_INLINE Vec select(Mask m, Vec yes, Vec no) {
+  return {_mm256_blendv_ps(no.v, yes.v, m.v)};
+}
+DIFFCORE_INLINE Vec reciprocal(Vec a) { return broadcast(1.0f) / a; }
+DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
+  // In two halves, so that the scale itself neither overflows nor turns subnormal.
+  const __m256i k = _mm256_cvtps_epi32(n.v);
+  const __m256i half = _mm256_srai_epi32(k, 1);
+  const __m256i bias = _mm256_set1_epi32(127);
+  const __m256i first = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+  const __m256i second = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(k, half), bias), 23);
+  return {_mm256_mul_ps(_mm256_mul_ps(a.v, _mm256_castsi256_ps(first)),
+                        _mm256_castsi256_ps(second))};
+}
+DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i shifted = _mm256_sub_epi32(bits, _mm256_set1_epi32(0x3f3504f3));
+  const __m256i e = _mm256_srai_epi32(shifted, 23);
+  *exponent = {_mm256_cvtepi32_ps(e)};
+  *mantissa = {_mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(e, 23)))};
+}
+DIFFCORE_INLINE Vec round_to_bf16(Vec a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_and_si256(
+      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))),
+      _mm256_set1_epi32(static_cast<int>(0xffff0000)));
+  return {_mm256_blendv_ps(_mm256_castsi256_ps(rounded), a.v,
+                           _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
+}
+DIFFCORE_INLINE Vec low_bf16(const uint32_t* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
+}
+DIFFCORE_INLINE Vec high_bf16(const uint32_t* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_castsi256_ps(
+      _mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
+}
+
+#elif defined(DIFFCORE_ISA_NEON)
+
+struct Vec {
+  static constexpr int width = 4;
+  float32x4_t v;
+};
+struct Mask {
+  uint32x4_t v;
+};
+
+constexpr int max_tile_rows = 8;
+constexpr int max_narrow_rows = 6;
+
+DIFFCORE_INLINE Vec broadcast(float x) { return {vdupq_n_f32(x)}; }
+DIFFCORE_INLINE Vec load(const float* p) { return {vld1q_f32(p)}; }
+DIFFCORE_INLINE void store(float* p, Vec a) { vst1q_f32(p, a.v); }
+DIFFCORE_INLINE Vec operator+(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
+DIFFCORE_INLINE Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
+DIFFCORE_INLINE Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
+DIFFCORE_INLINE Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
+DIFFCORE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+DIFFCORE_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {vfmsq_f32(c.v, a.v, b.v)}; }
+DIFFCORE_INLINE Vec at_least(Vec lower, Vec x) { return {vmaxq_f32(lower.v, x.v)}; }  // NaN stays
+DIFFCORE_INLINE Vec at_most(Vec upper, Vec x) { return {vminq_f32(upper.v, x.v)}; }
+DIFFCORE_INLINE Vec round_nearest(Vec a) { return {vrndnq_f32(a.v)}; }
+DIFFCORE_INLINE Vec sqrt(Vec a) { return {vsqrtq_f32(a.v)}; }
+DIFFCORE_INLINE Vec abs(Vec a) { return {vabsq_f32(a.v)}; }
+DIFFCORE_INLINE Mask less(Vec a, Vec b) { return {vcltq_f32(a.v, b.v)}; }
+DIFFCORE_INLINE Vec select(Mask m, Vec yes, Vec no) { return {vbslq_f32(m.v, yes.v, no.v)}; }
+DIFFCORE_INLINE Vec reciprocal(Vec a) { return broadcast(1.0f) / a; }
+DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
+  const int32x4_t k = vcvtnq_s32_f32(n.v);
+  const int32x4_t half = vshrq_n_s32(k, 1);
+  const int32x4_t bias = vdupq_n_s32(127);
+  const int32x4_t first = vshlq_n_s32(vaddq_s32(half, bias), 23);
+  const int32x4_t second = vshlq_n_s32(vaddq_s32(vsubq_s32(k, half), bias), 23);
+  return {vmulq_f32(vmulq_f32(a.v, vreinterpretq_f32_s32(first)), vreinterpretq_f32_s32(second))};
+}
+DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
+  const int32x4_t bits = vreinterpretq_s32_f32(a.v);
+  const int32x4_t e = vshrq_n_s32(vsubq_s32(bits, vdupq_n_s32(0x3f3504f3)), 23);
+  *exponent = {vcvtq_f32_s32(e)};
+  *mantissa = {vreinterpretq_f32_s32(vsubq_s32(bits, vshlq_n_s32(e, 23)))};
+}
+DIFFCORE_INLINE Vec round_to_bf16(Vec a) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(a.v);
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t rounded = vandq_u32(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff))),
+                                       vdupq_n_u32(0xffff0000u));
+  return {vbslq_f32(vceqq_f32(a.v, a.v), vreinterpretq_f32_u32(rounded), a.v)};
+}
+DIFFCORE_INLINE Vec low_bf16(const uint32_t* p) {
+  return {vreinterpretq_f32_u32(vshlq_n_u32(vld1q_u32(p), 16))};
+}
+DIFFCORE_INLINE Vec high_bf16(const uint32_t* p) {
+  return {vreinterpretq_f32_u32(vandq_u32(vld1q_u32(p), vdupq_n_u32(0xffff0000u)))};
+}
+
+#else  // baseline: GCC/Clang vector extensions, any CPU
+
+typedef float Float4 __attribute__((vector_size(16)));
+typedef int32_t Int4 __attribute__((vector_size(16)));
+typedef uint32_t Word4 __attribute__((vector_size(16)));
+
+struct Vec {
+  static constexpr int width = 4;
+  Float4 v;
+};
+struct Mask {
+  Int4 v;
+};
+
+constexpr int max_tile_rows = 4;
+constexpr int max_narrow_rows = 3;
+
+DIFFCORE_INLINE Vec broadcast(float x) { return {Float4{x, x, x, x}}; }
+DIFFCORE_INLINE Vec load(const float* p) {
+  Vec a;
+  memcpy(&a.v, p, sizeof a.v);
+  return a;
+}
+DIFFCORE_INLINE void store(float* p, Vec a) { memcpy(p, &a.v, sizeof a.v); }
+DIFFCORE_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+DIFFCORE_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+DIFFCORE_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+DIFFCORE_INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+DIFFCORE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+DIFFCORE_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {c.v - a.v * b.v}; }
+DIFFCORE_INLINE Vec select(Mask m, Vec yes, Vec no) {
+  return {(Float4)(((Int4)yes.v & m.v) | ((Int4)no.v & ~m.v))};
+}
+DIFFCORE_INLINE Mask less(Vec a, Vec b) { return {a.v < b.v}; }
+DIFFCORE_INLINE Vec at_least(Vec lower, Vec x) { return select(less(x, lower), lower, x); }
+DIFFCORE_INLINE Vec at_most(Vec upper, Vec x) { return select(less(upper, x), upper, x); }
+DIFFCORE_INLINE Vec abs(Vec a) { return {(Float4)((Int4)a.v & 0x7fffffff)}; }
+DIFFCORE_INLINE Vec round_nearest(Vec a) {
+  // Adding 1.5 * 2^23 pushes the fraction out of the mantissa; callers stay below 2^22.
+  const Float4 magic = Float4{} + 12582912.0f;
+  return {(a.v + magic) - magic};
+}
+DIFFCORE_INLINE Vec sqrt(Vec a) {
+  for (int i = 0; i < 4; ++i) a.v[i] = __builtin_sqrtf(a.v[i]);
+  return a;
+}
+DIFFCORE_INLINE Vec reciprocal(Vec a) { return broadcast(1.0f) / a; }
+DIFFCORE_INLINE Int4 to_int(Float4 a) { return __builtin_convertvector(a, Int4); }
+DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
+  const Int4 k = to_int(n.v), half = k >> 1;
+  return {a.v * (Float4)((half + 127) << 23) * (Float4)(((k - half) + 127) << 23)};
+}
+DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
+  const Int4 bits = (Int4)a.v, e = (bits - 0x3f3504f3) >> 23;
+  *exponent = {__builtin_convertvector(e, Float4)};
+  *mantissa = {(Float4)(bits - (e << 23))};
+}
+DIFFCORE_INLINE Vec round_to_bf16(Vec a) {
+  const Word4 bits = (Word4)a.v;
+  const Word4 rounded = (bits + ((bits >> 16) & 1u) + 0x7fffu) & 0xffff0000u;
+  return select({a.v == a.v}, {(Float4)rounded}, a);
+}
+DIFFCORE_INLINE Vec low_bf16(const uint32_t* p) {
+  Word4 bits;
+  memcpy(&bits, p, sizeof bits);
+  return {(Float4)(bits << 16)};
+}
+DIFFCORE_INLINE Vec high_bf16(const uint32_t* p) {
+  Word4 bits;
+  memcpy(&bits, p, sizeof bits);
+  return {(Float4)(bits & 0xffff0000u)};
+}
+
+#endif
+
+DIFFCORE_INLINE Vec zero() { return broadcast(0.0f); }
+DIFFCORE_INLINE Vec clamp(Vec x, Vec lower, Vec upper) {
+  return at_most(upper, at_least(lower, x));
+}
+DIFFCORE_INLINE float as_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+DIFFCORE_INLINE uint32_t as_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+// Scalar twin of round_to_bf16: the upper 16 bits are the bfloat16.
+DIFFCORE_INLINE uint16_t to_bf16(float x) {
+  const uint32_t bits = as_bits(x);
+  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+}  // namespace DIFFCORE_ISA
+}  // namespace diffcore

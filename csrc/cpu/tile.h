@@ -1,0 +1,344 @@
+// The CPU primitive: a tile of rows through a linear layer, y = x W^T + b.
+//
+// The register tile is `rows x 2 vectors` of float accumulators. Weights are packed in panels of two
+// vectors of outputs, [panel][in][2 * width]; a last panel of at most `width` outputs has one vector,
+// and there the sum over `in` runs in four interleaved parts, since one accumulator per row would
+// leave the FMA units waiting. How a row's sum is associated thus depends on the layer's shape only,
+// never on how many rows there are: results don't depend on the batch or the number of threads.
+//
+// Operands are float32, or bfloat16 in pairs along `in` with float accumulation. Where the CPU has no
+// bfloat16 product, the same rounded values are multiplied in float.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace diffcore {
+namespace DIFFCORE_ISA {
+
+constexpr int W = Vec::width;
+constexpr int panel_width = 2 * W;
+
+DIFFCORE_INLINE int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+DIFFCORE_INLINE int padded(int n) { return round_up(n, W); }
+// Distance of two rows in an activation buffer. The extra vector keeps rows of a power-of-two width
+// from falling into the same cache sets.
+DIFFCORE_INLINE int buffer_stride(int n) { return padded(n) + W; }
+
+struct Float32Operand {
+  using Input = float;
+  using Weight = float;
+  static constexpr Precision precision = Precision::float32;
+  DIFFCORE_INLINE int depth(int in) { return in; }
+  template <int rows, int vectors>
+  DIFFCORE_INLINE void multiply_add(const Input* x, ptrdiff_t x_stride, int k,
+                                    const Weight* const (&panel)[vectors], Vec (&sum)[rows][vectors]) {
+    Vec w[vectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) w[j] = load(panel[j]);
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+      const Vec xi = broadcast(x[i * x_stride + k]);
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j) sum[i][j] = fma(xi, w[j], sum[i][j]);
+    }
+  }
+  DIFFCORE_INLINE void store_activation(Input* p, Vec value) { store(p, value); }
+  DIFFCORE_INLINE Weight weight(float first, float) { return first; }
+};
+
+struct Bfloat16Operand {
+  using Weight = uint32_t;
+  static constexpr Precision precision = Precision::bfloat16;
+  DIFFCORE_INLINE int depth(int in) { return (in + 1) / 2; }
+  DIFFCORE_INLINE Weight weight(float first, float second) {
+    return to_bf16(first) | static_cast<uint32_t>(to_bf16(second)) << 16;
+  }
+#if defined(DIFFCORE_NATIVE_BF16)
+  using Input = uint16_t;
+  template <int rows, int vectors>
+  DIFFCORE_INLINE void multiply_add(const Input* x, ptrdiff_t x_stride, int k,
+                                    const Weight* const (&panel)[vectors], Vec (&sum)[rows][vectors]) {
+    __m512bh w[vectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) w[j] = (__m512bh)_mm512_loadu_si512(panel[j]);
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+      int32_t pair;
+      memcpy(&pair, x + i * x_stride + 2 * k, sizeof pair);
+      const __m512bh xi = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j) sum[i][j].v = _mm512_dpbf16_ps(sum[i][j].v, w[j], xi);
+    }
+  }
+  DIFFCORE_INLINE void store_activation(Input* p, Vec value) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(value.v));
+  }
+#else
+  using Input = float;
+  template <int rows, int vectors>
+  DIFFCORE_INLINE void multiply_add(const Input* x, ptrdiff_t x_stride, int k,
+                                    const Weight* const (&panel)[vectors], Vec (&sum)[rows][vectors]) {
+    Vec low[vectors], high[vectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) {
+      low[j] = low_bf16(panel[j]);
+      high[j] = high_bf16(panel[j]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+      const Vec x0 = broadcast(x[i * x_stride + 2 * k]), x1 = broadcast(x[i * x_stride + 2 * k + 1]);
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j) {
+        sum[i][j] = fma(x1, high[j], sum[i][j]);
+        sum[i][j] = fma(x0, low[j], sum[i][j]);
+      }
+    }
+  }
+  DIFFCORE_INLINE void store_activation(Input* p, Vec value) { store(p, round_to_bf16(value)); }
+#endif
+};
+
+// ---- packing -------------------------------------------------------------------------------
+
+template <class Operand>
+DIFFCORE_INLINE int64_t panel_bytes(int in, int out) {
+  return static_cast<int64_t>(sizeof(typename Operand::Weight)) * Operand::depth(in) * padded(out);
+}
+
+// Block of memory handed out piece by piece, every piece 64-byte aligned. With a null base it only
+// measures, so that one function both sizes and fills a pack.
+struct Carver {
+  char* base;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t bytes) {
+    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (bytes + 63) / 64 * 64;
+    return piece;
+  }
+};
+
+typedef float Float4x __attribute__((vector_size(16)));
+typedef int32_t Index4x __attribute__((vector_size(16)));
+
+// to[k * to_stride + n] = from[n * from_stride + k] for a 4 x 4 block.
+DIFFCORE_INLINE void transpose_4x4(const float* from, ptrdiff_t from_stride, float* to,
+                                   ptrdiff_t to_stride) {
+  Float4x a, b, c, d;
+  memcpy(&a, from, 16);
+  memcpy(&b, from + from_stride, 16);
+  memcpy(&c, from + 2 * from_stride, 16);
+  memcpy(&d, from + 3 * from_stride, 16);
+  const Float4x ab0 = __builtin_shuffle(a, b, (Index4x){0, 4, 1, 5});
+  const Float4x ab1 = __builtin_shuffle(a, b, (Index4x){2, 6, 3, 7});
+  const Float4x cd0 = __builtin_shuffle(c, d, (Index4x){0, 4, 1, 5});
+  const Float4x cd1 = __builtin_shuffle(c, d, (Index4x){2, 6, 3, 7});
+  const Float4x r0 = __builtin_shuffle(ab0, cd0, (Index4x){0, 1, 4, 5});
+  const Float4x r1 = __builtin_shuffle(ab0, cd0, (Index4x){2, 3, 6, 7});
+  const Float4x r2 = __builtin_shuffle(ab1, cd1, (Index4x){0, 1, 4, 5});
+  const Float4x r3 = __builtin_shuffle(ab1, cd1, (Index4x){2, 3, 6, 7});
+  memcpy(to, &r0, 16);
+  memcpy(to + to_stride, &r1, 16);
+  memcpy(to + 2 * to_stride, &r2, 16);
+  memcpy(to + 3 * to_stride, &r3, 16);
+}
+
+// Element (n, k) of the packed matrix is weight[n * out_stride + k * in_stride].
+template <class Operand>
+void pack_panels(const float* weight, ptrdiff_t out_stride, ptrdiff_t in_stride, int in, int out,
+                 typename Operand::Weight* panels) {
+  using Weight = typename Operand::Weight;
+  constexpr int pair = Operand::precision == Precision::bfloat16 ? 2 : 1;
+  for (int n = 0; n < out; n += panel_width) {
+    const int columns = out - n > W ? panel_width : W;
+    const int present = out - n < columns ? out - n : columns;
+    const float* source = weight + n * out_stride;
+    int k = 0;
+    if constexpr (pair == 1) {
+      if (in_stride == 1 && present == columns) {
+        for (; k + 4 <= in; k += 4)
+          for (int c = 0; c < columns; c += 4)
+            transpose_4x4(source + c * out_stride + k, out_stride, panels + k * columns + c, columns);
+      }
+    }
+    for (; k < in; k += pair) {
+      Weight* row = panels + static_cast<ptrdiff_t>(k / pair) * columns;
+      const float* first = source + k * in_stride;
+      const float* second = first + in_stride;
+      const bool last_alone = k + 1 >= in;
+      for (int c = 0; c < present; ++c) {
+        row[c] = Operand::weight(first[c * out_stride],
+                                 pair == 1 || last_alone ? 0.0f : second[c * out_stride]);
+      }
+      for (int c = present; c < columns; ++c) row[c] = Weight(0);
+    }
+    panels += static_cast<ptrdiff_t>(Operand::depth(in)) * columns;
+  }
+}
+
+// Packs columns [first, first + in) of the layer's weight, or, transposed, the way back through
+// them: from gradients at the layer's `out` outputs to gradients at those `in` inputs.
+enum class Direction { forward, backward };
+
+template <class Operand>
+PackedLinear pack_linear(const LinearParameters& layer, int first, int in, Direction direction,
+                         bool with_bias, Carver* memory) {
+  using Weight = typename Operand::Weight;
+  const bool forward = direction == Direction::forward;
+  const int from = forward ? in : layer.out, to = forward ? layer.out : in;
+  Weight* panels = memory->take<Weight>(panel_bytes<Operand>(from, to));
+  float* bias = memory->take<float>(4 * static_cast<int64_t>(padded(to)));
+  if (panels) {
+    const float* weight = layer.weight + first;
+    if (forward) {
+      pack_panels<Operand>(weight, layer.row_stride, 1, from, to, panels);
+    } else {
+      pack_panels<Operand>(weight, 1, layer.row_stride, from, to, panels);
+    }
+    for (int n = 0; n < padded(to); ++n) bias[n] = with_bias && n < to ? layer.bias[n] : 0.0f;
+  }
+  return {panels, bias, from, to};
+}
+
+// ---- the product ----------------------------------------------------------------------------
+
+// What a layer is added to: the bias, and where `rows` isn't null one more row vector per row.
+struct Offset {
+  const float* bias;
+  const float* rows;
+  ptrdiff_t stride;
+};
+
+constexpr int max_vectors = 8;
+
+// Sums of `rows` rows and `vectors` vectors of outputs starting at column n, into `out`.
+template <class Operand, int rows, int vectors>
+static inline __attribute__((noinline)) void tile_sums(
+    const typename Operand::Input* __restrict x, ptrdiff_t x_stride, int depth,
+    const typename Operand::Weight* __restrict panels, Offset offset, float* __restrict out,
+    ptrdiff_t out_stride) {
+  Vec sum[rows][vectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) {
+      sum[i][j] = load(offset.bias + j * W);
+      if (offset.rows) sum[i][j] = sum[i][j] + load(offset.rows + i * offset.stride + j * W);
+    }
+  }
+  const typename Operand::Weight* panel[vectors];
+#pragma GCC unroll 8
+  for (int j = 0; j < vectors; ++j)
+    panel[j] = panels + static_cast<ptrdiff_t>(j / 2) * depth * panel_width + (j % 2) * W;
+  for (int k = 0; k < depth; ++k) {
+    Operand::template multiply_add<rows, vectors>(x, x_stride, k, panel, sum);
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) panel[j] += panel_width;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) store(out + i * out_stride + j * W, sum[i][j]);
+}
+
+// The same for a panel of one vector: four interleaved partial sums a row.
+template <class Operand, int rows>
+static inline __attribute__((noinline)) void narrow_sums(
+    const typename Operand::Input* __restrict x, ptrdiff_t x_stride, int depth,
+    const typename Operand::Weight* __restrict panel, Offset offset, float* __restrict out,
+    ptrdiff_t out_stride) {
+  Vec part[4][rows][1];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) {
+    part[0][i][0] = load(offset.bias);
+    if (offset.rows) part[0][i][0] = part[0][i][0] + load(offset.rows + i * offset.stride);
+#pragma GCC unroll 4
+    for (int p = 1; p < 4; ++p) part[p][i][0] = zero();
+  }
+  int k = 0;
+  for (; k + 4 <= depth; k += 4) {
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) {
+      const typename Operand::Weight* const row[1] = {panel + (k + p) * W};
+      Operand::template multiply_add<rows, 1>(x, x_stride, k + p, row, part[p]);
+    }
+  }
+  for (; k < depth; ++k) {
+    const typename Operand::Weight* const row[1] = {panel + k * W};
+    Operand::template multiply_add<rows, 1>(x, x_stride, k, row, part[0]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+    store(out + i * out_stride,
+          (part[0][i][0] + part[1][i][0]) + (part[2][i][0] + part[3][i][0]));
+}
+
+template <class Operand>
+using TileFunction = void (*)(const typename Operand::Input*, ptrdiff_t, int,
+                              const typename Operand::Weight*, Offset, float*, ptrdiff_t);
+
+template <class Operand, int rows = max_tile_rows>
+DIFFCORE_INLINE TileFunction<Operand> tile_function(int wanted) {
+  if constexpr (rows == 1) {
+    return tile_sums<Operand, 1, 2>;
+  } else {
+    return wanted == rows ? tile_sums<Operand, rows, 2> : tile_function<Operand, rows - 1>(wanted);
+  }
+}
+
+template <class Operand, int rows = max_narrow_rows>
+DIFFCORE_INLINE TileFunction<Operand> narrow_function(int wanted) {
+  if constexpr (rows == 1) {
+    return narrow_sums<Operand, 1>;
+  } else {
+    return wanted == rows ? narrow_sums<Operand, rows> : narrow_function<Operand, rows - 1>(wanted);
+  }
+}
+
+// y = x W^T + offset for `rows` rows, block by block; after each block the epilogue gets the sums:
+// epilogue(row, row_count, column, column_count, sums, sums_stride).
+// A block of rows is as even a share as fits the registers, so no size leaves a sliver behind.
+template <class Operand, class Epilogue>
+DIFFCORE_INLINE void linear(const typename Operand::Input* x, ptrdiff_t x_stride, int rows,
+                            const PackedLinear& layer, Offset offset, Epilogue epilogue) {
+  alignas(64) float sums[max_tile_rows * max_vectors * W];
+  const int depth = Operand::depth(layer.in);
+  const typename Operand::Weight* panels =
+      static_cast<const typename Operand::Weight*>(layer.panels);
+  const int columns = padded(layer.out);
+  for (int n = 0; n < columns;) {
+    const int left = columns - n;
+    int width = left > W ? panel_width : W;
+    // With few rows, several panels at once: enough independent sums to hide the FMA's latency.
+    TileFunction<Operand> wide = nullptr;
+    if (rows == 1 && left >= 4 * panel_width) {
+      wide = tile_sums<Operand, 1, 8>;
+      width = 4 * panel_width;
+    } else if (rows <= 3 && left >= 2 * panel_width) {
+      wide = rows == 1   ? tile_sums<Operand, 1, 4>
+             : rows == 2 ? tile_sums<Operand, 2, 4>
+                         : tile_sums<Operand, 3, 4>;
+      width = 2 * panel_width;
+    }
+    const int limit = width == W ? max_narrow_rows : max_tile_rows;
+    const int blocks = (rows + limit - 1) / limit;
+    for (int b = 0, row = 0; b < blocks; ++b) {
+      const int count = rows / blocks + (b < rows % blocks);
+      const TileFunction<Operand> function = wide         ? wide
+                                             : width == W ? narrow_function<Operand>(count)
+                                                          : tile_function<Operand>(count);
+      const Offset here = {offset.bias + n,
+                           offset.rows ? offset.rows + row * offset.stride + n : nullptr,
+                           offset.stride};
+      function(x + row * x_stride, x_stride, depth, panels, here, sums, width);
+      epilogue(row, count, n, width, sums, width);
+      row += count;
+    }
+    panels += static_cast<ptrdiff_t>(depth) * width;
+    n += width;
+  }
+}
+
+}  // namespace DIFFCORE_ISA
+}  // namespace diffcore

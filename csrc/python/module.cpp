@@ -1,0 +1,146 @@
+// The Python face of the CPU kernels: addresses and sizes in, nothing checked. Shapes, types and
+// devices are checked in diffcore/ops/<op>/__init__.py, and only there.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "../cpu/dispatch.h"
+
+namespace py = pybind11;
+using namespace diffcore;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// (weight address, bias address, in, out)
+using Layer = std::tuple<Address, Address, int, int>;
+
+LinearParameters linear_parameters(const Layer& layer) {
+  const auto& [weight, bias, in, out] = layer;
+  return {pointer<const float>(weight), pointer<const float>(bias), in, out, in};
+}
+
+void reverse_diffusion(const std::vector<Layer>& layers, int action_dim, int state_dim,
+                       Activation activation, Precision precision, Address time_embedding,
+                       int steps, Address coefficients, int64_t batch, Address state,
+                       Address x_init, Address noise, uint64_t seed, float noise_scale, float clip,
+                       Address trajectory, Address actions, int threads) {
+  const py::gil_scoped_release unlocked;
+  DenoiserParameters parameters{};
+  parameters.time_hidden = linear_parameters(layers[0]);
+  parameters.time_out = linear_parameters(layers[1]);
+  parameters.trunk_layers = static_cast<int>(layers.size()) - 2;
+  for (int l = 0; l < parameters.trunk_layers; ++l)
+    parameters.trunk[l] = linear_parameters(layers[l + 2]);
+  parameters.action_dim = action_dim;
+  parameters.state_dim = state_dim;
+  parameters.activation = activation;
+  parameters.precision = precision;
+  parameters.time_embedding = pointer<const float>(time_embedding);
+  parameters.steps = steps;
+  const auto denoiser = packed_denoiser(parameters);
+
+  ReverseDiffusionCall call{};
+  call.denoiser = &denoiser->pack;
+  call.batch = batch;
+  call.action_dim = action_dim;
+  call.state_dim = state_dim;
+  call.steps = steps;
+  call.state = pointer<const float>(state);
+  call.x_init = pointer<const float>(x_init);
+  call.noise = pointer<const float>(noise);
+  call.coefficients = pointer<const float>(coefficients);
+  call.seed = seed;
+  call.noise_scale = noise_scale;
+  call.clip = clip;
+  call.trajectory = pointer<float>(trajectory);
+  call.actions = pointer<float>(actions);
+  call.threads = usable_threads(threads);
+  active_kernels().reverse_diffusion(call);
+}
+
+void action_gradient(const std::vector<Layer>& first, const std::vector<Layer>& second,
+                     int action_dim, int state_dim, Activation activation, Precision precision,
+                     int64_t batch, Address state, Address action, Address improved, int steps,
+                     float lr, float eps, float max_norm, NormClip norm_clip,
+                     ActionOptimizer optimizer, float low, float high, int threads) {
+  const py::gil_scoped_release unlocked;
+  const auto pack = [&](const std::vector<Layer>& layers) {
+    CriticParameters parameters{};
+    parameters.layer_count = static_cast<int>(layers.size());
+    for (int l = 0; l < parameters.layer_count; ++l)
+      parameters.layers[l] = linear_parameters(layers[l]);
+    parameters.state_dim = state_dim;
+    parameters.action_dim = action_dim;
+    parameters.activation = activation;
+    parameters.precision = precision;
+    return packed_critic(parameters);
+  };
+  const auto critic1 = pack(first), critic2 = pack(second);
+
+  ActionGradientCall call{};
+  call.critics[0] = &critic1->pack;
+  call.critics[1] = &critic2->pack;
+  call.batch = batch;
+  call.action_dim = action_dim;
+  call.state_dim = state_dim;
+  call.state = pointer<const float>(state);
+  call.action = pointer<const float>(action);
+  call.improved = pointer<float>(improved);
+  call.steps = steps;
+  call.lr = lr;
+  call.eps = eps;
+  call.max_norm = max_norm;
+  call.norm_clip = norm_clip;
+  call.optimizer = optimizer;
+  call.low = low;
+  call.high = high;
+  call.threads = usable_threads(threads);
+  active_kernels().action_gradient(call);
+}
+
+void normals(uint64_t seed, uint32_t step, int64_t first_row, int64_t rows, int columns,
+             Address out) {
+  const py::gil_scoped_release unlocked;
+  active_kernels().normals({seed, step, first_row, rows, columns, pointer<float>(out)});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "Compiled CPU kernels of diffcore. Use diffcore.ops instead.";
+  py::enum_<Activation>(m, "Activation")
+      .value("identity", Activation::identity)
+      .value("relu", Activation::relu)
+      .value("elu", Activation::elu)
+      .value("silu", Activation::silu)
+      .value("tanh", Activation::tanh)
+      .value("mish", Activation::mish);
+  py::enum_<Precision>(m, "Precision")
+      .value("float32", Precision::float32)
+      .value("bfloat16", Precision::bfloat16);
+  py::enum_<NormClip>(m, "NormClip")
+      .value("none", NormClip::none)
+      .value("batch", NormClip::batch)
+      .value("row", NormClip::row);
+  py::enum_<ActionOptimizer>(m, "ActionOptimizer")
+      .value("adam", ActionOptimizer::adam)
+      .value("ascent", ActionOptimizer::ascent);
+  m.attr("max_layers") = max_layers;
+  m.def("isa", [] { return std::string(active_kernels().isa); });
+  m.def("native_bf16", [] { return active_kernels().native_bf16; });
+  m.def("available_isas", &available_isas);
+  m.def("use_isa", &use_isa);
+  m.def("packs_built", &packs_built);
+  m.def("reverse_diffusion", &reverse_diffusion);
+  m.def("action_gradient", &action_gradient);
+  m.def("normals", &normals);
+}

@@ -1,0 +1,553 @@
+"""DIPO: policy representation via diffusion probability model (arXiv 2305.13122).
+
+A diffusion policy cannot be improved by differentiating Q through its chain of K steps at a
+bearable price. DIPO turns it round: move actions known from experience uphill in Q, then fit the
+policy to the moved actions. One update is
+
+1. critic: ``Q(s, a) <- r + gamma mask min(Q1', Q2')(s', a')``, a' from the target policy;
+2. action gradient: ``a <- a + eta grad_a min(Q1, Q2)(s, a)``, a few times (Eq. 15);
+3. actor: fit the policy to (s, improved a) by its own loss, for diffusion the denoising loss;
+4. targets: exponential moving averages of critic and actor.
+
+The paper's Algorithm 3 and its released code differ. ``DIPOConfig.mode`` picks one of three:
+
+==================  ========================  =========================  =======================
+switch              ``fixed`` (default)       ``official``               ``paper``
+==================  ========================  =========================  =======================
+improved actions    kept beside the actions   thrown away after use      overwrite the actions
+action step         Adam, norm cut            Adam, norm cut             plain gradient ascent
+actor's batch       the one just improved     the one just improved      drawn again
+time limit          value bootstrapped        treated as an end          value bootstrapped
+==================  ========================  =========================  =======================
+
+``official`` is a fault kept for comparison: the released code means to store the improved actions,
+but ``numpy.copyto(buffer[index], new)`` writes into a copy. ``fixed`` is what it means to do.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import re
+import warnings
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffcore import DiffusionSchedule, ops
+from diffcore.agents.optimization import ema_update_, gradient_step, load_moments, make_adam
+from diffcore.agents.policies import DiffusionPolicy, MLPPolicy, Policy, VAEPolicy
+from diffcore.agents.replay_protocol import Batch, Replay
+from diffcore.nn import TwinCritic
+
+Mode = Literal["fixed", "official", "paper"]
+PolicyName = Literal["diffusion", "mlp", "vae"]
+ScheduleName = Literal["cosine", "linear", "vp"]
+SolverName = Literal["ddpm", "ddpm_unclipped", "ddim", "exponential_integrator", "dpmpp_2m"]
+ComputeDtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class ModeSwitches:
+    """Everything in which the three modes differ. The agent asks these, never the mode's name."""
+
+    store_improved_actions: bool
+    """Write improved actions back to the replay; else they live for one update."""
+    overwrite_replay: bool
+    """Improve and overwrite the taken actions, which the critic learns from too; else the best
+    actions, a column of their own that only the actor learns from."""
+    action_optimizer: Literal["adam", "sgd"]
+    """``adam``: a fresh Adam each call, gradient norm cut. ``sgd``: Eq. 15 as written, no cut."""
+    resample_actor_batch: bool
+    """Fit the actor to a batch drawn after the improvement; else to the one just improved."""
+    bootstrap_truncated: bool
+    """Bootstrap the value of a state at which the time limit cut the episode."""
+
+    def __post_init__(self) -> None:
+        if self.overwrite_replay and not self.store_improved_actions:
+            raise ValueError("overwrite_replay needs store_improved_actions")
+
+
+MODES: dict[Mode, ModeSwitches] = {
+    "fixed": ModeSwitches(
+        store_improved_actions=True,
+        overwrite_replay=False,
+        action_optimizer="adam",
+        resample_actor_batch=False,
+        bootstrap_truncated=True,
+    ),
+    "official": ModeSwitches(
+        store_improved_actions=False,
+        overwrite_replay=False,
+        action_optimizer="adam",
+        resample_actor_batch=False,
+        bootstrap_truncated=False,
+    ),
+    "paper": ModeSwitches(
+        store_improved_actions=True,
+        overwrite_replay=True,
+        action_optimizer="sgd",
+        resample_actor_batch=True,
+        bootstrap_truncated=True,
+    ),
+}
+
+# Table 3 of the paper, by environment name without its version.
+DIPO_DEFAULTS: dict[str, dict[str, Any]] = {
+    "Hopper": {"ac_grad_norm": 1.0, "action_grad_norm_ratio": 0.3},
+    "Walker2d": {"ac_grad_norm": 2.0, "action_grad_norm_ratio": 0.08},
+    "Ant": {"ac_grad_norm": 0.8, "action_grad_norm_ratio": 0.1},
+    "HalfCheetah": {
+        "ac_grad_norm": 2.0,
+        "action_grad_norm_ratio": 0.08,
+        "action_gradient_steps": 40,
+        "update_actor_target_every": 2,
+    },
+    "Humanoid": {"ac_grad_norm": 2.0, "action_grad_norm_ratio": 0.1},
+}
+
+
+@dataclass(frozen=True)
+class DIPOConfig:
+    """Hyper-parameters. The defaults are the paper's Table 2 and the released code's Table 3 ones.
+
+    Raises:
+        TypeError: if a number is expected and something else came.
+        ValueError: if a value lies outside its range, NaN included.
+    """
+
+    mode: Mode = "fixed"
+    """Which DIPO: the released code as meant (fixed), as it runs (official), or Algorithm 3."""
+    policy: PolicyName = "diffusion"
+    """What represents the policy: the paper's diffusion model, or one of its two ablations."""
+    diffusion_steps: int = 100
+    """K, the number of noise levels."""
+    schedule: ScheduleName = "cosine"
+    """Noise schedule."""
+    solver: SolverName = "ddpm"
+    """Solver of the reverse chain."""
+    noise_ratio: float = 1.0
+    """Factor on the chain's noise when exploring and in the critic's target."""
+    hidden_dim: int = 256
+    """Width of every hidden layer."""
+    batch_size: int = 256
+    """Transitions per update, for the critic and again for the actor."""
+    gamma: float = 0.99
+    """Discount factor."""
+    tau: float = 0.005
+    """How far a target network moves towards its network in one update."""
+    lr: float = 3e-4
+    """Learning rate of actor and critic."""
+    adam_eps: float = 1e-5
+    """Adam's epsilon: for the actor, the critic and the action gradient."""
+    ac_grad_norm: float = 2.0
+    """Gradients of actor and of critic are cut to this norm; 0 leaves them uncut."""
+    action_lr: float = 0.03
+    """Step size of the action gradient."""
+    action_gradient_steps: int = 20
+    """Action-gradient steps per update."""
+    action_grad_norm_ratio: float = 0.1
+    """The whole batch's action gradient is cut to the norm ratio * action_dim; 0: uncut."""
+    update_actor_target_every: int = 1
+    """Move the target actor in every n-th update."""
+    compute_dtype: ComputeDtype = "float32"
+    """Arithmetic of sampling and of the action gradient. Weights stay float32."""
+    start_steps: int = 10_000
+    """Environment steps with random actions before the first update."""
+    buffer_size: int = 1_000_000
+    """Capacity of the replay, in transitions."""
+
+    def __post_init__(self) -> None:
+        _check_choice("mode", self.mode, Mode)
+        _check_choice("policy", self.policy, PolicyName)
+        _check_choice("schedule", self.schedule, ScheduleName)
+        _check_choice("solver", self.solver, SolverName)
+        _check_choice("compute_dtype", self.compute_dtype, ComputeDtype)
+        for name in (
+            "diffusion_steps",
+            "hidden_dim",
+            "batch_size",
+            "action_gradient_steps",
+            "update_actor_target_every",
+            "buffer_size",
+        ):
+            _check_integer(name, getattr(self, name), at_least=1)
+        _check_integer("start_steps", self.start_steps, at_least=0)
+        for name in ("lr", "adam_eps", "action_lr"):
+            _check_real(name, getattr(self, name), above=0.0)
+        for name in ("noise_ratio", "ac_grad_norm", "action_grad_norm_ratio"):
+            _check_real(name, getattr(self, name), at_least=0.0)
+        _check_real("gamma", self.gamma, at_least=0.0, at_most=1.0)
+        _check_real("tau", self.tau, above=0.0, at_most=1.0)
+
+    @classmethod
+    def for_env(cls, env_id: str) -> DIPOConfig:
+        """The paper's hyper-parameters for ``env_id`` (any version suffix), else the generic ones.
+
+        >>> DIPOConfig.for_env("HalfCheetah-v5").action_gradient_steps
+        40
+        """
+        name = re.sub(r"-v\d+$", "", env_id)
+        return cls(**DIPO_DEFAULTS.get(name, {}))
+
+
+class DIPO:
+    """The agent.
+
+    Args:
+        observation_dim: size of an observation vector.
+        action_dim: size of an action vector; actions live in ``[-1, 1]``.
+        config: hyper-parameters.
+        seed: of the initial weights and of everything drawn afterwards. Two agents built and used
+            alike are bitwise equal.
+        device: where the networks live and observations and batches are expected.
+
+    Raises:
+        TypeError: if a size or the seed isn't an integer.
+        ValueError: if a size isn't positive or the seed is negative.
+    """
+
+    config_type: ClassVar[type[DIPOConfig]] = DIPOConfig
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        config: DIPOConfig,
+        *,
+        seed: int,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        _check_integer("observation_dim", observation_dim, at_least=1)
+        _check_integer("action_dim", action_dim, at_least=1)
+        _check_integer("seed", seed, at_least=0)
+        self.observation_dim = observation_dim
+        self.action_dim = action_dim
+        self.config = config
+        self.switches = MODES[config.mode]
+        self.device = torch.device(device)
+
+        # Independent streams for the initial weights, the deterministic start and all the rest.
+        seeds = torch.randint(2**62, (3,), generator=torch.Generator().manual_seed(seed)).tolist()
+        weights_seed, deterministic_seed, agent_seed = seeds
+        self.generator = torch.Generator(self.device).manual_seed(agent_seed)
+
+        with torch.random.fork_rng(devices=[]):  # leave the caller's random state as it was
+            torch.default_generator.manual_seed(weights_seed)
+            self.actor = self._make_policy(deterministic_seed).to(self.device)
+            self.critic = TwinCritic(
+                observation_dim, action_dim, hidden_dim=config.hidden_dim
+            ).to(self.device)
+        self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+
+        self.actor_optimizer = make_adam(
+            self.actor.parameters(), lr=config.lr, eps=config.adam_eps
+        )
+        self.critic_optimizer = make_adam(
+            self.critic.parameters(), lr=config.lr, eps=config.adam_eps
+        )
+        self.updates = 0
+
+    @property
+    def bootstrap_truncated(self) -> bool:
+        """Whether the replay's ``mask`` should be 1 where the time limit cut an episode."""
+        return self.switches.bootstrap_truncated
+
+    def act(
+        self,
+        observation: Tensor,
+        *,
+        explore: bool,
+        deterministic: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Choose one action for each observation.
+
+        With ``explore=False`` the diffusion policy's chain adds no noise but still starts from a
+        random ``x_K``, as in the released code. ``deterministic=True`` starts it from one ``x_K``
+        drawn at construction: an observation then always gets the same action, whatever else is
+        in its batch.
+
+        Args:
+            observation: ``[B, observation_dim]`` float32 on the agent's device.
+            explore: draw from the full policy; else from its evaluation form.
+            deterministic: see above; excludes ``explore``.
+            generator: source of randomness on the agent's device. None is the agent's own, which
+                the call advances: evaluation that mustn't disturb training passes its own.
+
+        Returns:
+            ``[B, action_dim]`` in ``[-1, 1]``.
+
+        Raises:
+            TypeError: if ``observation`` isn't a float32 tensor.
+            ValueError: if its shape or device is wrong, or both ``explore`` and ``deterministic``.
+        """
+        self._check_observation(observation)
+        return self.actor.sample(
+            observation,
+            explore=explore,
+            deterministic=deterministic,
+            generator=self.generator if generator is None else generator,
+        )
+
+    def update(self, replay: Replay) -> dict[str, float | Tensor]:
+        """One whole update on batches drawn from ``replay``.
+
+        Returns:
+            Metrics, as 0-d tensors on the agent's device: nothing here waits for the device.
+        """
+        batch = self._sample(replay)
+        next_action = self.actor_target.sample(
+            batch.next_state, explore=True, generator=self.generator
+        )
+        metrics = self.update_critic(batch, next_action)
+
+        batch = self._sample(replay)
+        improved = self.improve_actions(batch)
+        metrics["action_change"] = (improved - self._actions_to_improve(batch)).abs().mean()
+        self._store(replay, batch.index, improved)
+
+        if self.switches.resample_actor_batch:
+            batch = self._sample(replay)
+            improved = self._actions_to_improve(batch)
+        actor_loss = self.actor.loss(batch.state, improved, generator=self.generator)
+        metrics |= self.update_actor(actor_loss)
+
+        self.update_targets()
+        return metrics
+
+    def update_critic(self, batch: Batch, next_action: Tensor) -> dict[str, float | Tensor]:
+        """One temporal-difference step of both critics.
+
+        Args:
+            batch: transitions.
+            next_action: ``[B, action_dim]``, the target policy's action at ``batch.next_state``.
+
+        Raises:
+            ValueError: if a shape in ``batch`` or that of ``next_action`` is wrong.
+        """
+        self._check_batch(batch, next_action)
+        with torch.no_grad():
+            next_q = torch.minimum(*self.critic_target(batch.next_state, next_action))
+            target = batch.reward + self.config.gamma * batch.mask * next_q
+        q1, q2 = self.critic(batch.state, batch.action)
+        loss = F.mse_loss(q1, target) + F.mse_loss(q2, target)
+        grad_norm = gradient_step(loss, self.critic_optimizer, self.config.ac_grad_norm)
+        return {
+            "critic_loss": loss.detach(),
+            "critic_grad_norm": grad_norm,
+            "q_mean": q1.detach().mean(),
+            "q_target_mean": target.mean(),
+        }
+
+    def improve_actions(self, batch: Batch) -> Tensor:
+        """Move the batch's actions uphill in min(Q1, Q2). ``[B, action_dim]``, in ``[-1, 1]``.
+
+        Starts from the best actions known or, in mode ``paper``, from the actions taken. Nothing
+        is written back here.
+        """
+        config = self.config
+        cut = self.switches.action_optimizer == "adam" and config.action_grad_norm_ratio > 0
+        return ops.action_gradient(
+            self.critic,
+            batch.state,
+            self._actions_to_improve(batch),
+            steps=config.action_gradient_steps,
+            lr=config.action_lr,
+            max_norm=config.action_grad_norm_ratio * self.action_dim if cut else None,
+            optimizer=self.switches.action_optimizer,
+            eps=config.adam_eps,
+            compute_dtype=_torch_dtype(config.compute_dtype),
+        )
+
+    def update_actor(self, loss: Tensor) -> dict[str, float | Tensor]:
+        """One optimiser step of the actor.
+
+        Args:
+            loss: ``self.actor.loss(state, improved_action, ...)``.
+        """
+        grad_norm = gradient_step(loss, self.actor_optimizer, self.config.ac_grad_norm)
+        return {"actor_loss": loss.detach(), "actor_grad_norm": grad_norm}
+
+    def update_targets(self) -> None:
+        """Move the targets towards their networks and count the update."""
+        ema_update_(self.critic_target, self.critic, self.config.tau)
+        if self.updates % self.config.update_actor_target_every == 0:
+            ema_update_(self.actor_target, self.actor, self.config.tau)
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a bitwise-equal continuation needs; readable with ``weights_only=True``.
+
+        As with ``torch.nn.Module.state_dict`` the tensors are the live ones: save or copy them
+        before the next update.
+        """
+        return {
+            "agent": "dipo",
+            "config": dataclasses.asdict(self.config),
+            "observation_dim": self.observation_dim,
+            "action_dim": self.action_dim,
+            "actor": dict(self.actor.state_dict()),
+            "actor_target": dict(self.actor_target.state_dict()),
+            "actor_optimizer": self.actor_optimizer.state_dict(),
+            "critic": dict(self.critic.state_dict()),
+            "critic_target": dict(self.critic_target.state_dict()),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "generator_device": self.device.type,
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a :meth:`state_dict` of an agent of the same sizes and policy.
+
+        The config stays this agent's own. On another type of device the weights are taken over but
+        not the random state, which has another meaning there; a warning says so.
+
+        Raises:
+            ValueError: if ``state`` lacks an entry or was saved by a differently shaped agent.
+        """
+        missing = self.state_dict().keys() - state.keys()
+        if missing:
+            raise ValueError(f"state lacks the entries {sorted(missing)}")
+        ours = {
+            "agent": "dipo",
+            "observation_dim": self.observation_dim,
+            "action_dim": self.action_dim,
+        }
+        for name, expected in ours.items():
+            if state[name] != expected:
+                raise ValueError(f"state has {name}={state[name]!r}, this agent {expected!r}")
+        for name in ("policy", "hidden_dim", "diffusion_steps", "schedule"):
+            saved, expected = state["config"].get(name), getattr(self.config, name)
+            if saved != expected:
+                raise ValueError(f"state has {name}={saved!r}, this agent's config {expected!r}")
+
+        self.actor.load_state_dict(state["actor"])
+        self.actor_target.load_state_dict(state["actor_target"])
+        load_moments(self.actor_optimizer, state["actor_optimizer"])
+        self.critic.load_state_dict(state["critic"])
+        self.critic_target.load_state_dict(state["critic_target"])
+        load_moments(self.critic_optimizer, state["critic_optimizer"])
+        self.updates = state["updates"]
+        if state["generator_device"] == self.device.type:
+            self.generator.set_state(state["generator"].cpu())
+        else:
+            warnings.warn(
+                f"random state saved on {state['generator_device']!r} can't be continued on "
+                f"{self.device.type!r}; the agent keeps the one it has",
+                stacklevel=2,
+            )
+
+    def weights(self) -> dict[str, Tensor]:
+        """The actor's weights, all that acting needs: detached contiguous copies on the CPU."""
+        return {
+            name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in self.actor.state_dict().items()
+        }
+
+    def _make_policy(self, deterministic_seed: int) -> Policy:
+        config = self.config
+        sizes = (self.observation_dim, self.action_dim)
+        if config.policy == "mlp":
+            return MLPPolicy(*sizes, hidden_dim=config.hidden_dim)
+        if config.policy == "vae":
+            # As in the released code the latent is as wide as a hidden layer.
+            return VAEPolicy(*sizes, hidden_dim=config.hidden_dim, latent_dim=config.hidden_dim)
+        return DiffusionPolicy(
+            *sizes,
+            hidden_dim=config.hidden_dim,
+            schedule=getattr(DiffusionSchedule, config.schedule)(config.diffusion_steps),
+            solver=config.solver,
+            noise_ratio=config.noise_ratio,
+            compute_dtype=_torch_dtype(config.compute_dtype),
+            deterministic_seed=deterministic_seed,
+        )
+
+    def _sample(self, replay: Replay) -> Batch:
+        return replay.sample(self.config.batch_size, self.generator)
+
+    def _actions_to_improve(self, batch: Batch) -> Tensor:
+        return batch.action if self.switches.overwrite_replay else batch.best_action
+
+    def _store(self, replay: Replay, index: Tensor, improved: Tensor) -> None:
+        if not self.switches.store_improved_actions:
+            return
+        if self.switches.overwrite_replay:
+            replay.set_action(index, improved)
+        else:
+            replay.set_best_action(index, improved)
+
+    def _check_observation(self, observation: Tensor) -> None:
+        if not isinstance(observation, Tensor) or observation.dtype != torch.float32:
+            came = getattr(observation, "dtype", type(observation).__name__)
+            raise TypeError(f"observation must be a torch.float32 tensor, got {came}")
+        if observation.ndim != 2 or observation.shape[1] != self.observation_dim:
+            raise ValueError(
+                f"observation must have shape [B, {self.observation_dim}], "
+                f"got {list(observation.shape)}"
+            )
+        if observation.device.type != self.device.type:
+            raise ValueError(
+                f"observation must be on {self.device.type!r}, got {observation.device.type!r}"
+            )
+
+    def _check_batch(self, batch: Batch, next_action: Tensor) -> None:
+        """A reward of shape [B] would broadcast against [B, 1] and train on nonsense."""
+        rows = batch.state.shape[0]
+        expected = {
+            "state": (batch.state, self.observation_dim),
+            "action": (batch.action, self.action_dim),
+            "reward": (batch.reward, 1),
+            "next_state": (batch.next_state, self.observation_dim),
+            "mask": (batch.mask, 1),
+            "next_action": (next_action, self.action_dim),
+        }
+        for name, (tensor, columns) in expected.items():
+            if tensor.shape != (rows, columns):
+                raise ValueError(
+                    f"{name} must have shape [{rows}, {columns}], got {list(tensor.shape)}"
+                )
+
+
+def _torch_dtype(compute_dtype: ComputeDtype) -> torch.dtype | None:
+    """What the ops call ``compute_dtype``; None is their word for the weights' own."""
+    return torch.bfloat16 if compute_dtype == "bfloat16" else None
+
+
+def _check_choice(name: str, value: object, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {list(get_args(choices))}, got {value!r}")
+
+
+def _check_integer(name: str, value: object, *, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+
+def _check_real(
+    name: str,
+    value: object,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if not (number > above and at_least <= number <= at_most):
+        wanted = [f"above {above:g}"] if above > -math.inf else []
+        wanted += [f"at least {at_least:g}"] if at_least > -math.inf else []
+        wanted += [f"at most {at_most:g}"] if at_most < math.inf else []
+        raise ValueError(f"{name} must be {' and '.join(wanted)}, got {value}")

@@ -1,0 +1,46 @@
+"""Optimiser steps shared by the agents: built once, no host synchronisation, packs kept fresh."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def make_adam(parameters: Iterable[nn.Parameter], *, lr: float, eps: float) -> torch.optim.Adam:
+    """Adam, as one fused kernel where torch has one for the parameters' device."""
+    parameters = list(parameters)
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+    return torch.optim.Adam(parameters, lr=lr, eps=eps, fused=fused)
+
+
+def load_moments(optimizer: torch.optim.Adam, state: dict[str, Any]) -> None:
+    """Take over moments and step counts of a ``state_dict``, but keep the own hyper-parameters."""
+    optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def gradient_step(loss: Tensor, optimizer: torch.optim.Adam, max_norm: float) -> Tensor:
+    """Minimise ``loss`` by one step of ``optimizer``, its gradient's norm cut to ``max_norm``.
+
+    The norm is taken over all the optimiser's parameters together; ``max_norm <= 0`` leaves it
+    uncut. Returns the norm before the cut, as a 0-d tensor.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
+    optimizer.step()
+    # torch's fused Adam writes the parameters without telling autograd. The ops recognise stale
+    # packed weights by a parameter's version, so the version has to move with the value.
+    for parameter in parameters:
+        torch.autograd.graph.increment_version(parameter)
+    return grad_norm
+
+
+@torch.no_grad()
+def ema_update_(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """Move every parameter of ``target`` by ``tau`` of the way to ``source``'s, in place."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)

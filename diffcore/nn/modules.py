@@ -1,0 +1,152 @@
+"""Denoiser and critics: plain modules whose parameters come in the order the ops expect.
+
+``parameters()`` is weight, bias from input to output (Denoiser: time MLP, then trunk; TwinCritic:
+q1, then q2). Weights start as in DIPO's released code: normal with standard deviation
+1 / (2 sqrt(fan_in)), truncated at two standard deviations; biases at 0.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from diffcore.ops._activations import ACTIVATIONS
+from diffcore.ops._checks import check_choice, check_positive_int
+
+
+class MLP(nn.Module):
+    """``hidden_layers`` layers of ``hidden_dim`` with an activation, then a linear output.
+
+    Args:
+        in_dim, hidden_dim, out_dim: widths.
+        hidden_layers: at least 1.
+        activation: one of ``diffcore.nn`` activations: identity, relu, elu, silu, gelu, mish, tanh.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        hidden_dim: int,
+        out_dim: int,
+        hidden_layers: int = 3,
+        activation: str = "mish",
+    ) -> None:
+        super().__init__()
+        check_positive_int("in_dim", in_dim)
+        check_positive_int("hidden_dim", hidden_dim)
+        check_positive_int("out_dim", out_dim)
+        check_positive_int("hidden_layers", hidden_layers)
+        check_choice("activation", activation, ACTIVATIONS)
+        self.in_dim, self.hidden_dim, self.out_dim = in_dim, hidden_dim, out_dim
+        self.hidden_layers, self.activation = hidden_layers, activation
+        widths = [in_dim] + [hidden_dim] * hidden_layers + [out_dim]
+        self.layers = nn.ModuleList(_linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_dim]`` -> ``[..., out_dim]``."""
+        activation = ACTIVATIONS[self.activation].forward
+        for layer in self.layers[:-1]:
+            x = activation(layer(x))
+        return self.layers[-1](x)
+
+
+def _linear(in_dim: int, out_dim: int) -> nn.Linear:
+    layer = nn.Linear(in_dim, out_dim)
+    std = 1 / (2 * math.sqrt(in_dim))
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+@lru_cache(maxsize=64)
+def _embedding_frequencies(dim: int) -> Tensor:
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float64) / max(half - 1, 1)
+    return torch.exp(-math.log(10000) * exponent)
+
+
+def time_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding of step indices: sin, then cos of t * 10000^(-i / (dim/2 - 1)).
+
+    Args:
+        t: integer ``[B]``.
+        dim: even width.
+
+    Returns:
+        float64 ``[B, dim]``.
+    """
+    angle = t.to(torch.float64)[:, None] * _embedding_frequencies(dim).to(t.device)[None, :]
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+class Denoiser(nn.Module):
+    """eps(x, state, t), the noise in a perturbed action (DIPO, Section 4; the released code's MLP).
+
+    A sinusoidal embedding of t passes through a small MLP and joins x and the state:
+    ``trunk([x, time_mlp(embedding(t)), state])``.
+
+    Args:
+        state_dim, action_dim: widths of the condition and of what is denoised.
+        hidden_dim, hidden_layers: of the trunk; the time MLP has one hidden layer of the same width.
+        time_dim: width of the time embedding, even.
+        activation: see :class:`MLP`.
+    """
+
+    def __init__(
+        self,
+        state_dim: int,
+        action_dim: int,
+        hidden_dim: int = 256,
+        hidden_layers: int = 3,
+        time_dim: int = 32,
+        activation: str = "mish",
+    ) -> None:
+        super().__init__()
+        check_positive_int("state_dim", state_dim)
+        check_positive_int("action_dim", action_dim)
+        check_positive_int("time_dim", time_dim)
+        if time_dim % 2:
+            raise ValueError(f"time_dim: expected an even number, got {time_dim}")
+        self.state_dim, self.action_dim, self.time_dim = state_dim, action_dim, time_dim
+        self.activation = activation
+        self.time_mlp = MLP(time_dim, hidden_dim, time_dim, 1, activation)
+        self.trunk = MLP(
+            action_dim + time_dim + state_dim, hidden_dim, action_dim, hidden_layers, activation
+        )
+
+    def forward(self, x: Tensor, state: Tensor, t: Tensor) -> Tensor:
+        """x ``[B, A]``, state ``[B, S]``, t integer ``[B]`` -> eps ``[B, A]``."""
+        embedding = self.time_mlp(time_embedding(t, self.time_dim).to(x.dtype))
+        return self.trunk(torch.cat([x, embedding, state], dim=-1))
+
+
+class TwinCritic(nn.Module):
+    """Two independent Q(state, action) (Fujimoto et al. 2018).
+
+    Args:
+        state_dim, action_dim: widths; the input is ``[state, action]``.
+        hidden_dim, hidden_layers, activation: see :class:`MLP`.
+    """
+
+    def __init__(
+        self,
+        state_dim: int,
+        action_dim: int,
+        hidden_dim: int = 256,
+        hidden_layers: int = 3,
+        activation: str = "mish",
+    ) -> None:
+        super().__init__()
+        check_positive_int("state_dim", state_dim)
+        check_positive_int("action_dim", action_dim)
+        self.state_dim, self.action_dim, self.activation = state_dim, action_dim, activation
+        self.q1 = MLP(state_dim + action_dim, hidden_dim, 1, hidden_layers, activation)
+        self.q2 = MLP(state_dim + action_dim, hidden_dim, 1, hidden_layers, activation)
+
+    def forward(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """state ``[B, S]``, action ``[B, A]`` -> (q1, q2), each ``[B, 1]``."""
+        x = torch.cat([state, action], dim=-1)
+        return self.q1(x), self.q2(x)

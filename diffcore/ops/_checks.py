@@ -1,0 +1,73 @@
+"""Checks of arguments, with messages that name the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_positive_int(name: str, value: Any, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    finite: bool = True,
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if math.isnan(value) or (finite and math.isinf(value)):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if value <= above:
+        raise ValueError(f"{name}: expected more than {above}, got {value}")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def check_tensor(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
+    """A floating-point tensor of this shape; a string in `shape` names a size that is free."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+    fits = value.ndim == len(shape) and all(
+        isinstance(want, str) or have == want for have, want in zip(value.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(s) for s in shape)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(value.shape)}")
+
+
+def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """The same dtype and device as another argument."""
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name}: expected {other.dtype} like {other_name}, got {value.dtype}")
+    if value.device != other.device:
+        raise ValueError(
+            f"{name}: expected to be on {other.device} like {other_name}, is on {value.device}"
+        )
+
+
+def check_compute_dtype(value: Any) -> None:
+    if value not in (None, torch.float32, torch.float64, torch.bfloat16):
+        raise ValueError(
+            f"compute_dtype: expected None, torch.float32, torch.float64 or torch.bfloat16, "
+            f"got {value!r}"
+        )

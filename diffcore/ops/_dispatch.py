@@ -1,0 +1,61 @@
+"""Which backend runs a call.
+
+Each op says for each of its backends why it can't take a call, or that it can; the first that can
+runs it. `reference` takes everything, so no call fails for want of a kernel.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+#: backend -> why it can't take the call, or None when it can; in order of preference.
+Support = dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of :func:`diffcore.explain`."""
+
+    op: str
+    backend: str
+    passed_over: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: runs on '{self.backend}'"]
+        lines += [f"  not on '{name}': {reason}" for name, reason in self.passed_over.items()]
+        return "\n".join(lines)
+
+
+def choose(op: str, support: Support, forced: str | None) -> str:
+    """The backend that runs: `forced` if given, else the first that can."""
+    if forced is None:
+        return next(name for name, reason in support.items() if reason is None)
+    if forced not in support:
+        raise ValueError(f"backend: expected one of {', '.join(support)}, got {forced!r}")
+    reason = support[forced]
+    if reason is not None:
+        raise ValueError(f"backend: {op} can't run on {forced!r} here: {reason}")
+    return forced
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend would run ``diffcore.ops.<op>(*args, **kwargs)``, and why the others don't.
+
+    Example:
+        >>> print(diffcore.explain("reverse_diffusion", denoiser, schedule, state))
+        reverse_diffusion: runs on 'cpu'
+
+    Raises:
+        ValueError: there is no such op, or the arguments are ones that the op rejects.
+    """
+    from diffcore import ops
+
+    if op not in ops.__all__:
+        raise ValueError(f"op: expected one of {', '.join(ops.__all__)}, got {op!r}")
+    module = importlib.import_module(f"diffcore.ops.{op}")
+    support: Support = module.support(*args, **kwargs)
+    backend = choose(op, support, kwargs.get("backend"))
+    passed_over = {name: reason for name, reason in support.items() if reason is not None}
+    return Explanation(op, backend, passed_over)

@@ -1,0 +1,52 @@
+"""The compiled module, and what its callers share."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# torch first: it brings its own OpenMP runtime, and an extension loaded after it shares that copy
+# and its threads instead of starting a second pool.
+import torch
+from torch import Tensor
+
+_core: Any
+unavailable: str | None = None
+try:
+    _core = importlib.import_module("diffcore._core")
+except ImportError as error:  # a source tree without a build; the reference runs everything
+    _core = None
+    unavailable = f"the compiled module can't be imported ({error})"
+
+NATIVE_ACTIVATIONS = ("identity", "relu", "elu", "silu", "tanh", "mish")
+
+Layer = tuple[int, int, int, int]
+
+
+def cannot_run(tensors: list[Tensor], activation: str, layers: int) -> str | None:
+    """Why the CPU kernels can't take networks of this kind, or None."""
+    if unavailable is not None:
+        return unavailable
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"a tensor is on {tensor.device}"
+        if tensor.dtype != torch.float32:
+            return f"a tensor is {tensor.dtype}, the CPU kernels take float32"
+    if activation not in NATIVE_ACTIVATIONS:
+        return f"activation {activation!r} has no CPU kernel"
+    if layers > _core.max_layers:
+        return f"{layers} layers, the CPU kernels take at most {_core.max_layers}"
+    return None
+
+
+def addresses(parameters: list[Tensor]) -> list[Layer]:
+    """(weight address, bias address, in, out) of every layer of [weight, bias, weight, bias, ...].
+
+    The tensors must be contiguous and stay alive during the call.
+    """
+    pairs = zip(parameters[::2], parameters[1::2], strict=True)
+    return [(w.data_ptr(), b.data_ptr(), w.shape[1], w.shape[0]) for w, b in pairs]
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

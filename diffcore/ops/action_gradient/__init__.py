@@ -1,0 +1,154 @@
+"""Improvement of a batch of actions along the critic's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from diffcore.ops import _dispatch, _native
+from diffcore.ops._checks import (
+    check_choice,
+    check_compute_dtype,
+    check_like,
+    check_number,
+    check_positive_int,
+    check_tensor,
+)
+from diffcore.ops.action_gradient import native, reference
+
+if TYPE_CHECKING:
+    from diffcore.nn import TwinCritic
+
+    AnyCritic = TwinCritic | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def action_gradient(
+    critic: AnyCritic,
+    state: Tensor,
+    action: Tensor,
+    *,
+    steps: int = 20,
+    lr: float = 0.03,
+    max_norm: float | None = None,
+    optimizer: str = "adam",
+    eps: float = 1e-5,
+    low: float = -1.0,
+    high: float = 1.0,
+    clip_mode: str = "batch",
+    compute_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Actions after some steps of ascent on min(Q1, Q2) (DIPO, Eq. 15; released code: Adam).
+
+    Every step takes the gradient of ``-min(Q1, Q2)`` at each action, limits its norm, lets a fresh
+    Adam (or plain descent) move the actions, and clamps them. Nothing is differentiated through, and
+    no gradient of the critic's parameters is computed.
+
+    Args:
+        critic: a :class:`diffcore.nn.TwinCritic`, or any callable ``(state, action) -> (q1, q2)``
+            with ``[B, 1]`` each (that one runs on the reference).
+        state: ``[B, S]``.
+        action: ``[B, A]``; not changed.
+        steps: number of steps; 0 returns a copy.
+        lr: learning rate of the actions.
+        max_norm: limit of the gradient's Euclidean norm, as ``clip_grad_norm_`` does it; None: none.
+        optimizer: "adam" (betas 0.9, 0.999) or "ascent" (the paper's plain step).
+        eps: Adam's epsilon.
+        low, high: bounds the actions are clamped to after every step.
+        clip_mode: "batch" limits the norm over the whole batch, as the released code does (so a NaN
+            in one row reaches all); "row" limits every row's own.
+        compute_dtype: ``torch.bfloat16`` multiplies hidden layers in bfloat16 with float32 sums.
+        backend: "cpu" or "reference"; the fastest that can run the call if None.
+
+    Returns:
+        ``[B, A]``, detached.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or a forced
+            backend that can't run this call.
+    """
+    available = support(
+        critic,
+        state,
+        action,
+        steps=steps,
+        lr=lr,
+        max_norm=max_norm,
+        optimizer=optimizer,
+        eps=eps,
+        low=low,
+        high=high,
+        clip_mode=clip_mode,
+        compute_dtype=compute_dtype,
+    )
+    max_norm = None if max_norm is None else float(max_norm)
+    if _dispatch.choose("action_gradient", available, backend) == "cpu":
+        return native.ascend(
+            state.detach(),
+            action.detach(),
+            [p.detach() for p in critic.q1.parameters()],
+            [p.detach() for p in critic.q2.parameters()],
+            critic.activation,
+            compute_dtype == torch.bfloat16,
+            steps,
+            float(lr),
+            max_norm,
+            clip_mode,
+            optimizer,
+            float(eps),
+            float(low),
+            float(high),
+        )
+    return reference.action_gradient(
+        critic, state, action, steps, lr, max_norm, clip_mode, optimizer, eps, low, high
+    )
+
+
+def support(
+    critic: AnyCritic,
+    state: Tensor,
+    action: Tensor,
+    *,
+    steps: int = 20,
+    lr: float = 0.03,
+    max_norm: float | None = None,
+    optimizer: str = "adam",
+    eps: float = 1e-5,
+    low: float = -1.0,
+    high: float = 1.0,
+    clip_mode: str = "batch",
+    compute_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> _dispatch.Support:
+    """Checks the arguments and says which backends can take them."""
+    from diffcore.nn import TwinCritic
+
+    if not callable(critic):
+        raise TypeError(f"critic: expected a TwinCritic or a callable, got {type(critic).__name__}")
+    ours = isinstance(critic, TwinCritic)
+    check_tensor("state", state, ("B", critic.state_dim if ours else "S"))
+    check_tensor("action", action, (len(state), critic.action_dim if ours else "A"))
+    check_like("action", action, "state", state)
+    check_positive_int("steps", steps, least=0)
+    check_number("lr", lr, least=0.0)
+    check_number("eps", eps, least=0.0)
+    if max_norm is not None:
+        check_number("max_norm", max_norm, above=0.0)
+    check_number("low", low, finite=False)
+    check_number("high", high, above=low, finite=False)
+    check_choice("optimizer", optimizer, ("adam", "ascent"))
+    check_choice("clip_mode", clip_mode, ("batch", "row"))
+    check_compute_dtype(compute_dtype)
+
+    if not ours:
+        return {"cpu": "the critic isn't a diffcore.nn.TwinCritic", "reference": None}
+    parameters = list(critic.parameters())
+    if parameters[0].dtype != state.dtype:
+        raise TypeError(f"state: expected {parameters[0].dtype} like the critic, got {state.dtype}")
+    reason = _native.cannot_run([state, *parameters], critic.activation, critic.q1.hidden_layers + 1)
+    if reason is None and compute_dtype == torch.float64:
+        reason = "compute_dtype is float64"
+    return {"cpu": reason, "reference": None}

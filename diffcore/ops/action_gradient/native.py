@@ -1,0 +1,63 @@
+"""The ascent on min(Q1, Q2) on the CPU kernels, as a torch op."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffcore.ops import _native
+
+
+@torch.library.custom_op("diffcore::action_gradient", mutates_args=(), device_types="cpu")
+def ascend(
+    state: Tensor,
+    action: Tensor,
+    q1: list[Tensor],
+    q2: list[Tensor],
+    activation: str,
+    bfloat16: bool,
+    steps: int,
+    lr: float,
+    max_norm: float | None,
+    clip_mode: str,
+    optimizer: str,
+    eps: float,
+    low: float,
+    high: float,
+) -> Tensor:
+    """Improved actions ``[B, A]``."""
+    core = _native._core
+    state, action = state.contiguous(), action.contiguous()
+    q1, q2 = [p.contiguous() for p in q1], [p.contiguous() for p in q2]
+    improved = torch.empty_like(action)
+    if len(action):
+        core.action_gradient(
+            _native.addresses(q1),
+            _native.addresses(q2),
+            action.shape[1],
+            state.shape[1],
+            getattr(core.Activation, activation),
+            core.Precision.bfloat16 if bfloat16 else core.Precision.float32,
+            len(action),
+            state.data_ptr(),
+            action.data_ptr(),
+            improved.data_ptr(),
+            steps,
+            lr,
+            eps,
+            math.inf if max_norm is None else max_norm,
+            core.NormClip.none if max_norm is None else getattr(core.NormClip, clip_mode),
+            getattr(core.ActionOptimizer, optimizer),
+            low,
+            high,
+            torch.get_num_threads(),
+        )
+    return improved
+
+
+@ascend.register_fake
+def _(state: Tensor, action: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(action, memory_format=torch.contiguous_format)

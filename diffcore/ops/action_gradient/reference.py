@@ -1,0 +1,45 @@
+"""The ascent on min(Q1, Q2) in eager PyTorch: the specification, and the fallback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def action_gradient(
+    critic: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    state: Tensor,
+    action: Tensor,
+    steps: int,
+    lr: float,
+    max_norm: float | None,
+    clip_mode: str,
+    optimizer: str,
+    eps: float,
+    low: float,
+    high: float,
+) -> Tensor:
+    state = state.detach()
+    action = action.detach().clone()
+    first_moment, second_moment = torch.zeros_like(action), torch.zeros_like(action)
+    for step in range(1, steps + 1):
+        with torch.enable_grad():
+            action.requires_grad_()
+            q = torch.min(*critic(state, action))
+            (gradient,) = torch.autograd.grad(-q.sum(), action)
+        action = action.detach()
+        if max_norm is not None:
+            norm = gradient.norm() if clip_mode == "batch" else gradient.norm(dim=1, keepdim=True)
+            gradient = gradient * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        if optimizer == "adam":
+            # Kingma & Ba 2015, Algorithm 1, with torch.optim.Adam's defaults for the betas.
+            first_moment = 0.9 * first_moment + 0.1 * gradient
+            second_moment = 0.999 * second_moment + 0.001 * gradient**2
+            denominator = (second_moment / (1 - 0.999**step)).sqrt() + eps
+            action = action - lr / (1 - 0.9**step) * first_moment / denominator
+        else:
+            action = action - lr * gradient
+        action = action.clamp(low, high)
+    return action

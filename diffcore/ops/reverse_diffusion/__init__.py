@@ -1,0 +1,181 @@
+"""The reverse chain of a diffusion policy, denoiser included, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from diffcore.ops import _dispatch, _native, _philox
+from diffcore.ops._checks import check_compute_dtype, check_like, check_number, check_tensor
+from diffcore.ops.reverse_diffusion import native, reference
+from diffcore.schedule import DiffusionSchedule, SolverTable
+
+if TYPE_CHECKING:
+    from diffcore.nn import Denoiser
+
+    AnyDenoiser = Denoiser | Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def reverse_diffusion(
+    denoiser: AnyDenoiser,
+    schedule: DiffusionSchedule,
+    state: Tensor,
+    *,
+    x_init: Tensor | None = None,
+    noise: Tensor | None = None,
+    noise_scale: float = 1.0,
+    clip: float = 1.0,
+    solver: str | SolverTable = "ddpm",
+    generator: torch.Generator | None = None,
+    compute_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Actions drawn from a diffusion policy: the chain from x_K to x_0 (DIPO, Algorithm 4).
+
+    Differentiable in ``state``, the denoiser's parameters, ``x_init`` and ``noise``: the x of every
+    step is stored and the rest recomputed on the way back. The fused kernel can't be differentiated
+    twice and says so; the reference can.
+
+    Args:
+        denoiser: a :class:`diffcore.nn.Denoiser`, or any callable ``(x, state, t) -> eps`` with
+            ``x_init`` given (that one runs on the reference).
+        schedule: the noise levels it was trained with.
+        state: ``[B, S]``, what the actions are conditioned on.
+        x_init: ``[B, A]``, where the chain starts; drawn from N(0, I) if None.
+        noise: ``[steps, B, A]``; ``noise[i]`` is used at the i-th executed step; drawn if None.
+        noise_scale: factor on every step's noise; 0 gives the chain without noise.
+        clip: bound on the predicted x0 at every step and on the result; ``math.inf`` for none.
+        solver: a name that :meth:`diffcore.DiffusionSchedule.solver` knows, or a table from it.
+        generator: source of ``x_init`` and ``noise``: one draw keys a counter-based generator, so
+            row r gets the same noise in any batch and on any backend. The default generator if None.
+        compute_dtype: ``torch.bfloat16`` multiplies hidden layers in bfloat16 with float32 sums
+            (states, x and the noise schedule stay float32); about 1e-2 from float32 over a whole
+            chain. None or ``torch.float32``: float32 throughout.
+        backend: "cpu" or "reference"; the fastest that can run the call if None.
+
+    Returns:
+        ``[B, A]`` in [-clip, clip].
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, an unknown
+            solver, or a forced backend that can't run this call.
+    """
+    available = support(
+        denoiser,
+        schedule,
+        state,
+        x_init=x_init,
+        noise=noise,
+        noise_scale=noise_scale,
+        clip=clip,
+        solver=solver,
+        generator=generator,
+        compute_dtype=compute_dtype,
+    )
+    table = schedule.solver(solver) if isinstance(solver, str) else solver
+    seed = _philox.draw_seed(generator) if x_init is None or noise is None else None
+    if _dispatch.choose("reverse_diffusion", available, backend) == "cpu":
+        return _run_native(
+            denoiser, table, state, x_init, noise, seed, noise_scale, clip, compute_dtype
+        )
+    action_dim = denoiser.action_dim if x_init is None else x_init.shape[1]
+    return reference.reverse_diffusion(
+        denoiser, table, state, action_dim, x_init, noise, seed, float(noise_scale), float(clip)
+    )
+
+
+def _run_native(
+    denoiser: Denoiser,
+    table: SolverTable,
+    state: Tensor,
+    x_init: Tensor | None,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    noise_scale: float,
+    clip: float,
+    compute_dtype: torch.dtype | None,
+) -> Tensor:
+    parameters = list(denoiser.parameters())
+    differentiable = [state, *parameters, *(t for t in (x_init, noise) if t is not None)]
+    actions, _ = native.chain(
+        state,
+        x_init,
+        noise,
+        seed,
+        parameters,
+        table.float32(),
+        _embeddings(table, denoiser.time_dim),
+        float(noise_scale),
+        float(clip),
+        denoiser.activation,
+        compute_dtype == torch.bfloat16,
+        torch.is_grad_enabled() and any(t.requires_grad for t in differentiable),
+    )
+    return actions
+
+
+@lru_cache(maxsize=256)
+def _embeddings(table: SolverTable, dim: int) -> Tensor:
+    """float32 ``[steps, dim]``: the time embedding of every executed step."""
+    from diffcore.nn import time_embedding
+
+    return time_embedding(table.timesteps, dim).to(torch.float32)
+
+
+def support(
+    denoiser: AnyDenoiser,
+    schedule: DiffusionSchedule,
+    state: Tensor,
+    *,
+    x_init: Tensor | None = None,
+    noise: Tensor | None = None,
+    noise_scale: float = 1.0,
+    clip: float = 1.0,
+    solver: str | SolverTable = "ddpm",
+    generator: torch.Generator | None = None,
+    compute_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> _dispatch.Support:
+    """Checks the arguments and says which backends can take them."""
+    from diffcore.nn import Denoiser
+
+    if not isinstance(schedule, DiffusionSchedule):
+        raise TypeError(f"schedule: expected a DiffusionSchedule, got {type(schedule).__name__}")
+    if not isinstance(solver, (str, SolverTable)):
+        raise TypeError(f"solver: expected a name or a SolverTable, got {type(solver).__name__}")
+    table = schedule.solver(solver) if isinstance(solver, str) else solver
+    if not callable(denoiser):
+        raise TypeError(f"denoiser: expected a Denoiser or a callable, got {type(denoiser).__name__}")
+    ours = isinstance(denoiser, Denoiser)
+    check_tensor("state", state, ("B", denoiser.state_dim if ours else "S"))
+    if x_init is None and not ours:
+        raise ValueError("x_init: a denoiser that isn't a diffcore.nn.Denoiser needs it given")
+    action_dim = denoiser.action_dim if ours else "A"
+    if x_init is not None:
+        check_tensor("x_init", x_init, (len(state), action_dim))
+        check_like("x_init", x_init, "state", state)
+        action_dim = x_init.shape[1]
+    if noise is not None:
+        check_tensor("noise", noise, (table.steps, len(state), action_dim))
+        check_like("noise", noise, "state", state)
+    check_number("noise_scale", noise_scale, least=0.0)
+    check_number("clip", clip, above=0.0, finite=False)
+    check_compute_dtype(compute_dtype)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+
+    if not ours:
+        return {"cpu": "the denoiser isn't a diffcore.nn.Denoiser", "reference": None}
+    parameters = list(denoiser.parameters())
+    if parameters[0].dtype != state.dtype:
+        raise TypeError(f"state: expected {parameters[0].dtype} like the denoiser, got {state.dtype}")
+    reason = _native.cannot_run(
+        [state, *parameters], denoiser.activation, denoiser.trunk.hidden_layers + 1
+    )
+    if reason is None and compute_dtype == torch.float64:
+        reason = "compute_dtype is float64"
+    return {"cpu": reason, "reference": None}

@@ -1,0 +1,283 @@
+"""The reverse chain on the CPU kernels, as a torch op with a backward op of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffcore.ops import _native
+from diffcore.ops._activations import ACTIVATIONS
+
+
+@torch.library.custom_op("diffcore::reverse_diffusion", mutates_args=(), device_types="cpu")
+def chain(
+    state: Tensor,
+    x_init: Tensor | None,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    parameters: list[Tensor],
+    coefficients: Tensor,
+    embedding: Tensor,
+    noise_scale: float,
+    clip: float,
+    activation: str,
+    bfloat16: bool,
+    keep_trajectory: bool,
+) -> tuple[Tensor, Tensor]:
+    """(actions ``[B, A]``, x before every step and at the end ``[steps + 1, B, A]`` or empty)."""
+    core = _native._core
+    parameters = [p.contiguous() for p in parameters]
+    state = state.contiguous()
+    x_init = None if x_init is None else x_init.contiguous()
+    noise = None if noise is None else noise.contiguous()
+    batch, steps = len(state), len(coefficients)
+    action_dim = len(parameters[-1])
+    actions = state.new_empty(batch, action_dim)
+    trajectory = state.new_empty(steps + 1 if keep_trajectory else 0, batch, action_dim)
+    if batch:
+        core.reverse_diffusion(
+            _native.addresses(parameters),
+            action_dim,
+            state.shape[1],
+            getattr(core.Activation, activation),
+            core.Precision.bfloat16 if bfloat16 else core.Precision.float32,
+            embedding.data_ptr(),
+            steps,
+            coefficients.data_ptr(),
+            batch,
+            state.data_ptr(),
+            _native.address(x_init),
+            _native.address(noise),
+            0 if seed is None else int(seed),
+            noise_scale,
+            clip,
+            trajectory.data_ptr() if keep_trajectory else 0,
+            actions.data_ptr(),
+            torch.get_num_threads(),
+        )
+    return actions, trajectory
+
+
+@chain.register_fake
+def _(
+    state: Tensor,
+    x_init: Tensor | None,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    parameters: list[Tensor],
+    coefficients: Tensor,
+    embedding: Tensor,
+    noise_scale: float,
+    clip: float,
+    activation: str,
+    bfloat16: bool,
+    keep_trajectory: bool,
+) -> tuple[Tensor, Tensor]:
+    action_dim = len(parameters[-1])
+    steps = len(coefficients) + 1 if keep_trajectory else 0
+    return (
+        state.new_empty(len(state), action_dim),
+        state.new_empty(steps, len(state), action_dim),
+    )
+
+
+@torch.library.custom_op("diffcore::reverse_diffusion_backward", mutates_args=(), device_types="cpu")
+def chain_backward(
+    grad_actions: Tensor,
+    trajectory: Tensor,
+    state: Tensor,
+    parameters: list[Tensor],
+    coefficients: Tensor,
+    embedding: Tensor,
+    noise_scale: float,
+    clip: float,
+    activation: str,
+    wants_noise: bool,
+) -> list[Tensor]:
+    """Gradients of [state, x_init, noise (empty unless wanted), *parameters].
+
+    Step by step backwards from the stored x: the denoiser is run again in float32, and its
+    vector-Jacobian product taken by hand.
+    """
+    steps, batch, action_dim = len(coefficients), len(state), grad_actions.shape[1]
+    function = ACTIVATIONS[activation]
+    state_offset = parameters[4].shape[1] - state.shape[1]
+    grads = [torch.zeros_like(p) for p in parameters]
+    grad_state = torch.zeros_like(state)
+    grad_noise = state.new_empty(steps if wants_noise else 0, batch, action_dim)
+
+    x_end = trajectory[steps]
+    grad_x = grad_actions * ((x_end >= -clip) & (x_end <= clip))
+    grad_x0_of_previous = torch.zeros_like(grad_x)
+    for i in range(steps - 1, -1, -1):
+        c0, c1, c2, c3, c4, c5, c6 = coefficients[i].tolist()
+        x = trajectory[i]
+
+        # eps = denoiser(x, state, t), keeping what the way back needs.
+        time_inputs, time_pre = _mlp(embedding[i : i + 1], parameters[:4], function.forward)
+        time_features = time_pre[-1].expand(batch, -1)
+        inputs, pre = _mlp(torch.cat([x, time_features, state], 1), parameters[4:], function.forward)
+        eps = pre[-1]
+
+        # x' = c2 clip(c0 x - c1 eps) + c3 x + c4 eps + c5 z + c6 x0'
+        if wants_noise:
+            grad_noise[i] = grad_x * (c5 * noise_scale)
+        unclipped = c0 * x - c1 * eps
+        inside = (unclipped >= -clip) & (unclipped <= clip)
+        grad_x0 = (c2 * grad_x + grad_x0_of_previous) * inside
+        grad_x0_of_previous = c6 * grad_x
+        grad_eps = c4 * grad_x - c1 * grad_x0
+        grad_x = c3 * grad_x + c0 * grad_x0
+
+        grad_input = _mlp_backward(grad_eps, inputs, pre, parameters[4:], function.backward, grads[4:])
+        grad_x = grad_x + grad_input[:, :action_dim]
+        grad_state += grad_input[:, state_offset:]
+        grad_time = grad_input[:, action_dim:state_offset].sum(0, keepdim=True)
+        _mlp_backward(
+            grad_time, time_inputs, time_pre, parameters[:4], function.backward, grads[:4]
+        )
+    return [grad_state, grad_x, grad_noise, *grads]
+
+
+def _mlp(x: Tensor, parameters: list[Tensor], activation: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """(inputs, pre-activations) of every layer; the last pre-activation is the output."""
+    inputs, pre = [], []
+    for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
+        if pre:
+            x = activation(pre[-1])
+        inputs.append(x)
+        pre.append(torch.addmm(bias, x, weight.T))
+    return inputs, pre
+
+
+def _mlp_backward(
+    grad: Tensor,
+    inputs: list[Tensor],
+    pre: list[Tensor],
+    parameters: list[Tensor],
+    activation_backward: Any,
+    grads: list[Tensor],
+) -> Tensor:
+    """Gradient at the input; parameter gradients are added to `grads`."""
+    for layer in range(len(pre) - 1, -1, -1):
+        if layer < len(pre) - 1:
+            grad = activation_backward(grad, pre[layer])
+        grads[2 * layer].addmm_(grad.T, inputs[layer])
+        grads[2 * layer + 1].add_(grad.sum(0))
+        grad = grad @ parameters[2 * layer]
+    return grad
+
+
+@chain_backward.register_fake
+def _(
+    grad_actions: Tensor,
+    trajectory: Tensor,
+    state: Tensor,
+    parameters: list[Tensor],
+    coefficients: Tensor,
+    embedding: Tensor,
+    noise_scale: float,
+    clip: float,
+    activation: str,
+    wants_noise: bool,
+) -> list[Tensor]:
+    steps = len(coefficients) if wants_noise else 0
+    return [
+        torch.empty_like(state),
+        torch.empty_like(grad_actions),
+        state.new_empty(steps, *grad_actions.shape),
+        *[torch.empty_like(p) for p in parameters],
+    ]
+
+
+def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError(
+        "reverse_diffusion: the CPU kernel has no second derivative; "
+        "pass backend='reference' to differentiate twice"
+    )
+
+
+chain_backward.register_autograd(_no_second_derivative)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    (state, x_init, noise, _seed, parameters, coefficients, embedding, *rest) = inputs
+    ctx.noise_scale, ctx.clip, ctx.activation, _bfloat16, ctx.keep_trajectory = rest
+    ctx.has_x_init, ctx.has_noise = x_init is not None, noise is not None
+    ctx.save_for_backward(output[1], state, coefficients, embedding, *parameters)
+
+
+def _backward(ctx: Any, grad_actions: Tensor, grad_trajectory: Tensor) -> Any:
+    if not ctx.keep_trajectory:
+        raise RuntimeError("reverse_diffusion: this call kept no trajectory to differentiate")
+    trajectory, state, coefficients, embedding, *parameters = ctx.saved_tensors
+    wants_noise = ctx.has_noise and ctx.needs_input_grad[2]
+    grad_state, grad_x, grad_noise, *grads = chain_backward(
+        grad_actions.contiguous(),
+        trajectory,
+        state,
+        parameters,
+        coefficients,
+        embedding,
+        ctx.noise_scale,
+        ctx.clip,
+        ctx.activation,
+        wants_noise,
+    )
+    return (
+        grad_state,
+        grad_x if ctx.has_x_init else None,
+        grad_noise if wants_noise else None,
+        None,
+        grads,
+        *[None] * 7,
+    )
+
+
+chain.register_autograd(_backward, setup_context=_setup_context)
+
+
+@chain.register_vmap
+def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    """Batched state, x_init and noise are folded into the rows; batched parameters run one by one."""
+    state_dim, x_dim, noise_dim, seed_dim, parameter_dims, *fixed_dims = in_dims
+    state, x_init, noise, seed, parameters, *fixed = args
+    size = info.batch_size
+    if any(d is not None for d in (seed_dim, *fixed_dims)):
+        raise ValueError("reverse_diffusion: vmap over the schedule or the seed isn't supported")
+
+    def front(value: Tensor | None, dim: int | None) -> Tensor | None:
+        if value is None:
+            return None
+        return value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+
+    state, x_init, noise = front(state, state_dim), front(x_init, x_dim), front(noise, noise_dim)
+    if all(d is None for d in parameter_dims):
+        rows = state.shape[1]
+        actions, trajectory = chain(
+            state.flatten(0, 1),
+            None if x_init is None else x_init.flatten(0, 1),
+            None if noise is None else noise.transpose(0, 1).flatten(1, 2),
+            seed,
+            parameters,
+            *fixed,
+        )
+        return (
+            (actions.unflatten(0, (size, rows)), trajectory.unflatten(1, (size, rows))),
+            (0, 1),
+        )
+    stacked = [front(p, d) for p, d in zip(parameters, parameter_dims, strict=True)]
+    results = [
+        chain(
+            state[i],
+            None if x_init is None else x_init[i],
+            None if noise is None else noise[i],
+            seed,
+            [p[i] for p in stacked if p is not None],
+            *fixed,
+        )
+        for i in range(size)
+    ]
+    return (torch.stack([a for a, _ in results]), torch.stack([t for _, t in results])), (0, 0)

@@ -1,0 +1,42 @@
+"""The reverse chain in eager PyTorch: the specification, and what runs where there is no kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffcore.ops import _philox
+from diffcore.ops.reverse_step.reference import reverse_step
+from diffcore.schedule import SolverTable
+
+
+def reverse_diffusion(
+    denoiser: Callable[[Tensor, Tensor, Tensor], Tensor],
+    table: SolverTable,
+    state: Tensor,
+    action_dim: int,
+    x_init: Tensor | None,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    noise_scale: float,
+    clip: float,
+) -> Tensor:
+    batch = len(state)
+
+    def draw(step: int) -> Tensor:
+        assert seed is not None
+        return _philox.normals(
+            seed, step, batch, action_dim, dtype=state.dtype, device=state.device
+        )
+
+    x = draw(0) if x_init is None else x_init
+    x0 = torch.zeros_like(x)
+    for i in range(table.steps):
+        t = table.timesteps[i].to(state.device).expand(batch)
+        z = draw(i + 1) if noise is None else noise[i]
+        x, x0 = reverse_step(
+            x, denoiser(x, state, t), table.coefficients[i], z, x0, noise_scale, clip
+        )
+    return x.clamp(-clip, clip)

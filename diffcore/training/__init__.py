@@ -1,0 +1,36 @@
+"""Training runs: the loop, replay, evaluation, checkpoints and logs around any agent."""
+
+from diffcore.training.config import TrainConfig
+from diffcore.training.errors import (
+    CheckpointError,
+    ConfigError,
+    EnvironmentProblem,
+    RunError,
+    TrainingError,
+    WriteError,
+)
+from diffcore.training.evaluation import Evaluation, Evaluator
+from diffcore.training.loop import Trainer, TrainResult, load_agent, resume, train
+from diffcore.training.registry import AGENTS, Agent, AgentConfig
+from diffcore.training.replay import ReplayBuffer
+
+__all__ = [
+    "AGENTS",
+    "Agent",
+    "AgentConfig",
+    "CheckpointError",
+    "ConfigError",
+    "EnvironmentProblem",
+    "Evaluation",
+    "Evaluator",
+    "ReplayBuffer",
+    "RunError",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "TrainingError",
+    "WriteError",
+    "load_agent",
+    "resume",
+    "train",
+]

@@ -1,0 +1,113 @@
+"""What can be set about a training run, beside the agent's own hyper-parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from diffcore.training.errors import ConfigError
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training run.
+
+    Raises:
+        ConfigError: if a value lies outside its range.
+    """
+
+    env: str
+    """Gymnasium id. Your own: "module:Id", where importing the module registers the id."""
+    seed: int = 0
+    """Seed of everything random."""
+    total_steps: int = 1_000_000
+    """Environment steps to train for, summed over the environments."""
+    num_envs: int = 1
+    """Environments stepped together, in this process."""
+    max_episode_steps: int | None = None
+    """Time limit of an episode. None keeps the environment's own."""
+    updates_per_step: float = 1.0
+    """Agent updates per environment step, once the random start is over."""
+    device: str = "cpu"
+    """Torch device of the agent and its replay buffer, such as cpu or cuda."""
+    threads: int | None = None
+    """Torch's CPU threads. None leaves torch's choice."""
+    eval_interval: int = 10_000
+    """Environment steps between evaluations. The last step is always evaluated."""
+    eval_episodes: int = 10
+    """Episodes per evaluation."""
+    eval_deterministic: bool = False
+    """Evaluate with a deterministic policy, instead of the agent's usual evaluation form."""
+    log_interval: int = 1_000
+    """Environment steps between rows of progress.csv."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints. One is always written at the end and at Ctrl-C."""
+    tensorboard: bool = True
+    """Write TensorBoard logs too."""
+    runs_dir: Path = Path("runs")
+    """The run is written to RUNS_DIR/ENV/AGENT-MODE-sSEED-TIME."""
+    run_dir: Path | None = None
+    """Write the run to this new directory instead."""
+
+    def __post_init__(self) -> None:
+        if not self.env:
+            raise ConfigError("env must be the id of an environment, got an empty string")
+        _check_integer("seed", self.seed, at_least=0)
+        for name in ("total_steps", "num_envs", "eval_interval", "eval_episodes", "log_interval"):
+            _check_integer(name, getattr(self, name), at_least=1)
+        for name in ("threads", "max_episode_steps"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), at_least=1)
+        _check_number("updates_per_step", self.updates_per_step, at_least=0.0)
+        _check_number("checkpoint_minutes", self.checkpoint_minutes, at_least=0.0)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain data, fit for JSON and for a checkpoint."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in dataclasses.asdict(config).items()
+    }
+
+
+def from_dict(config_type: type[C], values: dict[str, Any]) -> C:
+    """The inverse of :func:`to_dict`.
+
+    Raises:
+        ConfigError: if fields are missing, unknown or out of range.
+    """
+    types = get_type_hints(config_type)
+    unknown = sorted(values.keys() - types.keys())
+    if unknown:
+        raise ConfigError(f"{config_type.__name__} has no fields {unknown}")
+    converted = {
+        name: Path(value) if value is not None and _holds_path(types[name]) else value
+        for name, value in values.items()
+    }
+    try:
+        return config_type(**converted)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"not a {config_type.__name__}: {error}") from error
+
+
+def _holds_path(annotation: Any) -> bool:
+    return Path in (annotation, *get_args(annotation))
+
+
+def _check_integer(name: str, value: object, *, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
+    if value < at_least:
+        raise ConfigError(f"{name} must be at least {at_least}, got {value}")
+
+
+def _check_number(name: str, value: object, *, at_least: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    if not (math.isfinite(value) and value >= at_least):
+        raise ConfigError(f"{name} must be finite and at least {at_least:g}, got {value}")

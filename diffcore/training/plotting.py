@@ -1,0 +1,199 @@
+"""Pictures of runs: learning curves, and the paper's views of a policy on the multi-goal toy."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from diffcore.envs.multigoal import BOUND, GOALS
+from diffcore.training.errors import RunError, WriteError
+from diffcore.training.files import write_atomically
+from diffcore.training.logging import read_series
+from diffcore.training.registry import Agent
+from diffcore.training.run_directory import RunDirectory
+
+Array = np.ndarray[Any, Any]
+
+
+def plot_learning_curves(runs: list[Path], output: Path) -> None:
+    """Evaluation return over environment steps, one panel per environment.
+
+    Runs that differ only in their seed make one curve: the mean, with a band of one standard
+    deviation, over the steps that all of them have evaluated.
+
+    Args:
+        runs: run directories; at least one.
+        output: a picture file whose kind matplotlib knows, such as .png or .pdf.
+
+    Raises:
+        RunError: if a directory isn't a run, or has no evaluations yet.
+        WriteError: if the picture can't be written.
+    """
+    groups: dict[str, dict[str, list[tuple[list[int], list[float]]]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for path in runs:
+        environment, label, series = _learning_curve(path)
+        groups[environment][label].append(series)
+
+    figure = Figure(figsize=(6.0 * len(groups), 4.0), layout="constrained")
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, (environment, curves) in zip(panels, sorted(groups.items()), strict=True):
+        for label, seeds in sorted(curves.items()):
+            steps, returns = common_steps(seeds)
+            mean, std = returns.mean(axis=0), returns.std(axis=0)
+            name = label if len(seeds) == 1 else f"{label} ({len(seeds)} seeds)"
+            (line,) = axes.plot(steps, mean, label=name, marker="." if len(steps) == 1 else None)
+            if len(seeds) > 1:
+                axes.fill_between(
+                    steps, mean - std, mean + std, color=line.get_color(), alpha=0.25, lw=0
+                )
+        axes.set(title=environment, xlabel="environment steps", ylabel="evaluation return")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    _save(figure, output)
+
+
+def common_steps(
+    series: list[tuple[list[int], list[float]]],
+) -> tuple[list[int], Array]:
+    """Bring curves onto the steps they share.
+
+    Args:
+        series: steps and values of each curve.
+
+    Returns:
+        The ``T`` shared steps, and values ``[len(series), T]``.
+
+    Raises:
+        RunError: if they share none.
+    """
+    curves = [dict(zip(steps, values, strict=True)) for steps, values in series]
+    shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+    if not shared:
+        raise RunError("runs of one group have no evaluated step in common")
+    return shared, np.array([[curve[step] for step in shared] for curve in curves])
+
+
+def _learning_curve(path: Path) -> tuple[str, str, tuple[list[int], list[float]]]:
+    """A run's environment, the name of its curve, and the curve."""
+    run = RunDirectory.open(path)
+    config = run.read_config()
+    if not run.evaluations.is_file():
+        raise RunError(f"{path} has no evaluations yet")
+    mode = config["agent_config"].get("mode")
+    label = f"{config['agent']} ({mode})" if mode else str(config["agent"])
+    return str(config["train"]["env"]), label, read_series(run.evaluations, "mean_return")
+
+
+def sample_grid_actions(agent: Agent, samples: int, *, seed: int, device: str) -> tuple[Array, Array]:
+    """Draw actions of the policy at the 7 x 7 states {-3, ..., 3}^2 of the multi-goal toy.
+
+    Args:
+        agent: trained on the multi-goal toy.
+        samples: actions per state.
+        seed: of the samples.
+        device: the agent's.
+
+    Returns:
+        States and actions, each ``[49 * samples, 2]``.
+    """
+    ticks = np.arange(-3.0, 4.0, dtype=np.float32)
+    grid = np.stack(np.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
+    states = np.repeat(grid, samples, axis=0)
+    generator = torch.Generator(device).manual_seed(seed)
+    actions = agent.act(
+        torch.from_numpy(states).to(device), explore=True, generator=generator
+    )
+    return states, actions.cpu().numpy()
+
+
+def plot_multigoal_actions(
+    agent: Agent, output: Path, *, samples: int = 20, seed: int = 0, device: str = "cpu"
+) -> None:
+    """The paper's 2D picture: the policy's actions as arrows from the grid {-3, ..., 3}^2.
+
+    Args:
+        agent: trained on the multi-goal toy.
+        output: the picture file.
+        samples: arrows per state; a policy of several modes shows them all.
+        seed: of the samples.
+        device: the agent's.
+
+    Raises:
+        WriteError: if the picture can't be written.
+    """
+    states, actions = sample_grid_actions(agent, samples, seed=seed, device=device)
+    figure = Figure(figsize=(6.0, 6.0), layout="constrained")
+    axes = figure.subplots()
+    # Half the length drawn, so that arrows of neighbouring states don't run into each other.
+    axes.quiver(
+        *states.T, *(0.5 * actions.T), angles="xy", scale_units="xy", scale=1.0,
+        width=0.002, color="tab:blue", alpha=0.6,
+    )  # fmt: skip
+    axes.plot(*GOALS.T, "*", color="tab:red", markersize=16)
+    axes.set(xlim=(-BOUND, BOUND), ylim=(-BOUND, BOUND), aspect="equal", xlabel="x", ylabel="y")
+    axes.set_title(f"{samples} actions per state")
+    _save(figure, output)
+
+
+def multigoal_q(agent: Agent, points: int, *, seed: int, device: str) -> tuple[Array, Array, Array]:
+    """Q along the policy over the multi-goal toy's whole arena.
+
+    Args:
+        agent: trained on the toy; its ``critic(state, action)`` returns (q1, q2), ``[B, 1]`` each.
+        points: states per axis.
+        seed: of the actions.
+        device: the agent's.
+
+    Returns:
+        x, y and min(Q1, Q2)(s, a) with one a drawn from the policy at each s, ``[points, points]``
+        each.
+
+    Raises:
+        RunError: if the agent has no critic.
+    """
+    critic = getattr(agent, "critic", None)
+    if critic is None:
+        raise RunError(f"{type(agent).__name__} has no critic whose Q could be drawn")
+    ticks = np.linspace(-BOUND, BOUND, points, dtype=np.float32)
+    x, y = np.meshgrid(ticks, ticks)
+    states = torch.from_numpy(np.stack([x, y], axis=-1).reshape(-1, 2)).to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        actions = agent.act(states, explore=True, generator=generator)
+        q = torch.minimum(*critic(states, actions))
+    return x, y, q.reshape(points, points).cpu().numpy()
+
+
+def plot_multigoal_q(
+    agent: Agent, output: Path, *, points: int = 100, seed: int = 0, device: str = "cpu"
+) -> None:
+    """The paper's 3D picture: Q as a surface over the arena. See :func:`multigoal_q`.
+
+    Raises:
+        RunError: if the agent has no critic.
+        WriteError: if the picture can't be written.
+    """
+    x, y, q = multigoal_q(agent, points, seed=seed, device=device)
+    figure = Figure(figsize=(7.0, 6.0), layout="constrained")
+    axes: Any = figure.add_subplot(projection="3d")
+    axes.plot_surface(x, y, q, cmap="viridis", rcount=points, ccount=points, linewidth=0)
+    axes.set(xlabel="x", ylabel="y", zlabel="Q")
+    _save(figure, output)
+
+
+def _save(figure: Figure, output: Path) -> None:
+    FigureCanvasAgg(figure)
+    kind = output.suffix.lstrip(".")
+    if kind not in figure.canvas.get_supported_filetypes():
+        known = ", ".join(sorted(figure.canvas.get_supported_filetypes()))
+        raise WriteError(f"can't write a picture {output}: its ending must be one of {known}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, lambda file: figure.savefig(file, format=kind, dpi=150))

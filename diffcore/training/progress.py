@@ -1,0 +1,116 @@
+"""What a run shows while it goes: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+
+class ProgressDisplay:
+    """Step, returns, speed and time left. Use as a context manager.
+
+    Args:
+        console: where to; a live line is shown only if it is a terminal.
+        first_step: where this process starts; speed is measured from here.
+        total_steps: where it ends.
+    """
+
+    def __init__(self, console: Console, first_step: int, total_steps: int) -> None:
+        self._console = console
+        self._first_step = first_step
+        self._total_steps = total_steps
+        self._started = time.monotonic()
+        self._last_return: float | None = None
+        self._evaluation: float | None = None
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        if console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.completed:>9,}/{task.total:,}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}"),
+                console=console,
+                refresh_per_second=4,
+            )
+            self._task = self._progress.add_task("", total=total_steps, completed=first_step)
+
+    def __enter__(self) -> ProgressDisplay:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def episode(self, episode_return: float) -> None:
+        """An episode of training ended."""
+        self._last_return = episode_return
+
+    def evaluated(self, step: int, mean_return: float, std_return: float) -> None:
+        """An evaluation ended."""
+        self._evaluation = mean_return
+        if self._progress is None:
+            self._print(f"step {step:,}: evaluation return {mean_return:.1f} ± {std_return:.1f}")
+
+    def step(self, step: int) -> None:
+        """Training reached ``step``. Cheap enough to call at every one."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, description=self._status(step))
+
+    def line(self, step: int) -> None:
+        """Print a plain line, unless there is a live one."""
+        if self._progress is None:
+            self._print(f"step {step:,}/{self._total_steps:,}  {self._status(step)}")
+
+    def message(self, text: str) -> None:
+        """Print something that stays."""
+        self._print(text)
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        self._print(f"[bold yellow]warning:[/] {escape(text)}", markup=True)
+
+    def steps_per_second(self, step: int) -> float:
+        """Mean speed of this process so far."""
+        return (step - self._first_step) / max(time.monotonic() - self._started, 1e-9)
+
+    def seconds(self) -> float:
+        """Seconds since this process started training."""
+        return time.monotonic() - self._started
+
+    def _status(self, step: int) -> str:
+        speed = self.steps_per_second(step)
+        left = (self._total_steps - step) / speed if speed > 0 else None
+        return "  ".join(
+            [
+                f"return {_number(self._last_return)}",
+                f"eval {_number(self._evaluation)}",
+                f"{speed:,.1f} steps/s",
+                f"{_duration(left)} left",
+            ]
+        )
+
+    def _print(self, text: str, *, markup: bool = False) -> None:
+        self._console.print(text, markup=markup, highlight=False, soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}"

@@ -1,0 +1,140 @@
+"""Where a run keeps its files.
+
+==================  =====================================================================
+config.json         what was set, and the versions of everything
+progress.csv        training: one row per ``log_interval``
+evaluations.csv     one row per evaluation
+timing.csv          clock readings; kept apart, so that equal runs have equal CSV files
+tensorboard/        all of that for TensorBoard
+checkpoint.pt       everything needed to continue
+weights.safetensors the policy's weights, written at the end
+==================  =====================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import sys
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from diffcore.training.config import TrainConfig, to_dict
+from diffcore.training.errors import RunError
+from diffcore.training.files import write_atomically
+from diffcore.training.registry import AgentConfig, agent_name
+
+
+class RunDirectory:
+    """The paths of one run.
+
+    Args:
+        path: the directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.progress = path / "progress.csv"
+        self.evaluations = path / "evaluations.csv"
+        self.timing = path / "timing.csv"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoint = path / "checkpoint.pt"
+        self.weights = path / "weights.safetensors"
+
+    @classmethod
+    def create(cls, config: TrainConfig, agent_config: AgentConfig) -> RunDirectory:
+        """Make a new directory, named after the run, and write config.json into it.
+
+        Raises:
+            RunError: if the directory exists already or can't be made.
+        """
+        path = config.run_dir or config.runs_dir / _relative_path(config, agent_config)
+        try:
+            path.mkdir(parents=True, exist_ok=False)
+        except FileExistsError as error:
+            raise RunError(
+                f"{path} exists already and is never overwritten; "
+                f"to go on with that run: diffcore train --resume {path}"
+            ) from error
+        except OSError as error:
+            raise RunError(f"can't make the run directory {path}: {error}") from error
+        run = cls(path)
+        run.write_config(config, agent_config)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """An existing run.
+
+        Raises:
+            RunError: if ``path`` isn't one.
+        """
+        run = cls(path)
+        if not path.is_dir():
+            raise RunError(f"there is no run directory {path}")
+        if not run.config.is_file():
+            raise RunError(f"{path} isn't a run directory: it has no config.json")
+        return run
+
+    def write_config(self, config: TrainConfig, agent_config: AgentConfig) -> None:
+        """Write config.json."""
+        contents = {
+            "agent": agent_name(agent_config),
+            "train": to_dict(config),
+            "agent_config": to_dict(agent_config),
+            "command": sys.argv,
+            "versions": _versions(),
+        }
+        text = json.dumps(contents, indent=2) + "\n"
+        write_atomically(self.config, lambda file: file.write(text.encode()))
+
+    def read_config(self) -> dict[str, Any]:
+        """What config.json holds: ``agent``, ``train`` and ``agent_config`` among others.
+
+        Raises:
+            RunError: if it can't be read.
+        """
+        try:
+            contents = json.loads(self.config.read_text())
+        except (OSError, ValueError) as error:
+            raise RunError(f"can't read {self.config}: {error}") from error
+        required = ("agent", "train", "agent_config")
+        if not isinstance(contents, dict) or any(key not in contents for key in required):
+            raise RunError(f"{self.config} lacks one of {list(required)}")
+        return contents
+
+    def lock(self) -> FileLock:
+        """Take the run for this process, until the lock is released.
+
+        Raises:
+            RunError: if another process is training in it.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunError(f"another process is training in {self.path}") from error
+        return lock
+
+
+def _relative_path(config: TrainConfig, agent_config: AgentConfig) -> Path:
+    time = datetime.now().strftime("%Y%m%d-%H%M%S")
+    parts = [agent_name(agent_config), getattr(agent_config, "mode", None), f"s{config.seed}", time]
+    environment = re.sub(r"[^A-Za-z0-9._-]+", "-", config.env)
+    return Path(environment) / "-".join(part for part in parts if part)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("diffcore", "torch", "gymnasium", "mujoco", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions

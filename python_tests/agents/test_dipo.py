@@ -1,0 +1,777 @@
+"""DIPO against the released code's recorded updates, and each of its promises one by one."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffcore.agents import DIPO, MODES, Batch, DIPOConfig, DiffusionPolicy, ModeSwitches
+from diffcore.agents.optimization import ema_update_, gradient_step, make_adam
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+OBSERVATION_DIM, ACTION_DIM = 4, 2
+SWITCHES = [field.name for field in dataclasses.fields(ModeSwitches)]
+
+
+def small_config(**changes: Any) -> DIPOConfig:
+    small = {
+        "hidden_dim": 32,
+        "diffusion_steps": 5,
+        "batch_size": 16,
+        "action_gradient_steps": 3,
+    }
+    return DIPOConfig(**{**small, **changes})
+
+
+def make_agent(*, seed: int = 0, **changes: Any) -> DIPO:
+    return DIPO(OBSERVATION_DIM, ACTION_DIM, small_config(**changes), seed=seed)
+
+
+class TensorReplay:
+    """The replay protocol over plain tensors; remembers what was drawn and written."""
+
+    def __init__(self, **columns: Tensor) -> None:
+        self.columns = columns
+        self.columns.setdefault("best_action", columns["action"].clone())
+        self.drawn: list[Batch] = []
+        self.written: list[tuple[str, Tensor, Tensor]] = []
+
+    @classmethod
+    def random(cls, rows: int = 64, seed: int = 1) -> TensorReplay:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(width: int) -> Tensor:
+            return torch.randn(rows, width, generator=generator)
+
+        return cls(
+            state=normal(OBSERVATION_DIM),
+            action=normal(ACTION_DIM).clamp(-1, 1),
+            reward=normal(1),
+            next_state=normal(OBSERVATION_DIM),
+            mask=(normal(1) > -1).float(),
+        )
+
+    def next_index(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(len(self.columns["state"]), (batch_size,), generator=generator)
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
+        index = self.next_index(batch_size, generator)
+        columns = {name: column[index] for name, column in self.columns.items()}
+        self.drawn.append(Batch(index=index, **columns))
+        return self.drawn[-1]
+
+    def set_action(self, index: Tensor, action: Tensor) -> None:
+        self.written.append(("action", index, action))
+        self.columns["action"][index] = action
+
+    def set_best_action(self, index: Tensor, action: Tensor) -> None:
+        self.written.append(("best_action", index, action))
+        self.columns["best_action"][index] = action
+
+
+# ---------------------------------------------------------------- the released code's updates
+
+
+class RecordedReplay(TensorReplay):
+    """Draws the recorded batches: critic's, then actor's, update after update."""
+
+    def __init__(self, indices: list[Tensor], **columns: Tensor) -> None:
+        super().__init__(**columns)
+        self.indices = iter(indices)
+
+    def next_index(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        return next(self.indices)
+
+
+def linear_layers(golden: dict[str, Tensor], prefix: str, part: str) -> list[Tensor]:
+    """Recorded weight, bias, weight, ... of one MLP from input to output."""
+    positions = {int(k.split("_")[-2]) for k in golden if k.startswith(f"{prefix}__{part}_")}
+    assert positions
+    return [
+        golden[f"{prefix}__{part}_{position}_{kind}"]
+        for position in sorted(positions)
+        for kind in ("weight", "bias")
+    ]
+
+
+def recorded_parameters(golden: dict[str, Tensor], prefix: str) -> list[Tensor]:
+    parts = ("model_time_mlp", "model_layer") if "actor" in prefix else ("q1_model", "q2_model")
+    return [tensor for part in parts for tensor in linear_layers(golden, prefix, part)]
+
+
+@torch.no_grad()
+def load_parameters(module: nn.Module, values: list[Tensor]) -> None:
+    for parameter, value in zip(module.parameters(), values, strict=True):
+        assert parameter.shape == value.shape
+        parameter.copy_(value)
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Tensor]:
+    with np.load(GOLDEN / "dipo_update_halfcheetah.npz") as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+def replay_recorded_updates(
+    golden: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, **changes: Any
+) -> tuple[DIPO, RecordedReplay]:
+    """Run the recorded updates through ``DIPO.update``, with everything it draws replaced."""
+    config = DIPOConfig(
+        diffusion_steps=int(golden["K"]), batch_size=32, **{"mode": "official", **changes}
+    )
+    agent = DIPO(17, 6, config, seed=0)
+    for module in (agent.actor, agent.actor_target):
+        load_parameters(module, recorded_parameters(golden, "actor0"))
+    for module in (agent.critic, agent.critic_target):
+        load_parameters(module, recorded_parameters(golden, "critic0"))
+
+    recorded_indices = zip(golden["critic_idx"], golden["diffusion_idx"], strict=True)
+    replay = RecordedReplay(
+        indices=[index for update in recorded_indices for index in update],
+        state=golden["state"],
+        action=golden["action"].clone(),
+        reward=golden["reward"],
+        next_state=golden["next_state"],
+        mask=golden["mask"] / config.gamma,  # the released code stores gamma * mask
+    )
+    chain = zip(golden["x_T"], golden["z"], strict=True)
+    levels = zip(golden["t"], golden["loss_noise"], strict=True)
+    sample, loss = agent.actor_target.sample, agent.actor.loss
+
+    def recorded_sample(observation: Tensor, *, explore: bool, generator: object) -> Tensor:
+        x_init, noise = next(chain)
+        return sample(observation, explore=explore, x_init=x_init, noise=noise)
+
+    def recorded_loss(observation: Tensor, action: Tensor, *, generator: object) -> Tensor:
+        t, noise = next(levels)
+        return loss(observation, action, t=t, noise=noise)
+
+    monkeypatch.setattr(agent.actor_target, "sample", recorded_sample)
+    monkeypatch.setattr(agent.actor, "loss", recorded_loss)
+    for _ in range(int(golden["n_updates"])):
+        agent.update(replay)
+    return agent, replay
+
+
+def largest_errors(agent: DIPO, golden: dict[str, Tensor]) -> dict[str, float]:
+    """Largest error of each network's parameters; of large tensors 8 rows were recorded."""
+    networks = {
+        "actor": agent.actor,
+        "actor_target": agent.actor_target,
+        "critic": agent.critic,
+        "critic_target": agent.critic_target,
+    }
+    return {
+        name: max(
+            float((ours.detach()[: len(recorded)] - recorded).abs().max())
+            for ours, recorded in zip(
+                network.parameters(), recorded_parameters(golden, f"{name}N"), strict=True
+            )
+        )
+        for name, network in networks.items()
+    }
+
+
+# How far five updates moved the networks is 1.5e-3, and the targets 2e-5.
+TOLERANCE = {"actor": 1e-5, "actor_target": 1e-6, "critic": 1e-5, "critic_target": 1e-6}
+
+
+def test_official_mode_repeats_the_released_codes_updates(
+    golden: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent, replay = replay_recorded_updates(golden, monkeypatch)
+    errors = largest_errors(agent, golden)
+    assert all(errors[name] <= TOLERANCE[name] for name in errors), errors
+    assert torch.equal(replay.columns["best_action"], golden["diffusion_actions_after"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "network"),
+    [
+        ({"mode": "fixed"}, "actor"),  # batches overlap: stored actions are improved twice
+        ({"update_actor_target_every": 2}, "actor_target"),
+        ({"noise_ratio": 0.5}, "critic"),
+        ({"action_gradient_steps": 19}, "actor"),
+        ({"adam_eps": 1e-8}, "critic"),
+        ({"tau": 0.004}, "critic_target"),
+    ],
+)
+def test_the_recorded_updates_tell_other_settings_apart(
+    golden: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    network: str,
+) -> None:
+    agent, _ = replay_recorded_updates(golden, monkeypatch, **changes)
+    assert largest_errors(agent, golden)[network] > 4 * TOLERANCE[network]
+
+
+# ---------------------------------------------------------------- modes, switch by switch
+
+
+@pytest.mark.parametrize(
+    ("mode", "store", "overwrite", "optimizer", "resample", "bootstrap"),
+    [
+        ("fixed", True, False, "adam", False, True),
+        ("official", False, False, "adam", False, False),
+        ("paper", True, True, "sgd", True, True),
+    ],
+)
+def test_mode_table(
+    mode: str, store: bool, overwrite: bool, optimizer: str, resample: bool, bootstrap: bool
+) -> None:
+    agent = make_agent(mode=mode)
+    values = dict(zip(SWITCHES, (store, overwrite, optimizer, resample, bootstrap), strict=True))
+    assert dataclasses.asdict(agent.switches) == values
+    assert agent.bootstrap_truncated is bootstrap
+
+
+def make_agent_with(switches: dict[str, Any], **changes: Any) -> DIPO:
+    agent = make_agent(**changes)
+    agent.switches = dataclasses.replace(MODES["fixed"], **switches)
+    return agent
+
+
+def replay_with_own_best_actions() -> TensorReplay:
+    replay = TensorReplay.random()
+    replay.columns["best_action"] = -replay.columns["action"]
+    return replay
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_switch_store_improved_actions(store: bool) -> None:
+    replay = replay_with_own_best_actions()
+    before = copy.deepcopy(replay.columns)
+    make_agent_with({"store_improved_actions": store}).update(replay)
+    assert len(replay.written) == store
+    changed = {name for name in before if not torch.equal(before[name], replay.columns[name])}
+    assert changed == ({"best_action"} if store else set())
+    if store:
+        column, index, _ = replay.written[0]
+        assert column == "best_action"
+        assert torch.equal(index, replay.drawn[1].index)
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_switch_overwrite_replay(overwrite: bool) -> None:
+    replay = replay_with_own_best_actions()
+    agent = make_agent_with({"overwrite_replay": overwrite}, action_lr=0.001)
+    agent.update(replay)
+    [(column, _, improved)] = replay.written
+    assert column == ("action" if overwrite else "best_action")
+    # Three steps of at most lr: the improved actions show where the improvement started.
+    start = getattr(replay.drawn[1], column)
+    assert 0 < float((improved - start).abs().max()) <= 0.0031
+
+
+def test_switch_action_optimizer_sgd_is_equation_15() -> None:
+    agent = make_agent_with(
+        {"action_optimizer": "sgd"},
+        action_gradient_steps=1,
+        action_lr=10.0,
+        action_grad_norm_ratio=1e-6,  # sgd ignores it
+    )
+    batch = TensorReplay.random().sample(16, agent.generator)
+    action = batch.best_action.clone().requires_grad_()
+    q = torch.minimum(*agent.critic(batch.state, action)).sum()
+    [gradient] = torch.autograd.grad(q, action)
+    expected = (batch.best_action + 10.0 * gradient).clamp(-1, 1)
+    torch.testing.assert_close(agent.improve_actions(batch), expected, atol=1e-6, rtol=0)
+    assert float(gradient.abs().max()) > 1e-4
+
+
+def test_switch_action_optimizer_adam_cuts_the_norm_of_the_whole_batch() -> None:
+    eps, lr, ratio = 1e-4, 0.01, 1e-4
+    config = {"action_gradient_steps": 1, "action_lr": lr, "adam_eps": eps}
+    agent = make_agent(action_grad_norm_ratio=ratio, **config)
+    batch = TensorReplay.random().sample(16, agent.generator)
+    action = batch.best_action.clone().requires_grad_()
+    q = torch.minimum(*agent.critic(batch.state, action)).sum()
+    [gradient] = torch.autograd.grad(q, action)
+    assert float(gradient.norm()) > 4 * ratio * ACTION_DIM
+
+    def after_first_adam_step(gradient: Tensor) -> Tensor:
+        """From zero moments: lr * g / (|g| + eps)."""
+        return (batch.best_action + lr * gradient / (gradient.abs() + eps)).clamp(-1, 1)
+
+    expected = after_first_adam_step(gradient * (ratio * ACTION_DIM / gradient.norm()))
+    torch.testing.assert_close(agent.improve_actions(batch), expected, atol=1e-6, rtol=0)
+
+    uncut = make_agent(action_grad_norm_ratio=0.0, **config)
+    expected = after_first_adam_step(gradient)
+    torch.testing.assert_close(uncut.improve_actions(batch), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("resample", [True, False])
+def test_switch_resample_actor_batch(
+    resample: bool, overwrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = make_agent_with({"resample_actor_batch": resample, "overwrite_replay": overwrite})
+    replay = TensorReplay.random()
+    fitted: list[tuple[Tensor, Tensor]] = []
+    loss = agent.actor.loss
+
+    def remember(observation: Tensor, action: Tensor, **keywords: Any) -> Tensor:
+        fitted.append((observation, action))
+        return loss(observation, action, **keywords)
+
+    monkeypatch.setattr(agent.actor, "loss", remember)
+    agent.update(replay)
+    [(column, _, improved)] = replay.written
+    [(observation, action)] = fitted
+    assert len(replay.drawn) == (3 if resample else 2)
+    assert torch.equal(observation, replay.drawn[-1].state)
+    # The third batch is drawn after the write, so it can hold improved actions as well.
+    expected = replay.columns[column][replay.drawn[-1].index] if resample else improved
+    assert torch.equal(action, expected)
+
+
+def test_overwriting_without_storing_is_refused() -> None:
+    with pytest.raises(ValueError, match="store_improved_actions"):
+        dataclasses.replace(MODES["paper"], store_improved_actions=False)
+
+
+# ---------------------------------------------------------------- updates
+
+
+def test_one_critic_step_follows_its_equation() -> None:
+    agent = make_agent(gamma=0.9)
+    agent.critic_target.load_state_dict(make_agent(seed=5).critic.state_dict())
+    batch = TensorReplay.random().sample(16, agent.generator)
+    next_action = batch.action.flip(0)
+    twin = copy.deepcopy(agent.critic)
+
+    q_next = torch.minimum(*agent.critic_target(batch.next_state, next_action))
+    target = (batch.reward + 0.9 * batch.mask * q_next).detach()
+    loss = sum(((q - target) ** 2).mean() for q in twin(batch.state, batch.action))
+    optimizer = torch.optim.Adam(twin.parameters(), lr=3e-4, eps=1e-5)
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(twin.parameters(), 2.0)
+    optimizer.step()
+
+    metrics = agent.update_critic(batch, next_action)
+    torch.testing.assert_close(metrics["critic_loss"], loss.detach())
+    torch.testing.assert_close(metrics["critic_grad_norm"], grad_norm)
+    for ours, theirs in zip(agent.critic.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 0.0])
+def test_gradient_step_cuts_the_joint_norm(max_norm: float) -> None:
+    first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = make_adam([first, second], lr=1.0, eps=1.0)
+    norm = gradient_step((3 * first + 4 * second).sum(), optimizer, max_norm)
+    assert float(norm) == pytest.approx(5.0)
+    scale = max_norm / 5 if max_norm else 1.0
+    for parameter, slope in ((first, 3.0), (second, 4.0)):
+        expected = -slope * scale / (slope * scale + 1)  # Adam's first step with eps = 1
+        assert float(parameter.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_parameter_write_is_visible_to_version_counters() -> None:
+    """The ops repack weights when a version moves; torch's fused Adam doesn't move it."""
+    agent = make_agent()
+    networks = (agent.actor, agent.critic, agent.actor_target, agent.critic_target)
+    parameters = [parameter for network in networks for parameter in network.parameters()]
+    before = [parameter._version for parameter in parameters]
+    agent.update(TensorReplay.random())
+    assert all(p._version > version for p, version in zip(parameters, before, strict=True))
+
+
+def test_ema_moves_by_tau() -> None:
+    target, source = nn.Linear(3, 2), nn.Linear(3, 2)
+    expected = 0.9 * target.weight.detach() + 0.1 * source.weight.detach()
+    ema_update_(target, source, 0.1)
+    torch.testing.assert_close(target.weight.detach(), expected)
+    assert target.weight.requires_grad
+
+
+def test_target_actor_moves_in_every_nth_update() -> None:
+    agent = make_agent(update_actor_target_every=3)
+    replay = TensorReplay.random()
+    moved = []
+    for _ in range(7):
+        before = copy.deepcopy(agent.actor_target)
+        agent.update(replay)
+        pairs = zip(before.parameters(), agent.actor_target.parameters(), strict=True)
+        moved.append(any(not torch.equal(old, new) for old, new in pairs))
+    assert moved == [True, False, False, True, False, False, True]
+
+
+class HostReads(TorchDispatchMode):
+    """Collects the operators that hand a tensor's value to Python, which wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero"):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy", ["diffusion", "mlp", "vae"])
+def test_update_reads_no_value_on_the_host(policy: str) -> None:
+    agent, replay = make_agent(policy=policy), TensorReplay.random()
+    agent.update(replay)  # what is built once may be read
+    with HostReads() as reads:
+        float(torch.ones(()))
+        metrics = agent.update(replay)
+    assert reads.seen == ["aten._local_scalar_dense.default"]  # the one above: the probe works
+    assert all(isinstance(value, Tensor) and value.ndim == 0 for value in metrics.values())
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("policy", "mode", "largest_error"),
+    [
+        ("diffusion", "fixed", 0.2),
+        ("mlp", "fixed", 0.2),
+        ("vae", "fixed", 0.2),
+        ("diffusion", "official", 0.4),
+        # Algorithm 3 moves actions away from the rewards they earned: its critic is worse.
+        ("diffusion", "paper", 0.4),
+    ],
+)
+def test_learns_a_bandit_whose_best_action_depends_on_the_state(
+    policy: str, mode: str, largest_error: float
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    state = torch.randn(512, OBSERVATION_DIM, generator=generator)
+    action = 2 * torch.rand(512, ACTION_DIM, generator=generator) - 1
+    best = 0.6 * (1.5 * state[:, :ACTION_DIM]).tanh()
+    replay = TensorReplay(
+        state=state,
+        action=action,
+        reward=-4 * (action - best).square().sum(dim=-1, keepdim=True),
+        next_state=state,
+        mask=torch.zeros(512, 1),
+    )
+    agent = make_agent(
+        policy=policy, mode=mode, batch_size=64, lr=2e-3, ac_grad_norm=0.0, hidden_dim=64
+    )
+
+    def error() -> float:
+        chosen = agent.act(state, explore=False, generator=torch.Generator().manual_seed(0))
+        return float((chosen - best).abs().mean())
+
+    before = error()
+    for _ in range(250):
+        agent.update(replay)
+    assert error() < min(largest_error, 0.5 * before)
+
+
+# ---------------------------------------------------------------- acting
+
+
+def test_explore_draws_from_the_given_generator_alone() -> None:
+    agent = make_agent()
+    observation = torch.randn(8, OBSERVATION_DIM)
+    own = agent.generator.get_state()
+    first, again, other = (
+        agent.act(observation, explore=True, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(agent.generator.get_state(), own)
+    assert float(first.abs().max()) <= 1
+    assert first.shape == (8, ACTION_DIM)
+
+    agent.act(observation, explore=True)
+    assert not torch.equal(agent.generator.get_state(), own)
+
+
+def test_without_exploration_only_the_start_of_the_chain_is_random() -> None:
+    agent = make_agent()
+    assert isinstance(agent.actor, DiffusionPolicy)
+    observation = torch.randn(6, OBSERVATION_DIM)
+    seeded = [
+        agent.act(observation, explore=False, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 2)
+    ]
+    assert not torch.equal(*seeded)
+    x_init = torch.randn(6, ACTION_DIM)
+    from_x_init = [
+        agent.actor.sample(
+            observation,
+            explore=False,
+            x_init=x_init,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for seed in (1, 2)
+    ]
+    assert torch.equal(*from_x_init)
+
+
+@pytest.mark.parametrize("policy", ["diffusion", "mlp", "vae"])
+def test_deterministic_action_depends_on_its_observation_alone(policy: str) -> None:
+    agent = make_agent(policy=policy)
+    observation = torch.randn(9, OBSERVATION_DIM)
+    state = agent.generator.get_state()
+    together = agent.act(observation, explore=False, deterministic=True)
+    for row in (0, 4, 8):
+        alone = agent.act(observation[row : row + 1], explore=False, deterministic=True)
+        torch.testing.assert_close(alone[0], together[row], atol=1e-6, rtol=0)
+    assert torch.equal(agent.act(observation, explore=False, deterministic=True), together)
+    assert torch.equal(agent.generator.get_state(), state)
+    assert together.unique(dim=0).shape[0] > 1
+
+
+def test_acting_on_no_observations_gives_no_actions() -> None:
+    assert make_agent().act(torch.empty(0, OBSERVATION_DIM), explore=True).shape == (0, ACTION_DIM)
+
+
+def test_bfloat16_keeps_float32_at_the_boundary() -> None:
+    agent = make_agent(compute_dtype="bfloat16")
+    assert isinstance(agent.actor, DiffusionPolicy)
+    assert agent.actor.compute_dtype == torch.bfloat16
+    replay = TensorReplay.random()
+    agent.update(replay)
+    action = agent.act(replay.columns["state"], explore=True)
+    assert action.dtype == replay.written[0][2].dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in agent.actor.parameters())
+
+
+# ---------------------------------------------------------------- seeds, saving, resuming
+
+
+def assert_equal_states(first: Any, second: Any) -> None:
+    """Nested dicts and lists with the same keys, equal values and bitwise-equal tensors."""
+    assert type(first) is type(second)
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_equal_states(first[key], second[key])
+    elif isinstance(first, (list, tuple)):
+        for one, other in zip(first, second, strict=True):
+            assert_equal_states(one, other)
+    elif isinstance(first, Tensor):
+        assert torch.equal(first, second)
+    else:
+        assert first == second
+
+
+def test_a_seed_fixes_everything_and_leaves_torchs_own_alone() -> None:
+    torch_state = torch.get_rng_state()
+    agents = [make_agent(seed=seed) for seed in (7, 7, 8)]
+    for agent in agents:
+        agent.update(TensorReplay.random())
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert_equal_states(agents[0].state_dict(), agents[1].state_dict())
+    weights = [next(agent.actor.parameters()) for agent in agents]
+    assert not torch.equal(weights[0], weights[2])
+
+
+def saved_and_loaded(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mode": "official", "update_actor_target_every": 2},
+        {"mode": "paper"},
+        {"policy": "mlp"},
+        {"policy": "vae"},
+    ],
+)
+def test_resuming_from_a_state_is_bitwise_the_same_run(changes: dict[str, Any]) -> None:
+    agent, replay = make_agent(**changes), TensorReplay.random()
+    for _ in range(3):
+        agent.update(replay)
+    state, replay_copy = saved_and_loaded(agent.state_dict()), TensorReplay.random()
+    replay_copy.columns = copy.deepcopy(replay.columns)
+    resumed = make_agent(seed=99, **changes)
+    resumed.load_state_dict(state)
+
+    observation = torch.randn(3, OBSERVATION_DIM)
+    for _ in range(3):
+        for each, its_replay in ((agent, replay), (resumed, replay_copy)):
+            each.act(observation, explore=True)
+            each.update(its_replay)
+    assert agent.updates == resumed.updates == 6
+    assert_equal_states(agent.state_dict(), resumed.state_dict())
+    assert_equal_states(replay.columns, replay_copy.columns)
+    assert torch.equal(
+        agent.act(observation, explore=False, deterministic=True),
+        resumed.act(observation, explore=False, deterministic=True),
+    )
+
+
+def test_loading_keeps_the_configs_own_learning_rate() -> None:
+    agent = make_agent(lr=1e-2)
+    agent.load_state_dict(make_agent(lr=1e-3).state_dict())
+    assert agent.actor_optimizer.param_groups[0]["lr"] == 1e-2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"action_dim": 3}, "action_dim=3"),
+        ({"observation_dim": 9}, "observation_dim=9"),
+        ({"agent": "sac"}, "agent='sac'"),
+        ({"config": {"policy": "vae"}}, "policy='vae'"),
+    ],
+)
+def test_a_state_of_another_agent_is_refused(change: dict[str, Any], message: str) -> None:
+    agent = make_agent()
+    with pytest.raises(ValueError, match=message):
+        agent.load_state_dict({**agent.state_dict(), **change})
+
+
+def test_a_state_with_a_missing_entry_is_refused() -> None:
+    agent = make_agent()
+    state = agent.state_dict()
+    del state["critic_optimizer"]
+    with pytest.raises(ValueError, match="critic_optimizer"):
+        agent.load_state_dict(state)
+
+
+def test_a_state_from_another_kind_of_device_warns_and_keeps_the_random_state() -> None:
+    agent, other = make_agent(), make_agent(seed=1)
+    random_state = agent.generator.get_state()
+    with pytest.warns(UserWarning, match="'cuda'"):
+        agent.load_state_dict({**other.state_dict(), "generator_device": "cuda"})
+    assert torch.equal(agent.generator.get_state(), random_state)
+    assert_equal_states(agent.weights(), other.weights())
+
+
+def test_weights_are_copies_of_all_that_acting_needs() -> None:
+    agent = make_agent()
+    weights = agent.weights()
+    observation = torch.randn(5, OBSERVATION_DIM)
+    action = agent.act(observation, explore=False, deterministic=True)
+    other = make_agent(seed=4)
+    assert not torch.equal(other.act(observation, explore=False, deterministic=True), action)
+    other.actor.load_state_dict(weights)
+    assert torch.equal(other.act(observation, explore=False, deterministic=True), action)
+    agent.update(TensorReplay.random())
+    assert_equal_states(weights, other.weights())
+
+
+# ---------------------------------------------------------------- configuration and bad input
+
+
+@pytest.mark.parametrize(
+    ("env_id", "ac_norm", "ratio", "steps", "every"),
+    [
+        ("Hopper-v5", 1.0, 0.3, 20, 1),
+        ("Walker2d-v4", 2.0, 0.08, 20, 1),
+        ("Ant-v5", 0.8, 0.1, 20, 1),
+        ("HalfCheetah-v5", 2.0, 0.08, 40, 2),
+        ("HalfCheetah-v3", 2.0, 0.08, 40, 2),
+        ("Humanoid-v5", 2.0, 0.1, 20, 1),
+        ("Pendulum-v1", 2.0, 0.1, 20, 1),
+        ("HumanoidStandup-v5", 2.0, 0.1, 20, 1),
+        ("Hopper", 1.0, 0.3, 20, 1),
+    ],
+)
+def test_table_3(env_id: str, ac_norm: float, ratio: float, steps: int, every: int) -> None:
+    config = DIPOConfig.for_env(env_id)
+    assert config == DIPOConfig(
+        ac_grad_norm=ac_norm,
+        action_grad_norm_ratio=ratio,
+        action_gradient_steps=steps,
+        update_actor_target_every=every,
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("mode", "papers", ValueError),
+        ("policy", "gan", ValueError),
+        ("schedule", "sine", ValueError),
+        ("solver", "euler", ValueError),
+        ("compute_dtype", "float16", ValueError),
+        ("diffusion_steps", 0, ValueError),
+        ("hidden_dim", -1, ValueError),
+        ("batch_size", 0, ValueError),
+        ("batch_size", 16.0, TypeError),
+        ("batch_size", True, TypeError),
+        ("action_gradient_steps", 0, ValueError),
+        ("update_actor_target_every", 0, ValueError),
+        ("buffer_size", 0, ValueError),
+        ("start_steps", -1, ValueError),
+        ("lr", float("nan"), ValueError),
+        ("lr", 0.0, ValueError),
+        ("lr", "3e-4", TypeError),
+        ("adam_eps", float("inf"), ValueError),
+        ("action_lr", -0.1, ValueError),
+        ("noise_ratio", float("nan"), ValueError),
+        ("ac_grad_norm", -1.0, ValueError),
+        ("action_grad_norm_ratio", float("nan"), ValueError),
+        ("gamma", 1.01, ValueError),
+        ("gamma", float("nan"), ValueError),
+        ("tau", 0.0, ValueError),
+        ("tau", True, TypeError),
+    ],
+)
+def test_bad_hyper_parameters_are_refused(field: str, value: object, error: type) -> None:
+    with pytest.raises(error, match=field):
+        small_config(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "name"),
+    [
+        ((0, 2, 0), ValueError, "observation_dim"),
+        ((4, -2, 0), ValueError, "action_dim"),
+        ((4.0, 2, 0), TypeError, "observation_dim"),
+        ((4, 2, -1), ValueError, "seed"),
+        ((4, 2, 0.5), TypeError, "seed"),
+    ],
+)
+def test_bad_sizes_are_refused(sizes: Any, error: type, name: str) -> None:
+    observation_dim, action_dim, seed = sizes
+    with pytest.raises(error, match=name):
+        DIPO(observation_dim, action_dim, small_config(), seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("observation", "error", "message"),
+    [
+        (torch.zeros(OBSERVATION_DIM), ValueError, r"\[B, 4\], got \[4\]"),
+        (torch.zeros(2, 5), ValueError, r"\[B, 4\], got \[2, 5\]"),
+        (torch.zeros(2, OBSERVATION_DIM, dtype=torch.float64), TypeError, r"got torch\.float64"),
+        (np.zeros((2, OBSERVATION_DIM)), TypeError, "got float64"),
+        ([[0.0] * OBSERVATION_DIM], TypeError, "got list"),
+        (torch.zeros(2, OBSERVATION_DIM, device="meta"), ValueError, "'cpu', got 'meta'"),
+    ],
+)
+def test_bad_observations_are_refused(observation: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make_agent().act(observation, explore=True)
+
+
+@pytest.mark.parametrize("policy", ["diffusion", "mlp", "vae"])
+def test_exploring_deterministically_is_refused(policy: str) -> None:
+    with pytest.raises(ValueError, match="explore"):
+        make_agent(policy=policy).act(
+            torch.zeros(1, OBSERVATION_DIM), explore=True, deterministic=True
+        )
+
+
+@pytest.mark.parametrize("column", ["reward", "mask"])
+def test_a_batch_that_would_broadcast_is_refused(column: str) -> None:
+    agent = make_agent()
+    batch = TensorReplay.random().sample(16, agent.generator)
+    flat = batch._replace(**{column: getattr(batch, column).squeeze(-1)})
+    with pytest.raises(ValueError, match=rf"{column} must have shape \[16, 1\], got \[16\]"):
+        agent.update_critic(flat, batch.action)
