@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -56,15 +56,6 @@ class SolverTable:
     def steps(self) -> int:
         return len(self.timesteps)
 
-    def float32(self) -> Tensor:
-        """The coefficients as float32 on the CPU, for the kernels."""
-        return _float32_coefficients(self)
-
-
-@lru_cache(maxsize=256)
-def _float32_coefficients(table: SolverTable) -> Tensor:
-    return table.coefficients.to(torch.float32)
-
 
 @dataclass(frozen=True, eq=False)
 class DiffusionSchedule:
@@ -73,7 +64,13 @@ class DiffusionSchedule:
     ``q(x_t | x_0) = N(sqrt(alphas_cumprod[t]) x_0, (1 - alphas_cumprod[t]) I)``, t = 0 .. K-1.
 
     Args:
-        betas: ``[K]``, each in (0, 1); kept as float64 on the CPU.
+        betas: ``[K]``, each in (0, 1).
+
+    Attributes, all float64 ``[K]`` on the CPU:
+        betas: as given.
+        alphas: 1 - betas.
+        alphas_cumprod: abar, the running product of the alphas.
+        alphas_cumprod_prev: abar one step earlier; 1 before the first.
 
     Raises:
         TypeError: ``betas`` isn't a floating-point tensor.
@@ -81,6 +78,9 @@ class DiffusionSchedule:
     """
 
     betas: Tensor
+    alphas: Tensor = field(init=False)
+    alphas_cumprod: Tensor = field(init=False)
+    alphas_cumprod_prev: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.betas, Tensor) or not self.betas.is_floating_point():
@@ -91,7 +91,16 @@ class DiffusionSchedule:
             raise ValueError(f"betas: expected a non-empty vector, got shape {list(betas.shape)}")
         if not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError(f"betas: expected values in (0, 1), got {betas.tolist()}")
-        object.__setattr__(self, "betas", betas)
+        alphas = 1 - betas
+        alphas_cumprod = torch.cumprod(alphas, 0)
+        before = torch.cat([betas.new_ones(1), alphas_cumprod[:-1]])
+        for name, value in (
+            ("betas", betas),
+            ("alphas", alphas),
+            ("alphas_cumprod", alphas_cumprod),
+            ("alphas_cumprod_prev", before),
+        ):
+            object.__setattr__(self, name, value)
 
     # -- the usual schedules ------------------------------------------------------------------
 
@@ -143,31 +152,16 @@ class DiffusionSchedule:
         # Equal neighbours (a repeated level) need a beta above 0 to stay a schedule.
         return DiffusionSchedule((1 - abar / before).clamp(min=torch.finfo(torch.float64).tiny))
 
-    # -- what follows from the betas ------------------------------------------------------------
-
     @property
     def K(self) -> int:
         """Number of steps."""
         return len(self.betas)
 
-    @property
-    def alphas(self) -> Tensor:
-        """1 - betas, ``[K]``."""
-        return 1 - self.betas
-
-    @property
-    def alphas_cumprod(self) -> Tensor:
-        """abar: running product of the alphas, ``[K]``."""
-        return torch.cumprod(self.alphas, 0)
-
-    @property
-    def alphas_cumprod_prev(self) -> Tensor:
-        """abar one step earlier; 1 before the first, ``[K]``."""
-        return torch.cat([self.betas.new_ones(1), self.alphas_cumprod[:-1]])
-
     # -- samplers -------------------------------------------------------------------------------
 
-    def solver(self, name: str = "ddpm", *, steps: int | None = None, eta: float = 0.0) -> SolverTable:
+    def solver(
+        self, name: str = "ddpm", *, steps: int | None = None, eta: float = 0.0
+    ) -> SolverTable:
         """The table of a sampler.
 
         Args:
@@ -190,7 +184,9 @@ class DiffusionSchedule:
         if steps is None:
             steps = self.K
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= self.K:
-            raise ValueError(f"steps: expected an integer in 1..{self.K} (the schedule's K), got {steps!r}")
+            raise ValueError(
+                f"steps: expected an integer in 1..{self.K} (the schedule's K), got {steps!r}"
+            )
         if steps != self.K and name not in ("ddim", "dpmpp_2m"):
             raise ValueError(f"steps: {name} runs all {self.K} steps of its schedule, got {steps}")
         if name != "ddim" and eta != 0.0:

@@ -22,6 +22,8 @@ time limit          value bootstrapped        treated as an end          value b
 
 ``official`` is a fault kept for comparison: the released code means to store the improved actions,
 but ``numpy.copyto(buffer[index], new)`` writes into a copy. ``fixed`` is what it means to do.
+``paper`` has a price of its own: an overwritten action keeps the reward and the next state that the
+action really taken had earned, and the critic learns from that.
 """
 
 from __future__ import annotations
@@ -36,8 +38,7 @@ from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffcore import DiffusionSchedule, ops
 from diffcore.agents.optimization import ema_update_, gradient_step, load_moments, make_adam
@@ -61,8 +62,8 @@ class ModeSwitches:
     overwrite_replay: bool
     """Improve and overwrite the taken actions, which the critic learns from too; else the best
     actions, a column of their own that only the actor learns from."""
-    action_optimizer: Literal["adam", "sgd"]
-    """``adam``: a fresh Adam each call, gradient norm cut. ``sgd``: Eq. 15 as written, no cut."""
+    action_optimizer: Literal["adam", "ascent"]
+    """``adam``: a fresh Adam each call, gradient norm cut. ``ascent``: Eq. 15 as it stands."""
     resample_actor_batch: bool
     """Fit the actor to a batch drawn after the improvement; else to the one just improved."""
     bootstrap_truncated: bool
@@ -91,7 +92,7 @@ MODES: dict[Mode, ModeSwitches] = {
     "paper": ModeSwitches(
         store_improved_actions=True,
         overwrite_replay=True,
-        action_optimizer="sgd",
+        action_optimizer="ascent",
         resample_actor_batch=True,
         bootstrap_truncated=True,
     ),
@@ -114,7 +115,10 @@ DIPO_DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class DIPOConfig:
-    """Hyper-parameters. The defaults are the paper's Table 2 and the released code's Table 3 ones.
+    """Hyper-parameters, by default those of the paper's Table 2.
+
+    Where the paper's values go by environment (Table 3, see for_env), the defaults are the
+    released code's.
 
     Raises:
         TypeError: if a number is expected and something else came.
@@ -240,18 +244,14 @@ class DIPO:
         with torch.random.fork_rng(devices=[]):  # leave the caller's random state as it was
             torch.default_generator.manual_seed(weights_seed)
             self.actor = self._make_policy(deterministic_seed).to(self.device)
-            self.critic = TwinCritic(
-                observation_dim, action_dim, hidden_dim=config.hidden_dim
-            ).to(self.device)
+            critic = TwinCritic(observation_dim, action_dim, hidden_dim=config.hidden_dim)
+            self.critic = critic.to(self.device)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
 
-        self.actor_optimizer = make_adam(
-            self.actor.parameters(), lr=config.lr, eps=config.adam_eps
-        )
-        self.critic_optimizer = make_adam(
-            self.critic.parameters(), lr=config.lr, eps=config.adam_eps
-        )
+        adam = {"lr": config.lr, "eps": config.adam_eps}
+        self.actor_optimizer = make_adam(self.actor.parameters(), **adam)
+        self.critic_optimizer = make_adam(self.critic.parameters(), **adam)
         self.updates = 0
 
     @property
@@ -337,7 +337,7 @@ class DIPO:
             next_q = torch.minimum(*self.critic_target(batch.next_state, next_action))
             target = batch.reward + self.config.gamma * batch.mask * next_q
         q1, q2 = self.critic(batch.state, batch.action)
-        loss = F.mse_loss(q1, target) + F.mse_loss(q2, target)
+        loss = nn.functional.mse_loss(q1, target) + nn.functional.mse_loss(q2, target)
         grad_norm = gradient_step(loss, self.critic_optimizer, self.config.ac_grad_norm)
         return {
             "critic_loss": loss.detach(),

@@ -30,7 +30,7 @@ def gradient_step(loss: Tensor, optimizer: torch.optim.Adam, max_norm: float) ->
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
     optimizer.step()
     # torch's fused Adam writes the parameters without telling autograd. The ops recognise stale

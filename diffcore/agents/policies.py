@@ -2,7 +2,7 @@
 
 DIPO never differentiates through its policy: it moves actions uphill in Q, then makes the policy
 reproduce them. So a policy is two functions, ``sample`` and ``loss``. The diffusion policy is the
-paper's; the other two are its ablations (arXiv 2305.13122, Section 6.2).
+paper's (arXiv 2305.13122); the other two are its ablations.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffcore import DiffusionSchedule, ops
@@ -60,12 +59,23 @@ def denoising_loss(
     t: Tensor,
     noise: Tensor,
 ) -> Tensor:
-    """Mean over all ``[B, A]`` entries of ``(z - eps(sqrt(abar_t) a + sqrt(1 - abar_t) z, s, t))^2``.
+    """Mean over all entries of ``(z - eps(sqrt(abar_t) a + sqrt(1 - abar_t) z, s, t))^2``.
 
-    Equation 14 of arXiv 2305.13122; the loss of DDPM (arXiv 2006.11239, Eq. 14).
+    DDPM's loss (Ho et al. 2020, Eq. 14), conditioned on the observation.
+
+    Args:
+        denoiser: ``eps``.
+        schedule: the noise levels ``abar``.
+        observation: ``s``, ``[B, observation_dim]``.
+        action: ``a``, ``[B, A]``.
+        t: ``[B]`` int64 in 0..K-1.
+        noise: ``z``, ``[B, A]``.
+
+    Returns:
+        0-d, differentiable in the denoiser's parameters.
     """
     noisy_action = ops.q_sample(action, t, noise, schedule)
-    return F.mse_loss(denoiser(noisy_action, observation, t), noise)
+    return nn.functional.mse_loss(denoiser(noisy_action, observation, t), noise)
 
 
 class DiffusionPolicy(Policy):
@@ -130,6 +140,9 @@ class DiffusionPolicy(Policy):
         _check_sampling_mode(explore, deterministic)
         if deterministic:
             x_init = self.deterministic_x_init.expand(observation.shape[0], -1)
+            # The op draws a key for the chain's noise even where that is multiplied by 0; the
+            # caller's generator shouldn't move for it.
+            generator = torch.Generator(observation.device)
         return ops.reverse_diffusion(
             self.denoiser,
             self.schedule,
@@ -206,7 +219,7 @@ class MLPPolicy(Policy):
         self, observation: Tensor, action: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Mean squared error of the mean action. Nothing is drawn from ``generator``."""
-        return F.mse_loss(self.mean(observation), action)
+        return nn.functional.mse_loss(self.mean(observation), action)
 
 
 class VAEPolicy(Policy):
@@ -267,7 +280,7 @@ class VAEPolicy(Policy):
         latent = mean + (0.5 * log_variance).exp() * noise
         reconstruction = self.decoder(torch.cat([latent, observation], dim=-1))
         kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(dim=-1).mean()
-        return F.mse_loss(reconstruction, action) + self.kl_weight * kl
+        return nn.functional.mse_loss(reconstruction, action) + self.kl_weight * kl
 
 
 def _randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -6,7 +6,7 @@ optimal policy there has four modes: what a diffusion policy can represent and a
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -45,7 +45,7 @@ class MultiGoalEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         position_noise: standard deviation of the noise on each move; at least 0.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 10}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
 
     def __init__(
         self,
@@ -101,10 +101,10 @@ class MultiGoalEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
             reward += self.goal_reward
         return self.position.astype(np.float32), reward, reached, False, {}
 
-    def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]
+    def render(self) -> NDArray[np.uint8] | None:
         """The arena, its goals and the path so far: ``[480, 480, 3]`` uint8."""
         if self.render_mode is None:
-            gym.logger.warn("render() needs the environment to be made with render_mode='rgb_array'")
+            gym.logger.warn("render() needs the environment made with render_mode='rgb_array'")
             return None
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

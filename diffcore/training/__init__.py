@@ -4,13 +4,13 @@ from diffcore.training.config import TrainConfig
 from diffcore.training.errors import (
     CheckpointError,
     ConfigError,
-    EnvironmentProblem,
+    EnvError,
     RunError,
     TrainingError,
     WriteError,
 )
 from diffcore.training.evaluation import Evaluation, Evaluator
-from diffcore.training.loop import Trainer, TrainResult, load_agent, resume, train
+from diffcore.training.loop import LoadedAgent, Trainer, TrainResult, load_agent, resume, train
 from diffcore.training.registry import AGENTS, Agent, AgentConfig
 from diffcore.training.replay import ReplayBuffer
 
@@ -20,9 +20,10 @@ __all__ = [
     "AgentConfig",
     "CheckpointError",
     "ConfigError",
-    "EnvironmentProblem",
+    "EnvError",
     "Evaluation",
     "Evaluator",
+    "LoadedAgent",
     "ReplayBuffer",
     "RunError",
     "TrainConfig",

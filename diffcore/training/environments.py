@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -9,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import diffcore.envs  # noqa: F401  (registers diffcore/...)
-from diffcore.training.errors import EnvironmentProblem
+from diffcore.training.errors import EnvError
 
 FloatArray = NDArray[np.float32]
 
@@ -25,7 +27,7 @@ class BoxEnvironment(gym.Wrapper[FloatArray, FloatArray, Any, Any]):
         name: how messages call it.
 
     Raises:
-        EnvironmentProblem: if the observation space isn't a Box, or the action space isn't a Box
+        EnvError: if the observation space isn't a Box, or the action space isn't a Box
             of floats with finite bounds.
     """
 
@@ -35,18 +37,18 @@ class BoxEnvironment(gym.Wrapper[FloatArray, FloatArray, Any, Any]):
         self.closed = False
         box = env.action_space
         if not isinstance(env.observation_space, gym.spaces.Box):
-            raise EnvironmentProblem(
+            raise EnvError(
                 f"{name} has the observation space {env.observation_space}; "
                 "only Box observations can be trained on "
                 "(gymnasium.wrappers.FlattenObservation turns a Dict into a Box)"
             )
         if not isinstance(box, gym.spaces.Box) or not np.issubdtype(box.dtype, np.floating):
-            raise EnvironmentProblem(
+            raise EnvError(
                 f"{name} has the action space {box}; "
                 "only continuous actions, a Box of floats, can be trained on"
             )
         if not (np.isfinite(box.low).all() and np.isfinite(box.high).all()):
-            raise EnvironmentProblem(
+            raise EnvError(
                 f"{name} has the unbounded action space {box}; every bound must be finite "
                 "(gymnasium.wrappers.RescaleAction or a Box of your own can give it bounds)"
             )
@@ -56,7 +58,7 @@ class BoxEnvironment(gym.Wrapper[FloatArray, FloatArray, Any, Any]):
         self.observation_dim = int(np.prod(env.observation_space.shape))
         self.action_dim = int(np.prod(box.shape))
         if self.observation_dim == 0 or self.action_dim == 0:
-            raise EnvironmentProblem(
+            raise EnvError(
                 f"{name} has an empty space: observations {env.observation_space}, actions {box}"
             )
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (self.observation_dim,))
@@ -68,23 +70,25 @@ class BoxEnvironment(gym.Wrapper[FloatArray, FloatArray, Any, Any]):
         """Start an episode.
 
         Raises:
-            EnvironmentProblem: if the environment is closed or misbehaves.
+            EnvError: if the environment is closed or misbehaves.
         """
         self._check_open()
-        observation, info = self.env.reset(seed=seed, options=options)
+        with self._errors_named():
+            observation, info = self.env.reset(seed=seed, options=options)
         return self._flat(observation), info
 
     def step(self, action: FloatArray) -> tuple[FloatArray, float, bool, bool, dict[str, Any]]:
         """One step with ``action`` (``[A]`` in ``[-1, 1]``).
 
         Raises:
-            EnvironmentProblem: if the environment is closed or misbehaves.
+            EnvError: if the environment is closed or misbehaves.
         """
         self._check_open()
-        observation, reward, terminated, truncated, info = self.env.step(self.rescale(action))
+        with self._errors_named():
+            observation, reward, terminated, truncated, info = self.env.step(self.rescale(action))
         reward = float(reward)
         if not np.isfinite(reward):
-            raise EnvironmentProblem(f"{self.name} returned the reward {reward}")
+            raise EnvError(f"{self.name} returned the reward {reward}")
         return self._flat(observation), reward, bool(terminated), bool(truncated), info
 
     def rescale(self, action: FloatArray) -> NDArray[Any]:
@@ -102,17 +106,25 @@ class BoxEnvironment(gym.Wrapper[FloatArray, FloatArray, Any, Any]):
 
     def _check_open(self) -> None:
         if self.closed:
-            raise EnvironmentProblem(f"{self.name} is closed and can't be stepped or reset")
+            raise EnvError(f"{self.name} is closed and can't be stepped or reset")
+
+    @contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        """Gymnasium's own errors, such as that of a closed environment, with the name to them."""
+        try:
+            yield
+        except (gym.error.Error, gym.error.ClosedEnvironmentError) as error:
+            raise EnvError(f"{self.name}: {error}") from error
 
     def _flat(self, observation: Any) -> FloatArray:
         flat = np.array(observation, dtype=np.float32).reshape(-1)
         if flat.shape != (self.observation_dim,):
-            raise EnvironmentProblem(
+            raise EnvError(
                 f"{self.name} returned an observation of shape {np.shape(observation)}, "
                 f"its space says {self.env.observation_space.shape}"
             )
         if not np.isfinite(flat).all():
-            raise EnvironmentProblem(f"{self.name} returned a non-finite observation: {flat}")
+            raise EnvError(f"{self.name} returned a non-finite observation: {flat}")
         return flat
 
 
@@ -127,15 +139,15 @@ def make_environment(
         render_mode: Gymnasium's.
 
     Raises:
-        EnvironmentProblem: if Gymnasium can't make it, or it can't be trained on.
+        EnvError: if Gymnasium can't make it, or it can't be trained on.
     """
     try:
         env = gym.make(env_id, max_episode_steps=max_episode_steps, render_mode=render_mode)
     except (gym.error.Error, ImportError, AttributeError, TypeError) as error:
-        raise EnvironmentProblem(f"can't make the environment {env_id!r}: {error}") from error
+        raise EnvError(f"can't make the environment {env_id!r}: {error}") from error
     try:
         return BoxEnvironment(env, env_id)
-    except EnvironmentProblem:
+    except EnvError:
         env.close()
         raise
 
@@ -175,6 +187,12 @@ class EnvironmentBatch:
 
     def __len__(self) -> int:
         return len(self.environments)
+
+    @property
+    def has_time_limit(self) -> bool:
+        """Whether Gymnasium limits the length of an episode."""
+        spec = self.environments[0].spec
+        return spec is not None and spec.max_episode_steps is not None
 
     def reset(self, seeds: list[int]) -> None:
         """Start an episode in every environment, with one seed each."""

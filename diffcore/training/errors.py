@@ -9,7 +9,7 @@ class ConfigError(TrainingError, ValueError):
     """A setting has the wrong value."""
 
 
-class EnvironmentProblem(TrainingError, ValueError):
+class EnvError(TrainingError, ValueError):
     """An environment can't be made, can't be trained on, or misbehaves."""
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from diffcore.training.environments import BoxEnvironment, FloatArray, make_environment
-from diffcore.training.errors import EnvironmentProblem
+from diffcore.training.errors import EnvError
 from diffcore.training.registry import Agent
 from diffcore.training.seeding import Stream, derive_seed, preserved_process_random_state
 
@@ -51,7 +51,7 @@ class Evaluator:
         frames: if given, is handed each frame of the first episode (``[H, W, 3]`` uint8).
 
     Raises:
-        EnvironmentProblem: if the environment can't be made.
+        EnvError: if the environment can't be made.
     """
 
     def __init__(
@@ -79,6 +79,11 @@ class Evaluator:
                 for i in range(episodes)
             ]
 
+    @property
+    def frames_per_second(self) -> float:
+        """The speed at which frames play in real time, as the environment has it, else 30."""
+        return float(self.environments[0].metadata.get("render_fps", 30))
+
     def evaluate(
         self, agent: Agent, number: int = 0, *, stop: Callable[[], bool] = lambda: False
     ) -> Evaluation | None:
@@ -95,9 +100,7 @@ class Evaluator:
         with preserved_process_random_state():
             return self._evaluate(agent, number, stop)
 
-    def _evaluate(
-        self, agent: Agent, number: int, stop: Callable[[], bool]
-    ) -> Evaluation | None:
+    def _evaluate(self, agent: Agent, number: int, stop: Callable[[], bool]) -> Evaluation | None:
         generator = torch.Generator(self.device)
         generator.manual_seed(derive_seed(self.seed, Stream.EVALUATION_POLICY, number))
         observations: list[FloatArray] = []
@@ -144,18 +147,16 @@ def render_frame(environment: BoxEnvironment) -> Any:
     """One picture, ``[H, W, 3]`` uint8.
 
     Raises:
-        EnvironmentProblem: if the environment can't render here.
+        EnvError: if the environment can't render here.
     """
     advice = "without a display, MuJoCo environments need MUJOCO_GL=egl or MUJOCO_GL=osmesa"
     try:
         frame = environment.render()
     # Missing displays, drivers and packages make renderers raise all kinds of exceptions.
     except Exception as error:
-        raise EnvironmentProblem(
-            f"{environment.name} can't be rendered here: {error} ({advice})"
-        ) from error
+        raise EnvError(f"{environment.name} can't be rendered here: {error} ({advice})") from error
     if not isinstance(frame, np.ndarray) or frame.ndim != 3:
-        raise EnvironmentProblem(
+        raise EnvError(
             f"{environment.name} can't be rendered to a video: "
             f"its render() returned a {type(frame).__name__}, not a picture"
         )
@@ -166,16 +167,17 @@ def write_video(path: Path, frames: list[Any], frames_per_second: float) -> None
     """Write pictures (``[H, W, 3]`` uint8) as .mp4 or .gif.
 
     Raises:
-        EnvironmentProblem: if the file's kind isn't known or it can't be written.
+        EnvError: if the file's kind isn't known or it can't be written.
     """
-    import imageio
-
     options: dict[str, Any] = {"fps": frames_per_second}
     if path.suffix == ".gif":
         options = {"duration": 1000.0 / frames_per_second, "loop": 0}
     try:
+        import imageio
+
+        writer: Any
         with imageio.get_writer(path, **options) as writer:
             for frame in frames:
                 writer.append_data(frame)
     except (OSError, ValueError, ImportError) as error:
-        raise EnvironmentProblem(f"can't write the video {path}: {error}") from error
+        raise EnvError(f"can't write the video {path}: {error}") from error

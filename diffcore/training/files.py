@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -30,14 +31,13 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.replace(temporary, path)
         _sync_directory(path.parent)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise WriteError(f"can't write {path}: {error}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        with suppress(OSError):  # it is gone already if all went well
+            temporary.unlink()
 
 
-class _ErrorKeeper(io.RawIOBase):
+class _ErrorKeeper:
     """A file that remembers the first error of the system."""
 
     def __init__(self, file: IO[bytes]) -> None:

@@ -192,7 +192,7 @@ class TensorBoardLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._warn = warn
-        self._writer: Any = SummaryWriter(str(directory), purge_step=first_step or None)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(directory), purge_step=first_step or None)
 
     def write(self, group: str, row: Row) -> None:
         """Log every entry of ``row`` but ``step`` as ``group/entry`` at that step."""

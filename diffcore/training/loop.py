@@ -149,15 +149,23 @@ def configs_of(checkpoint: dict[str, Any], path: Path) -> tuple[TrainConfig, Age
         raise CheckpointError(f"{path} doesn't fit this diffcore: {error}") from error
 
 
-def load_agent(path: Path, device: str = "cpu") -> tuple[TrainConfig, AgentConfig, Agent, int]:
+@dataclass(frozen=True)
+class LoadedAgent:
+    """An agent out of a checkpoint."""
+
+    agent: Agent
+    step: int
+    """The environment step it was saved at."""
+    config: TrainConfig
+    agent_config: AgentConfig
+
+
+def load_agent(path: Path, device: str = "cpu") -> LoadedAgent:
     """The agent of a run as its checkpoint has it, to act with.
 
     Args:
         path: the run directory.
         device: where to put it.
-
-    Returns:
-        The run's configs, the agent, and the step it was saved at.
 
     Raises:
         TrainingError: if there is no whole checkpoint, or it doesn't fit.
@@ -173,7 +181,7 @@ def load_agent(path: Path, device: str = "cpu") -> tuple[TrainConfig, AgentConfi
         check_device(device),
     )
     _load_agent_state(agent, checkpoint, run.checkpoint)
-    return config, agent_config, agent, checkpoint["step"]
+    return LoadedAgent(agent, checkpoint["step"], config, agent_config)
 
 
 def check_device(name: str) -> torch.device:
@@ -236,9 +244,7 @@ class Trainer:
             bootstrap_truncated=self.agent.bootstrap_truncated,
             device=self.device,
         )
-        self.random_actions = np.random.default_rng(
-            derive_seed(config.seed, Stream.RANDOM_ACTIONS)
-        )
+        self.random_actions = np.random.default_rng(derive_seed(config.seed, Stream.RANDOM_ACTIONS))
         self.evaluator: Evaluator | None = None
 
         self.step = 0
@@ -267,10 +273,16 @@ class Trainer:
                 for i in range(self.config.num_envs)
             ]
         )
+        if not self.environments.has_time_limit:
+            self.warnings.append(
+                f"{self.config.env} has no time limit: an evaluation lasts until its episodes end "
+                "by themselves; max_episode_steps sets a limit"
+            )
         if self.agent_config.start_steps >= self.config.total_steps:
             self.warnings.append(
-                f"nothing will be learned: the random start (start_steps = "
-                f"{self.agent_config.start_steps:,}) lasts for all {self.config.total_steps:,} steps"
+                f"nothing will be learned: the random start (start_steps) lasts for "
+                f"{self.agent_config.start_steps:,} steps, the whole run for "
+                f"{self.config.total_steps:,}"
             )
 
     def close(self) -> None:

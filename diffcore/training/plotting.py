@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,44 @@ from diffcore.envs.multigoal import BOUND, GOALS
 from diffcore.training.errors import RunError, WriteError
 from diffcore.training.files import write_atomically
 from diffcore.training.logging import read_series
+from diffcore.training.loop import load_agent
 from diffcore.training.registry import Agent
 from diffcore.training.run_directory import RunDirectory
 
 Array = np.ndarray[Any, Any]
+
+
+def plot_runs(runs: list[Path], output: Path) -> list[Path]:
+    """Draw all there is to draw of some runs.
+
+    Args:
+        runs: run directories; at least one.
+        output: the picture of learning curves. For runs on the multi-goal toy those of actions and
+            of Q are written beside it.
+
+    Returns:
+        The pictures written.
+
+    Raises:
+        TrainingError: if a run can't be read or a picture can't be written.
+    """
+    plot_learning_curves(runs, output)
+    written = [output]
+    multigoal = [path for path in runs if _is_multigoal(RunDirectory.open(path))]
+    for path in multigoal:
+        agent = load_agent(path).agent
+        which = f"-{path.resolve().name}" if len(multigoal) > 1 else ""
+        actions = output.with_stem(f"{output.stem}{which}-actions")
+        q = output.with_stem(f"{output.stem}{which}-q")
+        plot_multigoal_actions(agent, actions)
+        plot_multigoal_q(agent, q)
+        written += [actions, q]
+    return written
+
+
+def _is_multigoal(run: RunDirectory) -> bool:
+    env_id = str(run.read_config()["train"]["env"])
+    return env_id.rsplit(":", 1)[-1].startswith("diffcore/MultiGoal-")
 
 
 def plot_learning_curves(runs: list[Path], output: Path) -> None:
@@ -92,7 +127,9 @@ def _learning_curve(path: Path) -> tuple[str, str, tuple[list[int], list[float]]
     return str(config["train"]["env"]), label, read_series(run.evaluations, "mean_return")
 
 
-def sample_grid_actions(agent: Agent, samples: int, *, seed: int, device: str) -> tuple[Array, Array]:
+def sample_grid_actions(
+    agent: Agent, samples: int, *, seed: int, device: str
+) -> tuple[Array, Array]:
     """Draw actions of the policy at the 7 x 7 states {-3, ..., 3}^2 of the multi-goal toy.
 
     Args:
@@ -108,9 +145,7 @@ def sample_grid_actions(agent: Agent, samples: int, *, seed: int, device: str) -
     grid = np.stack(np.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
     states = np.repeat(grid, samples, axis=0)
     generator = torch.Generator(device).manual_seed(seed)
-    actions = agent.act(
-        torch.from_numpy(states).to(device), explore=True, generator=generator
-    )
+    actions = agent.act(torch.from_numpy(states).to(device), explore=True, generator=generator)
     return states, actions.cpu().numpy()
 
 
@@ -195,5 +230,6 @@ def _save(figure: Figure, output: Path) -> None:
     if kind not in figure.canvas.get_supported_filetypes():
         known = ", ".join(sorted(figure.canvas.get_supported_filetypes()))
         raise WriteError(f"can't write a picture {output}: its ending must be one of {known}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, lambda file: figure.savefig(file, format=kind, dpi=150))
+    picture = io.BytesIO()
+    figure.savefig(picture, format=kind, dpi=150)
+    write_atomically(output, lambda file: file.write(picture.getvalue()))

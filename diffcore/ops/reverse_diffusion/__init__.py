@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _dispatch, _native, _philox
-from diffcore.ops._checks import check_compute_dtype, check_like, check_number, check_tensor
+from diffcore.ops._checks import (
+    check_choice,
+    check_compute_dtype,
+    check_like,
+    check_number,
+    check_tensor,
+)
 from diffcore.ops.reverse_diffusion import native, reference
-from diffcore.schedule import DiffusionSchedule, SolverTable
+from diffcore.schedule import SOLVERS, DiffusionSchedule, SolverTable
 
 if TYPE_CHECKING:
     from diffcore.nn import Denoiser
@@ -76,13 +82,13 @@ def reverse_diffusion(
         generator=generator,
         compute_dtype=compute_dtype,
     )
-    table = schedule.solver(solver) if isinstance(solver, str) else solver
     seed = _philox.draw_seed(generator) if x_init is None or noise is None else None
     if _dispatch.choose("reverse_diffusion", available, backend) == "cpu":
         return _run_native(
-            denoiser, table, state, x_init, noise, seed, noise_scale, clip, compute_dtype
+            denoiser, schedule, solver, state, x_init, noise, seed, noise_scale, clip, compute_dtype
         )
     action_dim = denoiser.action_dim if x_init is None else x_init.shape[1]
+    table = _table(schedule, solver)
     return reference.reverse_diffusion(
         denoiser, table, state, action_dim, x_init, noise, seed, float(noise_scale), float(clip)
     )
@@ -90,7 +96,8 @@ def reverse_diffusion(
 
 def _run_native(
     denoiser: Denoiser,
-    table: SolverTable,
+    schedule: DiffusionSchedule,
+    solver: str | SolverTable,
     state: Tensor,
     x_init: Tensor | None,
     noise: Tensor | None,
@@ -100,30 +107,52 @@ def _run_native(
     compute_dtype: torch.dtype | None,
 ) -> Tensor:
     parameters = list(denoiser.parameters())
-    differentiable = [state, *parameters, *(t for t in (x_init, noise) if t is not None)]
-    actions, _ = native.chain(
-        state,
-        x_init,
-        noise,
-        seed,
-        parameters,
-        table.float32(),
-        _embeddings(table, denoiser.time_dim),
+    settings = (
+        _coefficients(schedule, solver),
+        _embedding(schedule, solver, denoiser.time_dim),
         float(noise_scale),
         float(clip),
         denoiser.activation,
         compute_dtype == torch.bfloat16,
-        torch.is_grad_enabled() and any(t.requires_grad for t in differentiable),
     )
-    return actions
+    differentiable = [state, *parameters, *(t for t in (x_init, noise) if t is not None)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
+        return native.Chain.apply(state, x_init, noise, seed, *settings, *parameters)[0]
+    return native.chain(state, x_init, noise, seed, parameters, *settings, False)[0]
+
+
+# What follows from schedule and solver alone is computed once, and is a constant under
+# torch.compile, which looks at the outer function's mark and doesn't see through the inner cache.
+
+
+@torch.compiler.assume_constant_result
+def _coefficients(schedule: DiffusionSchedule, solver: str | SolverTable) -> Tensor:
+    """float32 ``[steps, 7]``."""
+    return _cached_coefficients(schedule, solver)
+
+
+@torch.compiler.assume_constant_result
+def _embedding(schedule: DiffusionSchedule, solver: str | SolverTable, dim: int) -> Tensor:
+    """float32 ``[steps, dim]``: the time embedding of every executed step."""
+    return _cached_embedding(schedule, solver, dim)
+
+
+def _table(schedule: DiffusionSchedule, solver: str | SolverTable) -> SolverTable:
+    return schedule.solver(solver) if isinstance(solver, str) else solver
 
 
 @lru_cache(maxsize=256)
-def _embeddings(table: SolverTable, dim: int) -> Tensor:
-    """float32 ``[steps, dim]``: the time embedding of every executed step."""
+def _cached_coefficients(schedule: DiffusionSchedule, solver: str | SolverTable) -> Tensor:
+    return _table(schedule, solver).coefficients.to(torch.float32)
+
+
+@lru_cache(maxsize=256)
+def _cached_embedding(
+    schedule: DiffusionSchedule, solver: str | SolverTable, dim: int
+) -> Tensor:
     from diffcore.nn import time_embedding
 
-    return time_embedding(table.timesteps, dim).to(torch.float32)
+    return time_embedding(_table(schedule, solver).timesteps, dim).to(torch.float32)
 
 
 def support(
@@ -147,7 +176,9 @@ def support(
         raise TypeError(f"schedule: expected a DiffusionSchedule, got {type(schedule).__name__}")
     if not isinstance(solver, (str, SolverTable)):
         raise TypeError(f"solver: expected a name or a SolverTable, got {type(solver).__name__}")
-    table = schedule.solver(solver) if isinstance(solver, str) else solver
+    if isinstance(solver, str):
+        check_choice("solver", solver, SOLVERS)
+    steps = schedule.K if isinstance(solver, str) else solver.steps
     if not callable(denoiser):
         raise TypeError(f"denoiser: expected a Denoiser or a callable, got {type(denoiser).__name__}")
     ours = isinstance(denoiser, Denoiser)
@@ -160,7 +191,7 @@ def support(
         check_like("x_init", x_init, "state", state)
         action_dim = x_init.shape[1]
     if noise is not None:
-        check_tensor("noise", noise, (table.steps, len(state), action_dim))
+        check_tensor("noise", noise, (steps, len(state), action_dim))
         check_like("noise", noise, "state", state)
     check_number("noise_scale", noise_scale, least=0.0)
     check_number("clip", clip, above=0.0, finite=False)

@@ -192,51 +192,102 @@ def _(
     ]
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError(
-        "reverse_diffusion: the CPU kernel has no second derivative; "
-        "pass backend='reference' to differentiate twice"
-    )
+@chain_backward.register_vmap
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    """One by one: every element has parameter gradients of its own."""
+    results = []
+    for i in range(info.batch_size):
+        one = [
+            [p if d is None else p.select(d, i) for p, d in zip(arg, dim, strict=True)]
+            if isinstance(arg, list)
+            else (arg if dim is None else arg.select(dim, i))
+            for arg, dim in zip(args, in_dims, strict=True)
+        ]
+        results.append(chain_backward(*one))
+    stacked = [torch.stack(column) for column in zip(*results, strict=True)]
+    return stacked, [0] * len(stacked)
 
 
-chain_backward.register_autograd(_no_second_derivative)
+class Chain(torch.autograd.Function):
+    """The op with its gradient; a Function, since torch.func takes no other kind."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        state: Tensor,
+        x_init: Tensor | None,
+        noise: Tensor | None,
+        seed: Tensor | None,
+        coefficients: Tensor,
+        embedding: Tensor,
+        noise_scale: float,
+        clip: float,
+        activation: str,
+        bfloat16: bool,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        settings = (coefficients, embedding, noise_scale, clip, activation, bfloat16)
+        return chain(state, x_init, noise, seed, list(parameters), *settings, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        state, x_init, noise, _seed, coefficients, embedding, *rest = inputs
+        ctx.noise_scale, ctx.clip, ctx.activation, _bfloat16, *parameters = rest
+        ctx.has_x_init, ctx.has_noise = x_init is not None, noise is not None
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1], state, coefficients, embedding, *parameters)
+
+    @staticmethod
+    def backward(ctx: Any, grad_actions: Tensor, _: Tensor) -> Any:
+        trajectory, state, coefficients, embedding, *parameters = ctx.saved_tensors
+        wants_noise = ctx.has_noise and ctx.needs_input_grad[2]
+        settings = (coefficients, embedding, ctx.noise_scale, ctx.clip, ctx.activation, wants_noise)
+        if torch.compiler.is_compiling():  # where no second derivative exists anyway
+            grads = chain_backward(grad_actions, trajectory, state, parameters, *settings)
+        else:
+            grads = ChainBackward.apply(grad_actions, trajectory, state, *settings, *parameters)
+        grad_state, grad_x, grad_noise, *grad_parameters = grads
+        return (
+            grad_state,
+            grad_x if ctx.has_x_init else None,
+            grad_noise if wants_noise else None,
+            *[None] * 7,
+            *grad_parameters,
+        )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    (state, x_init, noise, _seed, parameters, coefficients, embedding, *rest) = inputs
-    ctx.noise_scale, ctx.clip, ctx.activation, _bfloat16, ctx.keep_trajectory = rest
-    ctx.has_x_init, ctx.has_noise = x_init is not None, noise is not None
-    ctx.save_for_backward(output[1], state, coefficients, embedding, *parameters)
+class ChainBackward(torch.autograd.Function):
+    """The gradient as a Function, so that differentiating it again says that it can't be done."""
 
+    generate_vmap_rule = True
 
-def _backward(ctx: Any, grad_actions: Tensor, grad_trajectory: Tensor) -> Any:
-    if not ctx.keep_trajectory:
-        raise RuntimeError("reverse_diffusion: this call kept no trajectory to differentiate")
-    trajectory, state, coefficients, embedding, *parameters = ctx.saved_tensors
-    wants_noise = ctx.has_noise and ctx.needs_input_grad[2]
-    grad_state, grad_x, grad_noise, *grads = chain_backward(
-        grad_actions.contiguous(),
-        trajectory,
-        state,
-        parameters,
-        coefficients,
-        embedding,
-        ctx.noise_scale,
-        ctx.clip,
-        ctx.activation,
-        wants_noise,
-    )
-    return (
-        grad_state,
-        grad_x if ctx.has_x_init else None,
-        grad_noise if wants_noise else None,
-        None,
-        grads,
-        *[None] * 7,
-    )
+    @staticmethod
+    def forward(
+        grad_actions: Tensor,
+        trajectory: Tensor,
+        state: Tensor,
+        coefficients: Tensor,
+        embedding: Tensor,
+        noise_scale: float,
+        clip: float,
+        activation: str,
+        wants_noise: bool,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        settings = (coefficients, embedding, noise_scale, clip, activation, wants_noise)
+        return tuple(chain_backward(grad_actions, trajectory, state, list(parameters), *settings))
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
 
-chain.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "reverse_diffusion: the CPU kernel has no second derivative; "
+            "pass backend='reference' to differentiate twice"
+        )
 
 
 @chain.register_vmap

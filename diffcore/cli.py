@@ -1,0 +1,253 @@
+"""The command line: ``diffcore train``, ``diffcore evaluate``, ``diffcore plot``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from diffcore.training import AGENTS, TrainConfig, TrainingError, TrainResult, resume, train
+from diffcore.training.evaluation import Evaluator, write_video
+from diffcore.training.loop import load_agent
+from diffcore.training.plotting import plot_runs
+from diffcore.training.registry import AgentConfig, agent_type
+from diffcore.training.run_directory import RunDirectory
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM, by the shells' convention for SIGINT."""
+
+USAGE = f"""\
+usage: diffcore COMMAND ...
+
+  diffcore train AGENT --env ID [options]   train an agent from scratch
+  diffcore train --resume RUN [options]     continue a run exactly where it was saved
+  diffcore evaluate RUN [options]           returns of a trained agent, and a video
+  diffcore plot RUN... [options]            learning curves
+
+AGENT is one of: {", ".join(sorted(AGENTS))}. ID is a Gymnasium environment such as HalfCheetah-v5,
+or "module:Id" for one of your own. RUN is a directory that train made, runs/ENV/... by default.
+Every command and every agent has its own help: diffcore train dipo --env HalfCheetah-v5 --help
+shows all settings with their defaults for that environment.
+"""
+
+
+@dataclass(frozen=True)
+class ResumeArguments:
+    """Continue a run exactly where its checkpoint was written."""
+
+    resume: Path
+    """The run directory."""
+    total_steps: int | None = None
+    """Train up to this step, instead of the one set at first."""
+    device: str | None = None
+    """Train on this torch device, instead of the one set at first."""
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Mean and standard deviation of a trained agent's return."""
+
+    run: tyro.conf.Positional[Path]
+    """The run directory."""
+    episodes: int = 10
+    """Episodes to run."""
+    deterministic: bool = False
+    """Act deterministically, instead of in the agent's usual evaluation form."""
+    seed: int = 0
+    """Seed of start states, dynamics and actions."""
+    video: Path | None = None
+    """Write a video of the first episode to this .mp4 or .gif file."""
+    device: str = "cpu"
+    """Torch device."""
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise ValueError(f"episodes must be at least 1, got {self.episodes}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if self.video is not None and self.video.suffix not in (".mp4", ".gif"):
+            raise ValueError(f"video must be an .mp4 or .gif file, got {self.video}")
+
+
+@dataclass(frozen=True)
+class PlotArguments:
+    """Learning curves; one curve with a band for runs that differ only in their seed.
+
+    For runs on diffcore/MultiGoal-v0 also the policy's actions as arrows, and Q as a surface.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories."""
+    output: Path | None = None
+    """The picture. Default: learning_curve.png, in the run directory if there is only one."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("runs must name at least one run directory")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: what follows the program's name; None takes them from the command line.
+
+    Returns:
+        The exit code: 0, 1 after an error, 130 after Ctrl-C. Wrong arguments exit with 2.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"train": train_command, "evaluate": evaluate_command, "plot": plot_command}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    command, rest = arguments[0], arguments[1:]
+    if command not in commands:
+        return _usage_error(f"unknown command {command!r}")
+    try:
+        return commands[command](rest)
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was saved since the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+
+
+def train_command(arguments: list[str]) -> int:
+    """``diffcore train AGENT ...`` and ``diffcore train --resume RUN ...``."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    console = Console()
+    if any(argument.split("=")[0] == "--resume" for argument in arguments):
+        continued = tyro.cli(ResumeArguments, prog="diffcore train", args=arguments)
+        result = resume(
+            continued.resume,
+            total_steps=continued.total_steps,
+            device=continued.device,
+            console=console,
+        )
+        return _report(result, console)
+    name, rest = arguments[0], arguments[1:]
+    if name not in AGENTS:
+        return _usage_error(f"unknown agent {name!r}; there are: {', '.join(sorted(AGENTS))}")
+    config, agent_config = parse_training(name, rest)
+    return _report(train(config, agent_config, console=console), console)
+
+
+def parse_training(agent: str, arguments: list[str]) -> tuple[TrainConfig, AgentConfig]:
+    """The configs that ``diffcore train AGENT ARGUMENTS`` asks for.
+
+    The environment is looked up first, since the agent's defaults depend on it; what the command
+    line says overrides them.
+
+    Raises:
+        SystemExit: after printing the help, or an error in the arguments.
+    """
+    config_type = agent_type(agent).config_type
+    defaults = config_type.for_env(_value_of("--env", arguments) or "")
+    fields: list[Any] = [
+        ("train", TrainConfig),
+        ("agent", config_type, dataclasses.field(default=defaults)),
+    ]
+    parsed: Any = tyro.cli(
+        dataclasses.make_dataclass("Arguments", fields, frozen=True),
+        prog=f"diffcore train {agent}",
+        description=(
+            f"Train {agent}. The agent's defaults are those for the environment given by --env."
+        ),
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return parsed.train, parsed.agent
+
+
+def evaluate_command(arguments: list[str]) -> int:
+    """``diffcore evaluate RUN ...``."""
+    parsed = tyro.cli(EvaluateArguments, prog="diffcore evaluate", args=arguments)
+    loaded = load_agent(parsed.run, parsed.device)
+    frames: list[Any] = []
+    if parsed.video is not None and not os.environ.get("DISPLAY"):
+        # MuJoCo would try to open a window. It reads this when it is first imported.
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    evaluator = Evaluator(
+        loaded.config.env,
+        episodes=parsed.episodes,
+        max_episode_steps=loaded.config.max_episode_steps,
+        deterministic=parsed.deterministic,
+        seed=parsed.seed,
+        device=parsed.device,
+        frames=None if parsed.video is None else frames.append,
+    )
+    try:
+        evaluation = evaluator.evaluate(loaded.agent)
+        frames_per_second = evaluator.frames_per_second
+    finally:
+        evaluator.close()
+    assert evaluation is not None  # nothing asked it to stop
+    print(
+        f"return {evaluation.mean_return:.2f} ± {evaluation.std_return:.2f} "
+        f"over {parsed.episodes} episodes of {loaded.config.env} "
+        f"(min {min(evaluation.returns):.2f}, max {max(evaluation.returns):.2f}), "
+        f"trained for {loaded.step:,} steps"
+    )
+    if parsed.video is not None:
+        write_video(parsed.video, frames, frames_per_second)
+        print(f"video: {parsed.video}")
+    return 0
+
+
+def plot_command(arguments: list[str]) -> int:
+    """``diffcore plot RUN... ...``."""
+    parsed = tyro.cli(PlotArguments, prog="diffcore plot", args=arguments)
+    directory = parsed.runs[0] if len(parsed.runs) == 1 else Path()
+    for path in plot_runs(list(parsed.runs), parsed.output or directory / "learning_curve.png"):
+        print(path)
+    return 0
+
+
+def _report(result: TrainResult, console: Console) -> int:
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    run = RunDirectory(result.run)
+    if result.interrupted:
+        say(f"interrupted at step {result.step:,}, saved; to go on:")
+        say(f"  diffcore train --resume {result.run}")
+        return INTERRUPTED
+    if result.evaluation is not None:
+        mean, std = result.evaluation.mean_return, result.evaluation.std_return
+        say(f"return {mean:.2f} ± {std:.2f} over {len(result.evaluation.returns)} episodes")
+    say(f"{result.step:,} steps, {result.steps_per_second:,.1f} steps/s")
+    say(f"run:        {run.path}")
+    say(f"logs:       {run.progress}, {run.evaluations}")
+    say(f"checkpoint: {run.checkpoint}")
+    say(f"weights:    {run.weights}")
+    return 0
+
+
+def _value_of(option: str, arguments: list[str]) -> str | None:
+    """The last value given to ``option``, as ``--option VALUE`` or ``--option=VALUE``."""
+    value = None
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == option:
+            value = following
+        elif argument.startswith(f"{option}="):
+            value = argument.removeprefix(f"{option}=")
+    return value
+
+
+def _usage_error(message: str) -> int:
+    print(f"error: {message}\n\n{USAGE}", end="", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

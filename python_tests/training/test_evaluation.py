@@ -1,0 +1,128 @@
+"""Evaluation: seeded, apart from training, deterministic on request, filmed on request."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import imageio
+import numpy as np
+import pytest
+import torch
+from tiny import CountingEnv, TinyAgent, TinyConfig
+
+from diffcore.training import EnvError, Evaluation, Evaluator
+from diffcore.training.evaluation import write_video
+from diffcore.training.seeding import process_random_state
+
+
+def make(env: str = "Pendulum-v1", **changes: Any) -> Evaluator:
+    settings: dict[str, Any] = {
+        "episodes": 3,
+        "max_episode_steps": 10,
+        "deterministic": False,
+        "seed": 0,
+    }
+    return Evaluator(env, **{**settings, **changes})
+
+
+def agent(observation_dim: int = 3, action_dim: int = 1) -> TinyAgent:
+    return TinyAgent(observation_dim, action_dim, TinyConfig(), seed=0)
+
+
+def test_statistics() -> None:
+    evaluation = Evaluation([1.0, 3.0], [5, 7])
+    assert (evaluation.mean_return, evaluation.std_return) == (2.0, 1.0)
+    assert Evaluation([4.0], [1]).std_return == 0.0
+
+
+def test_every_episode_counts_once_whatever_its_length(register_env: Any) -> None:
+    lengths = iter([2, 5, 3])
+    env_id = register_env(lambda **kwargs: CountingEnv(length=next(lengths)))
+    evaluation = make(env_id, max_episode_steps=None).evaluate(agent(2))
+    assert evaluation == Evaluation(returns=[3.0, 15.0, 6.0], lengths=[2, 5, 3])
+
+
+def test_the_outcome_depends_on_seed_and_number_only() -> None:
+    evaluator = make()
+    first = evaluator.evaluate(agent(), 7)
+    other_number = evaluator.evaluate(agent(), 8)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    assert evaluator.evaluate(agent(), 7) == first
+    assert make().evaluate(agent(), 7) == first
+    assert other_number != first
+    assert make(seed=1).evaluate(agent(), 7) != first
+
+
+def test_training_streams_are_left_alone(register_env: Any) -> None:
+    class GlobalNoise(CountingEnv):
+        def step(self, action: Any) -> Any:
+            np.random.random()
+            random.random()
+            torch.rand(1)
+            return super().step(action)
+
+    env_id = register_env(lambda **kwargs: GlobalNoise())
+    trained = agent(2)
+    before = repr((process_random_state(), trained.generator.get_state().tolist()))
+    make(env_id).evaluate(trained)
+    assert repr((process_random_state(), trained.generator.get_state().tolist())) == before
+
+
+def test_deterministic_evaluation_draws_no_actions() -> None:
+    class NoNoise(TinyAgent):
+        asked: bool | None = None
+
+        def act(self, observation: Any, **how: Any) -> Any:
+            assert how["explore"] is False
+            self.asked = how["deterministic"]
+            return super().act(observation, **how)
+
+    for deterministic in (True, False):
+        subject = NoNoise(3, 1, TinyConfig(), seed=0)
+        make(deterministic=deterministic).evaluate(subject)
+        assert subject.asked is deterministic
+
+
+def test_an_evaluation_can_be_given_up() -> None:
+    answers = iter([False, False, True])
+    assert make().evaluate(agent(), stop=lambda: next(answers)) is None
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif"])
+def test_video(tmp_path: Path, ending: str) -> None:
+    frames: list[Any] = []
+    evaluator = make("diffcore/MultiGoal-v0", max_episode_steps=4, frames=frames.append)
+    evaluation = evaluator.evaluate(agent(2, 2))
+    assert evaluation is not None
+    assert len(frames) == evaluation.lengths[0] + 1
+    assert not np.array_equal(frames[0], frames[-1])
+    path = tmp_path / f"video.{ending}"
+    write_video(path, frames, evaluator.frames_per_second)
+    assert len(imageio.mimread(path)) == len(frames)
+
+
+def test_an_environment_that_cannot_be_rendered_says_so(register_env: Any) -> None:
+    class NoScreen(CountingEnv):
+        def render(self) -> Any:
+            raise RuntimeError("no display")
+
+    class NoPicture(CountingEnv):
+        def render(self) -> Any:
+            return "text"
+
+    for env, message in (
+        (NoScreen, "can't be rendered here: no display"),
+        (NoPicture, "returned a str, not a picture"),
+    ):
+        env.metadata = {"render_modes": ["rgb_array"]}
+        env_id = register_env(env, disable_env_checker=True)
+        with pytest.raises(EnvError, match=message):
+            make(env_id, frames=lambda frame: None).evaluate(agent(2))
+
+
+def test_a_video_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    with pytest.raises(EnvError, match=r"can't write the video .*gone/v\.gif"):
+        write_video(tmp_path / "gone" / "v.gif", [np.zeros((16, 16, 3), dtype=np.uint8)], 10.0)
