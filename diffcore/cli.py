@@ -236,9 +236,9 @@ def _report(result: TrainResult, console: Console) -> int:
 def _value_of(option: str, arguments: list[str]) -> str | None:
     """The last value given to ``option``, as ``--option VALUE`` or ``--option=VALUE``."""
     value = None
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for i, argument in enumerate(arguments):
         if argument == option:
-            value = following
+            value = arguments[i + 1] if i + 1 < len(arguments) else None
         elif argument.startswith(f"{option}="):
             value = argument.removeprefix(f"{option}=")
     return value

@@ -37,6 +37,9 @@ class SolverTable:
 
     def __post_init__(self) -> None:
         t, c = self.timesteps, self.coefficients
+        for name, value in (("timesteps", t), ("coefficients", c)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
         if t.dtype != torch.int64 or t.ndim != 1 or len(t) == 0:
             raise ValueError(
                 f"timesteps: expected a non-empty int64 vector, got {t.dtype} of shape "
@@ -83,12 +86,8 @@ class DiffusionSchedule:
     alphas_cumprod_prev: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.betas, Tensor) or not self.betas.is_floating_point():
-            kind = self.betas.dtype if isinstance(self.betas, Tensor) else type(self.betas).__name__
-            raise TypeError(f"betas: expected a floating-point tensor, got {kind}")
+        _check_vector("betas", self.betas)
         betas = self.betas.detach().to("cpu", torch.float64).clone()
-        if betas.ndim != 1 or len(betas) == 0:
-            raise ValueError(f"betas: expected a non-empty vector, got shape {list(betas.shape)}")
         if not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError(f"betas: expected values in (0, 1), got {betas.tolist()}")
         alphas = 1 - betas
@@ -111,7 +110,7 @@ class DiffusionSchedule:
         betas are limited to 0.999.
         """
         _check_steps(K)
-        u = torch.arange(K + 1, dtype=torch.float64) / K
+        u = torch.arange(K + 1, dtype=torch.float64, device="cpu") / K
         abar = torch.cos((u + 0.008) / 1.008 * (math.pi / 2)) ** 2
         return DiffusionSchedule((1 - abar[1:] / abar[:-1]).clamp(max=0.999))
 
@@ -119,7 +118,9 @@ class DiffusionSchedule:
     def linear(K: int, beta_min: float = 1e-4, beta_max: float = 2e-2) -> DiffusionSchedule:
         """Ho et al. 2020: betas evenly spaced from ``beta_min`` to ``beta_max``."""
         _check_steps(K)
-        return DiffusionSchedule(torch.linspace(beta_min, beta_max, K, dtype=torch.float64))
+        return DiffusionSchedule(
+            torch.linspace(beta_min, beta_max, K, dtype=torch.float64, device="cpu")
+        )
 
     @staticmethod
     def vp(K: int, b_min: float = 0.1, b_max: float = 10.0) -> DiffusionSchedule:
@@ -128,7 +129,7 @@ class DiffusionSchedule:
         alpha_t = exp(-b_min / K - (b_max - b_min) (2 t - 1) / (2 K^2)), t = 1 .. K.
         """
         _check_steps(K)
-        t = torch.arange(1, K + 1, dtype=torch.float64)
+        t = torch.arange(1, K + 1, dtype=torch.float64, device="cpu")
         alphas = torch.exp(-b_min / K - 0.5 * (b_max - b_min) * (2 * t - 1) / K**2)
         return DiffusionSchedule(1 - alphas)
 
@@ -146,9 +147,19 @@ class DiffusionSchedule:
 
     @staticmethod
     def from_alphas_cumprod(alphas_cumprod: Tensor) -> DiffusionSchedule:
-        """The schedule with these levels, a falling (or level) sequence in (0, 1)."""
-        abar = alphas_cumprod.to(torch.float64)
+        """The schedule with these levels, a falling (or level) sequence in (0, 1).
+
+        Raises:
+            TypeError: ``alphas_cumprod`` isn't a floating-point tensor.
+            ValueError: it is empty, not a vector, leaves (0, 1), rises, or has a NaN.
+        """
+        _check_vector("alphas_cumprod", alphas_cumprod)
+        abar = alphas_cumprod.detach().to("cpu", torch.float64)
         before = torch.cat([abar.new_ones(1), abar[:-1]])
+        if not bool(((abar > 0) & (abar < 1) & (abar <= before)).all()):
+            raise ValueError(
+                f"alphas_cumprod: expected falling values in (0, 1), got {abar.tolist()}"
+            )
         # Equal neighbours (a repeated level) need a beta above 0 to stay a schedule.
         return DiffusionSchedule((1 - abar / before).clamp(min=torch.finfo(torch.float64).tiny))
 
@@ -196,6 +207,14 @@ class DiffusionSchedule:
         return _solver_table(self, name, steps, eta)
 
 
+def _check_vector(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a floating-point tensor, got {kind}")
+    if value.ndim != 1 or len(value) == 0:
+        raise ValueError(f"{name}: expected a non-empty vector, got shape {list(value.shape)}")
+
+
 def _check_steps(K: int, least: int = 1) -> None:
     if isinstance(K, bool) or not isinstance(K, int):
         raise TypeError(f"K: expected an integer, got {type(K).__name__}")
@@ -209,7 +228,7 @@ def _beta_cdf_levels(K: int, a: float, b: float) -> Tensor:
     # is integrated in the variable that removes its pole (v = x^a, w = (1-x)^b), with Gauss-
     # Legendre nodes on every subinterval, where the integrand is then smooth.
     nodes, weights = _gauss_legendre(64)
-    x = torch.linspace(0, 1, K, dtype=torch.float64)
+    x = torch.linspace(0, 1, K, dtype=torch.float64, device="cpu")
 
     def lower(upper: Tensor, p: float, q: float) -> Tensor:
         # integral_0^upper s^(p-1) (1-s)^(q-1) ds with v = s^p, upper <= 1/2
@@ -219,7 +238,7 @@ def _beta_cdf_levels(K: int, a: float, b: float) -> Tensor:
 
     left = lower(x.clamp(max=0.5), a, b)
     right = lower((1 - x).clamp(max=0.5), b, a)
-    half = torch.tensor([0.5], dtype=torch.float64)
+    half = torch.tensor([0.5], dtype=torch.float64, device="cpu")
     total = lower(half, a, b) + lower(half, b, a)
     abar = torch.where(x <= 0.5, 1 - left / total, right / total)
     return abar.clamp(min=abar[-2], max=abar[1])
@@ -237,11 +256,13 @@ def _gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept must serve training too
 def _solver_table(schedule: DiffusionSchedule, name: str, steps: int, eta: float) -> SolverTable:
     if steps == schedule.K:
-        t = torch.arange(schedule.K - 1, -1, -1)
+        t = torch.arange(schedule.K - 1, -1, -1, device="cpu")
     else:
-        t = torch.linspace(schedule.K - 1, 0, steps, dtype=torch.float64).round().to(torch.int64)
+        even = torch.linspace(schedule.K - 1, 0, steps, dtype=torch.float64, device="cpu")
+        t = even.round().to(torch.int64)
     builders: dict[str, Callable[[DiffusionSchedule, Tensor], Tensor]] = {
         "ddpm": _ddpm,
         "ddpm_unclipped": _ddpm_unclipped,
@@ -315,6 +336,8 @@ def _dpmpp_2m(schedule: DiffusionSchedule, t: Tensor) -> Tensor:
     h = torch.cat([log_snr[1:] - log_snr[:-1], log_snr.new_full((1,), math.inf)])
     c0, c1 = _predict_x0(abar)
     full = -alpha_to * torch.expm1(-h)
-    correction = torch.zeros_like(full)  # 1 / (2 r), r = h_previous / h
-    correction[1:-1] = h[1:-1] / (2 * h[:-2])
-    return _columns(c0, c1, full * (1 + correction), sigma_to / sigma, None, None, -full * correction)
+    # 1 / (2 r) with r = h_previous / h; after a step between equal levels there is no slope to take.
+    correction = torch.zeros_like(full)
+    correction[1:-1] = torch.where(h[:-2] > 0, h[1:-1] / (2 * h[:-2]), 0.0)
+    c2, c6 = full * (1 + correction), -full * correction
+    return _columns(c0, c1, c2, sigma_to / sigma, None, None, c6)

@@ -113,9 +113,8 @@ template <>
 struct ActivationFunction<Activation::elu> {
   DIFFCORE_INLINE Vec value(Vec x) { return select(less(zero(), x), x, expm1(x)); }
   DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
-    const Vec y = value(x);
-    *slope = select(less(zero(), x), broadcast(1.0f), y + broadcast(1.0f));
-    return y;
+    *slope = select(less(zero(), x), broadcast(1.0f), exp(x));
+    return value(x);
   }
 };
 
@@ -144,7 +143,7 @@ struct ActivationFunction<Activation::tanh> {
     const Vec small = fma(p * x2, x, x);
     const Vec magnitude = abs(x);
     const Vec e = exp(magnitude + magnitude);
-    const Vec big = fnma(broadcast(2.0f), reciprocal(e + broadcast(1.0f)), broadcast(1.0f));
+    const Vec big = broadcast(1.0f) - broadcast(2.0f) / (e + broadcast(1.0f));
     const Vec signed_big = select(less(x, zero()), zero() - big, big);
     return select(less(magnitude, broadcast(0.625f)), small, signed_big);
   }

@@ -246,6 +246,18 @@ std::shared_ptr<const Packed<CriticPack>> packed_critic(const CriticParameters& 
       [&](void* block, CriticPack* pack) { kernels.pack_critic(p, block, pack); });
 }
 
+std::shared_ptr<const Packed<MlpPack>> packed_mlp(const MlpParameters& p) {
+  const Kernels& kernels = active_kernels();
+  PackKey key(kernels, p.layers[0], {p.layer_count});
+  for (int l = 0; l < p.layer_count; ++l) {
+    key.add(p.layers[l]);
+    key.shape.push_back(static_cast<int>(p.activations[l]));
+  }
+  return find_or_build<MlpPack>(
+      key, kernels.mlp_pack_bytes(p),
+      [&](void* block, MlpPack* pack) { kernels.pack_mlp(p, block, pack); });
+}
+
 int64_t packs_built() { return built; }
 
 }  // namespace diffcore

@@ -50,6 +50,7 @@ struct Packed {
 // never used.
 std::shared_ptr<const Packed<DenoiserPack>> packed_denoiser(const DenoiserParameters&);
 std::shared_ptr<const Packed<CriticPack>> packed_critic(const CriticParameters&);
+std::shared_ptr<const Packed<MlpPack>> packed_mlp(const MlpParameters&);
 
 // Number of packs built so far in this process; lets tests and profiles see the cache work.
 int64_t packs_built();

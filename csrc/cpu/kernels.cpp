@@ -3,6 +3,8 @@
 #include "kernels.h"
 
 #include "action_gradient.h"
+#include "mlp.h"
+#include "peak.h"
 #include "reverse_diffusion.h"
 
 namespace diffcore {
@@ -37,10 +39,22 @@ constexpr bool native_bf16 = false;
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    DIFFCORE_STRING(DIFFCORE_ISA), native_bf16,       fingerprint,
-    denoiser_pack_bytes,           pack_denoiser,     reverse_diffusion,
-    critic_pack_bytes,             pack_critic,       action_gradient,
+    DIFFCORE_STRING(DIFFCORE_ISA),
+    native_bf16,
+    fingerprint,
+    denoiser_pack_bytes,
+    pack_denoiser,
+    reverse_diffusion,
+    critic_pack_bytes,
+    pack_critic,
+    action_gradient,
     normals,
+    mlp_pack_bytes,
+    pack_mlp,
+    mlp_saved_width,
+    mlp_forward,
+    mlp_backward,
+    fma_peak,
 };
 
 }  // namespace DIFFCORE_ISA

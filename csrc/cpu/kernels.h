@@ -130,6 +130,40 @@ struct ActionGradientCall {
   int threads;
 };
 
+// An MLP: layer, activation, layer, activation, ...
+struct MlpParameters {
+  LinearParameters layers[max_layers];
+  Activation activations[max_layers];
+  int layer_count;
+};
+
+struct MlpPack {
+  PackedLinear forward[max_layers];
+  PackedLinear backward[max_layers];  // transposed
+  Activation activations[max_layers];
+  int layer_count;
+};
+
+struct MlpCall {
+  const MlpPack* pack;
+  int64_t batch;
+  const float* x;  // [batch, in]
+  float* y;        // [batch, out]
+  float* saved;    // [batch, mlp_saved_width()] for the backward pass, or null
+  int threads;
+};
+
+struct MlpBackwardCall {
+  const MlpPack* pack;
+  int64_t batch;
+  const float* saved;          // as the forward pass left it
+  const float* grad_y;         // [batch, out]
+  float* grad_x;               // [batch, in] or null
+  float* const* grad_weights;  // layer by layer, or null: no parameter gradients
+  float* const* grad_biases;
+  int threads;
+};
+
 // What an instruction set provides.
 struct Kernels {
   const char* isa;
@@ -142,6 +176,12 @@ struct Kernels {
   void (*pack_critic)(const CriticParameters&, void* block, CriticPack*);
   void (*action_gradient)(const ActionGradientCall&);
   void (*normals)(const NormalsCall&);
+  int64_t (*mlp_pack_bytes)(const MlpParameters&);
+  void (*pack_mlp)(const MlpParameters&, void* block, MlpPack*);
+  int (*mlp_saved_width)(const MlpPack&);
+  void (*mlp_forward)(const MlpCall&);
+  void (*mlp_backward)(const MlpBackwardCall&);
+  double (*fma_peak)(int threads, double seconds);
 };
 
 // Memory of the calling thread that grows and is never given back, 64-byte aligned; valid until

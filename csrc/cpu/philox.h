@@ -45,45 +45,51 @@ DIFFCORE_INLINE void box_muller(const uint32_t (&a)[philox_lanes], const uint32_
   }
 }
 
-static inline void fill_normals(uint64_t seed, uint32_t step, int64_t first_row, int64_t rows,
-                                int columns, float* out, ptrdiff_t out_stride) {
+// Where a lane's four normals belong.
+struct NormalsPosition {
+  int block;
+  int64_t row;
+  int step;
+  DIFFCORE_INLINE void advance(NormalsPosition* p, int blocks, int64_t rows) {
+    if (++p->block < blocks) return;
+    p->block = 0;
+    if (++p->row < rows) return;
+    p->row = 0;
+    ++p->step;
+  }
+};
+
+// Normals of `steps` steps from `first_step` on, for `rows` rows from `first_row` on:
+// out[(step * rows + row) * out_stride + column].
+static inline void fill_normals(uint64_t seed, uint32_t first_step, int steps, int64_t first_row,
+                                int64_t rows, int columns, float* out, ptrdiff_t out_stride) {
   const int blocks = (columns + 3) / 4;
-  const int64_t total = rows * blocks;
-  for (int64_t start = 0; start < total; start += philox_lanes) {
-    const int lanes = total - start < philox_lanes ? static_cast<int>(total - start) : philox_lanes;
+  NormalsPosition from = {0, 0, 0}, to = from;
+  for (int64_t left = steps * rows * blocks; left > 0; left -= philox_lanes) {
     uint32_t c[4][philox_lanes];
-    int64_t row = start / blocks;
-    int block = static_cast<int>(start % blocks);
     for (int l = 0; l < philox_lanes; ++l) {
-      const uint64_t global_row = static_cast<uint64_t>(first_row + row);
-      c[0][l] = static_cast<uint32_t>(block);
-      c[1][l] = static_cast<uint32_t>(global_row);
-      c[2][l] = step;
-      c[3][l] = static_cast<uint32_t>(global_row >> 32);
-      if (++block == blocks) {
-        block = 0;
-        ++row;
-      }
+      const uint64_t row = static_cast<uint64_t>(first_row + from.row);
+      c[0][l] = static_cast<uint32_t>(from.block);
+      c[1][l] = static_cast<uint32_t>(row);
+      c[2][l] = first_step + static_cast<uint32_t>(from.step);
+      c[3][l] = static_cast<uint32_t>(row >> 32);
+      NormalsPosition::advance(&from, blocks, rows);
     }
     philox_rounds(seed, c);
     float z[4][philox_lanes];
     box_muller(c[0], c[1], z[0], z[1]);
     box_muller(c[2], c[3], z[2], z[3]);
-    row = start / blocks;
-    block = static_cast<int>(start % blocks);
-    for (int l = 0; l < lanes; ++l) {
-      for (int i = 0; i < 4 && 4 * block + i < columns; ++i)
-        out[row * out_stride + 4 * block + i] = z[i][l];
-      if (++block == blocks) {
-        block = 0;
-        ++row;
-      }
+    for (int l = 0; l < philox_lanes && l < left; ++l) {
+      float* p = out + (to.step * rows + to.row) * out_stride + 4 * to.block;
+      const int here = columns - 4 * to.block < 4 ? columns - 4 * to.block : 4;
+      for (int i = 0; i < here; ++i) p[i] = z[i][l];
+      NormalsPosition::advance(&to, blocks, rows);
     }
   }
 }
 
 static void normals(const NormalsCall& call) {
-  fill_normals(call.seed, call.step, call.first_row, call.rows, call.columns, call.out,
+  fill_normals(call.seed, call.step, 1, call.first_row, call.rows, call.columns, call.out,
                call.columns);
 }
 

@@ -85,6 +85,12 @@ static void pack_denoiser(const DenoiserParameters& p, void* block, DenoiserPack
   carve_denoiser(p, &memory, pack);
 }
 
+// Steps whose noise is drawn at a time: as many as fill the generator's lanes when rows are few.
+DIFFCORE_INLINE int noise_block_steps(const ReverseDiffusionCall& call, int rows) {
+  const int lanes_a_step = rows * ((call.action_dim + 3) / 4);
+  return lanes_a_step >= philox_lanes ? 1 : philox_lanes / lanes_a_step;
+}
+
 template <class Operand>
 struct ChainBuffers {
   Rows<float> x, x0, z, eps, state_part;
@@ -94,7 +100,7 @@ struct ChainBuffers {
     ChainBuffers b;
     b.x = take_rows<float>(memory, rows, call.action_dim);
     b.x0 = take_rows<float>(memory, rows, call.action_dim);
-    b.z = take_rows<float>(memory, rows, call.action_dim);
+    b.z = take_rows<float>(memory, noise_block_steps(call, rows) * rows, call.action_dim);
     b.eps = take_rows<float>(memory, rows, call.action_dim);
     b.state_part = take_rows<float>(memory, rows, call.denoiser->action_input.out);
     int widest = call.denoiser->action_input.out;
@@ -141,11 +147,12 @@ static void reverse_diffusion_tile(const ReverseDiffusionCall& call, Span span,
   // Lanes past the last column keep zeros: they take part in the vector arithmetic.
   clear_rows(b.x, rows);
   clear_rows(b.x0, rows);
-  clear_rows(b.z, rows);
+  const int noise_steps = noise_block_steps(call, rows);
+  clear_rows(b.z, noise_steps * rows);
   if (call.x_init) {
     copy_rows(call.x_init + actions_before, columns, rows, columns, b.x);
   } else {
-    fill_normals(call.seed, 0, span.first, rows, columns, b.x.data, b.x.stride);
+    fill_normals(call.seed, 0, 1, span.first, rows, columns, b.x.data, b.x.stride);
   }
 
   for (int step = 0; step < call.steps; ++step) {
@@ -165,13 +172,19 @@ static void reverse_diffusion_tile(const ReverseDiffusionCall& call, Span span,
     const PackedLinear& last = denoiser.trunk[denoiser.trunk_layers - 1];
     linear_store<Operand>(b.hidden[current], rows, last, bias_only(last), b.eps);
 
+    Rows<float> z = b.z;
     if (call.noise) {
-      copy_rows(call.noise + step_offset, columns, rows, columns, b.z);
-    } else if (c[5] * call.noise_scale != 0.0f) {
-      fill_normals(call.seed, static_cast<uint32_t>(step) + 1, span.first, rows, columns, b.z.data,
-                   b.z.stride);
+      copy_rows(call.noise + step_offset, columns, rows, columns, z);
+    } else if (call.noise_scale != 0.0f) {
+      if (step % noise_steps == 0) {
+        const int left = call.steps - step;
+        fill_normals(call.seed, static_cast<uint32_t>(step) + 1,
+                     left < noise_steps ? left : noise_steps, span.first, rows, columns, z.data,
+                     z.stride);
+      }
+      z.data = z.row((step % noise_steps) * rows);
     }
-    solver_step(c, call.noise_scale, call.clip, rows, columns, b.x, b.x0, b.eps, b.z);
+    solver_step(c, call.noise_scale, call.clip, rows, columns, b.x, b.x0, b.eps, z);
   }
 
   if (call.trajectory) {

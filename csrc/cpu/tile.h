@@ -212,12 +212,13 @@ struct Offset {
 
 constexpr int max_vectors = 8;
 
-// Sums of `rows` rows and `vectors` vectors of outputs starting at column n, into `out`.
+// Sums of `rows` rows and `vectors` vectors of outputs, into `out`. Row k of a panel lies
+// `panel_step` weights behind row k - 1: next to it in packed weights.
 template <class Operand, int rows, int vectors>
 static inline __attribute__((noinline)) void tile_sums(
     const typename Operand::Input* __restrict x, ptrdiff_t x_stride, int depth,
-    const typename Operand::Weight* __restrict panels, Offset offset, float* __restrict out,
-    ptrdiff_t out_stride) {
+    const typename Operand::Weight* __restrict panels, ptrdiff_t panel_step, Offset offset,
+    float* __restrict out, ptrdiff_t out_stride) {
   Vec sum[rows][vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) {
@@ -234,7 +235,7 @@ static inline __attribute__((noinline)) void tile_sums(
   for (int k = 0; k < depth; ++k) {
     Operand::template multiply_add<rows, vectors>(x, x_stride, k, panel, sum);
 #pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) panel[j] += panel_width;
+    for (int j = 0; j < vectors; ++j) panel[j] += panel_step;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i)
@@ -246,8 +247,8 @@ static inline __attribute__((noinline)) void tile_sums(
 template <class Operand, int rows>
 static inline __attribute__((noinline)) void narrow_sums(
     const typename Operand::Input* __restrict x, ptrdiff_t x_stride, int depth,
-    const typename Operand::Weight* __restrict panel, Offset offset, float* __restrict out,
-    ptrdiff_t out_stride) {
+    const typename Operand::Weight* __restrict panel, ptrdiff_t panel_step, Offset offset,
+    float* __restrict out, ptrdiff_t out_stride) {
   Vec part[4][rows][1];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
@@ -260,12 +261,12 @@ static inline __attribute__((noinline)) void narrow_sums(
   for (; k + 4 <= depth; k += 4) {
 #pragma GCC unroll 4
     for (int p = 0; p < 4; ++p) {
-      const typename Operand::Weight* const row[1] = {panel + (k + p) * W};
+      const typename Operand::Weight* const row[1] = {panel + (k + p) * panel_step};
       Operand::template multiply_add<rows, 1>(x, x_stride, k + p, row, part[p]);
     }
   }
   for (; k < depth; ++k) {
-    const typename Operand::Weight* const row[1] = {panel + k * W};
+    const typename Operand::Weight* const row[1] = {panel + k * panel_step};
     Operand::template multiply_add<rows, 1>(x, x_stride, k, row, part[0]);
   }
 #pragma GCC unroll 8
@@ -276,7 +277,7 @@ static inline __attribute__((noinline)) void narrow_sums(
 
 template <class Operand>
 using TileFunction = void (*)(const typename Operand::Input*, ptrdiff_t, int,
-                              const typename Operand::Weight*, Offset, float*, ptrdiff_t);
+                              const typename Operand::Weight*, ptrdiff_t, Offset, float*, ptrdiff_t);
 
 template <class Operand, int rows = max_tile_rows>
 DIFFCORE_INLINE TileFunction<Operand> tile_function(int wanted) {
@@ -331,7 +332,8 @@ DIFFCORE_INLINE void linear(const typename Operand::Input* x, ptrdiff_t x_stride
       const Offset here = {offset.bias + n,
                            offset.rows ? offset.rows + row * offset.stride + n : nullptr,
                            offset.stride};
-      function(x + row * x_stride, x_stride, depth, panels, here, sums, width);
+      const int step = width < panel_width ? width : panel_width;
+      function(x + row * x_stride, x_stride, depth, panels, step, here, sums, width);
       epilogue(row, count, n, width, sums, width);
       row += count;
     }

@@ -107,10 +107,63 @@ void action_gradient(const std::vector<Layer>& first, const std::vector<Layer>& 
   active_kernels().action_gradient(call);
 }
 
+MlpParameters mlp_parameters(const std::vector<Layer>& layers,
+                             const std::vector<Activation>& activations) {
+  MlpParameters parameters{};
+  parameters.layer_count = static_cast<int>(layers.size());
+  for (int l = 0; l < parameters.layer_count; ++l) {
+    parameters.layers[l] = linear_parameters(layers[l]);
+    parameters.activations[l] = activations[l];
+  }
+  return parameters;
+}
+
+int mlp_saved_width(const std::vector<Layer>& layers, const std::vector<Activation>& activations) {
+  MlpPack shape{};
+  shape.layer_count = static_cast<int>(layers.size());
+  for (int l = 0; l < shape.layer_count; ++l) {
+    shape.forward[l].in = std::get<2>(layers[l]);
+    shape.forward[l].out = std::get<3>(layers[l]);
+    shape.activations[l] = activations[l];
+  }
+  return active_kernels().mlp_saved_width(shape);
+}
+
+void mlp_forward(const std::vector<Layer>& layers, const std::vector<Activation>& activations,
+                 int64_t batch, Address x, Address y, Address saved, int threads) {
+  const py::gil_scoped_release unlocked;
+  const auto mlp = packed_mlp(mlp_parameters(layers, activations));
+  active_kernels().mlp_forward({&mlp->pack, batch, pointer<const float>(x), pointer<float>(y),
+                                pointer<float>(saved), usable_threads(threads)});
+}
+
+void mlp_backward(const std::vector<Layer>& layers, const std::vector<Activation>& activations,
+                  int64_t batch, Address saved, Address grad_y, Address grad_x,
+                  const std::vector<Address>& grad_parameters, int threads) {
+  const py::gil_scoped_release unlocked;
+  const auto mlp = packed_mlp(mlp_parameters(layers, activations));
+  float* weights[max_layers];
+  float* biases[max_layers];
+  for (size_t l = 0; l < grad_parameters.size() / 2; ++l) {
+    weights[l] = pointer<float>(grad_parameters[2 * l]);
+    biases[l] = pointer<float>(grad_parameters[2 * l + 1]);
+  }
+  const bool wanted = !grad_parameters.empty();
+  active_kernels().mlp_backward({&mlp->pack, batch, pointer<const float>(saved),
+                                 pointer<const float>(grad_y), pointer<float>(grad_x),
+                                 wanted ? weights : nullptr, wanted ? biases : nullptr,
+                                 usable_threads(threads)});
+}
+
 void normals(uint64_t seed, uint32_t step, int64_t first_row, int64_t rows, int columns,
              Address out) {
   const py::gil_scoped_release unlocked;
   active_kernels().normals({seed, step, first_row, rows, columns, pointer<float>(out)});
+}
+
+double fma_peak(int threads, double seconds) {
+  const py::gil_scoped_release unlocked;
+  return active_kernels().fma_peak(usable_threads(threads), seconds);
 }
 
 }  // namespace
@@ -143,4 +196,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("reverse_diffusion", &reverse_diffusion);
   m.def("action_gradient", &action_gradient);
   m.def("normals", &normals);
+  m.def("mlp_saved_width", &mlp_saved_width);
+  m.def("mlp_forward", &mlp_forward);
+  m.def("mlp_backward", &mlp_backward);
+  m.def("fma_peak", &fma_peak);
 }

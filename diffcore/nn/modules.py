@@ -8,13 +8,13 @@ q1, then q2). Weights start as in DIPO's released code: normal with standard dev
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from diffcore.ops._activations import ACTIVATIONS
 from diffcore.ops._checks import check_choice, check_positive_int
+from diffcore.ops.mlp import mlp
 
 
 class MLP(nn.Module):
@@ -23,7 +23,7 @@ class MLP(nn.Module):
     Args:
         in_dim, hidden_dim, out_dim: widths.
         hidden_layers: at least 1.
-        activation: one of ``diffcore.nn`` activations: identity, relu, elu, silu, gelu, mish, tanh.
+        activation: identity, relu, elu, silu, gelu, mish, tanh, sin or cos.
     """
 
     def __init__(
@@ -45,12 +45,11 @@ class MLP(nn.Module):
         widths = [in_dim] + [hidden_dim] * hidden_layers + [out_dim]
         self.layers = nn.ModuleList(_linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_dim]`` -> ``[..., out_dim]``."""
-        activation = ACTIVATIONS[self.activation].forward
-        for layer in self.layers[:-1]:
-            x = activation(layer(x))
-        return self.layers[-1](x)
+    def forward(self, x: Tensor, *, backend: str | None = None) -> Tensor:
+        """``[..., in_dim]`` -> ``[..., out_dim]``, on a backend of :func:`diffcore.ops.mlp`."""
+        parameters = list(self.parameters())
+        activations = [self.activation] * self.hidden_layers + ["identity"]
+        return mlp(x, parameters[::2], parameters[1::2], activations, backend=backend)
 
 
 def _linear(in_dim: int, out_dim: int) -> nn.Linear:
@@ -61,11 +60,9 @@ def _linear(in_dim: int, out_dim: int) -> nn.Linear:
     return layer
 
 
-@lru_cache(maxsize=64)
-def _embedding_frequencies(dim: int) -> Tensor:
+def _embedding_frequencies(dim: int) -> list[float]:
     half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float64) / max(half - 1, 1)
-    return torch.exp(-math.log(10000) * exponent)
+    return [10000 ** (-i / max(half - 1, 1)) for i in range(half)]
 
 
 def time_embedding(t: Tensor, dim: int) -> Tensor:
@@ -78,7 +75,8 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
     Returns:
         float64 ``[B, dim]``.
     """
-    angle = t.to(torch.float64)[:, None] * _embedding_frequencies(dim).to(t.device)[None, :]
+    frequencies = torch.tensor(_embedding_frequencies(dim), dtype=torch.float64, device=t.device)
+    angle = t.to(torch.float64)[:, None] * frequencies[None, :]
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
@@ -117,10 +115,13 @@ class Denoiser(nn.Module):
             action_dim + time_dim + state_dim, hidden_dim, action_dim, hidden_layers, activation
         )
 
-    def forward(self, x: Tensor, state: Tensor, t: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, state: Tensor, t: Tensor, *, backend: str | None = None
+    ) -> Tensor:
         """x ``[B, A]``, state ``[B, S]``, t integer ``[B]`` -> eps ``[B, A]``."""
-        embedding = self.time_mlp(time_embedding(t, self.time_dim).to(x.dtype))
-        return self.trunk(torch.cat([x, embedding, state], dim=-1))
+        embedding = time_embedding(t, self.time_dim).to(x.dtype)
+        time_features = self.time_mlp(embedding, backend=backend)
+        return self.trunk(torch.cat([x, time_features, state], dim=-1), backend=backend)
 
 
 class TwinCritic(nn.Module):
@@ -146,7 +147,9 @@ class TwinCritic(nn.Module):
         self.q1 = MLP(state_dim + action_dim, hidden_dim, 1, hidden_layers, activation)
         self.q2 = MLP(state_dim + action_dim, hidden_dim, 1, hidden_layers, activation)
 
-    def forward(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, state: Tensor, action: Tensor, *, backend: str | None = None
+    ) -> tuple[Tensor, Tensor]:
         """state ``[B, S]``, action ``[B, A]`` -> (q1, q2), each ``[B, 1]``."""
         x = torch.cat([state, action], dim=-1)
-        return self.q1(x), self.q2(x)
+        return self.q1(x, backend=backend), self.q2(x, backend=backend)

@@ -42,13 +42,19 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
 
 
 def check_tensor(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
-    """A floating-point tensor of this shape; a string in `shape` names a size that is free."""
+    """A floating-point tensor of this shape.
+
+    A string in `shape` names a size that is free, a leading "..." any number of them.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
-    fits = value.ndim == len(shape) and all(
-        isinstance(want, str) or have == want for have, want in zip(value.shape, shape, strict=True)
+    tail = shape[1:] if shape and shape[0] == "..." else shape
+    ranks_fit = value.ndim >= len(tail) if len(tail) < len(shape) else value.ndim == len(shape)
+    fits = ranks_fit and all(
+        isinstance(want, str) or have == want
+        for have, want in zip(value.shape[value.ndim - len(tail) :], tail, strict=True)
     )
     if not fits:
         wanted = ", ".join(str(s) for s in shape)
@@ -66,8 +72,27 @@ def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None
 
 
 def check_compute_dtype(value: Any) -> None:
-    if value not in (None, torch.float32, torch.float64, torch.bfloat16):
+    if value not in (None, torch.float32, torch.bfloat16):
         raise ValueError(
-            f"compute_dtype: expected None, torch.float32, torch.float64 or torch.bfloat16, "
-            f"got {value!r}"
+            f"compute_dtype: expected None, torch.float32 or torch.bfloat16, got {value!r}"
         )
+
+
+def out_of_autocast(network: Any, *tensors: Any) -> list[Any]:
+    """Under torch.autocast, tensors in its lower precision as the network's dtype.
+
+    Layers before an op hand their results on in that precision; the ops choose theirs themselves.
+    """
+    parameter = next(network.parameters(), None) if isinstance(network, torch.nn.Module) else None
+
+    def cast(tensor: Any) -> Any:
+        if parameter is None or not isinstance(tensor, Tensor):
+            return tensor
+        if tensor.dtype not in (torch.bfloat16, torch.float16):
+            return tensor
+        device = tensor.device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return tensor
+        return tensor.to(parameter.dtype)
+
+    return [cast(tensor) for tensor in tensors]

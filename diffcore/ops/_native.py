@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 # torch first: it brings its own OpenMP runtime, and an extension loaded after it shares that copy
 # and its threads instead of starting a second pool.
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _core: Any
 unavailable: str | None = None
@@ -23,17 +25,20 @@ NATIVE_ACTIVATIONS = ("identity", "relu", "elu", "silu", "tanh", "mish")
 Layer = tuple[int, int, int, int]
 
 
-def cannot_run(tensors: list[Tensor], activation: str, layers: int) -> str | None:
+def cannot_run(tensors: list[Tensor], activations: Sequence[str], layers: int) -> str | None:
     """Why the CPU kernels can't take networks of this kind, or None."""
     if unavailable is not None:
         return unavailable
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives are being taken, which the CPU kernels don't have"
     for tensor in tensors:
         if tensor.device.type != "cpu":
             return f"a tensor is on {tensor.device}"
         if tensor.dtype != torch.float32:
             return f"a tensor is {tensor.dtype}, the CPU kernels take float32"
-    if activation not in NATIVE_ACTIVATIONS:
-        return f"activation {activation!r} has no CPU kernel"
+    for activation in activations:
+        if activation not in NATIVE_ACTIVATIONS:
+            return f"activation {activation!r} has no CPU kernel"
     if layers > _core.max_layers:
         return f"{layers} layers, the CPU kernels take at most {_core.max_layers}"
     return None
@@ -50,3 +55,17 @@ def addresses(parameters: list[Tensor]) -> list[Layer]:
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def one_by_one(op: Any, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:
+    """Results of an op for every element of a vmap, where they can't be folded into the rows."""
+
+    def element(value: Any, dim: Any, i: int) -> Any:
+        if isinstance(value, list):
+            return [element(v, d, i) for v, d in zip(value, dim, strict=True)]
+        return value if dim is None else value.select(dim, i)
+
+    return [
+        op(*(element(value, dim, i) for value, dim in zip(args, in_dims, strict=True)))
+        for i in range(size)
+    ]

@@ -15,6 +15,8 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -28,6 +30,8 @@ _CONSTANT_ATTRIBUTES = {
     "_saved_kwargs",  # what a wrapper and an environment were constructed with
     "_ezpickle_args",
     "_ezpickle_kwargs",
+    "spec",
+    "_cached_spec",  # filled when somebody asks for it
 }
 _CONSTANT_TYPES = (
     EnvSpec,
@@ -54,7 +58,9 @@ def save_environment(env: gym.Env[Any, Any]) -> dict[str, Any]:
     layers = []
     for layer in _layers(env):
         if hasattr(layer, "state_dict") and hasattr(layer, "load_state_dict"):
-            state = {"own": encoder.encode(layer.state_dict(), "state_dict()")}
+            with _own_errors_named(layer):
+                own = layer.state_dict()
+            state = {"own": encoder.encode(own, f"{type(layer).__name__}.state_dict()")}
             # Most such environments draw from Gymnasium's generator without thinking of it.
             state["np_random"] = encoder.encode(getattr(layer, "_np_random", None), "_np_random")
         else:
@@ -76,7 +82,9 @@ def restore_environment(env: gym.Env[Any, Any], state: dict[str, Any]) -> None:
     decoder = _Decoder()
     for layer, layer_state in zip(layers, state["layers"], strict=True):
         if "own" in layer_state:
-            layer.load_state_dict(decoder.decode(layer_state["own"]))
+            own = decoder.decode(layer_state["own"])
+            with _own_errors_named(layer):
+                layer.load_state_dict(own)
             layer._np_random = decoder.decode(layer_state["np_random"])
         else:
             decoder.restore_attributes(layer, layer_state["attributes"])
@@ -90,6 +98,16 @@ def _layers(env: gym.Env[Any, Any]) -> list[Any]:
     while isinstance(layers[-1], gym.Wrapper):
         layers.append(layers[-1].env)
     return layers
+
+
+@contextmanager
+def _own_errors_named(layer: object) -> Iterator[None]:
+    """A fault in an environment's own saving needn't end a training run."""
+    try:
+        yield
+    except Exception as error:
+        name = type(layer).__name__
+        raise NotRestorableError(f"{name}'s own saving or loading failed: {error!r}") from error
 
 
 def _type_name(value: object) -> str:

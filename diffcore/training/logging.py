@@ -210,7 +210,10 @@ class TensorBoardLog:
     def close(self) -> None:
         """Write what is pending."""
         if self._writer is not None:
-            self._writer.close()
+            try:
+                self._writer.close()
+            except (OSError, RuntimeError, ValueError) as error:
+                self._warn(f"TensorBoard logging stops here: {error}")
 
 
 def _read(values: list[float | Tensor]) -> list[float]:

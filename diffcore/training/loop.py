@@ -10,6 +10,7 @@ that training would have drawn.
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,12 @@ from diffcore.training.environment_state import (
     restore_environment,
     save_environment,
 )
-from diffcore.training.environments import EnvironmentBatch, FloatArray, make_environment
+from diffcore.training.environments import (
+    BoxEnvironment,
+    EnvironmentBatch,
+    FloatArray,
+    make_environment,
+)
 from diffcore.training.errors import CheckpointError, ConfigError, TrainingError
 from diffcore.training.evaluation import Evaluation, Evaluator
 from diffcore.training.files import write_atomically
@@ -225,10 +231,7 @@ class Trainer:
             )
         seed_process(config.seed)
         self.environments = EnvironmentBatch(
-            [
-                make_environment(config.env, max_episode_steps=config.max_episode_steps)
-                for _ in range(config.num_envs)
-            ]
+            [self._make_environment() for _ in range(config.num_envs)]
         )
         self.agent = _make_agent(
             agent_config,
@@ -423,8 +426,9 @@ class Trainer:
             self.updates = state["updates"]
             self.next_log = state["next_log"]
             self.seconds = state["seconds"]
-            # The last evaluation may have been set by a total_steps that is now another.
-            self.next_evaluation = min(state["next_evaluation"], self.config.total_steps)
+            self.next_evaluation = state["next_evaluation"]
+            if self.step < self.config.total_steps:  # which may have changed since
+                self.next_evaluation = min(self.next_evaluation, self.config.total_steps)
             self.metrics.load_state_dict(state["metrics"])
             self.episodes.load_state_dict(state["episodes"])
             self.replay.load_state_dict(state["replay"])
@@ -437,17 +441,23 @@ class Trainer:
         except KeyError as error:
             raise CheckpointError(f"the checkpoint lacks the entry {error}") from error
 
+    def _make_environment(self) -> BoxEnvironment:
+        return make_environment(self.config.env, max_episode_steps=self.config.max_episode_steps)
+
     def _restore_environment(self, i: int, saved: dict[str, Any]) -> None:
-        environment = self.environments.environments[i]
         seed = derive_seed(self.config.seed, Stream.RESUMED_ENVIRONMENT, self.step, i)
-        environment.reset(seed=seed)
+        environment = self.environments.environments[i]
         reason = saved["not_restorable"]
         if reason is None:
             try:
+                environment.reset(seed=seed)
                 restore_environment(environment, saved["state"])
                 return
             except NotRestorableError as error:
                 reason = str(error)
+        environment.close()  # it may be in half of the saved state
+        environment = self._make_environment()
+        self.environments.environments[i] = environment
         self.environments.observation[i] = environment.reset(seed=seed)[0]
         self.episodes.drop(i)
         self.warnings.append(
@@ -604,13 +614,16 @@ class _Session:
             WriteError: if they can't be written.
         """
         trainer = self.trainer
-        metadata = {
+        description = {
             "agent": trainer.agent_name,
+            "agent_config": to_dict(trainer.agent_config),
             "env": trainer.config.env,
-            "observation_dim": str(trainer.environments.observation_dim),
-            "action_dim": str(trainer.environments.action_dim),
-            "step": str(trainer.step),
+            "observation_dim": trainer.environments.observation_dim,
+            "action_dim": trainer.environments.action_dim,
+            "step": trainer.step,
         }
+        # In one entry: safetensors writes several in an order that changes from run to run.
+        metadata = {"diffcore": json.dumps(description)}
         data = safetensors.torch.save(trainer.agent.weights(), metadata)
         write_atomically(self.directory.weights, lambda file: file.write(data))
 

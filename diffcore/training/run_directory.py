@@ -113,13 +113,15 @@ class RunDirectory:
         """Take the run for this process, until the lock is released.
 
         Raises:
-            RunError: if another process is training in it.
+            RunError: if another process is training in it, or it can't be written to.
         """
         lock = FileLock(self.path / ".lock")
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise RunError(f"another process is training in {self.path}") from error
+        except OSError as error:
+            raise RunError(f"can't write to the run directory {self.path}: {error}") from error
         return lock
 
 

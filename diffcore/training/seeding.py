@@ -36,7 +36,8 @@ def derive_seed(seed: int, stream: Stream, *path: int) -> int:
         stream: what it is for.
         path: further numbers, such as a step or an environment's index.
     """
-    sequence = np.random.SeedSequence([seed, int(stream), *path])
+    # As a spawn key, since in the entropy trailing zeros would make no difference.
+    sequence = np.random.SeedSequence(seed, spawn_key=(int(stream), *path))
     return int(sequence.generate_state(1)[0])
 
 

@@ -173,7 +173,7 @@ base = np.zeros(4)
         ({"deep": [Opaque()]}, r"StatefulEnv.value is a .*Opaque"),
         (np.array([None]), "array of dtype object"),
         ([base, base[1:]], "shares its memory with another array"),
-        (np.frombuffer(bytearray(8)), "array over memory of builtins.bytearray"),
+        (np.frombuffer(bytearray(8)), "array over memory of builtins"),
     ],
 )
 def test_what_cannot_be_saved_is_named(value: Any, message: str) -> None:
@@ -222,3 +222,15 @@ def test_an_environment_may_bring_its_own_state_dict(tmp_path: Path) -> None:
     restore_environment(other, through_a_file(save_environment(env), tmp_path))
     assert (other.episode, other.count) == (0, 1)
     assert other.np_random.random() == env.np_random.random()
+
+
+def test_a_fault_in_an_environments_own_saving_is_named() -> None:
+    class Faulty(CountingEnv):
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise KeyError("position")
+
+    with pytest.raises(NotRestorableError, match=r"Faulty's own .* failed: KeyError\('position'\)"):
+        restore_environment(Faulty(), save_environment(Faulty()))

@@ -152,9 +152,7 @@ def scalars(directory: Path) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars("progress/loss")]
 
 
-def test_tensorboard_has_no_duplicates_after_resuming(
-    tmp_path: Path, warnings: list[str]
-) -> None:
+def test_tensorboard_has_no_duplicates_after_resuming(tmp_path: Path, warnings: list[str]) -> None:
     first = TensorBoardLog(tmp_path, 0, warnings.append)
     for step in (1, 2, 3):
         first.write("progress", {"step": step, "loss": 0.5})

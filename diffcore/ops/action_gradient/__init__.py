@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from diffcore.ops._checks import (
     check_number,
     check_positive_int,
     check_tensor,
+    out_of_autocast,
 )
 from diffcore.ops.action_gradient import native, reference
 
@@ -49,7 +51,7 @@ def action_gradient(
 
     Args:
         critic: a :class:`diffcore.nn.TwinCritic`, or any callable ``(state, action) -> (q1, q2)``
-            with ``[B, 1]`` each (that one runs on the reference).
+            with ``[B, 1]`` each and no side effects (that one runs on the reference).
         state: ``[B, S]``.
         action: ``[B, A]``; not changed.
         steps: number of steps; 0 returns a copy.
@@ -60,7 +62,8 @@ def action_gradient(
         low, high: bounds the actions are clamped to after every step.
         clip_mode: "batch" limits the norm over the whole batch, as the released code does (so a NaN
             in one row reaches all); "row" limits every row's own.
-        compute_dtype: ``torch.bfloat16`` multiplies hidden layers in bfloat16 with float32 sums.
+        compute_dtype: ``torch.bfloat16`` multiplies hidden layers in bfloat16 with float32 sums;
+            the reference keeps to the critic's own precision.
         backend: "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
@@ -70,6 +73,9 @@ def action_gradient(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or a forced
             backend that can't run this call.
     """
+    from diffcore.nn import TwinCritic
+
+    state, action = out_of_autocast(critic, state, action)
     available = support(
         critic,
         state,
@@ -102,6 +108,8 @@ def action_gradient(
             float(low),
             float(high),
         )
+    if isinstance(critic, TwinCritic):
+        critic = partial(critic, backend="reference")
     return reference.action_gradient(
         critic, state, action, steps, lr, max_norm, clip_mode, optimizer, eps, low, high
     )
@@ -129,6 +137,7 @@ def support(
     if not callable(critic):
         raise TypeError(f"critic: expected a TwinCritic or a callable, got {type(critic).__name__}")
     ours = isinstance(critic, TwinCritic)
+    state, action = out_of_autocast(critic, state, action)
     check_tensor("state", state, ("B", critic.state_dim if ours else "S"))
     check_tensor("action", action, (len(state), critic.action_dim if ours else "A"))
     check_like("action", action, "state", state)
@@ -146,9 +155,7 @@ def support(
     if not ours:
         return {"cpu": "the critic isn't a diffcore.nn.TwinCritic", "reference": None}
     parameters = list(critic.parameters())
-    if parameters[0].dtype != state.dtype:
-        raise TypeError(f"state: expected {parameters[0].dtype} like the critic, got {state.dtype}")
-    reason = _native.cannot_run([state, *parameters], critic.activation, critic.q1.hidden_layers + 1)
-    if reason is None and compute_dtype == torch.float64:
-        reason = "compute_dtype is float64"
+    check_like("state", state, "the critic", parameters[0])
+    layers = critic.q1.hidden_layers + 1
+    reason = _native.cannot_run([state, *parameters], [critic.activation], layers)
     return {"cpu": reason, "reference": None}

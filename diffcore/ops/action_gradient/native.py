@@ -61,3 +61,9 @@ def ascend(
 @ascend.register_fake
 def _(state: Tensor, action: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(action, memory_format=torch.contiguous_format)
+
+
+@ascend.register_vmap
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    """One by one: the gradient's norm may be limited over each batch, not over all of them."""
+    return torch.stack(_native.one_by_one(ascend, info.batch_size, in_dims, args)), 0

@@ -23,13 +23,11 @@ def action_gradient(
 ) -> Tensor:
     state = state.detach()
     action = action.detach().clone()
+    gradient_at = torch.func.grad(lambda a: -torch.min(*critic(state, a)).sum())
     first_moment, second_moment = torch.zeros_like(action), torch.zeros_like(action)
     for step in range(1, steps + 1):
-        with torch.enable_grad():
-            action.requires_grad_()
-            q = torch.min(*critic(state, action))
-            (gradient,) = torch.autograd.grad(-q.sum(), action)
-        action = action.detach()
+        with torch.no_grad():
+            gradient = gradient_at(action)
         if max_norm is not None:
             norm = gradient.norm() if clip_mode == "batch" else gradient.norm(dim=1, keepdim=True)
             gradient = gradient * (max_norm / (norm + 1e-6)).clamp(max=1.0)

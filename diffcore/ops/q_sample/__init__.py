@@ -37,7 +37,10 @@ def q_sample(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device.
     """
     _dispatch.choose("q_sample", support(x0, t, noise, schedule), backend)
-    return reference.q_sample(x0, t, noise, schedule)
+    try:
+        return reference.q_sample(x0, t, noise, schedule)
+    except IndexError as error:
+        raise ValueError(f"t: expected levels in 0..{schedule.K - 1}, got {t}") from error
 
 
 def support(

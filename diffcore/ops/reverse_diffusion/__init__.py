@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ from diffcore.ops._checks import (
     check_like,
     check_number,
     check_tensor,
+    out_of_autocast,
 )
 from diffcore.ops.reverse_diffusion import native, reference
 from diffcore.schedule import SOLVERS, DiffusionSchedule, SolverTable
@@ -60,7 +61,8 @@ def reverse_diffusion(
             row r gets the same noise in any batch and on any backend. The default generator if None.
         compute_dtype: ``torch.bfloat16`` multiplies hidden layers in bfloat16 with float32 sums
             (states, x and the noise schedule stay float32); about 1e-2 from float32 over a whole
-            chain. None or ``torch.float32``: float32 throughout.
+            chain. None or ``torch.float32``: float32 throughout. The reference keeps to the
+            denoiser's own precision.
         backend: "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
@@ -70,6 +72,9 @@ def reverse_diffusion(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, an unknown
             solver, or a forced backend that can't run this call.
     """
+    from diffcore.nn import Denoiser
+
+    state, x_init, noise = out_of_autocast(denoiser, state, x_init, noise)
     available = support(
         denoiser,
         schedule,
@@ -82,13 +87,16 @@ def reverse_diffusion(
         generator=generator,
         compute_dtype=compute_dtype,
     )
-    seed = _philox.draw_seed(generator) if x_init is None or noise is None else None
+    draws = x_init is None or (noise is None and noise_scale != 0)
+    seed = _philox.draw_seed(generator) if draws else None
     if _dispatch.choose("reverse_diffusion", available, backend) == "cpu":
         return _run_native(
             denoiser, schedule, solver, state, x_init, noise, seed, noise_scale, clip, compute_dtype
         )
     action_dim = denoiser.action_dim if x_init is None else x_init.shape[1]
     table = _table(schedule, solver)
+    if isinstance(denoiser, Denoiser):
+        denoiser = partial(denoiser, backend="reference")
     return reference.reverse_diffusion(
         denoiser, table, state, action_dim, x_init, noise, seed, float(noise_scale), float(clip)
     )
@@ -142,11 +150,13 @@ def _table(schedule: DiffusionSchedule, solver: str | SolverTable) -> SolverTabl
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept must serve training too
 def _cached_coefficients(schedule: DiffusionSchedule, solver: str | SolverTable) -> Tensor:
     return _table(schedule, solver).coefficients.to(torch.float32)
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _cached_embedding(
     schedule: DiffusionSchedule, solver: str | SolverTable, dim: int
 ) -> Tensor:
@@ -182,6 +192,7 @@ def support(
     if not callable(denoiser):
         raise TypeError(f"denoiser: expected a Denoiser or a callable, got {type(denoiser).__name__}")
     ours = isinstance(denoiser, Denoiser)
+    state, x_init, noise = out_of_autocast(denoiser, state, x_init, noise)
     check_tensor("state", state, ("B", denoiser.state_dim if ours else "S"))
     if x_init is None and not ours:
         raise ValueError("x_init: a denoiser that isn't a diffcore.nn.Denoiser needs it given")
@@ -202,11 +213,8 @@ def support(
     if not ours:
         return {"cpu": "the denoiser isn't a diffcore.nn.Denoiser", "reference": None}
     parameters = list(denoiser.parameters())
-    if parameters[0].dtype != state.dtype:
-        raise TypeError(f"state: expected {parameters[0].dtype} like the denoiser, got {state.dtype}")
+    check_like("state", state, "the denoiser", parameters[0])
     reason = _native.cannot_run(
-        [state, *parameters], denoiser.activation, denoiser.trunk.hidden_layers + 1
+        [state, *parameters], [denoiser.activation], denoiser.trunk.hidden_layers + 1
     )
-    if reason is None and compute_dtype == torch.float64:
-        reason = "compute_dtype is float64"
     return {"cpu": reason, "reference": None}

@@ -111,33 +111,38 @@ def chain_backward(
     x_end = trajectory[steps]
     grad_x = grad_actions * ((x_end >= -clip) & (x_end <= clip))
     grad_x0_of_previous = torch.zeros_like(grad_x)
-    for i in range(steps - 1, -1, -1):
-        c0, c1, c2, c3, c4, c5, c6 = coefficients[i].tolist()
-        x = trajectory[i]
+    # Float32 like the way there, whatever autocast is on.
+    with torch.autocast("cpu", enabled=False):
+        for i in range(steps - 1, -1, -1):
+            c0, c1, c2, c3, c4, c5, c6 = coefficients[i].tolist()
+            x = trajectory[i]
 
-        # eps = denoiser(x, state, t), keeping what the way back needs.
-        time_inputs, time_pre = _mlp(embedding[i : i + 1], parameters[:4], function.forward)
-        time_features = time_pre[-1].expand(batch, -1)
-        inputs, pre = _mlp(torch.cat([x, time_features, state], 1), parameters[4:], function.forward)
-        eps = pre[-1]
+            # eps = denoiser(x, state, t), keeping what the way back needs.
+            time_inputs, time_pre = _mlp(embedding[i : i + 1], parameters[:4], function.forward)
+            time_features = time_pre[-1].expand(batch, -1)
+            trunk_input = torch.cat([x, time_features, state], dim=1)
+            inputs, pre = _mlp(trunk_input, parameters[4:], function.forward)
+            eps = pre[-1]
 
-        # x' = c2 clip(c0 x - c1 eps) + c3 x + c4 eps + c5 z + c6 x0'
-        if wants_noise:
-            grad_noise[i] = grad_x * (c5 * noise_scale)
-        unclipped = c0 * x - c1 * eps
-        inside = (unclipped >= -clip) & (unclipped <= clip)
-        grad_x0 = (c2 * grad_x + grad_x0_of_previous) * inside
-        grad_x0_of_previous = c6 * grad_x
-        grad_eps = c4 * grad_x - c1 * grad_x0
-        grad_x = c3 * grad_x + c0 * grad_x0
+            # x' = c2 clip(c0 x - c1 eps) + c3 x + c4 eps + c5 z + c6 x0'
+            if wants_noise:
+                grad_noise[i] = grad_x * (c5 * noise_scale)
+            unclipped = c0 * x - c1 * eps
+            inside = (unclipped >= -clip) & (unclipped <= clip)
+            grad_x0 = (c2 * grad_x + grad_x0_of_previous) * inside
+            grad_x0_of_previous = c6 * grad_x
+            grad_eps = c4 * grad_x - c1 * grad_x0
+            grad_x = c3 * grad_x + c0 * grad_x0
 
-        grad_input = _mlp_backward(grad_eps, inputs, pre, parameters[4:], function.backward, grads[4:])
-        grad_x = grad_x + grad_input[:, :action_dim]
-        grad_state += grad_input[:, state_offset:]
-        grad_time = grad_input[:, action_dim:state_offset].sum(0, keepdim=True)
-        _mlp_backward(
-            grad_time, time_inputs, time_pre, parameters[:4], function.backward, grads[:4]
-        )
+            grad_input = _mlp_backward(
+                grad_eps, inputs, pre, parameters[4:], function.backward, grads[4:]
+            )
+            grad_x = grad_x + grad_input[:, :action_dim]
+            grad_state += grad_input[:, state_offset:]
+            grad_time = grad_input[:, action_dim:state_offset].sum(0, keepdim=True)
+            _mlp_backward(
+                grad_time, time_inputs, time_pre, parameters[:4], function.backward, grads[:4]
+            )
     return [grad_state, grad_x, grad_noise, *grads]
 
 
@@ -195,15 +200,7 @@ def _(
 @chain_backward.register_vmap
 def _(info: Any, in_dims: Any, *args: Any) -> Any:
     """One by one: every element has parameter gradients of its own."""
-    results = []
-    for i in range(info.batch_size):
-        one = [
-            [p if d is None else p.select(d, i) for p, d in zip(arg, dim, strict=True)]
-            if isinstance(arg, list)
-            else (arg if dim is None else arg.select(dim, i))
-            for arg, dim in zip(args, in_dims, strict=True)
-        ]
-        results.append(chain_backward(*one))
+    results = _native.one_by_one(chain_backward, info.batch_size, in_dims, args)
     stacked = [torch.stack(column) for column in zip(*results, strict=True)]
     return stacked, [0] * len(stacked)
 
@@ -291,44 +288,32 @@ class ChainBackward(torch.autograd.Function):
 
 
 @chain.register_vmap
-def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    """Batched state, x_init and noise are folded into the rows; batched parameters run one by one."""
-    state_dim, x_dim, noise_dim, seed_dim, parameter_dims, *fixed_dims = in_dims
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    """Batched state, x_init and noise are folded into the rows; batched parameters, and noise drawn
+    inside (by row, so that folding would give every element its own), run one by one."""
+    state_dim, x_dim, noise_dim, _seed_dim, parameter_dims, *fixed_dims = in_dims
     state, x_init, noise, seed, parameters, *fixed = args
     size = info.batch_size
-    if any(d is not None for d in (seed_dim, *fixed_dims)):
-        raise ValueError("reverse_diffusion: vmap over the schedule or the seed isn't supported")
+    if any(d is not None for d in fixed_dims):
+        raise ValueError("reverse_diffusion: vmap over the schedule isn't supported")
+    if seed is not None or any(d is not None for d in parameter_dims):
+        results = _native.one_by_one(chain, size, in_dims, args)
+        actions, trajectory = (torch.stack(column) for column in zip(*results, strict=True))
+        return (actions, trajectory), (0, 0)
 
-    def front(value: Tensor | None, dim: int | None) -> Tensor | None:
+    def fold(value: Tensor | None, dim: int | None, rows: int) -> Tensor | None:
+        """The batch of the vmap as part of dimension `rows`."""
         if value is None:
             return None
-        return value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+        value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+        return value.movedim(0, rows).flatten(rows, rows + 1)
 
-    state, x_init, noise = front(state, state_dim), front(x_init, x_dim), front(noise, noise_dim)
-    if all(d is None for d in parameter_dims):
-        rows = state.shape[1]
-        actions, trajectory = chain(
-            state.flatten(0, 1),
-            None if x_init is None else x_init.flatten(0, 1),
-            None if noise is None else noise.transpose(0, 1).flatten(1, 2),
-            seed,
-            parameters,
-            *fixed,
-        )
-        return (
-            (actions.unflatten(0, (size, rows)), trajectory.unflatten(1, (size, rows))),
-            (0, 1),
-        )
-    stacked = [front(p, d) for p, d in zip(parameters, parameter_dims, strict=True)]
-    results = [
-        chain(
-            state[i],
-            None if x_init is None else x_init[i],
-            None if noise is None else noise[i],
-            seed,
-            [p[i] for p in stacked if p is not None],
-            *fixed,
-        )
-        for i in range(size)
-    ]
-    return (torch.stack([a for a, _ in results]), torch.stack([t for _, t in results])), (0, 0)
+    actions, trajectory = chain(
+        fold(state, state_dim, 0),
+        fold(x_init, x_dim, 0),
+        fold(noise, noise_dim, 1),
+        None,
+        parameters,
+        *fixed,
+    )
+    return (actions.unflatten(0, (size, -1)), trajectory.unflatten(1, (size, -1))), (0, 1)

@@ -35,7 +35,7 @@ def reverse_diffusion(
     x0 = torch.zeros_like(x)
     for i in range(table.steps):
         t = table.timesteps[i].to(state.device).expand(batch)
-        z = draw(i + 1) if noise is None else noise[i]
+        z = noise[i] if noise is not None else draw(i + 1) if noise_scale != 0 else None
         x, x0 = reverse_step(
             x, denoiser(x, state, t), table.coefficients[i], z, x0, noise_scale, clip
         )

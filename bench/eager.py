@@ -1,0 +1,393 @@
+"""What diffcore is compared with: the same mathematics in eager PyTorch, on the same parameters.
+
+*As written* follows the shape in which research code for diffusion policies is usually released
+(and DIPO's is): a GaussianDiffusion module with buffers of coefficients gathered by a tensor of t,
+the time embedding computed anew at every step, noise drawn step by step; actions improved by a
+``torch.optim.Adam`` after a ``backward()`` that fills the critic's parameter gradients as well.
+
+*Hand-optimised* is what a careful author gets without leaving eager PyTorch: everything that
+doesn't change from step to step is computed once, coefficients are Python floats, no autograd
+bookkeeping in the sampler, no parameter gradients in the action gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffcore import DiffusionSchedule
+from diffcore.agents import DIPO, Batch, DIPOConfig
+from diffcore.nn import MLP, Denoiser, TwinCritic, time_embedding
+
+# -- as written -----------------------------------------------------------------------------------
+
+
+class SinusoidalPosEmb(nn.Module):
+    """``[B]`` -> ``[B, dim]``: sin, then cos of t * 10000^(-i / (dim/2 - 1))."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.dim // 2
+        scale = math.log(10000) / (half - 1)
+        frequencies = torch.exp(torch.arange(half, device=t.device) * -scale)
+        angle = t[:, None] * frequencies[None, :]
+        return torch.cat((angle.sin(), angle.cos()), dim=-1)
+
+
+def sequential(mlp: MLP) -> nn.Sequential:
+    """The layers of a mish MLP as one ``nn.Sequential`` that shares its parameters."""
+    modules: list[nn.Module] = []
+    for layer in mlp.layers[:-1]:
+        modules += [layer, nn.Mish()]
+    return nn.Sequential(*modules, mlp.layers[-1])
+
+
+class NoiseModel(nn.Module):
+    """eps(x, t, state), on a :class:`diffcore.nn.Denoiser`'s parameters."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.time_mlp = nn.Sequential(
+            SinusoidalPosEmb(denoiser.time_dim), *sequential(denoiser.time_mlp)
+        )
+        self.mid_layer = sequential(denoiser.trunk)
+
+    def forward(self, x: Tensor, t: Tensor, state: Tensor) -> Tensor:
+        return self.mid_layer(torch.cat([x, self.time_mlp(t), state], dim=1))
+
+
+def extract(values: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
+    """``values[t]``, shaped to broadcast against a batch of shape ``x_shape``."""
+    return values.gather(-1, t).reshape(len(t), *((1,) * (len(x_shape) - 1)))
+
+
+class GaussianDiffusion(nn.Module):
+    """The DDPM sampler of Ho et al. 2020, as released code writes it. Noise: torch's generator."""
+
+    def __init__(
+        self, denoiser: Denoiser, schedule: DiffusionSchedule, noise_ratio: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.model = NoiseModel(denoiser)
+        self.action_dim = denoiser.action_dim
+        self.n_timesteps = schedule.K
+        self.noise_ratio = noise_ratio
+        betas, alphas = schedule.betas, schedule.alphas
+        abar, before = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+        variance = betas * (1 - before) / (1 - abar)
+        for name, value in {
+            "sqrt_recip_alphas_cumprod": (1 / abar).sqrt(),
+            "sqrt_recipm1_alphas_cumprod": (1 / abar - 1).sqrt(),
+            "posterior_variance": variance,
+            "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+            "posterior_mean_coef1": betas * before.sqrt() / (1 - abar),
+            "posterior_mean_coef2": (1 - before) * alphas.sqrt() / (1 - abar),
+        }.items():
+            self.register_buffer(name, value.float())
+
+    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return (
+            extract(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t
+            - extract(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape) * noise
+        )
+
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean = (
+            extract(self.posterior_mean_coef1, t, x_t.shape) * x_start
+            + extract(self.posterior_mean_coef2, t, x_t.shape) * x_t
+        )
+        variance = extract(self.posterior_variance, t, x_t.shape)
+        log_variance = extract(self.posterior_log_variance_clipped, t, x_t.shape)
+        return mean, variance, log_variance
+
+    def p_mean_variance(self, x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_recon = self.predict_start_from_noise(x, t, noise=self.model(x, t, s))
+        x_recon.clamp_(-1.0, 1.0)
+        return self.q_posterior(x_recon, x, t)
+
+    @torch.no_grad()
+    def p_sample(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        mean, _, log_variance = self.p_mean_variance(x, t, s)
+        noise = torch.randn_like(x)
+        nonzero_mask = (1 - (t == 0).float()).reshape(len(x), *((1,) * (x.ndim - 1)))
+        return mean + nonzero_mask * (0.5 * log_variance).exp() * noise * self.noise_ratio
+
+    @torch.no_grad()
+    def p_sample_loop(self, state: Tensor, shape: Sequence[int]) -> Tensor:
+        x = torch.randn(shape, device=state.device)
+        for i in reversed(range(self.n_timesteps)):
+            t = torch.full((shape[0],), i, device=state.device, dtype=torch.long)
+            x = self.p_sample(x, t, state)
+        return x
+
+    @torch.no_grad()
+    def sample(self, state: Tensor) -> Tensor:
+        """Actions ``[B, A]`` for states ``[B, S]``."""
+        return self.p_sample_loop(state, (len(state), self.action_dim)).clamp_(-1.0, 1.0)
+
+
+def action_gradient(
+    critic: nn.Module,
+    states: Tensor,
+    actions: Tensor,
+    *,
+    steps: int = 20,
+    lr: float = 0.03,
+    max_norm: float | None = None,
+) -> Tensor:
+    """DIPO's improvement of actions ``[B, A]`` as its released code writes it."""
+    best_actions = actions.clone()
+    optimizer = torch.optim.Adam([best_actions], lr=lr, eps=1e-5)
+    for _ in range(steps):
+        best_actions.requires_grad_(True)
+        q1, q2 = critic(states, best_actions)
+        loss = -torch.min(q1, q2)
+        optimizer.zero_grad()
+        loss.backward(torch.ones_like(loss))
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_([best_actions], max_norm=max_norm, norm_type=2)
+        optimizer.step()
+        best_actions.requires_grad_(False)
+        best_actions.clamp_(-1.0, 1.0)
+    return best_actions.detach()
+
+
+class EagerDIPO(DIPO):
+    """diffcore's DIPO agent with sampler and action gradient as written.
+
+    Its losses, optimisers and target updates stay diffcore's, so a comparison of the two shows what
+    the two ops alone are worth to a training run.
+    """
+
+    def __init__(
+        self, observation_dim: int, action_dim: int, config: DIPOConfig, *, seed: int
+    ) -> None:
+        super().__init__(observation_dim, action_dim, config, seed=seed)
+        for policy in (self.actor, self.actor_target):
+            diffusion = GaussianDiffusion(policy.denoiser, policy.schedule)
+
+            def sample(observation: Tensor, *, d: GaussianDiffusion = diffusion, **_) -> Tensor:
+                return d.sample(observation)
+
+            policy.sample = sample
+
+    def improve_actions(self, batch: Batch) -> Tensor:
+        config = self.config
+        return action_gradient(
+            self.critic,
+            batch.state,
+            batch.best_action,
+            steps=config.action_gradient_steps,
+            lr=config.action_lr,
+            max_norm=config.action_grad_norm_ratio * self.action_dim,
+        )
+
+
+# -- hand-optimised -------------------------------------------------------------------------------
+
+COMPILED_STEPS = 10
+"""Steps in one torch.compile graph: one of a whole chain of 100 takes minutes to compile."""
+
+torch._dynamo.config.recompile_limit = 64  # one graph for every batch size compared
+
+Network = tuple[Tensor, Tensor, list[Tensor]]
+"""A critic at given states: first layer's state part ``[B, H]``, action weights, other layers."""
+
+
+
+def mlp(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """A mish MLP given as [weight, bias, weight, bias, ...]."""
+    *hidden, last = zip(parameters[::2], parameters[1::2], strict=True)
+    for weight, bias in hidden:
+        x = F.mish(F.linear(x, weight, bias))
+    return F.linear(x, *last)
+
+
+class OptimisedSampler:
+    """The DDPM chain with all that can be taken out of its loop taken out.
+
+    The time MLP runs once for all steps, the state's part of the first layer once for all rows.
+    Weights are read anew at every call, so changing them in place is safe.
+
+    Args:
+        denoiser, schedule: as for :func:`diffcore.ops.reverse_diffusion`.
+        dtype: what the networks compute in; the chain's x is float32.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        schedule: DiffusionSchedule,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        table = schedule.solver("ddpm")
+        self.denoiser = denoiser
+        self.dtype = dtype
+        self.coefficients: list[list[float]] = table.coefficients.tolist()
+        self.embedding = time_embedding(table.timesteps, denoiser.time_dim).to(dtype)
+
+    def per_call(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """What the steps share: by step ``[K, H]``, by row ``[B, H]``, x's weights, the rest."""
+        model = self.denoiser
+        time_parameters = [p.detach().to(self.dtype) for p in model.time_mlp.parameters()]
+        first, bias, *rest = (p.detach().to(self.dtype) for p in model.trunk.parameters())
+        sizes = [model.action_dim, model.time_dim, model.state_dim]
+        w_x, w_time, w_state = first.split(sizes, dim=1)
+        by_step = F.linear(mlp(self.embedding, time_parameters), w_time, bias)
+        by_row = F.linear(state.to(self.dtype), w_state)
+        return by_step, by_row, w_x.t(), rest
+
+    def advance(
+        self,
+        x: Tensor,
+        by_row: Tensor,
+        w_x: Tensor,
+        rest: list[Tensor],
+        by_step: Tensor,
+        coefficients: Sequence[Sequence[float]] | Tensor,
+        noise: Tensor,
+    ) -> Tensor:
+        """Some steps of the chain: as many as there are coefficients."""
+        for c, offset, z in zip(coefficients, by_step, noise, strict=True):
+            h = F.mish(torch.addmm(by_row + offset, x.to(self.dtype), w_x))
+            eps = mlp(h, rest).float()
+            x0 = (c[0] * x - c[1] * eps).clamp(-1.0, 1.0)
+            x = c[2] * x0 + c[3] * x + c[5] * z
+        return x
+
+    def run(self, x: Tensor, noise: Tensor, by_step: Tensor, *shared: Any) -> Tensor:
+        return self.advance(x, *shared, by_step, self.coefficients, noise)
+
+    @torch.no_grad()
+    def __call__(
+        self, state: Tensor, x_init: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """Actions ``[B, A]``; ``x_init`` ``[B, A]`` and ``noise`` ``[K, B, A]`` drawn if None."""
+        by_step, *shared = self.per_call(state)
+        shape = (len(state), self.denoiser.action_dim)
+        x = torch.randn(shape) if x_init is None else x_init
+        if noise is None:
+            noise = torch.randn(len(self.coefficients), *shape)
+        return self.run(x, noise, by_step, *shared).clamp(-1.0, 1.0)
+
+
+class CompiledSampler(OptimisedSampler):
+    """The hand-optimised chain under ``torch.compile``, COMPILED_STEPS steps in one graph."""
+
+    def __init__(self, denoiser: Denoiser, schedule: DiffusionSchedule) -> None:
+        super().__init__(denoiser, schedule)
+        table = torch.tensor(self.coefficients)
+        self.blocks = table.split(COMPILED_STEPS)
+
+    def run(self, x: Tensor, noise: Tensor, by_step: Tensor, *shared: Any) -> Tensor:
+        blocks = zip(
+            by_step.split(COMPILED_STEPS), self.blocks, noise.split(COMPILED_STEPS), strict=True
+        )
+        for offsets, coefficients, z in blocks:
+            x = compiled_advance(self, x, *shared, offsets, coefficients, z)
+        return x
+
+
+@torch.compile(fullgraph=True, dynamic=False)
+def compiled_advance(sampler: OptimisedSampler, *arguments: Any) -> Tensor:
+    return OptimisedSampler.advance(sampler, *arguments)
+
+
+class OptimisedActionGradient:
+    """The ascent on min(Q1, Q2) without parameter gradients and without an optimiser object.
+
+    The state's part of each first layer is computed once. Weights are read anew at every call.
+
+    Args:
+        critic: as for :func:`diffcore.ops.action_gradient`.
+        steps, lr, max_norm: as there; Adam, norm limited over the batch.
+    """
+
+    def __init__(
+        self,
+        critic: TwinCritic,
+        *,
+        steps: int = 20,
+        lr: float = 0.03,
+        max_norm: float | None = None,
+    ) -> None:
+        self.critic = critic
+        self.max_norm = max_norm
+        # Adam's step size and the correction of its denominator, by step.
+        self.corrections = [
+            (lr / (1 - 0.9**i), 1 / math.sqrt(1 - 0.999**i)) for i in range(1, steps + 1)
+        ]
+
+    def per_call(self, state: Tensor) -> list[Network]:
+        networks = []
+        for q in (self.critic.q1, self.critic.q2):
+            first, bias, *rest = (p.detach() for p in q.parameters())
+            w_state, w_action = first.split([self.critic.state_dim, self.critic.action_dim], dim=1)
+            networks.append((F.linear(state, w_state, bias), w_action.t(), rest))
+        return networks
+
+    @staticmethod
+    def objective(action: Tensor, networks: list[Network]) -> Tensor:
+        q1, q2 = (
+            mlp(F.mish(torch.addmm(by_row, action, w_action)), rest)
+            for by_row, w_action, rest in networks
+        )
+        return -torch.min(q1, q2).sum()
+
+    def gradient(self, action: Tensor, networks: list[Network]) -> Tensor:
+        action = action.detach().requires_grad_()
+        return torch.autograd.grad(self.objective(action, networks), action)[0]
+
+    def ascend(
+        self,
+        action: Tensor,
+        m: Tensor,
+        v: Tensor,
+        networks: list[Network],
+        corrections: Sequence[Sequence[float]] | Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Some steps of Adam: as many as there are corrections."""
+        for step_size, root_correction in corrections:
+            gradient = self.gradient(action, networks)
+            if self.max_norm is not None:
+                gradient = gradient * (self.max_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
+            m = torch.lerp(m, gradient, 0.1)
+            v = 0.999 * v + 0.001 * gradient * gradient
+            step = step_size * m / (v.sqrt() * root_correction + 1e-5)
+            action = (action.detach() - step).clamp(-1.0, 1.0)
+        return action, m, v
+
+    def run(self, action: Tensor, networks: list[Network]) -> Tensor:
+        zeros = torch.zeros_like(action)
+        return self.ascend(action, zeros, zeros, networks, self.corrections)[0]
+
+    def __call__(self, state: Tensor, action: Tensor) -> Tensor:
+        """Improved actions ``[B, A]``."""
+        return self.run(action, self.per_call(state))
+
+
+class CompiledActionGradient(OptimisedActionGradient):
+    """The hand-optimised ascent under ``torch.compile``, COMPILED_STEPS steps in one graph."""
+
+    def gradient(self, action: Tensor, networks: list[Network]) -> Tensor:
+        return torch.func.grad(self.objective)(action, networks)
+
+    @torch.no_grad()
+    def run(self, action: Tensor, networks: list[Network]) -> Tensor:
+        m, v = torch.zeros_like(action), torch.zeros_like(action)
+        for corrections in torch.tensor(self.corrections).split(COMPILED_STEPS):
+            action, m, v = compiled_ascend(self, action, m, v, networks, corrections)
+        return action
+
+
+@torch.compile(fullgraph=True, dynamic=False)
+def compiled_ascend(ascent: OptimisedActionGradient, *arguments: Any) -> tuple[Tensor, ...]:
+    return ascent.ascend(*arguments)

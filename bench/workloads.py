@@ -1,0 +1,295 @@
+"""What is compared: for each op and size the variants, a check of their results, and their cost."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import eager
+import torch
+from torch import Tensor, nn
+
+from diffcore import DiffusionSchedule, ops
+from diffcore.agents import DIPO, DIPOConfig
+from diffcore.nn import Denoiser, TwinCritic
+from diffcore.training import ReplayBuffer
+
+BASELINE = "eager, as written"
+OPTIMISED = "eager, hand-optimised"
+OPTIMISED_BF16 = "eager, hand-optimised, bf16"
+COMPILED = "torch.compile"
+OURS = "diffcore"
+OURS_NEW_WEIGHTS = "diffcore, new weights"
+OURS_BF16 = "diffcore, bf16"
+
+#: observation and action sizes of some environments
+SIZES = {
+    "Pendulum-v1": (3, 1),
+    "Hopper-v5": (11, 3),
+    "HalfCheetah-v5": (17, 6),
+    "Humanoid-v5": (348, 17),
+}
+ACTION_GRADIENT_STEPS = 20
+SEED = 0
+
+
+class WrongResultError(Exception):
+    """A variant that is to be timed doesn't compute what it should."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to do the work of a case."""
+
+    name: str
+    call: Callable[[], object]
+    """The timed call. Draws its own noise."""
+    given: Callable[[], Tensor] | None = None
+    """The same work on given noise, to be checked."""
+    before: Callable[[], None] | None = None
+    """Runs before every timed call, untimed."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at one size."""
+
+    op: str
+    batch: int
+    steps: int
+    variants: tuple[Variant, ...]
+    exact: Callable[[], Tensor] | None = None
+    """The result in float64, for every variant's ``given``."""
+    bfloat16_bound: float = 0.0
+    """Largest error allowed in bf16."""
+    flops: float | None = None
+    """Operations of a call, in matrix products alone."""
+    _errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def cores(self) -> int:
+        """Cores that diffcore uses here: it wakes no second thread for less than 8 rows."""
+        return torch.get_num_threads() if self.batch >= 8 else 1
+
+    def variant(self, name: str) -> Variant:
+        return next(v for v in self.variants if v.name == name)
+
+    @functools.cached_property
+    def _exact(self) -> Tensor:
+        assert self.exact is not None
+        return self.exact()
+
+    def error(self, name: str) -> float:
+        """99th percentile of a variant's absolute error.
+
+        Not the largest: where two critics' values all but tie, a row may rightly take either's
+        gradient, and where a gradient is all but 0 Adam makes a full step of its rounding.
+        """
+        if name not in self._errors:
+            given = self.variant(name).given
+            assert given is not None
+            difference = (given().double() - self._exact).abs().flatten()
+            self._errors[name] = difference.quantile(0.99).item()
+        return self._errors[name]
+
+    def check(self, name: str) -> float | None:
+        """The variant's error, None if it has no ``given``.
+
+        Raises:
+            WrongResultError: it is larger than twice that of eager PyTorch in float32, or in bf16
+                larger than the bound.
+        """
+        if self.variant(name).given is None:
+            return None
+        error = self.error(name)
+        bound = 2 * self.error(BASELINE) + 1e-6
+        if name in (OPTIMISED_BF16, OURS_BF16):
+            bound = self.bfloat16_bound
+        if not error <= bound:
+            raise WrongResultError(
+                f"{self.op}, batch {self.batch}, {self.steps} steps: the error of {name!r} is "
+                f"{error:.2e}, allowed is {bound:.2e}"
+            )
+        return error
+
+
+def reverse_diffusion_case(env: str, batch: int, steps: int, *, compiled: bool = True) -> Case:
+    """The whole chain of a diffusion policy, noise drawn inside the call."""
+    torch.manual_seed(SEED)
+    state_dim, action_dim = SIZES[env]
+    denoiser = Denoiser(state_dim, action_dim)
+    schedule = DiffusionSchedule.cosine(steps)
+    state = torch.randn(batch, state_dim)
+
+    # What eager code as written draws from torch's generator after this seed.
+    torch.manual_seed(SEED)
+    x_init = torch.randn(batch, action_dim)
+    noise = torch.stack([torch.randn_like(x_init) for _ in range(steps)])
+
+    as_written = eager.GaussianDiffusion(denoiser, schedule)
+    optimised = eager.OptimisedSampler(denoiser, schedule)
+    bf16 = eager.OptimisedSampler(denoiser, schedule, torch.bfloat16)
+    compiled_sampler = eager.CompiledSampler(denoiser, schedule)
+    retrained = copy.deepcopy(denoiser)
+    bfloat16 = {"compute_dtype": torch.bfloat16}
+
+    def as_written_given() -> Tensor:
+        torch.manual_seed(SEED)
+        return as_written.sample(state)
+
+    @torch.no_grad()
+    def ours(model: Denoiser = denoiser, **options) -> Tensor:
+        return ops.reverse_diffusion(model, schedule, state, **options)
+
+    def exact() -> Tensor:
+        with torch.no_grad():
+            return ops.reverse_diffusion(
+                copy.deepcopy(denoiser).double(),
+                schedule,
+                state.double(),
+                x_init=x_init.double(),
+                noise=noise.double(),
+                backend="reference",
+            )
+
+    given = {"x_init": x_init, "noise": noise}
+    variants = [
+        Variant(BASELINE, lambda: as_written.sample(state), as_written_given),
+        Variant(OPTIMISED, lambda: optimised(state), lambda: optimised(state, **given)),
+        Variant(OPTIMISED_BF16, lambda: bf16(state), lambda: bf16(state, **given)),
+        Variant(
+            COMPILED,
+            lambda: compiled_sampler(state),
+            lambda: compiled_sampler(state, **given),
+        ),
+        Variant(OURS, ours, lambda: ours(**given)),
+        Variant(
+            OURS_NEW_WEIGHTS,
+            lambda: ours(retrained),
+            lambda: ours(retrained, **given),
+            before=functools.partial(change_weights, retrained),
+        ),
+        Variant(OURS_BF16, lambda: ours(**bfloat16), lambda: ours(**given, **bfloat16)),
+    ]
+    # The products with x and the hidden activations; what a chain computes once isn't counted.
+    hidden = denoiser.trunk.hidden_dim
+    per_row = 2 * hidden * action_dim + (denoiser.trunk.hidden_layers - 1) * hidden**2
+    return Case(
+        "reverse_diffusion",
+        batch,
+        steps,
+        tuple(v for v in variants if compiled or v.name != COMPILED),
+        exact,
+        bfloat16_bound=1e-2,
+        flops=2.0 * batch * steps * per_row,
+    )
+
+
+def action_gradient_case(
+    env: str, batch: int, steps: int = ACTION_GRADIENT_STEPS, *, compiled: bool = True
+) -> Case:
+    """All steps of the ascent of a batch of actions on min(Q1, Q2)."""
+    torch.manual_seed(SEED)
+    state_dim, action_dim = SIZES[env]
+    critic = TwinCritic(state_dim, action_dim)
+    retrained = copy.deepcopy(critic)
+    state, action = torch.randn(batch, state_dim), torch.rand(batch, action_dim) * 2 - 1
+    options = {"steps": steps, "max_norm": 0.1 * action_dim}
+
+    optimised = eager.OptimisedActionGradient(critic, **options)
+    compiled_ascent = eager.CompiledActionGradient(critic, **options)
+
+    def as_written() -> Tensor:
+        return eager.action_gradient(critic, state, action, **options)
+
+    def ours(model: TwinCritic = critic, **more) -> Tensor:
+        return ops.action_gradient(model, state, action, **options, **more)
+
+    def exact() -> Tensor:
+        return ops.action_gradient(
+            copy.deepcopy(critic).double(),
+            state.double(),
+            action.double(),
+            backend="reference",
+            **options,
+        )
+
+    def same(name: str, call: Callable[[], Tensor], **more) -> Variant:
+        return Variant(name, call, call, **more)  # nothing is drawn here
+
+    variants = [
+        same(BASELINE, as_written),
+        same(OPTIMISED, lambda: optimised(state, action)),
+        same(COMPILED, lambda: compiled_ascent(state, action)),
+        same(OURS, ours),
+        same(
+            OURS_NEW_WEIGHTS,
+            lambda: ours(retrained),
+            before=functools.partial(change_weights, retrained),
+        ),
+        same(OURS_BF16, lambda: ours(compute_dtype=torch.bfloat16)),
+    ]
+    # Both critics forward, one of them back to the action.
+    hidden, inner = critic.q1.hidden_dim, critic.q1.hidden_layers - 1
+    forward = action_dim * hidden + inner * hidden**2 + hidden
+    backward = inner * hidden**2 + hidden * action_dim
+    return Case(
+        "action_gradient",
+        batch,
+        steps,
+        tuple(v for v in variants if compiled or v.name != COMPILED),
+        exact,
+        bfloat16_bound=0.1,
+        flops=2.0 * batch * steps * (2 * forward + backward),
+    )
+
+
+def dipo_step_case(env: str, steps: int) -> Case:
+    """What one environment step costs DIPO: an action, and an update on a batch of 256."""
+
+    def variant(name: str, agent_type: type[DIPO], compute_dtype: str) -> Variant:
+        config = DIPOConfig.for_env(env)
+        fields = {**vars(config), "diffusion_steps": steps, "compute_dtype": compute_dtype}
+        agent = agent_type(*SIZES[env], DIPOConfig(**fields), seed=SEED)
+        replay = random_replay(*SIZES[env])
+        observation = torch.randn(1, SIZES[env][0])
+
+        def step() -> None:
+            agent.act(observation, explore=True)
+            agent.update(replay)
+
+        return Variant(name, step)
+
+    return Case(
+        "dipo_step",
+        DIPOConfig().batch_size,
+        steps,
+        (
+            variant(BASELINE, eager.EagerDIPO, "float32"),
+            variant(OURS, DIPO, "float32"),
+            variant(OURS_BF16, DIPO, "bfloat16"),
+        ),
+    )
+
+
+def random_replay(observation_dim: int, action_dim: int, size: int = 10_000) -> ReplayBuffer:
+    """A full replay buffer of random transitions."""
+    replay = ReplayBuffer(size, observation_dim, action_dim, bootstrap_truncated=True)
+    replay.add(
+        torch.randn(size, observation_dim),
+        torch.rand(size, action_dim) * 2 - 1,
+        torch.randn(size),
+        torch.randn(size, observation_dim),
+        torch.zeros(size),
+        torch.zeros(size),
+    )
+    return replay
+
+
+@torch.no_grad()
+def change_weights(model: nn.Module) -> None:
+    """Change every parameter in place a little, as an optimiser step would."""
+    for parameter in model.parameters():
+        parameter.flatten()[0] += 1e-7

@@ -1,0 +1,80 @@
+"""A whole MLP, forward and backward, in one call each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffcore.ops import _dispatch, _native
+from diffcore.ops._activations import ACTIVATIONS
+from diffcore.ops._checks import check_choice, check_like, check_tensor
+from diffcore.ops.mlp import native, reference
+
+
+def mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activations: Sequence[str],
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """``f_L(W_L ... f_1(W_1 x + b_1) ... + b_L)``.
+
+    Differentiable in ``x``, the weights and the biases. The fused kernel can't be differentiated
+    twice and says so; the reference can.
+
+    Args:
+        x: ``[..., in]``.
+        weights: one ``[out, in]`` a layer, as ``torch.nn.Linear`` keeps it.
+        biases: one ``[out]`` a layer.
+        activations: one a layer, the last often "identity": identity, relu, elu, silu, gelu, mish,
+            tanh, sin or cos.
+        backend: "cpu" or "reference"; the fastest that can run the call if None.
+
+    Returns:
+        ``[..., out of the last layer]``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, number, shape, dtype or device, or a
+            forced backend that can't run this call.
+    """
+    available = support(x, weights, biases, activations)
+    if _dispatch.choose("mlp", available, backend) == "reference":
+        return reference.mlp(x, weights, biases, activations)
+    parameters = [p for pair in zip(weights, biases, strict=True) for p in pair]
+    names = ",".join(activations)
+    rows = x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
+        y = native.MLP.apply(rows, names, *parameters)[0]
+    else:
+        y = native.forward(rows, parameters, names, False)[0]
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def support(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activations: Sequence[str],
+    *,
+    backend: str | None = None,
+) -> _dispatch.Support:
+    """Checks the arguments and says which backends can take them."""
+    check_tensor("x", x, ("...", "in"))
+    if not weights:
+        raise ValueError("weights: expected at least one layer, got none")
+    for name, given in (("biases", biases), ("activations", activations)):
+        if len(given) != len(weights):
+            raise ValueError(f"{name}: expected {len(weights)}, one a layer, got {len(given)}")
+    width: int = x.shape[-1]
+    for i, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
+        check_tensor(f"weights[{i}]", weight, ("out", width))
+        width = weight.shape[0]
+        check_tensor(f"biases[{i}]", bias, (width,))
+        check_like(f"weights[{i}]", weight, "x", x)
+        check_like(f"biases[{i}]", bias, "x", x)
+        check_choice(f"activations[{i}]", activation, ACTIVATIONS)
+    return {"cpu": _native.cannot_run([x], activations, len(weights)), "reference": None}

@@ -1,0 +1,201 @@
+"""The command line, from arguments to exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import diffcore
+from diffcore.agents import DIPOConfig
+from diffcore.cli import main, parse_training
+from diffcore.training import TrainConfig
+from diffcore.training.logging import read_csv
+
+TINY = [
+    "--env", "Pendulum-v1", "--total-steps", "60", "--max-episode-steps", "25",
+    "--eval-interval", "20", "--eval-episodes", "2", "--log-interval", "7",
+    "--diffusion-steps", "3", "--hidden-dim", "16", "--batch-size", "8",
+    "--action-gradient-steps", "2", "--start-steps", "20", "--no-tensorboard",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    path = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", "dipo", *TINY, "--run-dir", str(path)]) == 0
+    return path
+
+
+def exit_code(arguments: list[str]) -> int:
+    """Of a command whose arguments may be refused by the parser."""
+    try:
+        return main(arguments)
+    except SystemExit as exited:
+        return exited.code  # type: ignore[return-value]
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, code in (([], 2), (["--help"], 0), (["train"], 2), (["train", "-h"], 0)):
+        assert main(arguments) == code
+        assert "diffcore train AGENT --env ID" in capsys.readouterr().out
+    assert main(["fly"]) == 2
+    assert "unknown command 'fly'" in capsys.readouterr().err
+    assert main(["train", "nobody"]) == 2
+    assert "unknown agent 'nobody'; there are: dipo" in capsys.readouterr().err
+
+
+def test_every_setting_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["train", "dipo", "--help"]) == 0
+    text = capsys.readouterr().out
+    for config in (TrainConfig, DIPOConfig):
+        for field in dataclasses.fields(config):
+            option = "--" + field.name.replace("_", "-")
+            assert re.search(rf"{option}\b", text), option
+    for command in ("evaluate", "plot"):
+        assert exit_code([command, "--help"]) == 0
+        assert "un director" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spelling", [["--env", "HalfCheetah-v5"], ["--env=HalfCheetah-v5"]])
+def test_defaults_follow_the_environment(spelling: list[str]) -> None:
+    train, agent = parse_training("dipo", [*spelling, "--lr", "0.5", "--seed", "7"])
+    assert train == TrainConfig(env="HalfCheetah-v5", seed=7)
+    assert agent == dataclasses.replace(DIPOConfig.for_env("HalfCheetah-v5"), lr=0.5)
+    assert agent != dataclasses.replace(DIPOConfig(), lr=0.5)
+
+
+def test_the_command_line_overrides_the_environments_defaults() -> None:
+    _, agent = parse_training("dipo", ["--action-gradient-steps", "3", "--env", "HalfCheetah-v5"])
+    assert agent.action_gradient_steps == 3  # type: ignore[attr-defined]
+
+
+def test_a_run_reports_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run"
+    assert main(["train", "dipo", *TINY, "--run-dir", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"return -\d+\.\d\d ± \d+\.\d\d over 2 episodes", text)
+    assert re.search(r"60 steps, [\d.,]+ steps/s", text)
+    for name in ("progress.csv", "evaluations.csv", "checkpoint.pt", "weights.safetensors"):
+        assert str(path / name) in text
+        assert (path / name).is_file()
+
+
+def test_evaluate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def evaluate(*options: str) -> str:
+        assert main(["evaluate", str(run), "--episodes", "3", *options]) == 0
+        return capsys.readouterr().out
+
+    first = evaluate()
+    assert re.match(r"return -\d+\.\d\d ± \d+\.\d\d over 3 episodes of Pendulum-v1", first)
+    assert "trained for 60 steps" in first
+    assert evaluate() == first
+    assert evaluate("--seed", "1") != first
+    assert evaluate("--deterministic") == evaluate("--deterministic") != first
+
+
+def test_evaluate_a_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, video = tmp_path / "run", tmp_path / "video.gif"
+    environment = ["--env", "diffcore/MultiGoal-v0", "--max-episode-steps", "3"]
+    assert main(["train", "dipo", *TINY, *environment, "--run-dir", str(path)]) == 0
+    assert main(["evaluate", str(path), "--video", str(video)]) == 0
+    assert f"video: {video}" in capsys.readouterr().out
+    assert video.read_bytes().startswith(b"GIF8")
+
+
+def test_plot(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plot", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'learning_curve.png'}\n"
+    assert main(["plot", str(run), str(run), "--output", str(tmp_path / "both.pdf")]) == 0
+    assert (tmp_path / "both.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "dipo"], 2, "--env"),
+        (["train", "dipo", "--env", "Pendulum-v1", "--lr", "fast"], 2, "--lr"),
+        (["train", "dipo", "--env", "Pendulum-v1", "--lr", "-1"], 2, "lr must be above 0"),
+        (["train", "dipo", "--env", "Pendulum-v1", "--seed", "-1"], 2, "seed must be at least 0"),
+        (["train", "dipo", "--env", "Pendulum-v1", "--speed", "9"], 2, "--speed"),
+        (["train", "dipo", "--env", "CartPole-v1"], 1, "error: CartPole-v1 has the action space"),
+        (["train", "dipo", "--env", "Nothing-v0"], 1, "error: can't make the environment"),
+        (["train", "--resume", "gone"], 1, "error: there is no run directory gone"),
+        (["train", "--resume"], 2, "--resume"),
+        (["evaluate"], 2, "PATH"),
+        (["evaluate", "gone"], 1, "error: there is no run directory gone"),
+        (["evaluate", "gone", "--episodes", "0"], 2, "episodes must be at least 1"),
+        (["evaluate", "gone", "--video", "a.txt"], 2, "video must be an .mp4 or .gif file"),
+        (["evaluate", "gone", "--device", "toaster"], 1, "error: there is no run directory"),
+        (["plot"], 2, "at least one run directory"),
+        (["plot", "gone"], 1, "error: there is no run directory gone"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(arguments) == code
+    captured = capsys.readouterr()
+    assert message in captured.out + captured.err
+    assert "Traceback" not in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_complete_run_is_not_resumed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", str(run)]) == 1
+    assert "has done 60 of 60 steps" in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_and_the_message_says_how_to_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(diffcore.__file__).parents[1]),
+    }
+    command = [sys.executable, "-m", "diffcore.cli", "train"]
+    endless = ["dipo", *TINY, "--total-steps", "1000000", "--run-dir", str(path)]
+    process = subprocess.Popen(
+        [*command, *endless], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (path / "evaluations.csv").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    interrupted = re.search(r"interrupted at step ([\d,]+), saved", output)
+    assert interrupted is not None
+    assert f"diffcore train --resume {path}" in output
+
+    # In another process the run goes on as if it had never stopped.
+    total = str(int(interrupted[1].replace(",", "")) + 40)
+    resumed = subprocess.run(
+        [*command, "--resume", str(path), "--total-steps", total], env=environment, check=False
+    )
+    assert resumed.returncode == 0
+    whole = tmp_path / "whole"
+    assert main(["train", "dipo", *TINY, "--total-steps", total, "--run-dir", str(whole)]) == 0
+    for name in ("progress.csv", "evaluations.csv"):
+        assert read_csv(path / name) == read_csv(whole / name)
+    weights = [(each / "weights.safetensors").read_bytes() for each in (path, whole)]
+    assert weights[0] == weights[1]

@@ -1,0 +1,585 @@
+"""Training runs: what they write, and that stopping and going on changes nothing."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from rich.console import Console
+from tiny import CountingEnv, TinyAgent, TinyConfig
+
+from diffcore.agents import DIPOConfig
+from diffcore.training import (
+    CheckpointError,
+    ConfigError,
+    EnvError,
+    RunError,
+    TrainConfig,
+    Trainer,
+    TrainingError,
+    load_agent,
+    resume,
+    train,
+)
+from diffcore.training.checkpoint import load_checkpoint
+from diffcore.training.config import to_dict
+from diffcore.training.logging import read_csv, read_series
+from diffcore.training.run_directory import RunDirectory
+
+DIPO = DIPOConfig(
+    diffusion_steps=3,
+    hidden_dim=16,
+    batch_size=8,
+    action_gradient_steps=2,
+    start_steps=20,
+    buffer_size=500,
+)
+MakeConfig = Callable[..., TrainConfig]
+SignalAt = Callable[..., None]
+
+
+def assert_equal_trees(a: Any, b: Any, where: str = "checkpoint") -> None:
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert a.numpy().tobytes() == b.numpy().tobytes(), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal_trees(a[key], b[key], f"{where}[{key!r}]")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal_trees(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def assert_equal_runs(a: Path, b: Path) -> None:
+    """Bit for bit, but for the clock and for what the directories are called."""
+    for name in ("progress.csv", "evaluations.csv"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+    weights = [safetensors.torch.load_file(run / "weights.safetensors") for run in (a, b)]
+    assert_equal_trees(*weights, where="weights")
+    states = [load_checkpoint(run / "checkpoint.pt") for run in (a, b)]
+    for state in states:
+        del state["seconds"]
+        for setting in ("run_dir", "checkpoint_minutes"):
+            del state["train_config"][setting]
+    assert_equal_trees(*states)
+
+
+# What a run writes
+
+
+def test_a_run_leaves_everything_in_its_directory(
+    tiny_run: MakeConfig, console: Console, output: io.StringIO
+) -> None:
+    config = tiny_run(tensorboard=True)
+    result = train(config, TinyConfig(), console=console)
+    run = RunDirectory(result.run)
+    assert result.run == config.run_dir
+    assert (result.step, result.interrupted) == (60, False)
+    assert result.steps_per_second > 0
+
+    written = json.loads(run.config.read_text())
+    assert written["agent"] == "tiny"
+    assert written["train"] == to_dict(config)
+    assert written["agent_config"] == to_dict(TinyConfig())
+
+    steps, returns = read_series(run.evaluations, "mean_return")
+    assert steps == [20, 40, 60]
+    assert result.evaluation is not None
+    assert returns[-1] == result.evaluation.mean_return
+    steps, _ = read_series(run.progress, "updates")
+    assert steps == [*range(7, 60, 7), 60]
+    assert read_series(run.progress, "episode_length") == ([28, 56], [25.0, 25.0])
+    assert read_series(run.progress, "loss")[0] == [14, *range(21, 60, 7), 60]
+    assert read_csv(run.timing)[0] == ["step", "seconds", "steps_per_second"]
+
+    weights = safetensors.torch.load_file(run.weights)
+    loaded = load_agent(result.run)
+    assert loaded.step == 60
+    assert_equal_trees(weights, loaded.agent.weights())
+    assert list(run.tensorboard.iterdir())
+    for expected in ("step 20: evaluation return", "step 35/60", "steps/s", "left"):
+        assert expected in output.getvalue()
+
+
+def test_directories_are_named_and_never_overwritten(
+    tmp_path: Path, tiny_run: MakeConfig, console: Console
+) -> None:
+    config = tiny_run(run_dir=None, runs_dir=tmp_path, total_steps=21, seed=5)
+    result = train(config, DIPO, console=console)
+    assert result.run.parent == tmp_path / "Pendulum-v1"
+    assert result.run.name.startswith("dipo-fixed-s5-20")
+
+    again = tiny_run(run_dir=result.run)
+    with pytest.raises(RunError, match=r"exists already .*diffcore train --resume"):
+        train(again, TinyConfig(), console=console)
+
+
+def test_namespaced_ids_make_one_directory(tmp_path: Path, tiny_run: MakeConfig) -> None:
+    config = tiny_run(env="diffcore/MultiGoal-v0", run_dir=None, runs_dir=tmp_path)
+    run = RunDirectory.create(config, TinyConfig())
+    assert run.path.parent == tmp_path / "diffcore-MultiGoal-v0"
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(
+    tiny_run: MakeConfig, console: Console
+) -> None:
+    runs = [
+        train(tiny_run(str(i), seed=seed), DIPO, console=console).run
+        for i, seed in enumerate([1, 1, 2])
+    ]
+    assert_equal_runs(runs[0], runs[1])
+    assert (runs[0] / "progress.csv").read_bytes() != (runs[2] / "progress.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("updates_per_step", "updates"), [(1.0, 50), (0.5, 25), (3.0, 150), (0, 0)]
+)
+def test_updates_per_step(
+    tiny_run: MakeConfig, console: Console, updates_per_step: float, updates: int
+) -> None:
+    run = train(
+        tiny_run(updates_per_step=updates_per_step, num_envs=2), TinyConfig(), console=console
+    ).run
+    assert read_series(run / "progress.csv", "updates")[1][-1] == updates
+
+
+def test_a_run_that_never_learns_says_so(
+    tiny_run: MakeConfig, console: Console, output: io.StringIO
+) -> None:
+    train(tiny_run(), TinyConfig(start_steps=60), console=console)
+    assert "nothing will be learned" in output.getvalue()
+
+
+def test_an_environment_without_a_time_limit_is_pointed_out(
+    tiny_run: MakeConfig, console: Console, output: io.StringIO, register_env: Any
+) -> None:
+    env_id = register_env(CountingEnv)
+    train(tiny_run(env=env_id, max_episode_steps=None), TinyConfig(), console=console)
+    assert "has no time limit" in output.getvalue()
+
+
+# What is learned from
+
+
+def replay_of(run: Path) -> dict[str, torch.Tensor]:
+    replay = load_checkpoint(run / "checkpoint.pt")["replay"]
+    return {name: column.squeeze(-1) for name, column in replay["columns"].items()}
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("terminates", [True, False])
+def test_only_real_transitions_are_stored(
+    tiny_run: MakeConfig, console: Console, register_env: Any, num_envs: int, terminates: bool
+) -> None:
+    env_id = register_env(
+        lambda **kwargs: CountingEnv(length=3, terminates=terminates), max_episode_steps=100
+    )
+    config = tiny_run(env=env_id, num_envs=num_envs, total_steps=30, max_episode_steps=None)
+    rows = replay_of(train(config, TinyConfig(), console=console).run)
+    assert len(rows["reward"]) == 30
+    torch.testing.assert_close(rows["next_state"] - rows["state"], torch.tensor([[0.0, 1.0]] * 30))
+    torch.testing.assert_close(rows["reward"], rows["next_state"][:, 1])
+    ends = (rows["next_state"][:, 1] == 3).float()
+    assert ends.sum() == num_envs * (30 // num_envs // 3)
+    nothing = torch.zeros(30)
+    torch.testing.assert_close(rows["terminated"], ends if terminates else nothing)
+    torch.testing.assert_close(rows["truncated"], nothing if terminates else ends)
+
+
+def test_the_time_limit_follows_the_agent(tiny_run: MakeConfig, console: Console) -> None:
+    masks = {}
+    for bootstrap in (True, False):
+        config = tiny_run(str(bootstrap), max_episode_steps=2)
+        agent_config = TinyConfig(bootstrap_truncated=bootstrap)
+        run = train(config, agent_config, console=console).run
+        masks[bootstrap] = read_series(run / "progress.csv", "mask")[1]
+    assert set(masks[True]) == {1.0}
+    assert 0.3 < np.mean(masks[False]) < 0.7
+
+
+def test_stored_actions_are_the_agents_and_within_bounds(
+    tiny_run: MakeConfig, console: Console
+) -> None:
+    rows = replay_of(train(tiny_run(), TinyConfig(), console=console).run)
+    assert rows["action"].abs().max() <= 1.0
+    assert rows["action"][:10].std() > 0.3  # the random start
+    assert not torch.equal(rows["action"], rows["best_action"])
+
+
+def test_diverged_actions_stop_the_run(
+    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        TinyAgent, "act", lambda self, observation, **how: torch.full((len(observation), 1), np.nan)
+    )
+    with pytest.raises(TrainingError, match="diverged: at step 10"):
+        train(tiny_run(), TinyConfig(), console=console)
+
+
+# Evaluations and checkpoints on the side
+
+
+def test_evaluations_and_checkpoints_do_not_touch_training(
+    tiny_run: MakeConfig, console: Console
+) -> None:
+    quiet = train(tiny_run("quiet", eval_interval=60), DIPO, console=console).run
+    busy = train(
+        tiny_run("busy", eval_interval=3, eval_episodes=1, checkpoint_minutes=0.0),
+        DIPO,
+        console=console,
+    ).run
+    assert (quiet / "progress.csv").read_bytes() == (busy / "progress.csv").read_bytes()
+    states = [load_checkpoint(run / "checkpoint.pt") for run in (quiet, busy)]
+    for part in ("agent_state", "replay", "environments", "random_actions"):
+        assert_equal_trees(states[0][part], states[1][part], part)
+
+
+# Interruption and resumption
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "diffcore/MultiGoal-v0", "HalfCheetah-v5"])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    tiny_run: MakeConfig,
+    console: Console,
+    output: io.StringIO,
+    signal_at: SignalAt,
+    env_id: str,
+    num_envs: int,
+) -> None:
+    whole = train(tiny_run("whole", env=env_id, num_envs=num_envs), DIPO, console=console).run
+
+    # In the random start, in mid-episode after it, and right at an evaluation.
+    for step, number in ((14, signal.SIGINT), (38, signal.SIGTERM), (40, signal.SIGINT)):
+        signal_at(step, number)
+        if step == 14:
+            config = tiny_run("parts", env=env_id, num_envs=num_envs)
+            result = train(config, DIPO, console=console)
+        else:
+            result = resume(result.run, console=console)
+        assert (result.step, result.interrupted) == (step, True)
+        assert not (result.run / "weights.safetensors").exists()
+    result = resume(result.run, console=console)
+    assert (result.step, result.interrupted) == (60, False)
+    assert_equal_runs(whole, result.run)
+    assert "warning" not in output.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["official", "paper"])
+@pytest.mark.parametrize("policy", ["mlp", "vae"])
+def test_every_kind_of_dipo_resumes(
+    tiny_run: MakeConfig, console: Console, signal_at: SignalAt, mode: Any, policy: Any
+) -> None:
+    import dataclasses
+
+    agent_config = dataclasses.replace(DIPO, mode=mode, policy=policy)
+    whole = train(tiny_run("whole"), agent_config, console=console).run
+    signal_at(33)
+    parts = train(tiny_run("parts"), agent_config, console=console).run
+    resume(parts, console=console)
+    assert_equal_runs(whole, parts)
+
+
+def test_a_full_ring_resumes(tiny_run: MakeConfig, console: Console, signal_at: SignalAt) -> None:
+    agent_config = TinyConfig(buffer_size=17)
+    whole = train(tiny_run("whole"), agent_config, console=console).run
+    signal_at(43)
+    parts = train(tiny_run("parts"), agent_config, console=console).run
+    resume(parts, console=console)
+    assert_equal_runs(whole, parts)
+
+
+@pytest.mark.parametrize("crash_after", [29, 41])
+def test_a_crash_between_checkpoints_leaves_no_duplicates(
+    tiny_run: MakeConfig,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+    crash_after: int,
+) -> None:
+    whole = train(tiny_run("whole"), DIPO, console=console).run
+
+    saved_at: list[int] = []
+    from diffcore.training import loop
+
+    def save_some(session: Any) -> None:
+        if session.trainer.step in (10, 26):  # then comes a crash that no one could save for
+            saved_at.append(session.trainer.step)
+            session.save()
+
+    advance = Trainer.advance
+
+    def advance_and_crash(trainer: Trainer) -> list[float]:
+        if trainer.step == crash_after:
+            raise MemoryError
+        return advance(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Session, "save_or_warn", save_some)
+        patch.setattr(Trainer, "advance", advance_and_crash)
+        config = tiny_run("parts", checkpoint_minutes=0.0)
+        with pytest.raises(MemoryError):
+            train(config, DIPO, console=console)
+    assert saved_at == [10, 26]
+    assert config.run_dir is not None
+    assert read_series(config.run_dir / "progress.csv", "updates")[0][-1] >= 28
+    result = resume(config.run_dir, console=console)
+    assert_equal_runs(whole, result.run)
+
+
+@pytest.mark.parametrize("cut_at", [40, 60])  # 60: with every training step done
+def test_an_evaluation_cut_short_is_made_up_for(
+    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch, cut_at: int
+) -> None:
+    whole = train(tiny_run("whole"), TinyConfig(), console=console).run
+    act, acts = TinyAgent.act, 0
+
+    def act_and_interrupt(agent: TinyAgent, observation: Any, **how: Any) -> Any:
+        nonlocal acts
+        if not how["explore"]:
+            acts += 1
+            # The fifth step of the evaluation at cut_at; those before it took 25 steps each.
+            if acts == 25 * (cut_at // 20 - 1) + 5:
+                os.kill(os.getpid(), signal.SIGINT)
+        return act(agent, observation, **how)
+
+    monkeypatch.setattr(TinyAgent, "act", act_and_interrupt)
+    result = train(tiny_run("parts"), TinyConfig(), console=console)
+    assert (result.step, result.interrupted) == (cut_at, True)
+    assert read_series(result.run / "evaluations.csv", "mean_return")[0][-1] == cut_at - 20
+    resume(result.run, console=console)
+    assert_equal_runs(whole, result.run)
+
+
+def test_a_second_ctrl_c_does_not_wait(
+    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stuck(trainer: Trainer) -> list[float]:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the second signal was waited with")
+
+    monkeypatch.setattr(Trainer, "advance", stuck)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_run(), TinyConfig(), console=console)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_complete_run_can_be_extended(tiny_run: MakeConfig, console: Console) -> None:
+    run = train(tiny_run(total_steps=40), TinyConfig(), console=console).run
+    with pytest.raises(ConfigError, match="has done 40 of 40 steps"):
+        resume(run, console=console)
+    result = resume(run, total_steps=60, console=console)
+    assert (result.step, result.interrupted) == (60, False)
+    assert json.loads((run / "config.json").read_text())["train"]["total_steps"] == 60
+    whole = train(tiny_run("whole"), TinyConfig(), console=console).run
+    weights = [safetensors.torch.load_file(r / "weights.safetensors") for r in (run, whole)]
+    assert_equal_trees(*weights)
+
+
+class Opaque:
+    """Something that a checkpoint can't hold."""
+
+
+class OpaqueEnv(CountingEnv):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(length=7)
+        self.engine = Opaque()
+
+
+def test_an_environment_that_cannot_be_saved_restarts_with_a_warning(
+    tiny_run: MakeConfig,
+    console: Console,
+    output: io.StringIO,
+    signal_at: SignalAt,
+    register_env: Any,
+) -> None:
+    env_id = register_env(OpaqueEnv, max_episode_steps=100)
+    signal_at(17)
+    result = train(tiny_run(env=env_id), TinyConfig(), console=console)
+    assert "checkpoints can't hold the environment" in output.getvalue()
+    assert "OpaqueEnv.engine" in output.getvalue()
+    assert "starts a new episode" not in output.getvalue()
+    saved = load_checkpoint(result.run / "checkpoint.pt")["environments"][0]
+    assert "OpaqueEnv.engine" in saved["not_restorable"]
+
+    resume(result.run, console=console)
+    assert "environment 0 couldn't be put back in mid-episode" in output.getvalue()
+    rows = replay_of(result.run)
+    torch.testing.assert_close(rows["state"][17, 1], torch.tensor(0.0))  # a first observation
+    assert ((rows["next_state"] - rows["state"])[:, 1] == 1).all()
+    lengths = read_series(result.run / "progress.csv", "episode_length")[1]
+    assert set(lengths) == {7.0}
+
+
+def test_running_in_one_directory_twice_is_refused(tiny_run: MakeConfig, console: Console) -> None:
+    run = train(tiny_run(total_steps=40), TinyConfig(), console=console).run
+    with RunDirectory.open(run).lock(), pytest.raises(RunError, match="another process is"):
+        resume(run, total_steps=60, console=console)
+
+
+# Full disks
+
+
+def test_training_survives_a_checkpoint_that_cannot_be_written(
+    tiny_run: MakeConfig,
+    console: Console,
+    output: io.StringIO,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from diffcore.training import checkpoint as module
+
+    write, tries = module.write_atomically, 0
+
+    def full_for_a_while(path: Path, fill: Any) -> None:
+        nonlocal tries
+        tries += 1
+        if 2 <= tries <= 3:
+            raise module.WriteError(f"can't write {path}: {os.strerror(errno.ENOSPC)}")
+        write(path, fill)
+
+    monkeypatch.setattr(module, "write_atomically", full_for_a_while)
+    result = train(tiny_run(checkpoint_minutes=0.0), TinyConfig(), console=console)
+    assert output.getvalue().count("CHECKPOINT NOT WRITTEN") == 2
+    assert "checkpoint.pt: No space left on device" in output.getvalue()
+    assert load_checkpoint(result.run / "checkpoint.pt")["step"] == 60
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(
+    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffcore.training import checkpoint as module
+
+    def full(path: Path, fill: Any) -> None:
+        raise module.WriteError(f"can't write {path}: {os.strerror(errno.ENOSPC)}")
+
+    monkeypatch.setattr(module, "write_atomically", full)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: No space left on device"):
+        train(tiny_run(), TinyConfig(), console=console)
+
+
+# TensorBoard's writing thread dies of the full disk.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_training_on_a_disk_that_fills_up(
+    tiny_disk: Path, tiny_run: MakeConfig, console: Console, output: io.StringIO
+) -> None:
+    """Logs and checkpoints fail one after the other; only the last checkpoint is worth an error."""
+    config = tiny_run(
+        run_dir=tiny_disk / "run", checkpoint_minutes=0.0, tensorboard=True, total_steps=2000
+    )
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: .*No space left on device"):
+        train(config, TinyConfig(buffer_size=5000), console=console)
+    assert "CHECKPOINT NOT WRITTEN" in output.getvalue()
+    step = load_checkpoint(tiny_disk / "run" / "checkpoint.pt")["step"]
+    assert 0 < step < 2000
+    assert not list((tiny_disk / "run").glob("*.tmp"))
+
+
+# Errors
+
+
+def test_bad_settings_are_named(tiny_run: MakeConfig) -> None:
+    for field, value, message in (
+        ("env", "", "env must be"),
+        ("seed", -1, "seed must be at least 0, got -1"),
+        ("total_steps", 0, "total_steps must be at least 1, got 0"),
+        ("num_envs", 1.5, "num_envs must be an integer, got float 1.5"),
+        ("updates_per_step", float("nan"), "updates_per_step must be finite"),
+        ("updates_per_step", "1", "updates_per_step must be a number, got str '1'"),
+        ("checkpoint_minutes", -1.0, "checkpoint_minutes must be finite and at least 0"),
+        ("threads", 0, "threads must be at least 1, got 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            tiny_run(**{field: value})
+
+
+def test_a_bad_start_leaves_no_directory(tiny_run: MakeConfig, console: Console) -> None:
+    for changes, error, message in (
+        ({"env": "CartPole-v1"}, EnvError, "Discrete"),
+        ({"env": "Nonsense-v0"}, EnvError, "can't make"),
+        ({"device": "nonsense"}, ConfigError, "device must be one that torch has"),
+        ({"num_envs": 2000}, ConfigError, "buffer_size must hold at least one step of the 2000"),
+    ):
+        config = tiny_run(**changes)
+        with pytest.raises(error, match=message):
+            train(config, TinyConfig(), console=console)
+        assert config.run_dir is not None
+        assert not config.run_dir.exists()
+    with pytest.raises(ConfigError, match="agent_config must be the configuration of one of"):
+        train(tiny_run(), object(), console=console)  # type: ignore[arg-type]
+
+
+def test_resuming_what_is_no_run(
+    tmp_path: Path, tiny_run: MakeConfig, console: Console, register_env: Any
+) -> None:
+    with pytest.raises(RunError, match="there is no run directory"):
+        resume(tmp_path / "gone", console=console)
+    with pytest.raises(RunError, match=r"isn't a run directory: it has no config\.json"):
+        resume(tmp_path, console=console)
+    run = RunDirectory.create(tiny_run(), TinyConfig())
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        resume(run.path, console=console)
+
+
+def changed_checkpoint(run: Path, **changes: Any) -> None:
+    contents = torch.load(run / "checkpoint.pt", weights_only=True)
+    for name, value in changes.items():
+        if value is None:
+            del contents[name]
+        else:
+            contents[name] = value
+    torch.save(contents, run / "checkpoint.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"agent": "unheard-of"}, "unknown agent 'unheard-of'"),
+        ({"agent": None}, "lacks the entry 'agent'"),
+        ({"replay": None}, "lacks the entry 'replay'"),
+        ({"agent_config": {"nonsense": 1}}, r"TinyConfig has no fields \['nonsense'\]"),
+        ({"agent_state": {}}, "no state that this agent can take"),
+        ({"observation_dim": 5}, r"sizes \(5, 1\); Pendulum-v1 now has \(3, 1\)"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit(
+    tiny_run: MakeConfig,
+    console: Console,
+    signal_at: SignalAt,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    signal_at(20)
+    run = train(tiny_run(), TinyConfig(), console=console).run
+    changed_checkpoint(run, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        resume(run, console=console)
+
+
+def test_environments_are_closed_in_the_end(
+    tiny_run: MakeConfig, console: Console, register_env: Any
+) -> None:
+    closed: list[gym.Env[Any, Any]] = []
+
+    class Closing(CountingEnv):
+        def close(self) -> None:
+            closed.append(self)
+
+    env_id = register_env(lambda **kwargs: Closing(), max_episode_steps=100)
+    train(tiny_run(env=env_id, num_envs=2, eval_episodes=3), TinyConfig(), console=console)
+    assert len(set(map(id, closed))) == 5
