@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import linear, mish
 
 from diffcore import DiffusionSchedule
 from diffcore.agents import DIPO, Batch, DIPOConfig
@@ -207,8 +207,8 @@ def mlp(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """A mish MLP given as [weight, bias, weight, bias, ...]."""
     *hidden, last = zip(parameters[::2], parameters[1::2], strict=True)
     for weight, bias in hidden:
-        x = F.mish(F.linear(x, weight, bias))
-    return F.linear(x, *last)
+        x = mish(linear(x, weight, bias))
+    return linear(x, *last)
 
 
 class OptimisedSampler:
@@ -241,8 +241,8 @@ class OptimisedSampler:
         first, bias, *rest = (p.detach().to(self.dtype) for p in model.trunk.parameters())
         sizes = [model.action_dim, model.time_dim, model.state_dim]
         w_x, w_time, w_state = first.split(sizes, dim=1)
-        by_step = F.linear(mlp(self.embedding, time_parameters), w_time, bias)
-        by_row = F.linear(state.to(self.dtype), w_state)
+        by_step = linear(mlp(self.embedding, time_parameters), w_time, bias)
+        by_row = linear(state.to(self.dtype), w_state)
         return by_step, by_row, w_x.t(), rest
 
     def advance(
@@ -257,7 +257,7 @@ class OptimisedSampler:
     ) -> Tensor:
         """Some steps of the chain: as many as there are coefficients."""
         for c, offset, z in zip(coefficients, by_step, noise, strict=True):
-            h = F.mish(torch.addmm(by_row + offset, x.to(self.dtype), w_x))
+            h = mish(torch.addmm(by_row + offset, x.to(self.dtype), w_x))
             eps = mlp(h, rest).float()
             x0 = (c[0] * x - c[1] * eps).clamp(-1.0, 1.0)
             x = c[2] * x0 + c[3] * x + c[5] * z
@@ -331,13 +331,13 @@ class OptimisedActionGradient:
         for q in (self.critic.q1, self.critic.q2):
             first, bias, *rest = (p.detach() for p in q.parameters())
             w_state, w_action = first.split([self.critic.state_dim, self.critic.action_dim], dim=1)
-            networks.append((F.linear(state, w_state, bias), w_action.t(), rest))
+            networks.append((linear(state, w_state, bias), w_action.t(), rest))
         return networks
 
     @staticmethod
     def objective(action: Tensor, networks: list[Network]) -> Tensor:
         q1, q2 = (
-            mlp(F.mish(torch.addmm(by_row, action, w_action)), rest)
+            mlp(mish(torch.addmm(by_row, action, w_action)), rest)
             for by_row, w_action, rest in networks
         )
         return -torch.min(q1, q2).sum()

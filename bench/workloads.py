@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import eager
 import torch
@@ -35,8 +36,20 @@ ACTION_GRADIENT_STEPS = 20
 SEED = 0
 
 
+#: Allowed in a single action. Rounding alone comes far below, but where two critics' values all but
+#: tie a row may rightly take either's gradient, and Adam makes a full step of a tiny one.
+LARGEST_ERROR = 0.05
+
+
 class WrongResultError(Exception):
     """A variant that is to be timed doesn't compute what it should."""
+
+
+class Error(NamedTuple):
+    """Absolute difference of actions from what float64 gives."""
+
+    median: float
+    largest: float
 
 
 @dataclass(frozen=True)
@@ -62,11 +75,11 @@ class Case:
     variants: tuple[Variant, ...]
     exact: Callable[[], Tensor] | None = None
     """The result in float64, for every variant's ``given``."""
-    bfloat16_bound: float = 0.0
-    """Largest error allowed in bf16."""
+    bfloat16_bound: Error = Error(0.0, 0.0)
+    """The error allowed in bf16."""
     flops: float | None = None
     """Operations of a call, in matrix products alone."""
-    _errors: dict[str, float] = field(default_factory=dict)
+    _errors: dict[str, Error] = field(default_factory=dict)
 
     @property
     def cores(self) -> int:
@@ -81,36 +94,32 @@ class Case:
         assert self.exact is not None
         return self.exact()
 
-    def error(self, name: str) -> float:
-        """99th percentile of a variant's absolute error.
-
-        Not the largest: where two critics' values all but tie, a row may rightly take either's
-        gradient, and where a gradient is all but 0 Adam makes a full step of its rounding.
-        """
+    def error(self, name: str) -> Error:
+        """The error of a variant's ``given`` against float64."""
         if name not in self._errors:
             given = self.variant(name).given
             assert given is not None
-            difference = (given().double() - self._exact).abs().flatten()
-            self._errors[name] = difference.quantile(0.99).item()
+            difference = (given().double() - self._exact).abs()
+            self._errors[name] = Error(difference.median().item(), difference.max().item())
         return self._errors[name]
 
-    def check(self, name: str) -> float | None:
+    def check(self, name: str) -> Error | None:
         """The variant's error, None if it has no ``given``.
 
         Raises:
-            WrongResultError: it is larger than twice that of eager PyTorch in float32, or in bf16
-                larger than the bound.
+            WrongResultError: the median error is larger than twice that of eager PyTorch in
+                float32 (in bf16: than the case's bound), or the largest is no rounding error.
         """
         if self.variant(name).given is None:
             return None
         error = self.error(name)
-        bound = 2 * self.error(BASELINE) + 1e-6
+        bound = Error(2 * self.error(BASELINE).median + 2e-7, LARGEST_ERROR)
         if name in (OPTIMISED_BF16, OURS_BF16):
             bound = self.bfloat16_bound
-        if not error <= bound:
+        if not (error.median <= bound.median and error.largest <= bound.largest):
             raise WrongResultError(
-                f"{self.op}, batch {self.batch}, {self.steps} steps: the error of {name!r} is "
-                f"{error:.2e}, allowed is {bound:.2e}"
+                f"{self.op}, batch {self.batch}, {self.steps} steps: {name!r} has the "
+                f"error {error}, allowed is {bound}"
             )
         return error
 
@@ -182,7 +191,7 @@ def reverse_diffusion_case(env: str, batch: int, steps: int, *, compiled: bool =
         steps,
         tuple(v for v in variants if compiled or v.name != COMPILED),
         exact,
-        bfloat16_bound=1e-2,
+        bfloat16_bound=Error(1e-3, 1e-2),
         flops=2.0 * batch * steps * per_row,
     )
 
@@ -241,7 +250,7 @@ def action_gradient_case(
         steps,
         tuple(v for v in variants if compiled or v.name != COMPILED),
         exact,
-        bfloat16_bound=0.1,
+        bfloat16_bound=Error(1e-2, 0.5),
         flops=2.0 * batch * steps * (2 * forward + backward),
     )
 
@@ -292,4 +301,4 @@ def random_replay(observation_dim: int, action_dim: int, size: int = 10_000) -> 
 def change_weights(model: nn.Module) -> None:
     """Change every parameter in place a little, as an optimiser step would."""
     for parameter in model.parameters():
-        parameter.flatten()[0] += 1e-7
+        parameter.flatten()[0] += 1e-6

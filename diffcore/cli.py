@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 
 from diffcore.training import AGENTS, TrainConfig, TrainingError, TrainResult, resume, train
-from diffcore.training.evaluation import Evaluator, write_video
+from diffcore.training.evaluation import Evaluator, VideoFile
 from diffcore.training.loop import load_agent
 from diffcore.training.plotting import plot_runs
 from diffcore.training.registry import AgentConfig, agent_type
@@ -173,7 +173,6 @@ def evaluate_command(arguments: list[str]) -> int:
     """``diffcore evaluate RUN ...``."""
     parsed = tyro.cli(EvaluateArguments, prog="diffcore evaluate", args=arguments)
     loaded = load_agent(parsed.run, parsed.device)
-    frames: list[Any] = []
     if parsed.video is not None and not os.environ.get("DISPLAY"):
         # MuJoCo would try to open a window. It reads this when it is first imported.
         os.environ.setdefault("MUJOCO_GL", "egl")
@@ -184,11 +183,14 @@ def evaluate_command(arguments: list[str]) -> int:
         deterministic=parsed.deterministic,
         seed=parsed.seed,
         device=parsed.device,
-        frames=None if parsed.video is None else frames.append,
+        render=parsed.video is not None,
     )
     try:
-        evaluation = evaluator.evaluate(loaded.agent)
-        frames_per_second = evaluator.frames_per_second
+        if parsed.video is None:
+            evaluation = evaluator.evaluate(loaded.agent)
+        else:
+            with VideoFile(parsed.video, evaluator.frames_per_second) as video:
+                evaluation = evaluator.evaluate(loaded.agent, frames=video.append)
     finally:
         evaluator.close()
     assert evaluation is not None  # nothing asked it to stop
@@ -199,7 +201,6 @@ def evaluate_command(arguments: list[str]) -> int:
         f"trained for {loaded.step:,} steps"
     )
     if parsed.video is not None:
-        write_video(parsed.video, frames, frames_per_second)
         print(f"video: {parsed.video}")
     return 0
 

@@ -110,6 +110,9 @@ DIPO_DEFAULTS: dict[str, dict[str, Any]] = {
         "update_actor_target_every": 2,
     },
     "Humanoid": {"ac_grad_norm": 2.0, "action_grad_norm_ratio": 0.1},
+    # Not in the paper's table: small tasks, for which 10,000 random steps are out of proportion.
+    "Pendulum": {"start_steps": 1_000},
+    "MultiGoal": {"start_steps": 1_000},
 }
 
 
@@ -191,12 +194,14 @@ class DIPOConfig:
 
     @classmethod
     def for_env(cls, env_id: str) -> DIPOConfig:
-        """The paper's hyper-parameters for ``env_id`` (any version suffix), else the generic ones.
+        """The paper's hyper-parameters for ``env_id``, else the generic ones.
+
+        A module prefix, a namespace and the version don't matter.
 
         >>> DIPOConfig.for_env("HalfCheetah-v5").action_gradient_steps
         40
         """
-        name = re.sub(r"-v\d+$", "", env_id)
+        name = re.sub(r"^.*[:/]|-v\d+$", "", env_id)
         return cls(**DIPO_DEFAULTS.get(name, {}))
 
 

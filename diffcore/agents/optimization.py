@@ -1,4 +1,4 @@
-"""Optimiser steps shared by the agents: built once, no host synchronisation, packs kept fresh."""
+"""Optimiser steps shared by the agents, without host synchronisation."""
 
 from __future__ import annotations
 
@@ -33,10 +33,6 @@ def gradient_step(loss: Tensor, optimizer: torch.optim.Adam, max_norm: float) ->
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
     optimizer.step()
-    # torch's fused Adam writes the parameters without telling autograd. The ops recognise stale
-    # packed weights by a parameter's version, so the version has to move with the value.
-    for parameter in parameters:
-        torch.autograd.graph.increment_version(parameter)
     return grad_norm
 
 

@@ -140,9 +140,6 @@ class DiffusionPolicy(Policy):
         _check_sampling_mode(explore, deterministic)
         if deterministic:
             x_init = self.deterministic_x_init.expand(observation.shape[0], -1)
-            # The op draws a key for the chain's noise even where that is multiplied by 0; the
-            # caller's generator shouldn't move for it.
-            generator = torch.Generator(observation.device)
         return ops.reverse_diffusion(
             self.denoiser,
             self.schedule,

@@ -21,17 +21,17 @@ def check_number(
     name: str,
     value: Any,
     *,
-    least: float = -math.inf,
-    above: float = -math.inf,
+    least: float | None = None,
+    above: float | None = None,
     finite: bool = True,
 ) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if math.isnan(value) or (finite and math.isinf(value)):
         raise ValueError(f"{name}: expected a finite number, got {value}")
-    if value < least:
+    if least is not None and value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
-    if value <= above:
+    if above is not None and value <= above:
         raise ValueError(f"{name}: expected more than {above}, got {value}")
 
 

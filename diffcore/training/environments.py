@@ -141,10 +141,15 @@ def make_environment(
     Raises:
         EnvError: if Gymnasium can't make it, or it can't be trained on.
     """
+    expected: tuple[type[Exception], ...]
+    expected = (gym.error.Error, ImportError, AttributeError, TypeError)
+    if render_mode is not None:  # missing displays and drivers make for all kinds of exceptions
+        expected = (Exception,)
     try:
         env = gym.make(env_id, max_episode_steps=max_episode_steps, render_mode=render_mode)
-    except (gym.error.Error, ImportError, AttributeError, TypeError) as error:
-        raise EnvError(f"can't make the environment {env_id!r}: {error}") from error
+    except expected as error:
+        how = f" with render_mode={render_mode!r}" if render_mode else ""
+        raise EnvError(f"can't make the environment {env_id!r}{how}: {error}") from error
     try:
         return BoxEnvironment(env, env_id)
     except EnvError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class Evaluator:
         deterministic: ask the agent for deterministic actions, instead of its evaluation form.
         seed: of start states, dynamics and actions.
         device: the agent's.
-        frames: if given, is handed each frame of the first episode (``[H, W, 3]`` uint8).
+        render: make the first environment one that can be filmed.
 
     Raises:
         EnvError: if the environment can't be made.
@@ -63,18 +64,17 @@ class Evaluator:
         deterministic: bool,
         seed: int,
         device: str | torch.device = "cpu",
-        frames: Callable[[Any], None] | None = None,
+        render: bool = False,
     ) -> None:
         self.deterministic = deterministic
         self.seed = seed
         self.device = torch.device(device)
-        self._frames = frames
         with preserved_process_random_state():
             self.environments = [
                 make_environment(
                     env_id,
                     max_episode_steps=max_episode_steps,
-                    render_mode="rgb_array" if frames and i == 0 else None,
+                    render_mode="rgb_array" if render and i == 0 else None,
                 )
                 for i in range(episodes)
             ]
@@ -85,7 +85,12 @@ class Evaluator:
         return float(self.environments[0].metadata.get("render_fps", 30))
 
     def evaluate(
-        self, agent: Agent, number: int = 0, *, stop: Callable[[], bool] = lambda: False
+        self,
+        agent: Agent,
+        number: int = 0,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+        frames: Callable[[Any], None] | None = None,
     ) -> Evaluation | None:
         """Run one episode in every environment.
 
@@ -93,14 +98,24 @@ class Evaluator:
             agent: is only asked to act, with a generator of the evaluation's own.
             number: tells evaluations of one seed apart; training passes its step.
             stop: asked before every step; once true the evaluation is given up.
+            frames: if given, is handed each picture of the first episode (``[H, W, 3]`` uint8).
 
         Returns:
             The outcome; None if it was given up.
+
+        Raises:
+            EnvError: if an environment misbehaves, or can't be rendered for ``frames``.
         """
         with preserved_process_random_state():
-            return self._evaluate(agent, number, stop)
+            return self._evaluate(agent, number, stop, frames)
 
-    def _evaluate(self, agent: Agent, number: int, stop: Callable[[], bool]) -> Evaluation | None:
+    def _evaluate(
+        self,
+        agent: Agent,
+        number: int,
+        stop: Callable[[], bool],
+        frames: Callable[[Any], None] | None,
+    ) -> Evaluation | None:
         generator = torch.Generator(self.device)
         generator.manual_seed(derive_seed(self.seed, Stream.EVALUATION_POLICY, number))
         observations: list[FloatArray] = []
@@ -110,7 +125,8 @@ class Evaluator:
         returns = [0.0] * len(self.environments)
         lengths = [0] * len(self.environments)
         running = list(range(len(self.environments)))
-        self._render(running)
+        if frames is not None:
+            frames(render_frame(self.environments[0]))
         while running:
             if stop():
                 return None
@@ -129,13 +145,10 @@ class Evaluator:
                 lengths[i] += 1
                 if not (terminated or truncated):
                     still_running.append(i)
-            self._render(running)
+            if frames is not None and 0 in running:
+                frames(render_frame(self.environments[0]))
             running = still_running
         return Evaluation(returns, lengths)
-
-    def _render(self, running: list[int]) -> None:
-        if self._frames is not None and 0 in running:
-            self._frames(render_frame(self.environments[0]))
 
     def close(self) -> None:
         """Close the environments."""
@@ -149,12 +162,13 @@ def render_frame(environment: BoxEnvironment) -> Any:
     Raises:
         EnvError: if the environment can't render here.
     """
-    advice = "without a display, MuJoCo environments need MUJOCO_GL=egl or MUJOCO_GL=osmesa"
     try:
         frame = environment.render()
     # Missing displays, drivers and packages make renderers raise all kinds of exceptions.
     except Exception as error:
-        raise EnvError(f"{environment.name} can't be rendered here: {error} ({advice})") from error
+        raise EnvError(
+            f"{environment.name} can't be rendered here: {error}{_advice(environment)}"
+        ) from error
     if not isinstance(frame, np.ndarray) or frame.ndim != 3:
         raise EnvError(
             f"{environment.name} can't be rendered to a video: "
@@ -163,21 +177,53 @@ def render_frame(environment: BoxEnvironment) -> Any:
     return frame
 
 
-def write_video(path: Path, frames: list[Any], frames_per_second: float) -> None:
-    """Write pictures (``[H, W, 3]`` uint8) as .mp4 or .gif.
+def _advice(environment: BoxEnvironment) -> str:
+    if "mujoco" not in type(environment.unwrapped).__module__:
+        return ""
+    return " (without a display MuJoCo needs MUJOCO_GL=egl or MUJOCO_GL=osmesa)"
 
-    Raises:
-        EnvError: if the file's kind isn't known or it can't be written.
+
+class VideoFile:
+    """An .mp4 or .gif file written frame by frame. Use as a context manager.
+
+    The file comes into being with its first frame.
+
+    Args:
+        path: the file; its ending says which kind.
+        frames_per_second: the speed at which it plays.
     """
-    options: dict[str, Any] = {"fps": frames_per_second}
-    if path.suffix == ".gif":
-        options = {"duration": 1000.0 / frames_per_second, "loop": 0}
-    try:
-        import imageio
 
-        writer: Any
-        with imageio.get_writer(path, **options) as writer:
-            for frame in frames:
-                writer.append_data(frame)
-    except (OSError, ValueError, ImportError) as error:
-        raise EnvError(f"can't write the video {path}: {error}") from error
+    def __init__(self, path: Path, frames_per_second: float) -> None:
+        self.path = path
+        self._options: dict[str, Any] = {"fps": frames_per_second}
+        if path.suffix == ".gif":
+            self._options = {"duration": 1000.0 / frames_per_second, "loop": 0}
+        self._writer: Any = None
+
+    def __enter__(self) -> VideoFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._writer is not None:
+            with self._errors_named():
+                self._writer.close()
+
+    def append(self, frame: Any) -> None:
+        """Add a picture, ``[H, W, 3]`` uint8.
+
+        Raises:
+            EnvError: if the file can't be written.
+        """
+        with self._errors_named():
+            if self._writer is None:
+                import imageio
+
+                self._writer = imageio.get_writer(self.path, **self._options)
+            self._writer.append_data(frame)
+
+    @contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, ImportError) as error:
+            raise EnvError(f"can't write the video {self.path}: {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import imageio
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from tiny import CountingEnv, TinyAgent, TinyConfig
 
 from diffcore.training import EnvError, Evaluation, Evaluator
-from diffcore.training.evaluation import write_video
+from diffcore.training.evaluation import VideoFile
 from diffcore.training.seeding import process_random_state
 
 
@@ -93,15 +93,16 @@ def test_an_evaluation_can_be_given_up() -> None:
 
 @pytest.mark.parametrize("ending", ["mp4", "gif"])
 def test_video(tmp_path: Path, ending: str) -> None:
-    frames: list[Any] = []
-    evaluator = make("diffcore/MultiGoal-v0", max_episode_steps=4, frames=frames.append)
-    evaluation = evaluator.evaluate(agent(2, 2))
+    evaluator = make("diffcore/MultiGoal-v0", max_episode_steps=4, render=True)
+    path = tmp_path / f"video.{ending}"
+    with VideoFile(path, evaluator.frames_per_second) as video:
+        evaluation = evaluator.evaluate(agent(2, 2), frames=video.append)
     assert evaluation is not None
+    frames = imageio.mimread(path)
     assert len(frames) == evaluation.lengths[0] + 1
     assert not np.array_equal(frames[0], frames[-1])
-    path = tmp_path / f"video.{ending}"
-    write_video(path, frames, evaluator.frames_per_second)
-    assert len(imageio.mimread(path)) == len(frames)
+    # Filming changes nothing.
+    assert make("diffcore/MultiGoal-v0", max_episode_steps=4).evaluate(agent(2, 2)) == evaluation
 
 
 def test_an_environment_that_cannot_be_rendered_says_so(register_env: Any) -> None:
@@ -120,9 +121,26 @@ def test_an_environment_that_cannot_be_rendered_says_so(register_env: Any) -> No
         env.metadata = {"render_modes": ["rgb_array"]}
         env_id = register_env(env, disable_env_checker=True)
         with pytest.raises(EnvError, match=message):
-            make(env_id, frames=lambda frame: None).evaluate(agent(2))
+            make(env_id, render=True).evaluate(agent(2), frames=lambda frame: None)
+
+
+def test_an_environment_that_cannot_even_be_made_for_rendering_says_so(register_env: Any) -> None:
+    class NoDriver(CountingEnv):
+        metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
+
+        def __init__(self, render_mode: str | None = None) -> None:
+            super().__init__()
+            if render_mode is not None:
+                raise RuntimeError("no driver")
+
+    with pytest.raises(EnvError, match="with render_mode='rgb_array': no driver"):
+        make(register_env(NoDriver), render=True)
 
 
 def test_a_video_that_cannot_be_written_says_so(tmp_path: Path) -> None:
-    with pytest.raises(EnvError, match=r"can't write the video .*gone/v\.gif"):
-        write_video(tmp_path / "gone" / "v.gif", [np.zeros((16, 16, 3), dtype=np.uint8)], 10.0)
+    frame = np.zeros((16, 16, 3), dtype=np.uint8)
+    with (
+        VideoFile(tmp_path / "gone" / "v.gif", 10.0) as video,
+        pytest.raises(EnvError, match=r"can't write the video .*gone/v\.gif"),
+    ):
+        video.append(frame)

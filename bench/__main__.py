@@ -1,0 +1,177 @@
+"""Compare diffcore with eager PyTorch and torch.compile: ``python bench``.
+
+Results are checked first. Then all variants of a case are timed in turns, in this one process; run
+it on a quiet machine. Ends with the tables and with a JSON file under bench/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffcore.ops import _native
+
+ROOT = Path(__file__).parent.parent
+SECTIONS = ("reverse_diffusion", "action_gradient", "dipo_step", "latency", "contention")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python bench", description=__doc__)
+    add = parser.add_argument
+    add("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="parts to run")
+    add("--env", default="HalfCheetah-v5", help="environment whose network sizes are used")
+    add("--batches", nargs="+", type=int, default=[1, 16, 256, 4096])
+    add("--steps", nargs="+", type=int, default=[20, 100], help="lengths K of the chain")
+    add("--seconds", type=float, default=10.0, help="time for each case, if 7 rounds take less")
+    add("--latency-calls", type=int, default=10_000)
+    add("--threads", type=int, help="torch's threads; default: torch's own choice")
+    add("--no-compile", action="store_true", help="leave out torch.compile: minutes of compiling")
+    add("--quick", action="store_true", help="tiny sizes, to see that all works; not for numbers")
+    add("--from", dest="stored", type=Path, metavar="FILE", help="show stored results instead")
+    add("--check", type=Path, metavar="FILE", help="fail if a ratio is 10%% below these results'")
+    add("--markdown", action="store_true", help="put the tables into README.md")
+    add("--output", type=Path, default=ROOT / "bench" / "results", help="where the JSON file goes")
+    add("--no-save", action="store_true", help="write no JSON file")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.batches, options.steps = [1, 16], [5]
+        options.seconds, options.latency_calls = 0.0, 200
+    return options
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Check and measure everything that was asked for."""
+    import measure
+    import workloads
+
+    if options.env not in workloads.SIZES:
+        raise SystemExit(f"--env: expected one of {', '.join(workloads.SIZES)}, got {options.env}")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    compiled = not options.no_compile
+    threads = torch.get_num_threads()
+    results: dict[str, Any] = {
+        "environment": {**measure.environment(), "env": options.env},
+        "peak_flops": {str(n): measure.fma_peak(n) for n in {1, threads}},
+        "rows": [],
+        "latency": [],
+        "contention": [],
+    }
+
+    def cases() -> Iterable[workloads.Case]:
+        for steps in options.steps:
+            for batch in options.batches:
+                if "reverse_diffusion" in options.only:
+                    yield workloads.reverse_diffusion_case(
+                        options.env, batch, steps, compiled=compiled
+                    )
+        for batch in options.batches:
+            if "action_gradient" in options.only:
+                yield workloads.action_gradient_case(options.env, batch, compiled=compiled)
+        for steps in options.steps:
+            if "dipo_step" in options.only:
+                yield workloads.dipo_step_case(options.env, steps)
+
+    for case in cases():
+        say(f"{case.op}, batch {case.batch}, {case.steps} steps")
+        errors = {v.name: case.check(v.name) for v in case.variants}
+        timings = measure.interleave(case.variants, seconds=options.seconds)
+        for name, timing in timings.items():
+            results["rows"].append(
+                {
+                    "op": case.op,
+                    "batch": case.batch,
+                    "steps": case.steps,
+                    "variant": name,
+                    **asdict(timing),
+                    "error": errors[name],
+                    "flops": case.flops if name == workloads.OURS else None,
+                    "cores": case.cores,
+                }
+            )
+
+    chain = max(options.steps)
+    if "latency" in options.only:
+        say("latency")
+        case = workloads.reverse_diffusion_case(options.env, 1, chain, compiled=False)
+        with_threads(1, lambda: results["latency"].extend(latencies(case, options.latency_calls)))
+    if "contention" in options.only:
+        for batch in sorted({min(options.batches), min(256, max(options.batches))}):
+            say(f"contention, batch {batch}")
+            case = workloads.reverse_diffusion_case(options.env, batch, chain, compiled=False)
+            ours = case.variant(workloads.OURS).call
+            timings = measure.contention(ours, seconds=options.seconds)
+            results["contention"] += [
+                {"batch": batch, "steps": chain, "call": name, **asdict(timing)}
+                for name, timing in timings.items()
+            ]
+    return results
+
+
+def latencies(case: Any, calls: int) -> list[dict[str, Any]]:
+    import measure
+    import workloads
+
+    rows = []
+    for name, share in (
+        (workloads.OPTIMISED, 0.1),  # slow and no claim of ours
+        (workloads.OURS, 1.0),
+        (workloads.OURS_BF16, 1.0),
+    ):
+        count = max(10, int(share * calls))
+        timed = measure.latency(case.variant(name).call, count)
+        rows.append({"steps": case.steps, "variant": name, "calls": count, **timed})
+    return rows
+
+
+def with_threads(threads: int, work: Callable[[], object]) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        work()
+    finally:
+        torch.set_num_threads(before)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0, or 1 where results are wrong, slower than recorded, or can't be compared."""
+    options = parse(arguments)
+    if _native.unavailable is not None:
+        print(f"error: nothing to measure: {_native.unavailable}", file=sys.stderr)
+        return 1
+    import report
+    from workloads import WrongResultError
+
+    try:
+        results = run(options) if options.stored is None else report.load(options.stored)
+    except WrongResultError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(report.tables(results))
+    if options.stored is None and not options.no_save:
+        print(f"stored: {report.save(results, options.output)}")
+    if options.markdown:
+        report.fill_readme(ROOT / "README.md", results)
+    if options.check is not None:
+        try:
+            slower = report.slower_than(report.load(options.check), results)
+        except ValueError as error:
+            print(f"error: --check: {error}", file=sys.stderr)
+            return 1
+        print("\n".join(slower) or "nothing is slower than recorded")
+        return 1 if slower else 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
