@@ -12,16 +12,17 @@ bookkeeping in the sampler, no parameter gradients in the action gradient.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, mish
+from torch.nn.functional import linear, mish, mse_loss
 
 from diffcore import DiffusionSchedule
-from diffcore.agents import DIPO, Batch, DIPOConfig
+from diffcore.agents import DIPO, Batch, DiffusionPolicy, Replay
 from diffcore.nn import MLP, Denoiser, TwinCritic, time_embedding
 
 # -- as written -----------------------------------------------------------------------------------
@@ -84,6 +85,8 @@ class GaussianDiffusion(nn.Module):
         abar, before = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
         variance = betas * (1 - before) / (1 - abar)
         for name, value in {
+            "sqrt_alphas_cumprod": abar.sqrt(),
+            "sqrt_one_minus_alphas_cumprod": (1 - abar).sqrt(),
             "sqrt_recip_alphas_cumprod": (1 / abar).sqrt(),
             "sqrt_recipm1_alphas_cumprod": (1 / abar - 1).sqrt(),
             "posterior_variance": variance,
@@ -133,6 +136,22 @@ class GaussianDiffusion(nn.Module):
         """Actions ``[B, A]`` for states ``[B, S]``."""
         return self.p_sample_loop(state, (len(state), self.action_dim)).clamp_(-1.0, 1.0)
 
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return (
+            extract(self.sqrt_alphas_cumprod, t, x_start.shape) * x_start
+            + extract(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape) * noise
+        )
+
+    def loss(
+        self, state: Tensor, action: Tensor, t: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """The denoising loss; t ``[B]`` and noise ``[B, A]`` drawn if None."""
+        if t is None:
+            t = torch.randint(0, self.n_timesteps, (len(action),), device=action.device)
+        if noise is None:
+            noise = torch.randn_like(action)
+        return mse_loss(self.model(self.q_sample(action, t, noise), t, state), noise)
+
 
 def action_gradient(
     critic: nn.Module,
@@ -160,35 +179,80 @@ def action_gradient(
     return best_actions.detach()
 
 
-class EagerDIPO(DIPO):
-    """diffcore's DIPO agent with sampler and action gradient as written.
+class Critic(nn.Module):
+    """Twin Q(s, a) -> (q1, q2), on a :class:`diffcore.nn.TwinCritic`'s parameters."""
 
-    Its losses, optimisers and target updates stay diffcore's, so a comparison of the two shows what
-    the two ops alone are worth to a training run.
-    """
+    def __init__(self, critic: TwinCritic) -> None:
+        super().__init__()
+        self.q1_model, self.q2_model = sequential(critic.q1), sequential(critic.q2)
 
-    def __init__(
-        self, observation_dim: int, action_dim: int, config: DIPOConfig, *, seed: int
-    ) -> None:
-        super().__init__(observation_dim, action_dim, config, seed=seed)
-        for policy in (self.actor, self.actor_target):
-            diffusion = GaussianDiffusion(policy.denoiser, policy.schedule)
+    def forward(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.cat([state, action], dim=-1)
+        return self.q1_model(x), self.q2_model(x)
 
-            def sample(observation: Tensor, *, d: GaussianDiffusion = diffusion, **_) -> Tensor:
-                return d.sample(observation)
 
-            policy.sample = sample
+class EagerDIPO:
+    """DIPO's act and update as written, starting from the weights of a diffcore agent."""
+
+    def __init__(self, agent: DIPO) -> None:
+        assert isinstance(agent.actor, DiffusionPolicy)
+        self.config, self.action_dim = agent.config, agent.action_dim
+        self.actor = GaussianDiffusion(copy.deepcopy(agent.actor.denoiser), agent.actor.schedule)
+        self.critic = Critic(copy.deepcopy(agent.critic))
+        self.actor_target = copy.deepcopy(self.actor)
+        self.critic_target = copy.deepcopy(self.critic)
+        adam = {"lr": self.config.lr, "eps": self.config.adam_eps}
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), **adam)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), **adam)
+
+    def act(self, observation: Tensor) -> Tensor:
+        return self.actor.sample(observation)
+
+    def update(self, replay: Replay, generator: torch.Generator) -> None:
+        batch = replay.sample(self.config.batch_size, generator)
+        self.update_critic(batch, self.actor_target.sample(batch.next_state))
+        batch = replay.sample(self.config.batch_size, generator)
+        best_actions = self.improve_actions(batch)
+        replay.set_best_action(batch.index, best_actions)
+        self.update_actor(self.actor.loss(batch.state, best_actions))
+        self.update_targets()
+
+    def update_critic(self, batch: Batch, next_action: Tensor) -> None:
+        with torch.no_grad():
+            target_q1, target_q2 = self.critic_target(batch.next_state, next_action)
+            next_q = torch.min(target_q1, target_q2)
+            target_q = batch.reward + self.config.gamma * batch.mask * next_q
+        current_q1, current_q2 = self.critic(batch.state, batch.action)
+        loss = mse_loss(current_q1, target_q) + mse_loss(current_q2, target_q)
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.critic.parameters(), self.config.ac_grad_norm)
+        self.critic_optimizer.step()
 
     def improve_actions(self, batch: Batch) -> Tensor:
-        config = self.config
         return action_gradient(
             self.critic,
             batch.state,
             batch.best_action,
-            steps=config.action_gradient_steps,
-            lr=config.action_lr,
-            max_norm=config.action_grad_norm_ratio * self.action_dim,
+            steps=self.config.action_gradient_steps,
+            lr=self.config.action_lr,
+            max_norm=self.config.action_grad_norm_ratio * self.action_dim,
         )
+
+    def update_actor(self, loss: Tensor) -> None:
+        self.actor_optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.actor.parameters(), self.config.ac_grad_norm)
+        self.actor_optimizer.step()
+
+    def update_targets(self) -> None:
+        tau = self.config.tau
+        for model, target in (
+            (self.critic, self.critic_target),
+            (self.actor, self.actor_target),
+        ):
+            for p, target_p in zip(model.parameters(), target.parameters(), strict=True):
+                target_p.data.copy_(tau * p.data + (1 - tau) * target_p.data)
 
 
 # -- hand-optimised -------------------------------------------------------------------------------

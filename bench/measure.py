@@ -100,7 +100,7 @@ def latency(call: Callable[[], object], calls: int) -> dict[str, float]:
 def contention(ours: Callable[[], object], *, seconds: float) -> dict[str, Timing]:
     """What our calls and torch's cost each other: every call timed right after one of either kind.
 
-    torch's is a forward and backward pass of a small MLP on 256 rows, on all its threads.
+    torch's work is a forward and backward pass of a small MLP on 256 rows, on all its threads.
     """
     model = nn.Sequential(nn.Linear(256, 256), nn.Mish(), nn.Linear(256, 256))
     x = torch.randn(256, 256)
@@ -109,7 +109,7 @@ def contention(ours: Callable[[], object], *, seconds: float) -> dict[str, Timin
         model(x).square().mean().backward()
 
     def after(first: Callable[[], object], call: Callable[[], object], name: str) -> Variant:
-        return Variant(name, call, before=first)  # type: ignore[arg-type]
+        return Variant(name, call, before=first)
 
     return interleave(
         [

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from workloads import BASELINE, OURS
+from workloads import BASELINE, OURS, VARIANTS
 
 MARKERS = ("<!-- bench:start -->", "<!-- bench:end -->")
 SLOWER_BY = 0.10
 """A ratio this much below the recorded one fails the check."""
 
 Results = dict[str, Any]
-TITLES = {
-    "reverse_diffusion": "`reverse_diffusion`: the whole chain, noise drawn inside the call",
-    "action_gradient": "`action_gradient`: all steps of the ascent on min(Q1, Q2)",
-    "dipo_step": "One DIPO environment step: an action and a whole update (batch 256)",
-}
+LEGEND = """\
+Medians of calls made in turns in one process. *New weights*: all parameters were changed in place
+before each call. *Of peak*: diffcore's share, in float32, of the multiply-add peak of the cores it
+used, measured in the same run and counting matrix products only. *torch.compile* runs the
+hand-optimised code, 10 steps to a graph. *dipo_step*: one action and one whole update."""
 
 
 def duration(seconds: float) -> str:
@@ -32,51 +32,76 @@ def duration(seconds: float) -> str:
 def ratios(results: Results) -> dict[tuple[str, int, int, str], float]:
     """(op, batch, steps, variant) -> how many times faster than eager PyTorch as written."""
 
-    def key(row: dict[str, Any]) -> tuple[str, int, int]:
-        return row["op"], row["batch"], row["steps"]
+    base = {_key(r)[:3]: r["median"] for r in results["rows"] if r["variant"] == BASELINE}
+    return {_key(r): base[_key(r)[:3]] / r["median"] for r in results["rows"]}
 
-    base = {key(r): r["median"] for r in results["rows"] if r["variant"] == BASELINE}
-    return {(*key(r), r["variant"]): base[key(r)] / r["median"] for r in results["rows"]}
+
+def _key(row: dict[str, Any]) -> tuple[str, int, int, str]:
+    return row["op"], row["batch"], row["steps"], row["variant"]
 
 
 def tables(results: Results) -> str:
-    """Everything in ``results`` as Markdown that reads well in a terminal too."""
-    parts = [_environment_line(results["environment"])]
+    """Everything in ``results``, as Markdown that reads well in a terminal too."""
     speed_up = ratios(results)
+    parts = []
     for op in dict.fromkeys(row["op"] for row in results["rows"]):
-        rows = []
-        for row in (r for r in results["rows"] if r["op"] == op):
-            rows.append(
-                [
-                    str(row["batch"]),
-                    str(row["steps"]),
-                    row["variant"],
-                    duration(row["median"]),
-                    _middle_half(row),
-                    f"{speed_up[op, row['batch'], row['steps'], row['variant']]:.2f}x",
-                    _peak_fraction(row, results["peak_flops"]),
-                    _error(row["error"]),
-                ]
-            )
-        steps = "steps" if op == "action_gradient" else "K"
-        header = ["batch", steps, "variant", "median", "middle half"]
+        rows = [
+            [
+                str(row["batch"]),
+                str(row["steps"]),
+                row["variant"],
+                duration(row["median"]),
+                _middle_half(row),
+                f"{speed_up[_key(row)]:.2f}x",
+                _peak_fraction(row, results["peak_flops"]),
+                _error(row["error"]),
+            ]
+            for row in results["rows"]
+            if row["op"] == op
+        ]
+        header = ["batch", "steps", "variant", "median", "middle half"]
         header += ["speed-up", "of peak", "error"]
-        parts += [f"**{TITLES[op]}**", _table(header, rows)]
+        parts += [f"**{op}**", _table(header, rows)]
+    return "\n\n".join([*parts, summary(results)])
+
+
+def summary(results: Results) -> str:
+    """One line for each case, latency and contention: what README shows."""
+    parts = [_environment_line(results["environment"])]
+    if results["rows"]:
+        parts += ["**Speed-up over eager PyTorch as written**", _speed_ups(results), LEGEND]
     if results["latency"]:
-        parts += ["**Latency of single calls, batch 1, one thread**", _latency(results["latency"])]
+        rows = [
+            [str(r["steps"]), r["variant"], str(r["calls"])]
+            + [duration(r[name]) for name in ("p50", "p99", "worst")]
+            for r in results["latency"]
+        ]
+        header = ["steps", "variant", "calls", "p50", "p99", "worst"]
+        parts += ["**Latency of one action, on one thread**", _table(header, rows)]
     if results["contention"]:
         rows = [
-            [str(r["batch"]), r["call"], duration(r["median"]), _middle_half(r)]
+            [str(r["batch"]), str(r["steps"]), r["call"], duration(r["median"]), _middle_half(r)]
             for r in results["contention"]
         ]
-        header = ["batch", "call", "median", "middle half"]
-        parts += ["**Calls in turns with torch's, K = 100**", _table(header, rows)]
-    parts.append(
-        "Speed-up is over *eager, as written*. Of peak: share of the float32 multiply-add peak of "
-        "the cores used, measured in the same run, counting matrix products only. Error: median "
-        "and largest against float64. *New weights*: all parameters changed before each call."
-    )
-    return "\n\n".join(parts) + "\n"
+        header = ["batch", "steps", "call", "median", "middle half"]
+        parts += ["**`reverse_diffusion` in turns with a torch training step**"]
+        parts += [_table(header, rows)]
+    return "\n\n".join(parts)
+
+
+def _speed_ups(results: Results) -> str:
+    speed_up = ratios(results)
+    by_case: dict[tuple[str, int, int], dict[str, dict[str, Any]]] = {}
+    for row in results["rows"]:
+        by_case.setdefault(_key(row)[:3], {})[row["variant"]] = row
+    names = [v for v in VARIANTS if any(v in rows for rows in by_case.values())]
+    names.remove(BASELINE)
+    lines = []
+    for case, rows in by_case.items():
+        ratio = [f"{speed_up[(*case, v)]:.2f}x" if v in rows else "" for v in names]
+        fraction = _peak_fraction(rows[OURS], results["peak_flops"])
+        lines.append([*map(str, case), duration(rows[BASELINE]["median"]), *ratio, fraction])
+    return _table(["op", "batch", "steps", BASELINE, *names, "of peak"], lines)
 
 
 def _environment_line(environment: dict[str, Any]) -> str:
@@ -102,18 +127,23 @@ def _peak_fraction(row: dict[str, Any], peak: dict[str, float]) -> str:
     return f"{row['flops'] / row['median'] / peak[str(row['cores'])]:.0%}"
 
 
-def _latency(rows: Sequence[dict[str, Any]]) -> str:
-    cells = [
-        [str(r["steps"]), r["variant"], str(r["calls"])]
-        + [duration(r[name]) for name in ("p50", "p99", "worst")]
-        for r in rows
-    ]
-    return _table(["K", "variant", "calls", "p50", "p99", "worst"], cells)
+def brief(results: Results) -> str:
+    """One line for each case."""
+    speed_up = ratios(results)
+    lines: dict[str, list[str]] = {}
+    for row in results["rows"]:
+        case = f"{row['op']}, batch {row['batch']}, {row['steps']} steps"
+        shown = f"{row['variant']} {duration(row['median'])}"
+        if row["variant"] != BASELINE:
+            shown += f" ({speed_up[_key(row)]:.2f}x)"
+        lines.setdefault(case, []).append(shown)
+    return "\n".join(f"{case}: {'; '.join(shown)}" for case, shown in lines.items())
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    used = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    lines = [[line[i] for i in used] for line in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
     rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
     return "\n".join([padded[0], rule, *padded[1:]])
@@ -168,4 +198,4 @@ def fill_readme(readme: Path, results: Results) -> None:
     _, found_end, after = rest.partition(end)
     if not found_start or not found_end:
         raise ValueError(f"{readme} has no {start} ... {end}")
-    readme.write_text(f"{before}{start}\n\n{tables(results)}\n{end}{after}")
+    readme.write_text(f"{before}{start}\n\n{summary(results)}\n\n{end}{after}")

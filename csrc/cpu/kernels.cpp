@@ -45,6 +45,7 @@ const Kernels kernels = {
     denoiser_pack_bytes,
     pack_denoiser,
     reverse_diffusion,
+    reverse_step,
     critic_pack_bytes,
     pack_critic,
     action_gradient,

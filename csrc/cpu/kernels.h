@@ -75,6 +75,20 @@ struct ReverseDiffusionCall {
   int threads;
 };
 
+// One step of a sampler on `count` numbers.
+struct ReverseStepCall {
+  int64_t count;
+  const float* x;
+  const float* eps;
+  const float* noise;         // or null: none
+  const float* x0_previous;   // or null: none
+  const float* coefficients;  // [7]
+  float noise_scale;
+  float clip;
+  float* next;
+  float* x0;
+};
+
 // Philox 4x32-10 normals z[row, column] for rows first_row.. of one step; see philox.h.
 struct NormalsCall {
   uint64_t seed;
@@ -172,6 +186,7 @@ struct Kernels {
   int64_t (*denoiser_pack_bytes)(const DenoiserParameters&);
   void (*pack_denoiser)(const DenoiserParameters&, void* block, DenoiserPack*);
   void (*reverse_diffusion)(const ReverseDiffusionCall&);
+  void (*reverse_step)(const ReverseStepCall&);
   int64_t (*critic_pack_bytes)(const CriticParameters&);
   void (*pack_critic)(const CriticParameters&, void* block, CriticPack*);
   void (*action_gradient)(const ActionGradientCall&);

@@ -8,12 +8,10 @@
 
 #include "layers.h"
 #include "philox.h"
+#include "reverse_step.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
-
-// Columns of the solver table: x0 = clip(c0 x - c1 eps); x' = c2 x0 + c3 x + c4 eps + c5 z + c6 x0'.
-constexpr int table_columns = 7;
 
 // Pieces of a denoiser pack; with no memory behind the carver it only measures.
 template <class Operand>
@@ -112,22 +110,14 @@ struct ChainBuffers {
 };
 
 // One step of the solver, for all rows of the tile: x and the running x0 are updated in place.
-DIFFCORE_INLINE void solver_step(const float* c, float noise_scale, float clip, int rows,
-                                 int columns, Rows<float> x, Rows<float> x0, Rows<float> eps,
-                                 Rows<float> z) {
-  const Vec c0 = broadcast(c[0]), c1 = broadcast(c[1]), c2 = broadcast(c[2]), c3 = broadcast(c[3]);
-  const Vec c4 = broadcast(c[4]), c5 = broadcast(c[5] * noise_scale), c6 = broadcast(c[6]);
-  const Vec upper = broadcast(clip), lower = broadcast(-clip);
+DIFFCORE_INLINE void solver_step(const SolverStep& step, int rows, int columns, Rows<float> x,
+                                 Rows<float> x0, Rows<float> eps, Rows<float> z) {
   for (int i = 0; i < rows; ++i) {
     for (int n = 0; n < columns; n += W) {
-      const Vec xn = load(x.row(i) + n), e = load(eps.row(i) + n);
-      const Vec predicted = clamp(fnma(c1, e, c0 * xn), lower, upper);
-      Vec next = fma(c3, xn, c2 * predicted);
-      next = fma(c4, e, next);
-      next = fma(c5, load(z.row(i) + n), next);
-      next = fma(c6, load(x0.row(i) + n), next);
-      store(x.row(i) + n, next);
-      store(x0.row(i) + n, predicted);
+      float *xn = x.row(i) + n, *x0n = x0.row(i) + n;
+      Vec predicted;
+      store(xn, step.next(load(xn), load(eps.row(i) + n), load(z.row(i) + n), load(x0n), &predicted));
+      store(x0n, predicted);
     }
   }
 }
@@ -184,7 +174,7 @@ static void reverse_diffusion_tile(const ReverseDiffusionCall& call, Span span,
       }
       z.data = z.row((step % noise_steps) * rows);
     }
-    solver_step(c, call.noise_scale, call.clip, rows, columns, b.x, b.x0, b.eps, z);
+    solver_step(SolverStep(c, call.noise_scale, call.clip), rows, columns, b.x, b.x0, b.eps, z);
   }
 
   if (call.trajectory) {

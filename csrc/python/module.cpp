@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 #include <vector>
 
@@ -65,6 +66,15 @@ void reverse_diffusion(const std::vector<Layer>& layers, int action_dim, int sta
   call.actions = pointer<float>(actions);
   call.threads = usable_threads(threads);
   active_kernels().reverse_diffusion(call);
+}
+
+void reverse_step(int64_t count, Address x, Address eps, Address noise, Address x0_previous,
+                  const std::array<float, 7>& coefficients, float noise_scale, float clip,
+                  Address next, Address x0) {
+  active_kernels().reverse_step({count, pointer<const float>(x), pointer<const float>(eps),
+                                 pointer<const float>(noise), pointer<const float>(x0_previous),
+                                 coefficients.data(), noise_scale, clip, pointer<float>(next),
+                                 pointer<float>(x0)});
 }
 
 void action_gradient(const std::vector<Layer>& first, const std::vector<Layer>& second,
@@ -194,6 +204,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("use_isa", &use_isa);
   m.def("packs_built", &packs_built);
   m.def("reverse_diffusion", &reverse_diffusion);
+  m.def("reverse_step", &reverse_step);
   m.def("action_gradient", &action_gradient);
   m.def("normals", &normals);
   m.def("mlp_saved_width", &mlp_saved_width);

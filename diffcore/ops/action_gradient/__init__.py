@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from diffcore.ops.action_gradient import native, reference
 if TYPE_CHECKING:
     from diffcore.nn import TwinCritic
 
-    AnyCritic = TwinCritic | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    AnyCritic: TypeAlias = TwinCritic | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def action_gradient(
@@ -92,6 +92,7 @@ def action_gradient(
     )
     max_norm = None if max_norm is None else float(max_norm)
     if _dispatch.choose("action_gradient", available, backend) == "cpu":
+        assert isinstance(critic, TwinCritic)
         return native.ascend(
             state.detach(),
             action.detach(),
@@ -136,10 +137,10 @@ def support(
 
     if not callable(critic):
         raise TypeError(f"critic: expected a TwinCritic or a callable, got {type(critic).__name__}")
-    ours = isinstance(critic, TwinCritic)
     state, action = out_of_autocast(critic, state, action)
-    check_tensor("state", state, ("B", critic.state_dim if ours else "S"))
-    check_tensor("action", action, (len(state), critic.action_dim if ours else "A"))
+    ours = critic if isinstance(critic, TwinCritic) else None
+    check_tensor("state", state, ("B", ours.state_dim if ours else "S"))
+    check_tensor("action", action, (len(state), ours.action_dim if ours else "A"))
     check_like("action", action, "state", state)
     check_positive_int("steps", steps, least=0)
     check_number("lr", lr, least=0.0)
@@ -152,10 +153,10 @@ def support(
     check_choice("clip_mode", clip_mode, ("batch", "row"))
     check_compute_dtype(compute_dtype)
 
-    if not ours:
+    if ours is None:
         return {"cpu": "the critic isn't a diffcore.nn.TwinCritic", "reference": None}
-    parameters = list(critic.parameters())
+    parameters = list(ours.parameters())
     check_like("state", state, "the critic", parameters[0])
-    layers = critic.q1.hidden_layers + 1
-    reason = _native.cannot_run([state, *parameters], [critic.activation], layers)
+    layers = ours.q1.hidden_layers + 1
+    reason = _native.cannot_run([state, *parameters], [ours.activation], layers)
     return {"cpu": reason, "reference": None}

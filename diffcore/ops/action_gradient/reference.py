@@ -23,11 +23,16 @@ def action_gradient(
 ) -> Tensor:
     state = state.detach()
     action = action.detach().clone()
-    gradient_at = torch.func.grad(lambda a: -torch.min(*critic(state, a)).sum())
+
+    def objective(action: Tensor) -> tuple[Tensor, Tensor]:
+        q = torch.min(*critic(state, action))
+        return -q.sum(), q
+
     first_moment, second_moment = torch.zeros_like(action), torch.zeros_like(action)
     for step in range(1, steps + 1):
         with torch.no_grad():
-            gradient = gradient_at(action)
+            gradient, q = torch.func.grad(objective, has_aux=True)(action)
+        gradient = torch.where(q.isnan(), q, gradient)  # relu's slope at NaN would hide it
         if max_norm is not None:
             norm = gradient.norm() if clip_mode == "batch" else gradient.norm(dim=1, keepdim=True)
             gradient = gradient * (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -58,6 +58,8 @@ def support(
     if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64):
         kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"t: expected an integer tensor, got {kind}")
+    if t.device != x0.device:
+        raise ValueError(f"t: expected to be on {x0.device} like x0, is on {t.device}")
     if t.shape != x0.shape[:1]:
         raise ValueError(f"t: expected shape {list(x0.shape[:1])}, got {list(t.shape)}")
     if not isinstance(schedule, DiffusionSchedule):

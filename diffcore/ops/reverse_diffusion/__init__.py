@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from diffcore.schedule import SOLVERS, DiffusionSchedule, SolverTable
 if TYPE_CHECKING:
     from diffcore.nn import Denoiser
 
-    AnyDenoiser = Denoiser | Callable[[Tensor, Tensor, Tensor], Tensor]
+    AnyDenoiser: TypeAlias = Denoiser | Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def reverse_diffusion(
@@ -90,15 +90,19 @@ def reverse_diffusion(
     draws = x_init is None or (noise is None and noise_scale != 0)
     seed = _philox.draw_seed(generator) if draws else None
     if _dispatch.choose("reverse_diffusion", available, backend) == "cpu":
+        assert isinstance(denoiser, Denoiser)
         return _run_native(
             denoiser, schedule, solver, state, x_init, noise, seed, noise_scale, clip, compute_dtype
         )
-    action_dim = denoiser.action_dim if x_init is None else x_init.shape[1]
-    table = _table(schedule, solver)
+    eps: Callable[[Tensor, Tensor, Tensor], Tensor] = denoiser
     if isinstance(denoiser, Denoiser):
-        denoiser = partial(denoiser, backend="reference")
+        eps, action_dim = partial(denoiser, backend="reference"), denoiser.action_dim
+    else:
+        assert x_init is not None
+        action_dim = x_init.shape[1]
+    table = _table(schedule, solver)
     return reference.reverse_diffusion(
-        denoiser, table, state, action_dim, x_init, noise, seed, float(noise_scale), float(clip)
+        eps, table, state, action_dim, x_init, noise, seed, float(noise_scale), float(clip)
     )
 
 
@@ -191,12 +195,12 @@ def support(
     steps = schedule.K if isinstance(solver, str) else solver.steps
     if not callable(denoiser):
         raise TypeError(f"denoiser: expected a Denoiser or a callable, got {type(denoiser).__name__}")
-    ours = isinstance(denoiser, Denoiser)
+    ours = denoiser if isinstance(denoiser, Denoiser) else None
     state, x_init, noise = out_of_autocast(denoiser, state, x_init, noise)
-    check_tensor("state", state, ("B", denoiser.state_dim if ours else "S"))
-    if x_init is None and not ours:
+    check_tensor("state", state, ("B", ours.state_dim if ours else "S"))
+    if x_init is None and ours is None:
         raise ValueError("x_init: a denoiser that isn't a diffcore.nn.Denoiser needs it given")
-    action_dim = denoiser.action_dim if ours else "A"
+    action_dim: int | str = ours.action_dim if ours else "A"
     if x_init is not None:
         check_tensor("x_init", x_init, (len(state), action_dim))
         check_like("x_init", x_init, "state", state)
@@ -210,11 +214,10 @@ def support(
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
 
-    if not ours:
+    if ours is None:
         return {"cpu": "the denoiser isn't a diffcore.nn.Denoiser", "reference": None}
-    parameters = list(denoiser.parameters())
+    parameters = list(ours.parameters())
     check_like("state", state, "the denoiser", parameters[0])
-    reason = _native.cannot_run(
-        [state, *parameters], [denoiser.activation], denoiser.trunk.hidden_layers + 1
-    )
+    layers = ours.trunk.hidden_layers + 1
+    reason = _native.cannot_run([state, *parameters], [ours.activation], layers)
     return {"cpu": reason, "reference": None}

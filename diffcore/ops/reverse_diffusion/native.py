@@ -148,7 +148,8 @@ def chain_backward(
 
 def _mlp(x: Tensor, parameters: list[Tensor], activation: Any) -> tuple[list[Tensor], list[Tensor]]:
     """(inputs, pre-activations) of every layer; the last pre-activation is the output."""
-    inputs, pre = [], []
+    inputs: list[Tensor] = []
+    pre: list[Tensor] = []
     for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
         if pre:
             x = activation(pre[-1])

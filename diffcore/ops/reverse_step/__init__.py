@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from diffcore.ops import _dispatch
+from diffcore.ops import _dispatch, _native
 from diffcore.ops._checks import check_like, check_number, check_tensor
-from diffcore.ops.reverse_step import reference
+from diffcore.ops.reverse_step import native, reference
 
 
 def reverse_step(
@@ -32,8 +33,7 @@ def reverse_step(
         x0_previous: ``[B, A]``, the x0 of the step before, for two-step samplers.
         noise_scale: factor on the noise.
         clip: bound on the predicted x0; ``math.inf`` for none.
-        backend: "reference" is the only one; the fused form of this step is inside
-            :func:`diffcore.ops.reverse_diffusion`.
+        backend: "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
         The next point and the predicted x0, both ``[B, A]``.
@@ -41,10 +41,15 @@ def reverse_step(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device.
     """
-    arguments = support(
+    available = support(
         x, eps, coefficients, noise=noise, x0_previous=x0_previous, noise_scale=noise_scale, clip=clip
     )
-    _dispatch.choose("reverse_step", arguments, backend)
+    if _dispatch.choose("reverse_step", available, backend) == "cpu":
+        settings = (coefficients, noise, x0_previous, float(noise_scale), float(clip))
+        differentiable = [t for t in (x, eps, noise, x0_previous) if t is not None]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
+            return native.ReverseStep.apply(x, eps, *settings)
+        return native.step(x, eps, *settings)
     return reference.reverse_step(x, eps, coefficients, noise, x0_previous, noise_scale, clip)
 
 
@@ -61,11 +66,25 @@ def support(
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
     check_tensor("x", x, ("B", "A"))
-    for name, value in (("eps", eps), ("noise", noise), ("x0_previous", x0_previous)):
-        if value is not None or name == "eps":
-            check_tensor(name, value, tuple(x.shape))
-            check_like(name, value, "x", x)
+    others = {"eps": eps}
+    if noise is not None:
+        others["noise"] = noise
+    if x0_previous is not None:
+        others["x0_previous"] = x0_previous
+    for name, value in others.items():
+        check_tensor(name, value, tuple(x.shape))
+        check_like(name, value, "x", x)
     check_tensor("coefficients", coefficients, (7,))
+    if coefficients.device.type != "cpu" and coefficients.device != x.device:
+        raise ValueError(
+            f"coefficients: expected to be on the CPU or on {x.device} like x, is on "
+            f"{coefficients.device}"
+        )
     check_number("noise_scale", noise_scale)
     check_number("clip", clip, above=0.0, finite=False)
-    return {"reference": None}
+    tensors = [*others.values(), x, coefficients]
+    if any(t.device.type != "cpu" for t in tensors):
+        reason: str | None = "a tensor isn't on the CPU"
+    else:
+        reason = _native.cannot_run([x], [], 0)
+    return {"cpu": reason, "reference": None}

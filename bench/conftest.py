@@ -1,0 +1,25 @@
+"""What the pytest-benchmark files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+from workloads import Case
+
+TimeVariant = Callable[[Case, str], None]
+
+
+@pytest.fixture
+def time_variant(benchmark: BenchmarkFixture) -> TimeVariant:
+    """Check one variant of a case, then time it; variants of a case are shown as a group."""
+
+    def run(case: Case, name: str) -> None:
+        variant = case.variant(name)
+        case.check(name)
+        benchmark.group = f"{case.op}: batch {case.batch}, {case.steps} steps"
+        rounds = 10 if case.batch > 256 else 50
+        benchmark.pedantic(variant.call, setup=variant.before, rounds=rounds, warmup_rounds=2)
+
+    return run

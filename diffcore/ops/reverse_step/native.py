@@ -1,0 +1,108 @@
+"""One step of a sampler on the CPU kernels, as a torch op with a gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffcore.ops import _native
+
+
+@torch.library.custom_op("diffcore::reverse_step", mutates_args=(), device_types="cpu")
+def step(
+    x: Tensor,
+    eps: Tensor,
+    coefficients: Tensor,
+    noise: Tensor | None,
+    x0_previous: Tensor | None,
+    noise_scale: float,
+    clip: float,
+) -> tuple[Tensor, Tensor]:
+    """(next x, x0), both of the shape of x."""
+    x, eps = x.contiguous(), eps.contiguous()
+    noise = None if noise is None else noise.contiguous()
+    x0_previous = None if x0_previous is None else x0_previous.contiguous()
+    next_x, x0 = torch.empty_like(x), torch.empty_like(x)
+    _native._core.reverse_step(
+        x.numel(),
+        x.data_ptr(),
+        eps.data_ptr(),
+        _native.address(noise),
+        _native.address(x0_previous),
+        coefficients.tolist(),
+        noise_scale,
+        clip,
+        next_x.data_ptr(),
+        x0.data_ptr(),
+    )
+    return next_x, x0
+
+
+@step.register_fake
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    like = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return like, torch.empty_like(like)
+
+
+@step.register_vmap
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    """The step is elementwise: a batch of steps is one step of more rows."""
+    x, eps, coefficients, noise, x0_previous, *scalars = args
+    if in_dims[2] is not None:
+        raise ValueError("reverse_step: vmap over the coefficients isn't supported")
+
+    def rows(value: Tensor | None, dim: int | None) -> Tensor | None:
+        if value is None:
+            return None
+        if dim is None:
+            value, dim = value.expand(info.batch_size, *value.shape), 0
+        return value.movedim(dim, 0).flatten(0, 1)
+
+    tensors = [
+        rows(value, in_dims[i]) for i, value in ((0, x), (1, eps), (3, noise), (4, x0_previous))
+    ]
+    results = step(tensors[0], tensors[1], coefficients, *tensors[2:], *scalars)
+    return tuple(r.unflatten(0, (info.batch_size, -1)) for r in results), (0, 0)
+
+
+class ReverseStep(torch.autograd.Function):
+    """The op with its gradient, which is made of torch's own ops: it can be differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        eps: Tensor,
+        coefficients: Tensor,
+        noise: Tensor | None,
+        x0_previous: Tensor | None,
+        noise_scale: float,
+        clip: float,
+    ) -> tuple[Tensor, Tensor]:
+        return step(x, eps, coefficients, noise, x0_previous, noise_scale, clip)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, eps, coefficients, noise, x0_previous, ctx.noise_scale, ctx.clip = inputs
+        ctx.has_noise, ctx.has_x0_previous = noise is not None, x0_previous is not None
+        ctx.save_for_backward(x, eps, coefficients)
+
+    @staticmethod
+    def backward(ctx: Any, grad_next: Tensor, grad_x0: Tensor) -> Any:
+        x, eps, coefficients = ctx.saved_tensors
+        c0, c1, c2, c3, c4, c5, c6 = coefficients.to(x.dtype).unbind()
+        unclipped = c0 * x - c1 * eps
+        inside = (unclipped >= -ctx.clip) & (unclipped <= ctx.clip)
+        grad_unclipped = torch.where(inside, grad_x0 + c2 * grad_next, 0.0)
+        return (
+            c3 * grad_next + c0 * grad_unclipped,
+            c4 * grad_next - c1 * grad_unclipped,
+            None,
+            c5 * ctx.noise_scale * grad_next if ctx.has_noise else None,
+            c6 * grad_next if ctx.has_x0_previous else None,
+            None,
+            None,
+        )

@@ -1,0 +1,59 @@
+"""Fixtures and settings of all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from helpers import ISAS
+from hypothesis import HealthCheck, settings
+
+from diffcore.ops import _native
+
+# The same examples on every run: a failure is a fault, never bad luck.
+settings.register_profile(
+    "diffcore",
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("diffcore")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's number of threads for the length of a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def _use(isa: str) -> Iterator[str]:
+    before = _native._core.isa()
+    _native._core.use_isa(isa)
+    yield isa
+    _native._core.use_isa(before)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test on the kernels of every instruction set that this machine has."""
+    yield from _use(request.param)
+
+
+@pytest.fixture(params=["reference", *(f"cpu-{isa}" for isa in ISAS)])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test on the reference and on the kernels of every instruction set."""
+    name, _, wanted = request.param.partition("-")
+    if wanted:
+        for _ in _use(wanted):
+            yield name
+    else:
+        yield name
