@@ -49,7 +49,9 @@ class MLP(nn.Module):
         """``[..., in_dim]`` -> ``[..., out_dim]``, on a backend of :func:`diffcore.ops.mlp`."""
         parameters = list(self.parameters())
         activations = [self.activation] * self.hidden_layers + ["identity"]
-        return mlp(x, parameters[::2], parameters[1::2], activations, backend=backend)
+        rows = x.reshape(-1, x.shape[-1])
+        y = mlp(rows, parameters[::2], parameters[1::2], activations, backend=backend)
+        return y.reshape(*x.shape[:-1], self.out_dim)
 
 
 def _linear(in_dim: int, out_dim: int) -> nn.Linear:

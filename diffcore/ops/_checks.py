@@ -78,21 +78,21 @@ def check_compute_dtype(value: Any) -> None:
         )
 
 
-def out_of_autocast(network: Any, *tensors: Any) -> list[Any]:
-    """Under torch.autocast, tensors in its lower precision as the network's dtype.
+def out_of_autocast(like: Any, *tensors: Any) -> list[Any]:
+    """Under torch.autocast, tensors in its lower precision as the dtype of a network or weight.
 
     Layers before an op hand their results on in that precision; the ops choose theirs themselves.
     """
-    parameter = next(network.parameters(), None) if isinstance(network, torch.nn.Module) else None
+    weight = next(like.parameters(), None) if isinstance(like, torch.nn.Module) else like
 
     def cast(tensor: Any) -> Any:
-        if parameter is None or not isinstance(tensor, Tensor):
+        if not isinstance(weight, Tensor) or not isinstance(tensor, Tensor):
             return tensor
         if tensor.dtype not in (torch.bfloat16, torch.float16):
             return tensor
         device = tensor.device.type
         if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return tensor
-        return tensor.to(parameter.dtype)
+        return tensor.to(weight.dtype)
 
     return [cast(tensor) for tensor in tensors]

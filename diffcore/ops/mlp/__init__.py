@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffcore.ops import _dispatch, _native
 from diffcore.ops._activations import ACTIVATIONS
-from diffcore.ops._checks import check_choice, check_like, check_tensor
+from diffcore.ops._checks import check_choice, check_like, check_tensor, out_of_autocast
 from diffcore.ops.mlp import native, reference
 
 
@@ -41,6 +41,7 @@ def mlp(
         TypeError, ValueError: an argument of the wrong kind, number, shape, dtype or device, or a
             forced backend that can't run this call.
     """
+    [x] = out_of_autocast(weights[0] if weights else None, x)
     available = support(x, weights, biases, activations)
     if _dispatch.choose("mlp", available, backend) == "reference":
         return reference.mlp(x, weights, biases, activations)

@@ -97,6 +97,28 @@ def _(
     return [grad_x, *([torch.empty_like(p) for p in parameters] if wants_parameters else [])]
 
 
+@forward.register_vmap
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    """A batched x is more rows; batched parameters run one by one."""
+    x_dim, parameter_dims, *_ = in_dims
+    x, parameters, activations, keep = args
+    if any(d is not None for d in parameter_dims):
+        results = _native.one_by_one(forward, info.batch_size, in_dims, args)
+        y, saved = (torch.stack(column) for column in zip(*results, strict=True))
+        return (y, saved), (0, 0)
+    rows = x.movedim(x_dim, 0).flatten(0, 1)
+    y, saved = forward(rows, parameters, activations, keep)
+    return (y.unflatten(0, (info.batch_size, -1)), saved.unflatten(0, (info.batch_size, -1))), (0, 0)
+
+
+@backward.register_vmap
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    """One by one: every element has parameter gradients of its own."""
+    results = _native.one_by_one(backward, info.batch_size, in_dims, args)
+    stacked = [torch.stack(column) for column in zip(*results, strict=True)]
+    return stacked, [0] * len(stacked)
+
+
 class MLP(torch.autograd.Function):
     """The op with its gradient; a Function, since torch.func takes no other kind."""
 
@@ -108,19 +130,19 @@ class MLP(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _x, ctx.activations, *parameters = inputs
+        x, ctx.activations, *parameters = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1], *parameters)
+        ctx.save_for_backward(x, output[1], *parameters)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> Any:
-        saved, *parameters = ctx.saved_tensors
+        x, saved, *parameters = ctx.saved_tensors
         wants_x, wants_parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:])
         settings = (ctx.activations, wants_x, wants_parameters)
         if torch.compiler.is_compiling():  # where no second derivative exists anyway
             grads = backward(grad_y, saved, parameters, *settings)
         else:
-            grads = MLPBackward.apply(grad_y, saved, *settings, *parameters)
+            grads = MLPBackward.apply(grad_y, x, saved, *settings, *parameters)
         grad_x, *grad_parameters = grads
         return (
             grad_x if wants_x else None,
@@ -130,13 +152,17 @@ class MLP(torch.autograd.Function):
 
 
 class MLPBackward(torch.autograd.Function):
-    """The gradient as a Function, so that differentiating it again says that it can't be done."""
+    """The gradient as a Function, so that differentiating it again says that it can't be done.
+
+    It takes `x` for that alone: its result depends on it, though it is computed from `saved`.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
         grad_y: Tensor,
+        x: Tensor,
         saved: Tensor,
         activations: str,
         wants_x: bool,

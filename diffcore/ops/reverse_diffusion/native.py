@@ -234,17 +234,20 @@ class Chain(torch.autograd.Function):
         ctx.noise_scale, ctx.clip, ctx.activation, _bfloat16, *parameters = rest
         ctx.has_x_init, ctx.has_noise = x_init is not None, noise is not None
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1], state, coefficients, embedding, *parameters)
+        ctx.save_for_backward(
+            output[1], state, x_init, noise, coefficients, embedding, *parameters
+        )
 
     @staticmethod
     def backward(ctx: Any, grad_actions: Tensor, _: Tensor) -> Any:
-        trajectory, state, coefficients, embedding, *parameters = ctx.saved_tensors
+        trajectory, state, x_init, noise, coefficients, embedding, *parameters = ctx.saved_tensors
         wants_noise = ctx.has_noise and ctx.needs_input_grad[2]
         settings = (coefficients, embedding, ctx.noise_scale, ctx.clip, ctx.activation, wants_noise)
         if torch.compiler.is_compiling():  # where no second derivative exists anyway
             grads = chain_backward(grad_actions, trajectory, state, parameters, *settings)
         else:
-            grads = ChainBackward.apply(grad_actions, trajectory, state, *settings, *parameters)
+            start = (state, x_init, noise)
+            grads = ChainBackward.apply(grad_actions, trajectory, *start, *settings, *parameters)
         grad_state, grad_x, grad_noise, *grad_parameters = grads
         return (
             grad_state,
@@ -256,7 +259,11 @@ class Chain(torch.autograd.Function):
 
 
 class ChainBackward(torch.autograd.Function):
-    """The gradient as a Function, so that differentiating it again says that it can't be done."""
+    """The gradient as a Function, so that differentiating it again says that it can't be done.
+
+    It takes `x_init` and `noise` for that alone: its result depends on them, though it is computed
+    from `trajectory`.
+    """
 
     generate_vmap_rule = True
 
@@ -265,6 +272,8 @@ class ChainBackward(torch.autograd.Function):
         grad_actions: Tensor,
         trajectory: Tensor,
         state: Tensor,
+        x_init: Tensor | None,
+        noise: Tensor | None,
         coefficients: Tensor,
         embedding: Tensor,
         noise_scale: float,

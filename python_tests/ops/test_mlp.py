@@ -1,0 +1,300 @@
+"""The fused MLP: forward, and backward for input, weights and biases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import ACTIVATIONS, assert_error_at_most_twice_eager, quantile
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diffcore import explain, nn, ops
+from diffcore.ops.mlp import native
+
+Layers = tuple[list[Tensor], list[Tensor], list[str]]
+
+
+def make_layers(
+    widths: list[int], activation: str = "mish", dtype: torch.dtype = torch.float32
+) -> Layers:
+    """Weights, biases and activations of an MLP with a linear output."""
+    pairs = list(zip(widths[:-1], widths[1:], strict=True))
+    weights = [torch.randn(o, i, dtype=dtype) / i**0.5 for i, o in pairs]
+    biases = [0.1 * torch.randn(o, dtype=dtype) for _, o in pairs]
+    return weights, biases, [activation] * (len(pairs) - 1) + ["identity"]
+
+
+def run(
+    x: Tensor, layers: Layers, grad_y: Tensor, backend: str, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """[y, gradient of x, gradients of weights, of biases], everything computed in `dtype`."""
+    weights, biases, activations = layers
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *weights, *biases)]
+    x, weights, biases = leaves[0], leaves[1 : 1 + len(weights)], leaves[1 + len(weights) :]
+    y = ops.mlp(x, weights, biases, activations, backend=backend)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad_y.to(dtype))]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_error_at_most_twice_eager(isa: str, activation: str) -> None:
+    layers = make_layers([23, 100, 100, 65], activation)
+    x, grad_y = torch.randn(300, 23), torch.randn(300, 65)
+    ours = run(x, layers, grad_y, "cpu")
+    eager = run(x, layers, grad_y, "reference")
+    exact = run(x, layers, grad_y, "reference", torch.float64)
+    for a, b, c in zip(ours, eager, exact, strict=True):
+        if c.numel() >= 1000:
+            assert_error_at_most_twice_eager(a, b, c)
+        else:  # biases: too few values for statistics, so the largest error against a known bound
+            assert (a - c).abs().max() <= 1e-6 * max(1.0, c.abs().max().item())
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 7, 12, 13, 63, 64, 65, 130, 257, 600])
+@pytest.mark.parametrize(
+    "widths", [[1, 1, 1], [4, 3, 2], [17, 31, 33, 1], [5, 16, 32, 48], [376, 40, 9], [7, 3]]
+)
+def test_awkward_sizes(isa: str, batch: int, widths: list[int]) -> None:
+    layers = make_layers(widths)
+    x, grad_y = torch.randn(batch, widths[0]), torch.randn(batch, widths[-1])
+    ours = run(x, layers, grad_y, "cpu")
+    exact = run(x, layers, grad_y, "reference", torch.float64)
+    for i, (a, b) in enumerate(zip(ours, exact, strict=True)):
+        assert a.shape == b.shape
+        # What is rounded are the partial sums: of order 1 for y and the input's gradient, of order
+        # sqrt(batch) for the parameters', which sum over the batch and may cancel.
+        partial_sums = 1.0 if i < 2 else batch**0.5
+        assert (a - b).abs().max() <= 2e-6 * max(partial_sums, b.abs().max().item())
+
+
+def test_sixteen_layers_run_on_the_kernels_and_seventeen_on_the_reference() -> None:
+    for depth, backend in ((16, "cpu"), (17, "reference")):
+        layers = make_layers([4] * (depth + 1), "tanh")
+        x = torch.randn(3, 4)
+        assert ops.mlp(x, *layers).shape == (3, 4)
+        assert explain("mlp", x, *layers).backend == backend
+
+
+@pytest.mark.parametrize("activation", ["gelu", "sin", "cos"])
+def test_activations_without_a_kernel_run_on_the_reference(activation: str) -> None:
+    layers = make_layers([3, 5, 2], activation)
+    x = torch.randn(4, 3)
+    assert torch.equal(ops.mlp(x, *layers), ops.mlp(x, *layers, backend="reference"))
+    with pytest.raises(ValueError, match=f"backend.*{activation!r} has no CPU kernel"):
+        ops.mlp(x, *layers, backend="cpu")
+
+
+def test_same_bits_for_any_number_of_threads_and_on_repeat(
+    isa: str, set_threads: Callable[[int], None]
+) -> None:
+    layers = make_layers([23, 100, 70, 5])
+    x, grad_y = torch.randn(301, 23), torch.randn(301, 5)
+    results = []
+    for threads in (1, 2, 2):
+        set_threads(threads)
+        results.append(run(x, layers, grad_y, "cpu"))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_row_does_not_depend_on_its_batch(isa: str) -> None:
+    layers = make_layers([23, 100, 70, 5])
+    x, grad_y = torch.randn(256, 23), torch.randn(256, 5)
+    y, grad_x = run(x, layers, grad_y, "cpu")[:2]
+    for row in (0, 1, 100, 255):
+        alone = run(x[row : row + 1], layers, grad_y[row : row + 1], "cpu")
+        assert torch.equal(alone[0][0], y[row])
+        assert torch.equal(alone[1][0], grad_x[row])
+
+
+def test_nan_stays_in_its_row(isa: str) -> None:
+    for activation in ACTIVATIONS:
+        layers = make_layers([4, 20, 20, 3], activation)
+        x = torch.randn(9, 4)
+        x[5, 2] = float("nan")
+        y, grad_x = run(x, layers, torch.ones(9, 3), "cpu")[:2]
+        rows = torch.isnan(y).any(1)
+        assert rows.tolist() == [i == 5 for i in range(9)]
+        assert not torch.isnan(grad_x[~rows]).any()
+
+
+@given(
+    batch=st.integers(0, 20),
+    widths=st.lists(st.integers(1, 40), min_size=2, max_size=5),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+    scale=st.sampled_from([0.0, 1e-30, 1.0, 1e4, 1e30]),
+    transposed=st.booleans(),
+)
+def test_any_shape_stride_and_magnitude(
+    batch: int, widths: list[int], activation: str, scale: float, transposed: bool
+) -> None:
+    weights, biases, activations = make_layers(widths, activation)
+    x = scale * torch.randn(batch, widths[0])
+    if transposed:
+        x = x.T.contiguous().T
+        weights = [w.T.contiguous().T for w in weights]
+    layers = (weights, biases, activations)
+    y = ops.mlp(x, *layers, backend="cpu")
+    exact = ops.mlp(
+        x.double(), [w.double() for w in weights], [b.double() for b in biases], activations
+    )
+    assert y.shape == (batch, widths[-1])
+    assert torch.isfinite(y).all()
+    # Relative to the size that values have on their way, layer by layer.
+    size = max([scale * 5.0, 1.0]) * 3.0 ** len(widths)
+    assert ((y - exact).abs() <= 1e-5 * size).all()
+
+
+def test_leading_dimensions_and_none_at_all() -> None:
+    layers = make_layers([4, 8, 3])
+    x = torch.randn(2, 5, 4)
+    y = ops.mlp(x, *layers)
+    assert y.shape == (2, 5, 3)
+    assert torch.equal(y[1, 2], ops.mlp(x[1, 2], *layers))
+    assert ops.mlp(torch.empty(0, 4), *layers).shape == (0, 3)
+
+
+def test_gradients_of_an_empty_batch_are_zero() -> None:
+    layers = make_layers([4, 8, 3])
+    for grad in run(torch.empty(0, 4), layers, torch.empty(0, 3), "cpu")[2:]:
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_only_wanted_gradients() -> None:
+    weights, biases, activations = make_layers([4, 8, 3])
+    x = torch.randn(6, 4, requires_grad=True)
+    full = run(x, (weights, biases, activations), torch.ones(6, 3), "cpu")
+    ops.mlp(x, weights, biases, activations).sum().backward()
+    assert torch.equal(x.grad, full[1])
+    weights[0].requires_grad_()
+    ops.mlp(x.detach(), weights, biases, activations).sum().backward()
+    assert torch.equal(weights[0].grad, full[2])
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "numpy", "fused Adam"])
+def test_changed_weights_are_seen(how: str) -> None:
+    """However they were changed: torch's fused Adam and `.data` don't even tell autograd."""
+    net = nn.MLP(4, 16, 2)
+    x = torch.randn(3, 4)
+    net(x)
+    weight = net.layers[1].weight
+    if how == "in place":
+        with torch.no_grad():
+            weight[3, 5] += 1
+    elif how == "data":
+        weight.data[3, 5] += 1
+    elif how == "numpy":
+        weight.detach().numpy()[3, 5] += 1
+    else:
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.1, fused=True)
+        net(x).sum().backward()
+        optimizer.step()
+    assert torch.allclose(net(x), net(x, backend="reference"), atol=1e-6)
+
+
+def test_second_derivative_is_refused_and_the_reference_has_it() -> None:
+    layers = make_layers([3, 6, 1])
+    x = torch.randn(4, 3, requires_grad=True)
+    (slope,) = torch.autograd.grad(ops.mlp(x, *layers).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative.*backend='reference'"):
+        slope.sum().backward()
+    double = make_layers([3, 6, 1], dtype=torch.float64)
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+
+    def value(x: Tensor) -> Tensor:
+        return ops.mlp(x, *double)
+
+    assert torch.autograd.gradcheck(value, x)
+    assert torch.autograd.gradgradcheck(value, x)
+
+
+def test_torch_func() -> None:
+    net = nn.MLP(4, 16, 2)
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+    x = torch.randn(5, 4)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(net, parameters, (x,)).square().sum()
+
+    whole = torch.func.grad(loss)(parameters, x)
+    per_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    loss(dict(net.named_parameters()), x).backward()
+    for name, p in net.named_parameters():
+        assert torch.allclose(whole[name], p.grad, atol=1e-5)
+        assert torch.allclose(per_row[name].sum(0), p.grad, atol=1e-5)
+
+
+def test_vmap_over_an_ensemble() -> None:
+    nets = [nn.MLP(4, 8, 2) for _ in range(3)]
+    stacked, _ = torch.func.stack_module_state(nets)
+    x = torch.randn(5, 4)
+
+    def call(parameters: dict[str, Tensor]) -> Any:
+        return torch.func.functional_call(nets[0], parameters, (x,))
+
+    with torch.no_grad():
+        together = torch.func.vmap(call)({k: v.detach() for k, v in stacked.items()})
+        assert torch.equal(together, torch.stack([net(x) for net in nets]))
+
+
+def test_compiles_without_a_graph_break() -> None:
+    net = nn.MLP(4, 16, 2)
+    compiled = torch.compile(net, fullgraph=True)
+    x = torch.randn(5, 4, requires_grad=True)
+    (ours,) = torch.autograd.grad(compiled(x).square().sum(), x)
+    (eager,) = torch.autograd.grad(net(x).square().sum(), x)
+    assert torch.allclose(ours, eager, atol=1e-6)
+
+
+def test_opcheck() -> None:
+    weights, biases, _ = make_layers([4, 8, 3])
+    parameters = [p for pair in zip(weights, biases, strict=True) for p in pair]
+    x = torch.randn(5, 4)
+    _, saved = native.forward(x, parameters, "mish,identity", True)
+    torch.library.opcheck(native.forward, (x, parameters, "mish,identity", True))
+    torch.library.opcheck(
+        native.backward, (torch.randn(5, 3), saved, parameters, "mish,identity", True, True)
+    )
+
+
+def test_errors_do_not_grow_along_the_batch() -> None:
+    """A weight's gradient over 16,384 rows stays as exact, relative to its size, as over 256."""
+    layers = make_layers([8, 32, 4])
+    errors = []
+    for batch in (256, 16_384):
+        x, grad_y = torch.randn(batch, 8), torch.randn(batch, 4)
+        ours = run(x, layers, grad_y, "cpu")[2]
+        exact = run(x, layers, grad_y, "reference", torch.float64)[2]
+        errors.append(quantile(ours - exact, 0.99) / exact.abs().mean().item())
+    assert errors[1] <= 4 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.randn(5, 3)}, ValueError, r"weights\[0\]: expected shape \[out, 3\]"),
+        ({"x": "x"}, TypeError, "x: expected a tensor, got str"),
+        ({"x": torch.ones(5, 4, dtype=torch.int64)}, TypeError, "x: expected a floating-point"),
+        ({"x": torch.randn(5, 4).double()}, TypeError, r"weights\[0\]: expected torch.float64"),
+        ({"weights": []}, ValueError, "weights: expected at least one layer"),
+        ({"biases": [torch.zeros(8)]}, ValueError, "biases: expected 2, one a layer, got 1"),
+        ({"biases": [torch.zeros(8), torch.zeros(4)]}, ValueError, r"biases\[1\]: expected shape"),
+        ({"activations": ["mish"]}, ValueError, "activations: expected 2, one a layer, got 1"),
+        ({"activations": ["mish", "swish"]}, ValueError, r"activations\[1\]: expected one of"),
+        ({"backend": "gpu"}, ValueError, "backend: expected one of cpu, reference"),
+        ({"x": torch.randn(5, 4, device="meta")}, ValueError, "to be on meta like x"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    weights, biases, activations = make_layers([4, 8, 3])
+    arguments: dict[str, Any] = {
+        "x": torch.randn(5, 4),
+        "weights": weights,
+        "biases": biases,
+        "activations": activations,
+    }
+    with pytest.raises(error, match=message):
+        ops.mlp(**{**arguments, **change})

@@ -1,0 +1,77 @@
+"""README's examples run, and its command lines are ones that the program takes."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+
+from diffcore import cli
+from diffcore.agents import DIPOConfig
+from diffcore.training import TrainConfig, train
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def command_lines() -> list[list[str]]:
+    lines = [shlex.split(line, comments=True) for b in blocks("sh") for line in b.splitlines()]
+    return [line[1:] for line in lines if line[:1] == ["diffcore"]]
+
+
+@pytest.fixture
+def run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place with a finished run in runs/my-run, as README assumes it."""
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(
+        "Pendulum-v1",
+        total_steps=12,
+        eval_interval=12,
+        eval_episodes=1,
+        max_episode_steps=5,
+        tensorboard=False,
+        run_dir=Path("runs/my-run"),
+    )
+    agent_config = DIPOConfig(start_steps=10, batch_size=4, diffusion_steps=3, buffer_size=100)
+    train(config, agent_config)
+
+
+@pytest.mark.usefixtures("run_directory")
+def test_examples_run_in_order() -> None:
+    examples = blocks("python")
+    assert len(examples) >= 6
+    names: dict[str, object] = {}
+    threads = torch.get_num_threads()
+    try:
+        for example in examples:
+            exec(compile(example, str(README), "exec"), names)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("line", command_lines(), ids=" ".join)
+def test_command_lines_are_valid(line: list[str]) -> None:
+    command, *arguments = line
+    if command == "train" and arguments[0] == "--resume":
+        tyro.cli(cli.ResumeArguments, args=arguments)
+    elif command == "train":
+        cli.parse_training(arguments[0], arguments[1:])
+    elif command == "evaluate":
+        tyro.cli(cli.EvaluateArguments, args=arguments)
+    else:
+        assert command == "plot"
+        tyro.cli(cli.PlotArguments, args=arguments)
+
+
+def test_relative_paths_exist() -> None:
+    text = README.read_text()
+    paths = re.findall(r"`((?:scripts|docs|diffcore|python_tests|bench|\.ci)/[\w./-]+)", text)
+    paths += re.findall(r"^(scripts/\w+\.sh)", text, re.MULTILINE)
+    assert paths
+    for path in paths:
+        assert (README.parent / path).exists(), path
