@@ -266,7 +266,6 @@ Network = tuple[Tensor, Tensor, list[Tensor]]
 """A critic at given states: first layer's state part ``[B, H]``, action weights, other layers."""
 
 
-
 def mlp(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """A mish MLP given as [weight, bias, weight, bias, ...]."""
     *hidden, last = zip(parameters[::2], parameters[1::2], strict=True)

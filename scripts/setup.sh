@@ -45,6 +45,7 @@ if ! "$venv" -c 'import torch' 2>/dev/null; then
 fi
 
 echo "setup: building diffcore and installing its dependencies (some minutes the first time)"
-pip install --quiet -c constraints.txt ".${extras:+[$extras]}"
+grep -v '^torch==' constraints.txt >.venv/constraints.txt
+pip install --quiet -c .venv/constraints.txt ".${extras:+[$extras]}"
 echo "$extras" >"$stamp"
 (cd .venv && bin/python -c 'import diffcore; print(diffcore.show_config())')

@@ -16,19 +16,19 @@ static void carve_critic(const CriticParameters& p, Carver* memory, CriticPack* 
   pack->layer_count = p.layer_count;
   pack->activation = p.activation;
   pack->precision = Operand::precision;
-  pack->state_input = pack_linear<Float32Operand>(p.layers[0], 0, p.state_dim, Direction::forward,
-                                                  true, memory);
+  pack->state_input =
+      pack_linear<Float32Operand>(p.layers[0], 0, p.state_dim, Direction::forward, true, memory);
   pack->action_input = pack_linear<Float32Operand>(p.layers[0], p.state_dim, p.action_dim,
                                                    Direction::forward, false, memory);
   for (int l = 1; l <= last; ++l) {
-    pack->forward[l] = pack_linear<Operand>(p.layers[l], 0, p.layers[l].in, Direction::forward, true,
-                                            memory);
+    pack->forward[l] =
+        pack_linear<Operand>(p.layers[l], 0, p.layers[l].in, Direction::forward, true, memory);
   }
   pack->backward[0] = pack_linear<Operand>(p.layers[0], p.state_dim, p.action_dim,
                                            Direction::backward, false, memory);
   for (int l = 1; l < last; ++l) {
-    pack->backward[l] = pack_linear<Operand>(p.layers[l], 0, p.layers[l].in, Direction::backward,
-                                             false, memory);
+    pack->backward[l] =
+        pack_linear<Operand>(p.layers[l], 0, p.layers[l].in, Direction::backward, false, memory);
   }
   const int width = p.layers[last].in;
   float* output_weight = memory->take<float>(4 * static_cast<int64_t>(padded(width)));
@@ -116,8 +116,8 @@ static void critic_forward(const CriticPack& critic, Rows<float> action, Rows<fl
   int current = 0;
   for (int l = 1; l < critic.layer_count - 1; ++l, current ^= 1) {
     linear_activate<Operand, Operand>(b.hidden[current], rows, critic.forward[l],
-                                      bias_only(critic.forward[l]), function,
-                                      b.hidden[current ^ 1], slope[l]);
+                                      bias_only(critic.forward[l]), function, b.hidden[current ^ 1],
+                                      slope[l]);
   }
   const PackedLinear& last = critic.forward[critic.layer_count - 1];
   linear_store<Operand>(b.hidden[current], rows, last, bias_only(last), value);
@@ -132,21 +132,22 @@ static void critic_backward(const CriticPack& critic, const int* rows_of, int co
     const float* s = slope[last_hidden].row(rows_of[i]);
     const int width = padded(critic.forward[critic.layer_count - 1].in);
     for (int n = 0; n < width; n += W)
-      Operand::store_activation(b.hidden[0].row(i) + n, load(critic.output_weight + n) * load(s + n));
+      Operand::store_activation(b.hidden[0].row(i) + n,
+                                load(critic.output_weight + n) * load(s + n));
   }
   int current = 0;
   for (int l = last_hidden; l >= 1; --l, current ^= 1) {
     const PackedLinear& layer = critic.backward[l];
-    linear<Operand>(b.hidden[current].data, b.hidden[current].stride, count, layer, bias_only(layer),
-                    [&](int row, int block, int column, int columns, const float* sums,
-                        ptrdiff_t stride) {
-                      for (int i = 0; i < block; ++i) {
-                        const float* s = slope[l - 1].row(rows_of[row + i]) + column;
-                        auto* out = b.hidden[current ^ 1].row(row + i) + column;
-                        for (int n = 0; n < columns; n += W)
-                          Operand::store_activation(out + n, load(sums + i * stride + n) * load(s + n));
-                      }
-                    });
+    linear<Operand>(
+        b.hidden[current].data, b.hidden[current].stride, count, layer, bias_only(layer),
+        [&](int row, int block, int column, int columns, const float* sums, ptrdiff_t stride) {
+          for (int i = 0; i < block; ++i) {
+            const float* s = slope[l - 1].row(rows_of[row + i]) + column;
+            auto* out = b.hidden[current ^ 1].row(row + i) + column;
+            for (int n = 0; n < columns; n += W)
+              Operand::store_activation(out + n, load(sums + i * stride + n) * load(s + n));
+          }
+        });
   }
   linear_store<Operand>(b.hidden[current], count, critic.backward[0], bias_only(critic.backward[0]),
                         b.gradient);
@@ -202,19 +203,20 @@ struct AdamStep {
 DIFFCORE_INLINE void update_actions(const ActionGradientCall& call, Span span, const AscentState& s,
                                     AdamStep adam, const double* row_norms, float batch_factor) {
   const Vec beta1 = broadcast(0.9f), beta2 = broadcast(0.999f);
-  const Vec rest1 = broadcast(1.0f - 0.9f), rest2 = broadcast(1.0f - 0.999f);
+  const Vec rest1 = broadcast(0.1f), rest2 = broadcast(0.001f);  // 1 - 0.9f isn't 0.1f
   const Vec low = broadcast(call.low), high = broadcast(call.high), eps = broadcast(call.eps);
   for (int64_t row = span.first; row < span.first + span.rows; ++row) {
-    const Vec factor = broadcast(call.norm_clip == NormClip::row
-                                     ? clip_factor(row_norms[row], call.max_norm)
-                                     : batch_factor);
+    const Vec factor =
+        broadcast(call.norm_clip == NormClip::row ? clip_factor(row_norms[row], call.max_norm)
+                                                  : batch_factor);
     for (int n = 0; n < call.action_dim; n += W) {
       const Vec g = load(s.gradient.row(row) + n) * factor;
       float* action = s.action.row(row) + n;
       Vec a = load(action);
       if (call.optimizer == ActionOptimizer::adam) {
         float *m = s.first_moment.row(row) + n, *v = s.second_moment.row(row) + n;
-        const Vec m_new = fma(rest1, g, beta1 * load(m)), v_new = fma(rest2 * g, g, beta2 * load(v));
+        const Vec m_new = fma(rest1, g, beta1 * load(m)),
+                  v_new = fma(rest2 * g, g, beta2 * load(v));
         store(m, m_new);
         store(v, v_new);
         const Vec denominator = sqrt(v_new) / broadcast(adam.root_correction) + eps;

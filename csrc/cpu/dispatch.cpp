@@ -69,8 +69,7 @@ std::atomic<const Kernels*> active{nullptr};
 const Kernels& active_kernels() {
   if (const Kernels* chosen = active.load(std::memory_order_acquire)) return *chosen;
   const char* forced = std::getenv("DIFFCORE_ISA");
-  const Kernels& chosen =
-      forced && *forced ? find_isa(forced) : find_isa(available_isas().front());
+  const Kernels& chosen = forced && *forced ? find_isa(forced) : find_isa(available_isas().front());
   active.store(&chosen, std::memory_order_release);
   return chosen;
 }
@@ -82,9 +81,7 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
-void use_isa(const std::string& isa) {
-  active.store(&find_isa(isa), std::memory_order_release);
-}
+void use_isa(const std::string& isa) { active.store(&find_isa(isa), std::memory_order_release); }
 
 // ---- threads --------------------------------------------------------------------------------
 
@@ -184,9 +181,8 @@ template <class Pack>
 std::list<CacheEntry<Pack>> cache;  // newest first
 
 // A lock that another thread holds during fork() would stay locked in the child for ever.
-const int cache_fork_handler = pthread_atfork([] { cache_mutex.lock(); },
-                                              [] { cache_mutex.unlock(); },
-                                              [] { cache_mutex.unlock(); });
+const int cache_fork_handler = pthread_atfork(
+    [] { cache_mutex.lock(); }, [] { cache_mutex.unlock(); }, [] { cache_mutex.unlock(); });
 
 // build(memory) fills a pack; bytes is the memory that it needs. An outdated pack's memory is used
 // again unless a call in another thread still reads it.
@@ -253,9 +249,9 @@ std::shared_ptr<const Packed<MlpPack>> packed_mlp(const MlpParameters& p) {
     key.add(p.layers[l]);
     key.shape.push_back(static_cast<int>(p.activations[l]));
   }
-  return find_or_build<MlpPack>(
-      key, kernels.mlp_pack_bytes(p),
-      [&](void* block, MlpPack* pack) { kernels.pack_mlp(p, block, pack); });
+  return find_or_build<MlpPack>(key, kernels.mlp_pack_bytes(p), [&](void* block, MlpPack* pack) {
+    kernels.pack_mlp(p, block, pack);
+  });
 }
 
 int64_t packs_built() { return built; }

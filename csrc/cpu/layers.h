@@ -65,9 +65,10 @@ DIFFCORE_INLINE Offset bias_only(const PackedLinear& layer) { return {layer.bias
 
 // out = f(x W^T + offset), and where `slope` has memory slope = f'(...).
 template <class In, class Out>
-DIFFCORE_INLINE void linear_activate(Rows<typename In::Input> x, int rows, const PackedLinear& layer,
-                                     Offset offset, ActivateFunction<Out> function,
-                                     Rows<typename Out::Input> out, Rows<float> slope) {
+DIFFCORE_INLINE void linear_activate(Rows<typename In::Input> x, int rows,
+                                     const PackedLinear& layer, Offset offset,
+                                     ActivateFunction<Out> function, Rows<typename Out::Input> out,
+                                     Rows<float> slope) {
   linear<In>(x.data, x.stride, rows, layer, offset,
              [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {
                function(sums, stride, count, columns, out.row(row) + column, out.stride,

@@ -91,8 +91,8 @@ static void mlp_forward(const MlpCall& call) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const Span span = tile_span(call.batch, tiles, tile);
-      const MlpSaved rows = MlpSaved::at(
-          pack, call.saved ? call.saved + span.first * MlpSaved::width(pack) : own);
+      const MlpSaved rows =
+          MlpSaved::at(pack, call.saved ? call.saved + span.first * MlpSaved::width(pack) : own);
       copy_rows(call.x + span.first * in, in, span.rows, in, rows.input[0]);
       for (int l = 0; l <= last; ++l) {
         linear_activate<Float32Operand, Float32Operand>(
@@ -124,7 +124,8 @@ struct MlpDeltas {
 
 DIFFCORE_INLINE void multiply_rows(Rows<float> a, Rows<float> b, int rows, int columns) {
   for (int i = 0; i < rows; ++i)
-    for (int n = 0; n < columns; n += W) store(a.row(i) + n, load(a.row(i) + n) * load(b.row(i) + n));
+    for (int n = 0; n < columns; n += W)
+      store(a.row(i) + n, load(a.row(i) + n) * load(b.row(i) + n));
 }
 
 static void mlp_backward_tile(const MlpBackwardCall& call, Span span, const MlpSaved& saved,
@@ -236,7 +237,8 @@ static void mlp_backward(const MlpBackwardCall& call) {
 
     if (call.grad_weights) {
       Carver tile_memory{thread_scratch(
-          Scratch::tile, 4 * weight_outputs * (batch_chunk + static_cast<int64_t>(padded(widest))))};
+          Scratch::tile,
+          4 * weight_outputs * (batch_chunk + static_cast<int64_t>(padded(widest))))};
       float* transposed = tile_memory.take<float>(4 * weight_outputs * batch_chunk);
       float* total = tile_memory.take<float>(4 * weight_outputs * padded(widest));
 #pragma omp for schedule(dynamic, 1)

@@ -29,8 +29,9 @@ DIFFCORE_INLINE void philox_rounds(uint64_t seed, uint32_t (&c)[4][philox_lanes]
 
 // Two words give two normals: sqrt(-2 ln u1) (cos, sin)(2 pi u2), with u1 in (0, 1], u2 in [0, 1),
 // both multiples of 2^-24.
-DIFFCORE_INLINE void box_muller(const uint32_t (&a)[philox_lanes], const uint32_t (&b)[philox_lanes],
-                                float (&first)[philox_lanes], float (&second)[philox_lanes]) {
+DIFFCORE_INLINE void box_muller(const uint32_t (&a)[philox_lanes],
+                                const uint32_t (&b)[philox_lanes], float (&first)[philox_lanes],
+                                float (&second)[philox_lanes]) {
   float u1[philox_lanes], u2[philox_lanes];
   for (int l = 0; l < philox_lanes; ++l) {
     u1[l] = static_cast<float>(static_cast<int32_t>(a[l] >> 8) + 1) * 0x1p-24f;

@@ -24,13 +24,13 @@ static void carve_denoiser(const DenoiserParameters& p, Carver* memory, Denoiser
   pack->precision = Operand::precision;
   // The input is [x, time embedding, state]; x and state meet float weights in either precision:
   // the layer is thin, and x is what the chain refines.
-  pack->action_input = pack_linear<Float32Operand>(first, 0, p.action_dim, Direction::forward, false,
-                                                   memory);
+  pack->action_input =
+      pack_linear<Float32Operand>(first, 0, p.action_dim, Direction::forward, false, memory);
   pack->state_input = pack_linear<Float32Operand>(first, p.action_dim + time_dim, p.state_dim,
                                                   Direction::forward, false, memory);
   for (int l = 1; l < p.trunk_layers; ++l) {
-    pack->trunk[l] = pack_linear<Operand>(p.trunk[l], 0, p.trunk[l].in, Direction::forward, true,
-                                          memory);
+    pack->trunk[l] =
+        pack_linear<Operand>(p.trunk[l], 0, p.trunk[l].in, Direction::forward, true, memory);
   }
   pack->step_bias_stride = padded(first.out);
   float* step_bias =
@@ -42,8 +42,8 @@ static void carve_denoiser(const DenoiserParameters& p, Carver* memory, Denoiser
                                                           Direction::forward, true, memory);
   const PackedLinear out =
       pack_linear<Float32Operand>(p.time_out, 0, p.time_out.in, Direction::forward, true, memory);
-  const PackedLinear into_trunk = pack_linear<Float32Operand>(first, p.action_dim, time_dim,
-                                                              Direction::forward, true, memory);
+  const PackedLinear into_trunk =
+      pack_linear<Float32Operand>(first, p.action_dim, time_dim, Direction::forward, true, memory);
   const Rows<float> h = take_rows<float>(memory, max_tile, p.time_hidden.out);
   const Rows<float> t = take_rows<float>(memory, max_tile, time_dim);
   if (!memory->base) return;
@@ -51,15 +51,14 @@ static void carve_denoiser(const DenoiserParameters& p, Carver* memory, Denoiser
   for (int step = 0; step < p.steps; step += max_tile) {
     const int rows = p.steps - step < max_tile ? p.steps - step : max_tile;
     const int width = p.time_hidden.in;
-    const Rows<float> embedding = {const_cast<float*>(p.time_embedding) +
-                                       static_cast<ptrdiff_t>(step) * width,
-                                   width};
+    const Rows<float> embedding = {
+        const_cast<float*>(p.time_embedding) + static_cast<ptrdiff_t>(step) * width, width};
     linear_activate<Float32Operand, Float32Operand>(embedding, rows, hidden, bias_only(hidden),
                                                     function, h, {nullptr, 0});
     linear_store<Float32Operand>(h, rows, out, bias_only(out), t);
-    linear_store<Float32Operand>(
-        t, rows, into_trunk, bias_only(into_trunk),
-        {step_bias + static_cast<ptrdiff_t>(step) * pack->step_bias_stride, pack->step_bias_stride});
+    linear_store<Float32Operand>(t, rows, into_trunk, bias_only(into_trunk),
+                                 {step_bias + static_cast<ptrdiff_t>(step) * pack->step_bias_stride,
+                                  pack->step_bias_stride});
   }
 }
 
@@ -116,7 +115,8 @@ DIFFCORE_INLINE void solver_step(const SolverStep& step, int rows, int columns, 
     for (int n = 0; n < columns; n += W) {
       float *xn = x.row(i) + n, *x0n = x0.row(i) + n;
       Vec predicted;
-      store(xn, step.next(load(xn), load(eps.row(i) + n), load(z.row(i) + n), load(x0n), &predicted));
+      store(xn,
+            step.next(load(xn), load(eps.row(i) + n), load(z.row(i) + n), load(x0n), &predicted));
       store(x0n, predicted);
     }
   }

@@ -53,10 +53,10 @@ static void reverse_step(const ReverseStepCall& call) {
   for (int64_t i = 0; i < call.count; i += W) {
     const int64_t left = call.count - i;
     Vec x0;
-    const Vec next = step.next(load_some(call.x + i, left), load_some(call.eps + i, left),
-                               load_some(call.noise ? call.noise + i : nullptr, left),
-                               load_some(call.x0_previous ? call.x0_previous + i : nullptr, left),
-                               &x0);
+    const Vec next =
+        step.next(load_some(call.x + i, left), load_some(call.eps + i, left),
+                  load_some(call.noise ? call.noise + i : nullptr, left),
+                  load_some(call.x0_previous ? call.x0_previous + i : nullptr, left), &x0);
     store_some(call.next + i, next, left);
     store_some(call.x0 + i, x0, left);
   }

@@ -70,9 +70,9 @@ DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
 DIFFCORE_INLINE Vec round_to_bf16(Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_and_si512(
-      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))),
-      _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+  const __m512i rounded =
+      _mm512_and_si512(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))),
+                       _mm512_set1_epi32(static_cast<int>(0xffff0000)));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   return {_mm512_mask_blend_ps(nan, _mm512_castsi512_ps(rounded), a.v)};
 }
@@ -81,8 +81,8 @@ DIFFCORE_INLINE Vec low_bf16(const uint32_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))};
 }
 DIFFCORE_INLINE Vec high_bf16(const uint32_t* p) {
-  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p),
-                                               _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+  return {_mm512_castsi512_ps(
+      _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
 }
 
 #elif defined(DIFFCORE_ISA_AVX2)
@@ -116,9 +116,7 @@ DIFFCORE_INLINE Vec round_nearest(Vec a) {
 DIFFCORE_INLINE Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 DIFFCORE_INLINE Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 DIFFCORE_INLINE Mask less(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
-DIFFCORE_INLINE Vec select(Mask m, Vec yes, Vec no) {
-  return {_mm256_blendv_ps(no.v, yes.v, m.v)};
-}
+DIFFCORE_INLINE Vec select(Mask m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, m.v)}; }
 DIFFCORE_INLINE Vec reciprocal(Vec a) { return broadcast(1.0f) / a; }
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   // In two halves, so that the scale itself neither overflows nor turns subnormal.
@@ -127,8 +125,8 @@ DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   const __m256i bias = _mm256_set1_epi32(127);
   const __m256i first = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
   const __m256i second = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(k, half), bias), 23);
-  return {_mm256_mul_ps(_mm256_mul_ps(a.v, _mm256_castsi256_ps(first)),
-                        _mm256_castsi256_ps(second))};
+  return {
+      _mm256_mul_ps(_mm256_mul_ps(a.v, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second))};
 }
 DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
   const __m256i bits = _mm256_castps_si256(a.v);
@@ -140,11 +138,11 @@ DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
 DIFFCORE_INLINE Vec round_to_bf16(Vec a) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_and_si256(
-      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))),
-      _mm256_set1_epi32(static_cast<int>(0xffff0000)));
-  return {_mm256_blendv_ps(_mm256_castsi256_ps(rounded), a.v,
-                           _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
+  const __m256i rounded =
+      _mm256_and_si256(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))),
+                       _mm256_set1_epi32(static_cast<int>(0xffff0000)));
+  return {
+      _mm256_blendv_ps(_mm256_castsi256_ps(rounded), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
 }
 DIFFCORE_INLINE Vec low_bf16(const uint32_t* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -152,8 +150,8 @@ DIFFCORE_INLINE Vec low_bf16(const uint32_t* p) {
 }
 DIFFCORE_INLINE Vec high_bf16(const uint32_t* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return {_mm256_castsi256_ps(
-      _mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
+  return {
+      _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
 }
 
 #elif defined(DIFFCORE_ISA_NEON)
@@ -203,8 +201,8 @@ DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
 DIFFCORE_INLINE Vec round_to_bf16(Vec a) {
   const uint32x4_t bits = vreinterpretq_u32_f32(a.v);
   const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-  const uint32x4_t rounded = vandq_u32(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff))),
-                                       vdupq_n_u32(0xffff0000u));
+  const uint32x4_t rounded =
+      vandq_u32(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff))), vdupq_n_u32(0xffff0000u));
   return {vbslq_f32(vceqq_f32(a.v, a.v), vreinterpretq_f32_u32(rounded), a.v)};
 }
 DIFFCORE_INLINE Vec low_bf16(const uint32_t* p) {

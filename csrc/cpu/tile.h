@@ -19,7 +19,9 @@ namespace DIFFCORE_ISA {
 constexpr int W = Vec::width;
 constexpr int panel_width = 2 * W;
 
-DIFFCORE_INLINE int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+DIFFCORE_INLINE int round_up(int n, int multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 DIFFCORE_INLINE int padded(int n) { return round_up(n, W); }
 // Distance of two rows in an activation buffer. The extra vector keeps rows of a power-of-two width
 // from falling into the same cache sets.
@@ -32,7 +34,8 @@ struct Float32Operand {
   DIFFCORE_INLINE int depth(int in) { return in; }
   template <int rows, int vectors>
   DIFFCORE_INLINE void multiply_add(const Input* x, ptrdiff_t x_stride, int k,
-                                    const Weight* const (&panel)[vectors], Vec (&sum)[rows][vectors]) {
+                                    const Weight* const (&panel)[vectors],
+                                    Vec (&sum)[rows][vectors]) {
     Vec w[vectors];
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) w[j] = load(panel[j]);
@@ -58,7 +61,8 @@ struct Bfloat16Operand {
   using Input = uint16_t;
   template <int rows, int vectors>
   DIFFCORE_INLINE void multiply_add(const Input* x, ptrdiff_t x_stride, int k,
-                                    const Weight* const (&panel)[vectors], Vec (&sum)[rows][vectors]) {
+                                    const Weight* const (&panel)[vectors],
+                                    Vec (&sum)[rows][vectors]) {
     __m512bh w[vectors];
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) w[j] = (__m512bh)_mm512_loadu_si512(panel[j]);
@@ -78,7 +82,8 @@ struct Bfloat16Operand {
   using Input = float;
   template <int rows, int vectors>
   DIFFCORE_INLINE void multiply_add(const Input* x, ptrdiff_t x_stride, int k,
-                                    const Weight* const (&panel)[vectors], Vec (&sum)[rows][vectors]) {
+                                    const Weight* const (&panel)[vectors],
+                                    Vec (&sum)[rows][vectors]) {
     Vec low[vectors], high[vectors];
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) {
@@ -87,7 +92,8 @@ struct Bfloat16Operand {
     }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
-      const Vec x0 = broadcast(x[i * x_stride + 2 * k]), x1 = broadcast(x[i * x_stride + 2 * k + 1]);
+      const Vec x0 = broadcast(x[i * x_stride + 2 * k]),
+                x1 = broadcast(x[i * x_stride + 2 * k + 1]);
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) {
         sum[i][j] = fma(x1, high[j], sum[i][j]);
@@ -159,7 +165,8 @@ void pack_panels(const float* weight, ptrdiff_t out_stride, ptrdiff_t in_stride,
       if (in_stride == 1 && present == columns) {
         for (; k + 4 <= in; k += 4)
           for (int c = 0; c < columns; c += 4)
-            transpose_4x4(source + c * out_stride + k, out_stride, panels + k * columns + c, columns);
+            transpose_4x4(source + c * out_stride + k, out_stride, panels + k * columns + c,
+                          columns);
       }
     }
     for (; k < in; k += pair) {
@@ -271,13 +278,13 @@ static inline __attribute__((noinline)) void narrow_sums(
   }
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
-    store(out + i * out_stride,
-          (part[0][i][0] + part[1][i][0]) + (part[2][i][0] + part[3][i][0]));
+    store(out + i * out_stride, (part[0][i][0] + part[1][i][0]) + (part[2][i][0] + part[3][i][0]));
 }
 
 template <class Operand>
 using TileFunction = void (*)(const typename Operand::Input*, ptrdiff_t, int,
-                              const typename Operand::Weight*, ptrdiff_t, Offset, float*, ptrdiff_t);
+                              const typename Operand::Weight*, ptrdiff_t, Offset, float*,
+                              ptrdiff_t);
 
 template <class Operand, int rows = max_tile_rows>
 DIFFCORE_INLINE TileFunction<Operand> tile_function(int wanted) {

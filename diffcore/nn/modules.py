@@ -7,6 +7,7 @@ q1, then q2). Weights start as in DIPO's released code: normal with standard dev
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -43,7 +44,9 @@ class MLP(nn.Module):
         self.in_dim, self.hidden_dim, self.out_dim = in_dim, hidden_dim, out_dim
         self.hidden_layers, self.activation = hidden_layers, activation
         widths = [in_dim] + [hidden_dim] * hidden_layers + [out_dim]
-        self.layers = nn.ModuleList(_linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(
+            _linear(a, b) for a, b in itertools.pairwise(widths)
+        )
 
     def forward(self, x: Tensor, *, backend: str | None = None) -> Tensor:
         """``[..., in_dim]`` -> ``[..., out_dim]``, on a backend of :func:`diffcore.ops.mlp`."""
@@ -117,9 +120,7 @@ class Denoiser(nn.Module):
             action_dim + time_dim + state_dim, hidden_dim, action_dim, hidden_layers, activation
         )
 
-    def forward(
-        self, x: Tensor, state: Tensor, t: Tensor, *, backend: str | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, state: Tensor, t: Tensor, *, backend: str | None = None) -> Tensor:
         """x ``[B, A]``, state ``[B, S]``, t integer ``[B]`` -> eps ``[B, A]``."""
         embedding = time_embedding(t, self.time_dim).to(x.dtype)
         time_features = self.time_mlp(embedding, backend=backend)

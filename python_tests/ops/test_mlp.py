@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ def make_layers(
     widths: list[int], activation: str = "mish", dtype: torch.dtype = torch.float32
 ) -> Layers:
     """Weights, biases and activations of an MLP with a linear output."""
-    pairs = list(zip(widths[:-1], widths[1:], strict=True))
+    pairs = list(itertools.pairwise(widths))
     weights = [torch.randn(o, i, dtype=dtype) / i**0.5 for i, o in pairs]
     biases = [0.1 * torch.randn(o, dtype=dtype) for _, o in pairs]
     return weights, biases, [activation] * (len(pairs) - 1) + ["identity"]

@@ -13,9 +13,7 @@ from diffcore.ops import _native
 from diffcore.ops._philox import draw_seed, normals, philox
 
 
-def native_normals(
-    seed: int, step: int, rows: int, columns: int, *, first_row: int = 0
-) -> Tensor:
+def native_normals(seed: int, step: int, rows: int, columns: int, *, first_row: int = 0) -> Tensor:
     out = torch.empty(rows, columns)
     _native._core.normals(seed % 2**64, step, first_row, rows, columns, out.data_ptr())
     return out
@@ -59,9 +57,7 @@ def test_first_normals_by_hand(backend: str) -> None:
         radius = math.sqrt(-2 * math.log(u1))
         expected += [radius * math.cos(2 * math.pi * u2), radius * math.sin(2 * math.pi * u2)]
     drawn = (
-        normals(torch.tensor(0), 0, 1, 4)
-        if backend == "reference"
-        else native_normals(0, 0, 1, 4)
+        normals(torch.tensor(0), 0, 1, 4) if backend == "reference" else native_normals(0, 0, 1, 4)
     )
     torch.testing.assert_close(drawn[0], torch.tensor(expected), rtol=0, atol=1e-6)
 
@@ -149,7 +145,7 @@ def seeded(seed: int) -> torch.Generator:
 @torch.no_grad()
 def test_chain_draws_the_documented_noise(backend: str, problem: tuple) -> None:
     """Step 0 is the start, step i + 1 the i-th step's noise; one draw from the generator keys it."""
-    denoiser, schedule, state = problem
+    _denoiser, _schedule, _state = problem
     key = draw_seed(seeded(1))
     start = normals(key, 0, 40, 3)
     noise = torch.stack([normals(key, i + 1, 40, 3) for i in range(6)])
@@ -211,9 +207,7 @@ def test_nothing_is_drawn_where_all_noise_is_given(backend: str, problem: tuple)
 
 @torch.no_grad()
 @pytest.mark.parametrize("noise_scale", [0.0, 0.5])
-def test_noise_scale_scales_drawn_noise(
-    backend: str, problem: tuple, noise_scale: float
-) -> None:
+def test_noise_scale_scales_drawn_noise(backend: str, problem: tuple, noise_scale: float) -> None:
     key = draw_seed(seeded(1))
     noise = torch.stack([normals(key, i + 1, 40, 3) for i in range(6)])
     x = torch.randn(40, 3)

@@ -108,7 +108,10 @@ def _(info: Any, in_dims: Any, *args: Any) -> Any:
         return (y, saved), (0, 0)
     rows = x.movedim(x_dim, 0).flatten(0, 1)
     y, saved = forward(rows, parameters, activations, keep)
-    return (y.unflatten(0, (info.batch_size, -1)), saved.unflatten(0, (info.batch_size, -1))), (0, 0)
+    return (y.unflatten(0, (info.batch_size, -1)), saved.unflatten(0, (info.batch_size, -1))), (
+        0,
+        0,
+    )
 
 
 @backward.register_vmap

@@ -161,9 +161,7 @@ def _cached_coefficients(schedule: DiffusionSchedule, solver: str | SolverTable)
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def _cached_embedding(
-    schedule: DiffusionSchedule, solver: str | SolverTable, dim: int
-) -> Tensor:
+def _cached_embedding(schedule: DiffusionSchedule, solver: str | SolverTable, dim: int) -> Tensor:
     from diffcore.nn import time_embedding
 
     return time_embedding(_table(schedule, solver).timesteps, dim).to(torch.float32)
@@ -194,7 +192,9 @@ def support(
         check_choice("solver", solver, SOLVERS)
     steps = schedule.K if isinstance(solver, str) else solver.steps
     if not callable(denoiser):
-        raise TypeError(f"denoiser: expected a Denoiser or a callable, got {type(denoiser).__name__}")
+        raise TypeError(
+            f"denoiser: expected a Denoiser or a callable, got {type(denoiser).__name__}"
+        )
     ours = denoiser if isinstance(denoiser, Denoiser) else None
     state, x_init, noise = out_of_autocast(denoiser, state, x_init, noise)
     check_tensor("state", state, ("B", ours.state_dim if ours else "S"))

@@ -83,7 +83,9 @@ def _(
     )
 
 
-@torch.library.custom_op("diffcore::reverse_diffusion_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "diffcore::reverse_diffusion_backward", mutates_args=(), device_types="cpu"
+)
 def chain_backward(
     grad_actions: Tensor,
     trajectory: Tensor,
@@ -234,9 +236,7 @@ class Chain(torch.autograd.Function):
         ctx.noise_scale, ctx.clip, ctx.activation, _bfloat16, *parameters = rest
         ctx.has_x_init, ctx.has_noise = x_init is not None, noise is not None
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(
-            output[1], state, x_init, noise, coefficients, embedding, *parameters
-        )
+        ctx.save_for_backward(output[1], state, x_init, noise, coefficients, embedding, *parameters)
 
     @staticmethod
     def backward(ctx: Any, grad_actions: Tensor, _: Tensor) -> Any:

@@ -42,7 +42,13 @@ def reverse_step(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device.
     """
     available = support(
-        x, eps, coefficients, noise=noise, x0_previous=x0_previous, noise_scale=noise_scale, clip=clip
+        x,
+        eps,
+        coefficients,
+        noise=noise,
+        x0_previous=x0_previous,
+        noise_scale=noise_scale,
+        clip=clip,
     )
     if _dispatch.choose("reverse_step", available, backend) == "cpu":
         settings = (coefficients, noise, x0_previous, float(noise_scale), float(clip))
