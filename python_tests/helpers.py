@@ -40,7 +40,7 @@ EPS_ONLY = SolverTable(
 )
 
 
-# -- recorded data ----------------------------------------------------------------------------------
+# -- recorded data ---------------------------------------------------------------------------------
 
 
 def load_golden(name: str) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def golden_critic(golden: dict[str, Any]) -> nn.TwinCritic:
     return critic
 
 
-# -- networks in plain PyTorch ----------------------------------------------------------------------
+# -- networks in plain PyTorch ---------------------------------------------------------------------
 
 
 def plain_mlp(x: Tensor, parameters: list[Tensor], activation: str) -> Tensor:
@@ -116,7 +116,7 @@ def rounded(table: SolverTable) -> SolverTable:
     return SolverTable(table.timesteps, table.coefficients.float().double())
 
 
-# -- measured errors --------------------------------------------------------------------------------
+# -- measured errors -------------------------------------------------------------------------------
 
 
 def root_mean_square(error: Tensor) -> float:
@@ -134,9 +134,9 @@ def assert_error_at_most_twice_eager(
     """The kernels' error against float64 is at most twice that of eager float32.
 
     Compared are the 99% quantile and, unless the errors are amplified, the root mean square, over
-    thousands of values. Not the largest single error: which of two implementations has it is chance,
-    and where a chain divides by sqrt(abar), or Adam by sqrt(v), a rare row magnifies its rounding by
-    orders of magnitude, in one implementation or in the other.
+    thousands of values. Not the largest single error: which of two implementations has it is
+    chance, and where a chain divides by sqrt(abar), or Adam by sqrt(v), a rare row magnifies its
+    rounding by orders of magnitude, in one implementation or in the other.
     """
     assert exact.dtype == torch.float64
     assert exact.numel() >= 1000
@@ -147,7 +147,7 @@ def assert_error_at_most_twice_eager(
         assert root_mean_square(of_native) <= 2 * root_mean_square(of_eager)
 
 
-# -- other processes --------------------------------------------------------------------------------
+# -- other processes -------------------------------------------------------------------------------
 
 
 def run_script(source: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -25,7 +25,7 @@ SCHEDULES: dict[str, Callable[[int], DiffusionSchedule]] = {
 SMOOTH = ("cosine", "linear", "vp")
 
 
-# -- schedules --------------------------------------------------------------------------------------
+# -- schedules -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", np.load(GOLDEN / "dipo_schedules.npz").files)
@@ -122,7 +122,7 @@ def test_schedules_don_t_follow_the_default_device(name: str) -> None:
     assert table.coefficients.device.type == "cpu"
 
 
-# -- solver tables ----------------------------------------------------------------------------------
+# -- solver tables ---------------------------------------------------------------------------------
 
 
 def run(
@@ -332,7 +332,7 @@ def test_samples_of_a_gaussian_have_its_mean_and_variance(name: str) -> None:
     assert covariance[0, 0].sqrt().item() == pytest.approx(spread, abs=5e-3)
 
 
-# -- bad input --------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

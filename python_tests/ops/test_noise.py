@@ -19,7 +19,7 @@ def native_normals(seed: int, step: int, rows: int, columns: int, *, first_row: 
     return out
 
 
-# -- the generator ----------------------------------------------------------------------------------
+# -- the generator ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_rows_don_t_depend_on_the_split(backend: str) -> None:
         assert torch.equal(draw(first, rows), whole[first : first + rows])
 
 
-# -- its distribution -------------------------------------------------------------------------------
+# -- its distribution ------------------------------------------------------------------------------
 
 N = 400_000
 
@@ -130,7 +130,7 @@ def test_columns_rows_and_steps_are_independent(sample: Tensor) -> None:
         assert abs((sample * other).mean().item()) < 4 / math.sqrt(N)
 
 
-# -- in the chain -----------------------------------------------------------------------------------
+# -- in the chain ----------------------------------------------------------------------------------
 
 
 @pytest.fixture

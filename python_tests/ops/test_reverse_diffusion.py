@@ -32,7 +32,7 @@ from diffcore.schedule import SOLVERS, SolverTable
 SAMPLERS = ("halfcheetah_k100", "hopper_k50", "pendulum_k20")
 
 
-# -- against the released code ----------------------------------------------------------------------
+# -- against the released code ---------------------------------------------------------------------
 
 
 @dataclass
@@ -161,7 +161,7 @@ def test_golden_steps(backend: str, name: str) -> None:
     )
 
 
-# -- against float64 --------------------------------------------------------------------------------
+# -- against float64 -------------------------------------------------------------------------------
 
 
 @dataclass
@@ -324,7 +324,7 @@ def predicted_noise(denoiser: nn.Denoiser, state: Tensor, **options: Any) -> Ten
     )
 
 
-# -- bfloat16 ---------------------------------------------------------------------------------------
+# -- bfloat16 --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -391,7 +391,7 @@ def test_bfloat16_rounds_like_torch(isa: str) -> None:
         assert eps.item() == torch.tensor(value).bfloat16().item()
 
 
-# -- guarantees -------------------------------------------------------------------------------------
+# -- guarantees ------------------------------------------------------------------------------------
 
 
 def guarantee_problem() -> tuple[nn.Denoiser, DiffusionSchedule, dict[str, Tensor]]:
@@ -552,7 +552,7 @@ def test_weights_of_any_layout(isa: str) -> None:
     assert torch.equal(ops.reverse_diffusion(denoiser, schedule, state, **arguments), expected)
 
 
-# -- what runs where --------------------------------------------------------------------------------
+# -- what runs where -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -607,7 +607,7 @@ def test_meta_tensors() -> None:
     assert actions.device.type == "meta"
 
 
-# -- bad input --------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

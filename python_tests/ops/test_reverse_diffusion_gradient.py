@@ -50,7 +50,7 @@ def gradients(policy: Policy, inputs: tuple[Tensor, ...], weights: Tensor) -> di
     return dict(zip(names, grads, strict=True))
 
 
-# -- values -----------------------------------------------------------------------------------------
+# -- values ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("clip", [0.5, math.inf])
@@ -188,7 +188,7 @@ def test_bfloat16_chain_has_gradients(isa: str) -> None:
         torch.testing.assert_close(half[name], expected, rtol=0, atol=0.05 * scale)
 
 
-# -- second derivatives -----------------------------------------------------------------------------
+# -- second derivatives ----------------------------------------------------------------------------
 
 
 def test_second_derivative_says_that_there_is_none() -> None:
@@ -232,7 +232,7 @@ def test_forward_mode_runs_on_the_reference() -> None:
         assert hessian.abs().max() > 0
 
 
-# -- torch.func -------------------------------------------------------------------------------------
+# -- torch.func ------------------------------------------------------------------------------------
 
 
 def test_func_grad() -> None:
@@ -316,7 +316,7 @@ def test_vmap_with_drawn_noise() -> None:
         torch.vmap(actions)(states)
 
 
-# -- torch.library and torch.compile ----------------------------------------------------------------
+# -- torch.library and torch.compile ---------------------------------------------------------------
 
 
 def op_arguments(rows: int, given: bool) -> tuple[list[Any], list[Any]]:
@@ -399,7 +399,7 @@ def test_compile_with_drawn_noise() -> None:
     assert torch.equal(compiled(state), expected[1])
 
 
-# -- autocast ---------------------------------------------------------------------------------------
+# -- autocast --------------------------------------------------------------------------------------
 
 
 def test_autocast() -> None:
