@@ -76,7 +76,7 @@ def test_linear_and_vp_end_points() -> None:
 
 
 def test_beta_cdf_levels_follow_the_distribution() -> None:
-    """a = b = 1 is the uniform distribution, a = 2, b = 1 has CDF x^2, a = 1, b = 2 1 - (1 - x)^2."""
+    """(a, b) = (1, 1) is the uniform distribution; (2, 1) and (1, 2) have quadratic CDFs."""
     x = torch.linspace(0, 1, 11, dtype=torch.float64)
     for a, b, cdf in ((1, 1, x), (2, 1, x**2), (1, 2, 1 - (1 - x) ** 2)):
         levels = DiffusionSchedule.beta_cdf(11, a, b).alphas_cumprod

@@ -97,7 +97,9 @@ struct ChainBuffers {
     ChainBuffers b;
     b.x = take_rows<float>(memory, rows, call.action_dim);
     b.x0 = take_rows<float>(memory, rows, call.action_dim);
-    b.z = take_rows<float>(memory, noise_block_steps(call, rows) * rows, call.action_dim);
+    // Tiles with fewer rows draw more steps at a time, but never more rows than the generator has
+    // lanes.
+    b.z = take_rows<float>(memory, rows > philox_lanes ? rows : philox_lanes, call.action_dim);
     b.eps = take_rows<float>(memory, rows, call.action_dim);
     b.state_part = take_rows<float>(memory, rows, call.denoiser->action_input.out);
     int widest = call.denoiser->action_input.out;

@@ -44,17 +44,19 @@ class MLP(nn.Module):
         self.in_dim, self.hidden_dim, self.out_dim = in_dim, hidden_dim, out_dim
         self.hidden_layers, self.activation = hidden_layers, activation
         widths = [in_dim] + [hidden_dim] * hidden_layers + [out_dim]
-        self.layers = nn.ModuleList(
-            _linear(a, b) for a, b in itertools.pairwise(widths)
-        )
+        self.layers = nn.ModuleList(_linear(a, b) for a, b in itertools.pairwise(widths))
 
     def forward(self, x: Tensor, *, backend: str | None = None) -> Tensor:
         """``[..., in_dim]`` -> ``[..., out_dim]``, on a backend of :func:`diffcore.ops.mlp`."""
-        parameters = list(self.parameters())
+        parameters = self.weights_and_biases()
         activations = [self.activation] * self.hidden_layers + ["identity"]
         rows = x.reshape(-1, x.shape[-1])
         y = mlp(rows, parameters[::2], parameters[1::2], activations, backend=backend)
         return y.reshape(*x.shape[:-1], self.out_dim)
+
+    def weights_and_biases(self) -> list[Tensor]:
+        """``list(parameters())``, without the walk through all modules, for the ops' hot paths."""
+        return [p for layer in self.layers for p in (layer.weight, layer.bias)]
 
 
 def _linear(in_dim: int, out_dim: int) -> nn.Linear:
@@ -120,6 +122,10 @@ class Denoiser(nn.Module):
             action_dim + time_dim + state_dim, hidden_dim, action_dim, hidden_layers, activation
         )
 
+    def weights_and_biases(self) -> list[Tensor]:
+        """``list(parameters())``: see :meth:`MLP.weights_and_biases`."""
+        return self.time_mlp.weights_and_biases() + self.trunk.weights_and_biases()
+
     def forward(self, x: Tensor, state: Tensor, t: Tensor, *, backend: str | None = None) -> Tensor:
         """x ``[B, A]``, state ``[B, S]``, t integer ``[B]`` -> eps ``[B, A]``."""
         embedding = time_embedding(t, self.time_dim).to(x.dtype)
@@ -149,6 +155,10 @@ class TwinCritic(nn.Module):
         self.state_dim, self.action_dim, self.activation = state_dim, action_dim, activation
         self.q1 = MLP(state_dim + action_dim, hidden_dim, 1, hidden_layers, activation)
         self.q2 = MLP(state_dim + action_dim, hidden_dim, 1, hidden_layers, activation)
+
+    def weights_and_biases(self) -> list[Tensor]:
+        """``list(parameters())``: see :meth:`MLP.weights_and_biases`."""
+        return self.q1.weights_and_biases() + self.q2.weights_and_biases()
 
     def forward(
         self, state: Tensor, action: Tensor, *, backend: str | None = None

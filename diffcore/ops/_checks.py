@@ -83,12 +83,12 @@ def out_of_autocast(like: Any, *tensors: Any) -> list[Any]:
 
     Layers before an op hand their results on in that precision; the ops choose theirs themselves.
     """
-    weight = next(like.parameters(), None) if isinstance(like, torch.nn.Module) else like
 
     def cast(tensor: Any) -> Any:
-        if not isinstance(weight, Tensor) or not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.bfloat16, torch.float16):
             return tensor
-        if tensor.dtype not in (torch.bfloat16, torch.float16):
+        weight = next(like.parameters(), None) if isinstance(like, torch.nn.Module) else like
+        if not isinstance(weight, Tensor):
             return tensor
         device = tensor.device.type
         if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):

@@ -144,8 +144,7 @@ def seeded(seed: int) -> torch.Generator:
 
 @torch.no_grad()
 def test_chain_draws_the_documented_noise(backend: str, problem: tuple) -> None:
-    """Step 0 is the start, step i + 1 the i-th step's noise; one draw from the generator keys it."""
-    _denoiser, _schedule, _state = problem
+    """Step 0 is the start, step i + 1 the i-th step's noise; one draw from a generator keys it."""
     key = draw_seed(seeded(1))
     start = normals(key, 0, 40, 3)
     noise = torch.stack([normals(key, i + 1, 40, 3) for i in range(6)])

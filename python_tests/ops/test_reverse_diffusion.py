@@ -41,9 +41,9 @@ class Recorded:
 
     The released code computes its schedule in float32, ours is float64. Of the coefficients, the
     rounding of 1 / abar - 1 alone moves the result of hopper_k50 (linear schedule: abar stays near
-    1) by 1.7e-4, more than all other rounding of the chain together. So the arithmetic of the chain
-    is held against the recorded values with `float32_table`, coefficients computed as there; and the
-    float64 schedule where the two agree well enough, else by which of the two is nearer to the truth.
+    1) by 1.7e-4, more than all other rounding of the chain together. So the chain's arithmetic is
+    held against the recorded values with `float32_table`, coefficients computed as there; and the
+    float64 schedule where the two agree well enough, and by which is nearer to the truth.
     """
 
     golden: dict[str, Any]
@@ -81,7 +81,7 @@ def recorded(name: str) -> Recorded:
 
 
 def float32_table(schedule: DiffusionSchedule) -> SolverTable:
-    """DDPM's coefficients from float32 betas in float32 arithmetic, as the released code has them."""
+    """DDPM's coefficients in float32 arithmetic, as the released code computes them."""
     beta = schedule.betas.float()
     alpha = 1 - beta
     abar = torch.cumprod(alpha, 0)
@@ -581,7 +581,7 @@ def test_what_kernels_can_t_take_runs_on_the_reference(
         assert answer.passed_over == {}
     else:
         assert reason in answer.passed_over["cpu"]
-        with pytest.raises(ValueError, match="^backend: reverse_diffusion can't run on 'cpu'"):
+        with pytest.raises(ValueError, match=r"^backend: reverse_diffusion can't run on 'cpu'"):
             ops.reverse_diffusion(*arguments, backend="cpu")
 
 

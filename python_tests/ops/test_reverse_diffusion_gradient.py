@@ -214,7 +214,7 @@ def test_second_derivative_says_that_there_is_none() -> None:
 
 
 def test_forward_mode_runs_on_the_reference() -> None:
-    """Forward over reverse gives second derivatives too, with frozen weights as with trained ones."""
+    """Forward over reverse gives second derivatives too; frozen weights change nothing."""
     state, x_init, noise = draw(2, torch.float32)
     for trained in (True, False):
         policy = Policy(nn.Denoiser(5, 3, 8).requires_grad_(trained), clip=3.0)
@@ -403,7 +403,7 @@ def test_compile_with_drawn_noise() -> None:
 
 
 def test_autocast() -> None:
-    """The kernels stay in float32, forward and backward, and take what autocast layers hand them."""
+    """The kernels stay in float32, both ways, and take what autocast's layers hand them."""
     encoder, policy = torch.nn.Linear(7, 5), Policy(nn.Denoiser(5, 3, 8), backend="cpu")
     state, x_init, noise = draw()
     parameters = list(policy.parameters())

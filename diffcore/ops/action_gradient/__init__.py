@@ -62,8 +62,10 @@ def action_gradient(
         low, high: bounds the actions are clamped to after every step.
         clip_mode: "batch" limits the norm over the whole batch, as the released code does (so a NaN
             in one row reaches all); "row" limits every row's own.
-        compute_dtype: ``torch.bfloat16`` multiplies hidden layers in bfloat16 with float32 sums;
-            the reference keeps to the critic's own precision.
+        compute_dtype: ``torch.bfloat16`` multiplies hidden layers in bfloat16 with float32 sums:
+            the gradient is then within 1% of its root mean square (relu, whose slope jumps: 10%).
+            None or ``torch.float32``: float32 throughout. The reference keeps to the critic's own
+            precision.
         backend: "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
@@ -96,8 +98,8 @@ def action_gradient(
         return native.ascend(
             state.detach(),
             action.detach(),
-            [p.detach() for p in critic.q1.parameters()],
-            [p.detach() for p in critic.q2.parameters()],
+            [p.detach() for p in critic.q1.weights_and_biases()],
+            [p.detach() for p in critic.q2.weights_and_biases()],
             critic.activation,
             compute_dtype == torch.bfloat16,
             steps,
@@ -155,7 +157,7 @@ def support(
 
     if ours is None:
         return {"cpu": "the critic isn't a diffcore.nn.TwinCritic", "reference": None}
-    parameters = list(ours.parameters())
+    parameters = ours.weights_and_biases()
     check_like("state", state, "the critic", parameters[0])
     layers = ours.q1.hidden_layers + 1
     reason = _native.cannot_run([state, *parameters], [ours.activation], layers)

@@ -72,10 +72,28 @@ def support(
             raise ValueError(f"{name}: expected {len(weights)}, one a layer, got {len(given)}")
     width: int = x.shape[-1]
     for i, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
-        check_tensor(f"weights[{i}]", weight, ("out", width))
+        _check_layer(i, weight, bias, activation, width, x)
         width = weight.shape[0]
-        check_tensor(f"biases[{i}]", bias, (width,))
-        check_like(f"weights[{i}]", weight, "x", x)
-        check_like(f"biases[{i}]", bias, "x", x)
-        check_choice(f"activations[{i}]", activation, ACTIVATIONS)
     return {"cpu": _native.cannot_run([x], activations, len(weights)), "reference": None}
+
+
+def _check_layer(
+    i: int, weight: Tensor, bias: Tensor, activation: str, width: int, x: Tensor
+) -> None:
+    # Composing a message's parts for every layer of every call would cost more than a small MLP.
+    if (
+        isinstance(weight, Tensor)
+        and isinstance(bias, Tensor)
+        and weight.ndim == 2
+        and weight.shape[1] == width
+        and bias.shape == weight.shape[:1]
+        and weight.dtype is bias.dtype is x.dtype
+        and weight.device == bias.device == x.device
+        and activation in ACTIVATIONS
+    ):
+        return
+    check_tensor(f"weights[{i}]", weight, ("out", width))
+    check_tensor(f"biases[{i}]", bias, (weight.shape[0],))
+    check_like(f"weights[{i}]", weight, "x", x)
+    check_like(f"biases[{i}]", bias, "x", x)
+    check_choice(f"activations[{i}]", activation, ACTIVATIONS)

@@ -118,7 +118,7 @@ def _run_native(
     clip: float,
     compute_dtype: torch.dtype | None,
 ) -> Tensor:
-    parameters = list(denoiser.parameters())
+    parameters = denoiser.weights_and_biases()
     settings = (
         _coefficients(schedule, solver),
         _embedding(schedule, solver, denoiser.time_dim),
@@ -216,7 +216,7 @@ def support(
 
     if ours is None:
         return {"cpu": "the denoiser isn't a diffcore.nn.Denoiser", "reference": None}
-    parameters = list(ours.parameters())
+    parameters = ours.weights_and_biases()
     check_like("state", state, "the denoiser", parameters[0])
     layers = ours.trunk.hidden_layers + 1
     reason = _native.cannot_run([state, *parameters], [ours.activation], layers)
