@@ -175,7 +175,8 @@ static void descent_gradient(const ActionGradientCall& call, Span span, const As
     for (int i = 0; i < count[q]; ++i) {
       const int row = b.rows_of[q][i];
       const float q1 = *b.value[0].row(row), q2 = *b.value[1].row(row);
-      const float share = q1 < q2 || q2 < q1 ? 1.0f : 0.5f;
+      // A NaN reaches the action even where the slopes don't carry it (relu's is 0 or 1).
+      const float share = q1 < q2 || q2 < q1 ? 1.0f : q1 == q2 ? 0.5f : q1 + q2;
       float* g = s.gradient.row(span.first + row);
       for (int n = 0; n < columns; ++n) g[n] -= share * b.gradient.row(i)[n];
     }

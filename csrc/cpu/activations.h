@@ -15,8 +15,8 @@ struct ReducedExp {
   Vec n;            // exp(x) = 2^n exp(r)
 };
 
+// For x in [-87, 88], where exp(x) is finite and normal.
 DIFFCORE_INLINE ReducedExp reduce_exp(Vec x) {
-  x = clamp(x, broadcast(-87.0f), broadcast(88.0f));
   const Vec n = round_nearest(x * broadcast(1.44269504f));
   // ln 2 in two parts, the first exact in few bits, so that n * ln 2 is subtracted without loss.
   Vec r = fnma(n, broadcast(0.693359375f), x);
@@ -30,15 +30,23 @@ DIFFCORE_INLINE ReducedExp reduce_exp(Vec x) {
   return {fma(q, r * r, r), n};
 }
 
-// exp(x), with x limited to [-87, 88] so that the result is finite and normal.
-DIFFCORE_INLINE Vec exp(Vec x) {
+constexpr float lowest_exponent = -87.0f;
+
+DIFFCORE_INLINE Vec limit_exponent(Vec x) {
+  return clamp(x, broadcast(lowest_exponent), broadcast(88.0f));
+}
+
+DIFFCORE_INLINE Vec exp_in_range(Vec x) {
   const ReducedExp e = reduce_exp(x);
   return scale_by_power_of_2(e.r_plus_r2_q + broadcast(1.0f), e.n);
 }
 
+// exp(x), with x limited to [-87, 88].
+DIFFCORE_INLINE Vec exp(Vec x) { return exp_in_range(limit_exponent(x)); }
+
 // exp(x) - 1 without cancellation near 0.
 DIFFCORE_INLINE Vec expm1(Vec x) {
-  const ReducedExp e = reduce_exp(x);
+  const ReducedExp e = reduce_exp(limit_exponent(x));
   const Vec power = scale_by_power_of_2(broadcast(1.0f), e.n);
   return fma(e.r_plus_r2_q, power, power - broadcast(1.0f));
 }
@@ -118,13 +126,15 @@ struct ActivationFunction<Activation::elu> {
   }
 };
 
+// Below -87 silu and mish are 0 to float32's last normal digit, but x times an exponential that can't
+// get any smaller would not be: x itself stops there.
 template <>
 struct ActivationFunction<Activation::silu> {
   DIFFCORE_INLINE Vec sigmoid(Vec x) { return reciprocal(broadcast(1.0f) + exp(zero() - x)); }
-  DIFFCORE_INLINE Vec value(Vec x) { return x * sigmoid(x); }
+  DIFFCORE_INLINE Vec value(Vec x) { return at_least(broadcast(lowest_exponent), x) * sigmoid(x); }
   DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
     const Vec s = sigmoid(x);
-    const Vec y = x * s;
+    const Vec y = at_least(broadcast(lowest_exponent), x) * s;
     *slope = fma(y, broadcast(1.0f) - s, s);
     return y;
   }
@@ -159,18 +169,20 @@ struct ActivationFunction<Activation::tanh> {
 template <>
 struct ActivationFunction<Activation::mish> {
   DIFFCORE_INLINE Vec value(Vec x) {
-    const Vec e = exp(at_most(broadcast(20.0f), x));
+    x = at_least(broadcast(lowest_exponent), x);
+    const Vec e = exp_in_range(at_most(broadcast(20.0f), x));
     const Vec n = fma(e, e, e + e);
     return x * (n * reciprocal(n + broadcast(2.0f)));
   }
   DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
-    const Vec e = exp(at_most(broadcast(20.0f), x));
+    x = at_least(broadcast(lowest_exponent), x);
+    const Vec limited = at_most(broadcast(20.0f), x);
+    const Vec e = exp_in_range(limited);
     const Vec n = fma(e, e, e + e);
     const Vec r = reciprocal(n + broadcast(2.0f));
     const Vec t = n * r;
     // mish'(x) = t + 4 x e (1 + e) / (n + 2)^2
-    const Vec xr = x * r;
-    *slope = fma(xr * broadcast(4.0f), fma(e, e, e) * r, t);
+    *slope = fma(limited * r * broadcast(4.0f), fma(e, e, e) * r, t);
     return x * t;
   }
 };

@@ -10,9 +10,17 @@
 namespace diffcore {
 namespace DIFFCORE_ISA {
 
-// Four vectors of 16 words: every word changes its lane's state by a bijection, so a change of any
-// single value always shows, and a change of several stays hidden only by a coincidence of 32-bit
-// lanes.
+// One round of the fingerprint, a bijection of the lane for any word and of the word for any lane: a
+// change of a single value always shows. The rotation carries the top bits down, where the
+// multiplication spreads them; without it two flipped signs could cancel.
+DIFFCORE_INLINE uint32_t mix(uint32_t lane, uint32_t word) {
+  lane ^= word;
+  lane = lane << 13 | lane >> 19;
+  return lane * 0x9E3779B1u;
+}
+
+// 64 lanes, each over every 64th word: a change of several values stays hidden only where all the
+// lanes that it touches come out the same by chance, 2^-32 each.
 static void fingerprint(const float* values, int64_t count, uint32_t state[64]) {
   int64_t i = 0;
   uint32_t local[64];
@@ -20,11 +28,11 @@ static void fingerprint(const float* values, int64_t count, uint32_t state[64]) 
   for (; i + 64 <= count; i += 64) {
     uint32_t words[64];
     memcpy(words, values + i, sizeof words);
-    for (int l = 0; l < 64; ++l) local[l] = (local[l] ^ words[l]) * 0x9E3779B1u;
+    for (int l = 0; l < 64; ++l) local[l] = mix(local[l], words[l]);
   }
-  for (int l = 0; i < count; ++i, ++l) local[l] = (local[l] ^ as_bits(values[i])) * 0x9E3779B1u;
+  for (int l = 0; i < count; ++i, ++l) local[l] = mix(local[l], as_bits(values[i]));
   // So that the same values in another arrangement of tensors differ.
-  local[count & 63] = (local[count & 63] ^ static_cast<uint32_t>(count)) * 0x85EBCA77u;
+  local[count & 63] = mix(local[count & 63], static_cast<uint32_t>(count));
   memcpy(state, local, sizeof local);
 }
 

@@ -256,11 +256,11 @@ def test_slopes_over_the_whole_range(isa: str) -> None:
             q.layers[0].weight.data.fill_(1)
             q.layers[1].weight.data.fill_(1)
         slope = gradient(critic, z[:, None], torch.zeros(len(z), 1))[:, 0]
-        exact = z.double().requires_grad_()
-        (expected,) = torch.autograd.grad(function(exact).sum(), exact)
-        # Slopes are sums of terms up to 1: rounding of that size, wherever they cancel.
-        ulp = torch.finfo(torch.float32).eps
-        torch.testing.assert_close(slope.double(), expected, rtol=0, atol=4 * ulp)
+        eager, exact = (
+            torch.func.grad(lambda v, f=function: f(v).sum())(z.to(dtype))
+            for dtype in (torch.float32, torch.float64)
+        )
+        assert (slope - exact).abs().max() <= 2 * (eager - exact).abs().max()
 
 
 # -- bfloat16 --------------------------------------------------------------------------------------
@@ -302,8 +302,8 @@ def test_bfloat16_ascent(isa: str, name: str) -> None:
 def test_threads_and_repeats_don_t_matter(
     isa: str, set_threads: Callable[[int], None], clip_mode: str, compute_dtype: torch.dtype
 ) -> None:
-    critic = nn.TwinCritic(17, 6, 100, 2)
-    for rows in (1, 9, 64, 65, 257):
+    critic = nn.TwinCritic(17, 6, 33, 2)
+    for rows in (1, 9, 65, 257):
         state, action = torch.randn(rows, 17), torch.rand(rows, 6) * 2 - 1
         results = []
         for threads in (1, 2, 3, 2, 1):
@@ -324,19 +324,19 @@ def test_threads_and_repeats_don_t_matter(
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("max_norm", [None, 0.05])
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 7, 8, 13, 63, 64, 65, 130, 256])
 def test_a_row_doesn_t_depend_on_its_batch(
-    isa: str, set_threads: Callable[[int], None], rows: int, max_norm: float | None, threads: int
+    isa: str, set_threads: Callable[[int], None], max_norm: float | None, threads: int
 ) -> None:
     set_threads(threads)
     critic = nn.TwinCritic(17, 6, 100, 2)
     state, action = torch.randn(257, 17), torch.rand(257, 6) * 2 - 1
     options = {"max_norm": max_norm, "clip_mode": "row"}
     whole = ops.action_gradient(critic, state, action, **options)
-    for first in (0, 257 - rows):
-        part = slice(first, first + rows)
-        alone = ops.action_gradient(critic, state[part], action[part], **options)
-        assert torch.equal(alone, whole[part])
+    for rows in (0, 1, 2, 3, 4, 5, 7, 8, 13, 63, 64, 65, 130, 256):
+        for first in (0, 257 - rows):
+            part = slice(first, first + rows)
+            alone = ops.action_gradient(critic, state[part], action[part], **options)
+            assert torch.equal(alone, whole[part])
 
 
 @pytest.mark.parametrize("name", ["state", "action"])

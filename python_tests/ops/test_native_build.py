@@ -1,0 +1,188 @@
+"""The compiled module in its process: instruction sets, threads, fork, OpenMP."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from helpers import ISAS, run_script
+from torch import Tensor
+
+from diffcore import DiffusionSchedule, nn, ops
+from diffcore.ops import _native
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+CALL_EVERYTHING = """
+import torch, diffcore
+from diffcore import DiffusionSchedule, nn, ops
+from diffcore.ops import _native
+torch.manual_seed(0)
+torch.set_num_threads(2)
+state, action = torch.randn(64, 5), torch.rand(64, 3)
+denoiser, critic = nn.Denoiser(5, 3, 16).requires_grad_(False), nn.TwinCritic(5, 3, 16)
+
+def call():
+    generator = torch.Generator().manual_seed(1)
+    drawn = ops.reverse_diffusion(
+        denoiser, DiffusionSchedule.linear(6), state, generator=generator, backend="cpu"
+    )
+    return torch.cat([drawn, ops.action_gradient(critic, state, action, backend="cpu")])
+"""
+
+
+def test_the_module_is_built() -> None:
+    assert _native.unavailable is None
+    assert ISAS[-1] == "baseline"
+    assert _native._core.isa() in ISAS
+
+
+# -- instruction sets ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_environment_forces_an_instruction_set(isa: str) -> None:
+    script = CALL_EVERYTHING + "print(_native._core.isa(), bool(torch.isfinite(call()).all()))"
+    result = run_script(script, DIFFCORE_ISA=isa)
+    assert result.stdout == f"{isa} True\n", result.stderr
+
+
+def test_best_instruction_set_is_the_default() -> None:
+    script = "from diffcore.ops import _native; print(_native._core.isa())"
+    assert run_script(script, DIFFCORE_ISA="").stdout == f"{ISAS[0]}\n"
+
+
+def test_unknown_instruction_set() -> None:
+    """A clear error at the first call, from any op; importing the package still works."""
+    result = run_script(CALL_EVERYTHING + "call()", DIFFCORE_ISA="sse9")
+    assert result.returncode == 1
+    message = r"RuntimeError: DIFFCORE_ISA: unknown instruction set 'sse9'; this build has: (.*)"
+    built = re.search(message, result.stderr)
+    assert built is not None, result.stderr
+    assert set(ISAS) <= set(built[1].split(", "))
+
+
+def test_instruction_set_that_this_cpu_lacks() -> None:
+    with pytest.raises(RuntimeError) as unknown:
+        _native._core.use_isa("none")
+    built = str(unknown.value).partition("this build has: ")[2].split(", ")
+    missing = [isa for isa in built if isa not in ISAS]
+    if not missing:
+        pytest.skip("this CPU has every instruction set of the build")
+    result = run_script(CALL_EVERYTHING + "call()", DIFFCORE_ISA=missing[0])
+    assert result.returncode == 1  # and not the end by SIGILL
+    assert f"DIFFCORE_ISA: this CPU doesn't support '{missing[0]}'" in result.stderr
+
+
+# -- threads ---------------------------------------------------------------------------------------
+
+
+def test_several_python_threads_at_once(isa: str) -> None:
+    """More networks than packs are kept, so that threads build and drop packs all the time."""
+    schedule, state = DiffusionSchedule.linear(5), torch.randn(33, 5)
+    x, noise = torch.randn(33, 3), torch.randn(5, 33, 3)
+    networks = [
+        (nn.Denoiser(5, 3, 20).requires_grad_(False), nn.TwinCritic(5, 3, 20)) for _ in range(12)
+    ]
+
+    def call(i: int) -> Tensor:
+        denoiser, critic = networks[i % len(networks)]
+        actions = ops.reverse_diffusion(denoiser, schedule, state, x_init=x, noise=noise)
+        return ops.action_gradient(critic, state, actions, max_norm=0.1)
+
+    expected = [call(i) for i in range(len(networks))]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(call, range(240)))
+    for i, result in enumerate(results):
+        assert torch.equal(result, expected[i % len(networks)])
+
+
+def test_other_python_threads_run_on() -> None:
+    """The GIL is released: a thread that sleeps for a millisecond at a time isn't kept waiting for a
+    call of hundreds."""
+    denoiser = nn.Denoiser(17, 6).requires_grad_(False)
+    arguments = (denoiser, DiffusionSchedule.cosine(100), torch.randn(512, 17))
+    ops.reverse_diffusion(*arguments)
+    ended = threading.Event()
+
+    def call() -> None:
+        ops.reverse_diffusion(*arguments)
+        ended.set()
+
+    caller = threading.Thread(target=call)
+    rounds = 0
+    caller.start()
+    while not ended.is_set():
+        time.sleep(0.001)
+        rounds += 1
+    caller.join()
+    assert rounds > 10
+
+
+@needs_fork
+def test_after_fork() -> None:
+    """A child has no OpenMP pool to wait for: it computes alone, and the same numbers."""
+    script = """
+import os
+expected = call()
+pid = os.fork()
+if pid == 0:
+    grandchild = os.fork()
+    same = torch.equal(call(), expected)
+    if grandchild:
+        same = same and os.waitpid(grandchild, 0)[1] == 0
+    os._exit(0 if same else 1)
+print(os.waitpid(pid, 0)[1], torch.equal(call(), expected))
+"""
+    result = run_script(CALL_EVERYTHING + script)
+    assert result.stdout == "0 True\n", result.stderr
+
+
+@needs_fork
+def test_fork_while_another_thread_computes() -> None:
+    """No lock may stay taken in the child for ever."""
+    script = """
+import os, threading
+expected, stop = call(), threading.Event()
+
+def keep_calling():
+    torch.set_num_threads(1)
+    while not stop.is_set():
+        critic.q1.layers[0].bias.data.add_(0.0)
+        call()
+
+worker = threading.Thread(target=keep_calling)
+worker.start()
+statuses = []
+for _ in range(20):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if torch.equal(call(), expected) else 1)
+    statuses.append(os.waitpid(pid, 0)[1])
+stop.set()
+worker.join()
+print(set(statuses))
+"""
+    result = run_script(CALL_EVERYTHING + script)
+    assert result.stdout == "{0}\n", result.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+def test_one_openmp_runtime() -> None:
+    """The extension shares torch's, and its threads, when torch is imported first, as we do."""
+    script = """
+call()
+torch.randn(512, 512) @ torch.randn(512, 512)
+words = open("/proc/self/maps").read().split()
+libraries = {word for word in words if ".so" in word}
+runtimes = {path for path in libraries if any(n in path for n in ("gomp", "iomp", "libomp"))}
+print(len(runtimes), runtimes)
+"""
+    result = run_script(CALL_EVERYTHING + script)
+    assert result.stdout.startswith("1 "), result.stdout + result.stderr

@@ -1,0 +1,298 @@
+"""Packed copies of weights: kept while nothing changes, never stale when anything does."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffcore import DiffusionSchedule, nn, ops
+from diffcore.ops import _native
+
+SCHEDULE = DiffusionSchedule.linear(5)
+
+
+class Op:
+    """An op on one network and fixed inputs, and how many packs a first call builds."""
+
+    made = itertools.count(1)
+
+    def __init__(self, network: torch.nn.Module, call: Callable[[str], Tensor], packs: int) -> None:
+        self.network, self.call, self.packs = network.requires_grad_(False), call, packs
+        # No two are alike, so that none finds the pack of one that lay there before.
+        unique = 1e-4 * next(self.made)
+        for parameter in network.parameters():
+            parameter.add_(unique)
+
+
+def chain() -> Op:
+    denoiser = nn.Denoiser(5, 64, hidden_dim=64, hidden_layers=2)
+    state, x, noise = torch.randn(9, 5), torch.randn(9, 64), torch.randn(5, 9, 64)
+    return Op(
+        denoiser,
+        lambda backend: ops.reverse_diffusion(
+            denoiser, SCHEDULE, state, x_init=x, noise=noise, clip=4.0, backend=backend
+        ),
+        packs=1,
+    )
+
+
+def ascent() -> Op:
+    critic = nn.TwinCritic(5, 64, hidden_dim=64, hidden_layers=2)
+    state, action = torch.randn(9, 5), torch.rand(9, 64)
+    return Op(
+        critic,
+        lambda backend: ops.action_gradient(
+            critic, state, action, optimizer="ascent", lr=5.0, steps=3, backend=backend
+        ),
+        packs=2,
+    )
+
+
+OPS = {"reverse_diffusion": chain, "action_gradient": ascent}
+
+
+@pytest.fixture(params=OPS)
+def op(request: pytest.FixtureRequest) -> Op:
+    return OPS[request.param]()
+
+
+def built(function: Callable[[], object]) -> int:
+    before = _native._core.packs_built()
+    function()
+    return _native._core.packs_built() - before
+
+
+def assert_fresh(op: Op) -> None:
+    """The kernels see the weights as they are now."""
+    torch.testing.assert_close(op.call("cpu"), op.call("reference"), rtol=0, atol=1e-5)
+
+
+# -- kept ------------------------------------------------------------------------------------------
+
+
+def test_packs_are_kept_while_nothing_changes(isa: str, op: Op) -> None:
+    assert built(lambda: op.call("cpu")) == op.packs
+    assert built(lambda: [op.call("cpu") for _ in range(3)]) == 0
+    with torch.no_grad():
+        for parameter in op.network.parameters():
+            parameter.mul_(1.0)  # a new version, the same content
+    assert built(lambda: op.call("cpu")) == 0
+
+
+def test_an_instruction_set_has_packs_of_its_own(op: Op) -> None:
+    core = _native._core
+    before = core.isa()
+    try:
+        for isa in core.available_isas():
+            core.use_isa(isa)
+            assert built(lambda: op.call("cpu")) == op.packs
+            assert_fresh(op)
+    finally:
+        core.use_isa(before)
+
+
+def test_as_many_networks_as_an_agent_has_stay_packed() -> None:
+    """Actor, critic and both targets, called in turn."""
+    networks = [chain(), ascent(), chain(), ascent()]
+    for op in networks:
+        op.call("cpu")
+    assert built(lambda: [op.call("cpu") for _ in range(3) for op in networks]) == 0
+
+
+# -- never stale -----------------------------------------------------------------------------------
+
+
+def negate(weight: Tensor) -> None:
+    weight.neg_()
+
+
+def negate_a_column(weight: Tensor) -> None:
+    weight[..., 3].neg_()
+
+
+def negate_two(weight: Tensor) -> None:
+    """Values 64 apart, which a sum over lanes of 64 words sees together."""
+    weight.view(-1)[[1, 65] if weight.numel() > 65 else [0, 1]] *= -1
+
+
+def double_a_column(weight: Tensor) -> None:
+    weight[..., 3].mul_(2)
+
+
+def exchange_two(weight: Tensor) -> None:
+    flat = weight.view(-1)
+    first, last = flat[0].clone(), flat[-1].clone()
+    flat[0], flat[-1] = last, first
+
+
+def exchange_rows(weight: Tensor) -> None:
+    weight.copy_(weight.flip(0))
+
+
+def roll(weight: Tensor) -> None:
+    weight.copy_(weight.roll(1, 0))
+
+
+def nudge_one(weight: Tensor) -> None:
+    """By the smallest step there is, in the last bit."""
+    weight.view(-1)[-1:].copy_(torch.nextafter(weight.view(-1)[-1:], torch.tensor(9.0)))
+
+
+CHANGES = (
+    negate,
+    negate_a_column,
+    negate_two,
+    double_a_column,
+    exchange_two,
+    exchange_rows,
+    roll,
+    nudge_one,
+)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_any_change_of_any_weight_is_seen(
+    isa: str, op: Op, change: Callable[[Tensor], None]
+) -> None:
+    for parameter in op.network.parameters():
+        parameter.copy_(torch.randn_like(parameter) / 8)  # biases too: zeros can't be told apart
+    op.call("cpu")
+    for name, parameter in op.network.named_parameters():
+        if parameter.numel() == 1 and change is not nudge_one:
+            continue  # nothing to exchange
+        if parameter.ndim == 1 and change in (negate_a_column, double_a_column):
+            continue
+        before = parameter.clone()
+        change(parameter)
+        if torch.equal(parameter, before):  # a single row rolled or exchanged
+            continue
+        assert built(lambda: op.call("cpu")) == 1, name
+        assert_fresh(op)
+
+
+def optimiser_step(op: Op) -> None:
+    op.network.requires_grad_(True)
+    optimizer = torch.optim.Adam(op.network.parameters(), lr=0.1, fused=True)
+    for parameter in op.network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    op.network.requires_grad_(False)
+
+
+def foreach_average(op: Op) -> None:
+    weights = [p.data for p in op.network.parameters()]
+    torch._foreach_lerp_(weights, [torch.randn_like(w) / 8 for w in weights], 0.5)
+
+
+def copy_into_data(op: Op) -> None:
+    for parameter in op.network.parameters():
+        parameter.data.copy_(torch.randn_like(parameter) / 8)
+
+
+def write_through_numpy(op: Op) -> None:
+    for parameter in op.network.parameters():
+        view = parameter.numpy()
+        view *= -0.5
+        view += 0.01
+
+
+def replace_data(op: Op) -> None:
+    for parameter in op.network.parameters():
+        parameter.data = torch.randn_like(parameter) / 8
+
+
+def load_state_dict(op: Op) -> None:
+    state = {name: torch.randn_like(v) / 8 for name, v in op.network.state_dict().items()}
+    op.network.load_state_dict(state)
+
+
+def exchange_layers(op: Op) -> None:
+    """The same tensors in another place."""
+    for mlp in op.network.children():
+        if isinstance(mlp, nn.MLP) and mlp.hidden_layers == 2:
+            mlp.layers[1].weight.data, mlp.layers[1].bias.data = (
+                mlp.layers[1].weight.data.T.contiguous(),
+                mlp.layers[1].bias.data.flip(0),
+            )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        optimiser_step,
+        foreach_average,
+        copy_into_data,
+        write_through_numpy,
+        replace_data,
+        load_state_dict,
+        exchange_layers,
+    ],
+)
+def test_weights_changed_in_any_way_are_seen(op: Op, change: Callable[[Op], None]) -> None:
+    copy_into_data(op)
+    before = op.call("cpu")
+    for _ in range(3):
+        change(op)
+        after = op.call("cpu")
+        assert not torch.allclose(after, before, rtol=0, atol=1e-3)
+        assert_fresh(op)
+        before = after
+
+
+def test_new_networks_at_old_addresses() -> None:
+    """Memory is given out again: an address says nothing about what lies there."""
+    for _ in range(40):
+        assert_fresh(chain())
+        assert_fresh(ascent())
+
+
+def test_the_schedule_is_part_of_a_pack() -> None:
+    denoiser = nn.Denoiser(5, 3, 16).requires_grad_(False)
+    state, x = torch.randn(9, 5), torch.randn(9, 3)
+    for steps in (4, 2, 3, 4):
+        options = {"noise_scale": 0.0, "solver": SCHEDULE.solver("ddim", steps=steps)}
+        native, reference = (
+            ops.reverse_diffusion(denoiser, SCHEDULE, state, x_init=x, backend=b, **options)
+            for b in ("cpu", "reference")
+        )
+        torch.testing.assert_close(native, reference, rtol=0, atol=1e-5)
+
+
+def test_a_pack_outlives_a_change_while_it_is_read() -> None:
+    """Another thread's call goes on with the weights it began with."""
+    denoiser = nn.Denoiser(17, 6).requires_grad_(False)
+    schedule, state, x = DiffusionSchedule.cosine(100), torch.randn(256, 17), torch.randn(256, 6)
+    old = [p.clone() for p in denoiser.parameters()]
+    new = [1.5 * p for p in old]
+
+    def set_weights(values: list[Tensor]) -> None:
+        for parameter, value in zip(denoiser.parameters(), values, strict=True):
+            parameter.copy_(value)
+
+    def call(rows: int) -> Tensor:
+        return ops.reverse_diffusion(
+            denoiser, schedule, state[:rows], x_init=x[:rows], noise_scale=0.0
+        )
+
+    expected_of_old = call(256)
+    set_weights(new)
+    expected_of_new = call(1)
+    set_weights(old)
+
+    results: list[Tensor] = []
+    reader = threading.Thread(target=lambda: results.append(call(256)))
+    before = _native._core.packs_built()
+    reader.start()
+    while _native._core.packs_built() == before:
+        time.sleep(0)
+    # The reader has its pack and is now in the chain, for tens of milliseconds.
+    set_weights(new)
+    assert torch.equal(call(1), expected_of_new)
+    reader.join()
+    assert torch.equal(results[0], expected_of_old)
