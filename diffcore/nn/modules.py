@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcore.ops._activations import ACTIVATIONS
-from diffcore.ops._checks import check_choice, check_positive_int
+from diffcore.ops._checks import check_choice, check_features, check_positive_int
 from diffcore.ops.mlp import mlp
 
 
@@ -48,9 +48,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, *, backend: str | None = None) -> Tensor:
         """``[..., in_dim]`` -> ``[..., out_dim]``, on a backend of :func:`diffcore.ops.mlp`."""
+        check_features("x", x, self.in_dim)
         parameters = self.weights_and_biases()
         activations = [self.activation] * self.hidden_layers + ["identity"]
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, self.in_dim)
         y = mlp(rows, parameters[::2], parameters[1::2], activations, backend=backend)
         return y.reshape(*x.shape[:-1], self.out_dim)
 
@@ -128,6 +129,8 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor, t: Tensor, *, backend: str | None = None) -> Tensor:
         """x ``[B, A]``, state ``[B, S]``, t integer ``[B]`` -> eps ``[B, A]``."""
+        check_features("x", x, self.action_dim)
+        check_features("state", state, self.state_dim)
         embedding = time_embedding(t, self.time_dim).to(x.dtype)
         time_features = self.time_mlp(embedding, backend=backend)
         return self.trunk(torch.cat([x, time_features, state], dim=-1), backend=backend)
@@ -164,5 +167,7 @@ class TwinCritic(nn.Module):
         self, state: Tensor, action: Tensor, *, backend: str | None = None
     ) -> tuple[Tensor, Tensor]:
         """state ``[B, S]``, action ``[B, A]`` -> (q1, q2), each ``[B, 1]``."""
+        check_features("state", state, self.state_dim)
+        check_features("action", action, self.action_dim)
         x = torch.cat([state, action], dim=-1)
         return self.q1(x, backend=backend), self.q2(x, backend=backend)

@@ -61,6 +61,14 @@ def check_tensor(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(value.shape)}")
 
 
+def check_features(name: str, value: Any, width: int) -> None:
+    """A tensor of any leading dimensions whose last one is this wide."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.shape[-1:] != (width,):
+        raise ValueError(f"{name}: expected shape [..., {width}], got {list(value.shape)}")
+
+
 def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """The same dtype and device as another argument."""
     if value.dtype != other.dtype:

@@ -1,0 +1,250 @@
+"""The networks: layout of parameters, values, initial weights, errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import golden_critic, load_golden, plain_critic, plain_denoiser, plain_mlp
+from torch import Tensor
+
+from diffcore import nn
+
+ACTIVATIONS = ("identity", "relu", "elu", "silu", "gelu", "mish", "tanh", "sin", "cos")
+
+
+def shapes(module: torch.nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(p.shape) for p in module.parameters()]
+
+
+# -- layout ----------------------------------------------------------------------------------------
+
+
+def test_parameters_come_from_input_to_output() -> None:
+    assert shapes(nn.MLP(3, 8, 2, hidden_layers=2)) == [(8, 3), (8,), (8, 8), (8,), (2, 8), (2,)]
+    denoiser = nn.Denoiser(5, 3, 8, hidden_layers=2, time_dim=4)
+    time = [(8, 4), (8,), (4, 8), (4,)]
+    trunk = [(8, 3 + 4 + 5), (8,), (8, 8), (8,), (3, 8), (3,)]
+    assert shapes(denoiser) == time + trunk
+    q = [(8, 5 + 3), (8,), (8, 8), (8,), (1, 8), (1,)]
+    assert shapes(nn.TwinCritic(5, 3, 8, hidden_layers=2)) == q + q
+
+
+def test_defaults_are_the_papers() -> None:
+    assert shapes(nn.Denoiser(17, 6))[4:] == [
+        (256, 6 + 32 + 17),
+        (256,),
+        (256, 256),
+        (256,),
+        (256, 256),
+        (256,),
+        (6, 256),
+        (6,),
+    ]
+    assert len(shapes(nn.TwinCritic(17, 6))) == 2 * 2 * 4
+    assert nn.Denoiser(17, 6).activation == nn.TwinCritic(17, 6).activation == "mish"
+
+
+@pytest.mark.parametrize("in_dim", [4, 100])
+def test_initial_weights(in_dim: int) -> None:
+    """Normal of standard deviation 1 / (2 sqrt(fan_in)), truncated at two of them; biases 0."""
+    layer = nn.MLP(in_dim, 20_000 // in_dim, 1, 1).layers[0]
+    std = 1 / (2 * math.sqrt(in_dim))
+    assert layer.weight.abs().max() <= 2 * std
+    # The truncated normal's own standard deviation is 0.880 of the normal's.
+    assert layer.weight.std().item() == pytest.approx(0.880 * std, rel=0.03)
+    assert abs(layer.weight.mean().item()) < 4 * std / math.sqrt(20_000)
+    assert torch.equal(layer.bias, torch.zeros_like(layer.bias))
+
+
+def test_state_dict_round_trip() -> None:
+    for build in (lambda: nn.Denoiser(5, 3, 8), lambda: nn.TwinCritic(5, 3, 8)):
+        first, second = build(), build()
+        second.load_state_dict(first.state_dict())
+        for a, b in zip(first.parameters(), second.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [2, 4, 32])
+def test_time_embedding(dim: int) -> None:
+    t = torch.tensor([0, 1, 7, 999])
+    embedding = nn.time_embedding(t, dim)
+    assert embedding.dtype == torch.float64
+    assert embedding.shape == (4, dim)
+    half = dim // 2
+    for row, step in enumerate(t.tolist()):
+        for i in range(half):
+            angle = step * 10000 ** (-i / max(half - 1, 1))
+            assert embedding[row, i].item() == pytest.approx(math.sin(angle), abs=1e-12)
+            assert embedding[row, half + i].item() == pytest.approx(math.cos(angle), abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_against_plain_pytorch(dtype: torch.dtype) -> None:
+    x, state = torch.randn(9, 3, dtype=dtype), torch.randn(9, 5, dtype=dtype)
+    t = torch.arange(9)
+    denoiser, critic = nn.Denoiser(5, 3, 8).to(dtype), nn.TwinCritic(5, 3, 8).to(dtype)
+    torch.testing.assert_close(
+        denoiser(x, state, t), plain_denoiser(denoiser, dtype)(x, state, t), rtol=1e-5, atol=1e-6
+    )
+    for q, expected in zip(critic(state, x), plain_critic(critic, dtype)(state, x), strict=True):
+        assert q.shape == (9, 1)
+        torch.testing.assert_close(q, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["halfcheetah", "pendulum"])
+def test_golden_critic(name: str) -> None:
+    golden = load_golden(f"dipo_action_gradient_{name}")
+    q1, q2 = golden_critic(golden)(golden["state"], golden["action"])
+    torch.testing.assert_close(q1, golden["q1"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(q2, golden["q2"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_on_every_backend(backend: str, activation: str) -> None:
+    mlp = nn.MLP(3, 8, 2, activation=activation)
+    x = torch.randn(9, 3)
+    if backend == "cpu" and activation in ("gelu", "sin", "cos"):
+        with pytest.raises(ValueError, match="has no CPU kernel"):
+            mlp(x, backend=backend)
+        return
+    function = getattr(torch.nn.functional, activation, None) or getattr(
+        torch, activation, lambda z: z
+    )
+    expected = x
+    for i, layer in enumerate(mlp.layers):
+        expected = layer(expected) if i == 3 else function(layer(expected))
+    torch.testing.assert_close(mlp(x, backend=backend), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3,), (0, 3), (9, 3), (4, 9, 3), (2, 0, 3)])
+def test_leading_dimensions(shape: tuple[int, ...]) -> None:
+    mlp, x = nn.MLP(3, 8, 2), torch.randn(shape)
+    parameters = list(mlp.parameters())
+    y = mlp(x)
+    assert y.shape == (*shape[:-1], 2)
+    torch.testing.assert_close(y, plain_mlp(x, parameters, "mish"), rtol=1e-5, atol=1e-6)
+
+
+# -- in training -----------------------------------------------------------------------------------
+
+
+def test_gradients_reach_every_parameter() -> None:
+    denoiser, critic = nn.Denoiser(5, 3, 8), nn.TwinCritic(5, 3, 8)
+    state, t = torch.randn(9, 5), torch.arange(9)
+    action = denoiser(torch.randn(9, 3), state, t)
+    torch.cat(critic(state, action)).square().sum().backward()
+    for parameter in (*denoiser.parameters(), *critic.parameters()):
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() > 0
+
+
+def test_ensemble_with_vmap() -> None:
+    critics = [nn.TwinCritic(5, 3, 8) for _ in range(3)]
+    state, action = torch.randn(9, 5), torch.randn(9, 3)
+    stacked, _ = torch.func.stack_module_state(critics)
+
+    def value(parameters: dict[str, Tensor]) -> Any:
+        return torch.func.functional_call(critics[0], parameters, (state, action))
+
+    q1, q2 = torch.vmap(value)(stacked)
+    for i, critic in enumerate(critics):
+        torch.testing.assert_close(q1[i], critic(state, action)[0])
+        torch.testing.assert_close(q2[i], critic(state, action)[1])
+
+
+def test_compile() -> None:
+    denoiser = nn.Denoiser(5, 3, 8)
+    inputs = torch.randn(9, 3), torch.randn(9, 5), torch.arange(9)
+    compiled = torch.compile(denoiser, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), denoiser(*inputs))
+
+
+def test_autocast() -> None:
+    """Layers before hand on bfloat16; the kernels go on in float32."""
+    critic, state, action = nn.TwinCritic(5, 3, 8), torch.randn(9, 5), torch.randn(9, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        q1, _ = critic(state.bfloat16(), action.bfloat16())
+    assert q1.dtype == torch.float32
+    torch.testing.assert_close(q1, critic(state.bfloat16().float(), action.bfloat16().float())[0])
+
+
+def test_inference_mode_leaves_nothing_behind() -> None:
+    denoiser, t = nn.Denoiser(5, 3, 8, time_dim=6), torch.arange(9)
+    with torch.inference_mode():
+        denoiser(torch.randn(9, 3), torch.randn(9, 5), t)
+    denoiser(torch.randn(9, 3), torch.randn(9, 5), t).sum().backward()
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "arguments", "error", "message"),
+    [
+        (nn.MLP, {"in_dim": 0}, ValueError, "^in_dim: expected at least 1, got 0"),
+        (nn.MLP, {"hidden_dim": -8}, ValueError, "^hidden_dim: expected at least 1, got -8"),
+        (nn.MLP, {"out_dim": 2.0}, TypeError, "^out_dim: expected an integer, got float"),
+        (nn.MLP, {"hidden_layers": 0}, ValueError, "^hidden_layers: expected at least 1, got 0"),
+        (nn.MLP, {"activation": "swish"}, ValueError, "^activation: expected one of .*'swish'"),
+        (nn.Denoiser, {"state_dim": 0}, ValueError, "^state_dim: "),
+        (nn.Denoiser, {"action_dim": 0}, ValueError, "^action_dim: "),
+        (nn.Denoiser, {"hidden_dim": 0}, ValueError, "^hidden_dim: "),
+        (nn.Denoiser, {"hidden_layers": True}, TypeError, "^hidden_layers: .* got bool"),
+        (nn.Denoiser, {"time_dim": 7}, ValueError, "^time_dim: expected an even number, got 7"),
+        (nn.Denoiser, {"time_dim": 0}, ValueError, "^time_dim: "),
+        (nn.Denoiser, {"activation": None}, ValueError, "^activation: "),
+        (nn.TwinCritic, {"state_dim": -1}, ValueError, "^state_dim: "),
+        (nn.TwinCritic, {"action_dim": "6"}, TypeError, "^action_dim: .* got str"),
+        (nn.TwinCritic, {"activation": "Mish"}, ValueError, "^activation: .*'Mish'"),
+    ],
+)
+def test_bad_sizes(
+    build: Any, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    needed = {
+        nn.MLP: {"in_dim": 3, "hidden_dim": 8, "out_dim": 2},
+        nn.Denoiser: {"state_dim": 5, "action_dim": 3},
+        nn.TwinCritic: {"state_dim": 5, "action_dim": 3},
+    }
+    with pytest.raises(error, match=message):
+        build(**{**needed[build], **arguments})
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: nn.MLP(3, 8, 2)(torch.ones(9, 4)), ValueError, r"^x: .* \[..., 3\], got \[9, 4\]"),
+        (
+            lambda: nn.MLP(3, 8, 2)(torch.ones(())),
+            ValueError,
+            r"^x: expected shape \[..., 3\], got",
+        ),
+        (lambda: nn.MLP(3, 8, 2)([1.0] * 3), TypeError, "^x: expected a tensor, got list"),
+        (lambda: nn.MLP(3, 8, 2)(torch.ones(9, 3).double()), TypeError, "torch.float64"),
+        (lambda: nn.MLP(3, 8, 2)(torch.ones(9, 3).long()), TypeError, "^x: .* got torch.int64"),
+        (lambda: nn.MLP(3, 8, 2)(torch.ones(9, 3), backend="gpu"), ValueError, "^backend: "),
+        (lambda: denoise(torch.ones(9, 2), torch.ones(9, 5)), ValueError, "^x: .*3], got"),
+        (lambda: denoise(torch.ones(9, 3), torch.ones(9, 6)), ValueError, "^state: .*5], got"),
+        (lambda: value(torch.ones(9, 6), torch.ones(9, 3)), ValueError, "^state: .*5], got"),
+        (lambda: value(torch.ones(9, 5), torch.ones(9, 2)), ValueError, "^action: .*3], got"),
+        (lambda: value(torch.ones(9, 5), None), TypeError, "^action: expected a tensor"),
+    ],
+)
+def test_bad_inputs(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def denoise(x: Any, state: Any) -> Tensor:
+    return nn.Denoiser(5, 3, 8)(x, state, torch.arange(9))
+
+
+def value(state: Any, action: Any) -> Any:
+    return nn.TwinCritic(5, 3, 8)(state, action)

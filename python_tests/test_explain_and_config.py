@@ -1,0 +1,119 @@
+"""What the package says about itself: explain() and show_config()."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import ISAS, run_script
+
+import diffcore
+from diffcore import DiffusionSchedule, nn, ops
+
+SCHEDULE = DiffusionSchedule.linear(4)
+
+
+def arguments() -> dict[str, tuple[Any, ...]]:
+    """A call of every op, which the CPU kernels can take where there are any."""
+    state, action = torch.randn(2, 5), torch.rand(2, 3)
+    mlp = nn.MLP(5, 8, 3, 1)
+    weights, biases = [layer.weight for layer in mlp.layers], [layer.bias for layer in mlp.layers]
+    return {
+        "action_gradient": (nn.TwinCritic(5, 3, 8), state, action),
+        "mlp": (state, weights, biases, ["mish", "identity"]),
+        "q_sample": (action, torch.tensor([0, 3]), action, SCHEDULE),
+        "reverse_diffusion": (nn.Denoiser(5, 3, 8), SCHEDULE, state),
+        "reverse_step": (action, action, SCHEDULE.solver().coefficients[0]),
+    }
+
+
+def test_every_op_is_explained() -> None:
+    assert set(arguments()) == set(ops.__all__)
+
+
+@pytest.mark.parametrize("op", ops.__all__)
+def test_explain_names_the_fastest_backend(op: str) -> None:
+    answer = diffcore.explain(op, *arguments()[op])
+    assert answer.op == op
+    assert answer.backend == ("reference" if op == "q_sample" else "cpu")
+    assert answer.passed_over == {}
+    assert str(answer) == f"{op}: runs on '{answer.backend}'"
+
+
+@pytest.mark.parametrize("op", ["action_gradient", "reverse_diffusion"])
+def test_explain_says_why_not(op: str) -> None:
+    network, *rest = arguments()[op]
+    network.activation = "gelu"
+    answer = diffcore.explain(op, network, *rest)
+    assert answer.backend == "reference"
+    assert str(answer).splitlines() == [
+        f"{op}: runs on 'reference'",
+        "  not on 'cpu': activation 'gelu' has no CPU kernel",
+    ]
+
+
+@pytest.mark.parametrize("op", ops.__all__)
+def test_explain_takes_what_the_op_takes(op: str) -> None:
+    answer = diffcore.explain(op, *arguments()[op], backend="reference")
+    assert answer.backend == "reference"
+    with pytest.raises(ValueError, match="^backend: expected one of"):
+        diffcore.explain(op, *arguments()[op], backend="gpu")
+
+
+def test_explain_draws_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    diffcore.explain("reverse_diffusion", *arguments()["reverse_diffusion"], generator=generator)
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_bad_input_of_explain() -> None:
+    with pytest.raises(ValueError, match="^op: expected one of .*, got 'softmax'"):
+        diffcore.explain("softmax")
+    denoiser, schedule, state = arguments()["reverse_diffusion"]
+    with pytest.raises(ValueError, match="^state: "):
+        diffcore.explain("reverse_diffusion", denoiser, schedule, state[:, :4])
+
+
+def test_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything runs on the reference, and explain says what is missing."""
+    from diffcore.ops import _native
+
+    monkeypatch.setattr(_native, "_core", None)
+    monkeypatch.setattr(_native, "unavailable", "the compiled module can't be imported (why)")
+    for op, values in arguments().items():
+        answer = diffcore.explain(op, *values)
+        assert answer.backend == "reference"
+        assert "why" in answer.passed_over.get("cpu", "why")
+        getattr(ops, op)(*values)
+    assert "can't be imported (why)" in diffcore.show_config()
+
+
+# -- show_config -----------------------------------------------------------------------------------
+
+
+def test_show_config() -> None:
+    shown = diffcore.show_config()
+    lines = dict(line.split(maxsplit=1) for line in shown.splitlines())
+    assert lines["diffcore"] == diffcore.__version__
+    assert lines["torch"] == torch.__version__
+    assert lines["threads"].startswith(f"{torch.get_num_threads()} ")
+    for isa in ISAS:
+        assert isa in shown
+
+
+def test_show_config_names_the_instruction_set_in_use(isa: str) -> None:
+    assert f"{isa} of {', '.join(ISAS)}" in diffcore.show_config()
+
+
+def test_show_config_with_a_bad_instruction_set() -> None:
+    result = run_script("import diffcore; diffcore.show_config()", DIFFCORE_ISA="sse9")
+    assert result.returncode == 1
+    assert "DIFFCORE_ISA: unknown instruction set 'sse9'" in result.stderr
+
+
+@pytest.mark.parametrize("module", [diffcore, ops, nn])
+def test_public_names_exist(module: Any) -> None:
+    for name in module.__all__:
+        assert getattr(module, name) is not None
