@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -151,11 +152,19 @@ def assert_error_at_most_twice_eager(
 
 
 def run_script(source: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python source in a process of its own, which ends within two minutes."""
-    return subprocess.run(
-        [sys.executable, "-c", source],
+    """Runs Python source in a process of its own, which ends within a minute, children included."""
+    command = [sys.executable, "-c", source]
+    process = subprocess.Popen(
+        command,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
+        start_new_session=True,
     )
+    try:
+        stdout, stderr = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)

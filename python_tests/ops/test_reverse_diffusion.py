@@ -384,8 +384,8 @@ def test_bfloat16_rounds_like_torch(isa: str) -> None:
     values = torch.cat([ties, -ties, torch.randn(1000), torch.logspace(-30, 30, 1000)])
     eps = predicted_noise(denoiser, values[:, None], compute_dtype=torch.bfloat16)[:, 0]
     assert torch.equal(eps, values.bfloat16().float())
-    # Weights are rounded the same way.
-    for value in values[::50].tolist():
+    # Weights are rounded the same way: ties down and up, and others.
+    for value in [*ties[1::8].tolist(), *ties[3::8].tolist(), *values[512::100].tolist()]:
         denoiser.trunk.layers[1].weight[0, 0] = value
         eps = predicted_noise(denoiser, torch.ones(1, 1), compute_dtype=torch.bfloat16)
         assert eps.item() == torch.tensor(value).bfloat16().item()
@@ -449,9 +449,12 @@ def test_a_row_doesn_t_depend_on_its_batch(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["state", "x_init", "noise"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_nan_stays_in_its_row(backend: str, activation: str, name: str) -> None:
+def test_nan_stays_in_its_row(
+    backend: str, activation: str, name: str, compute_dtype: torch.dtype
+) -> None:
     denoiser = nn.Denoiser(5, 3, 33, 2, activation=activation)
     tensors = {
         "state": torch.randn(70, 5),
@@ -461,7 +464,11 @@ def test_nan_stays_in_its_row(backend: str, activation: str, name: str) -> None:
     for row in (0, 66):
         tensors[name][..., row, 1] = math.nan
     actions = ops.reverse_diffusion(
-        denoiser, DiffusionSchedule.linear(4), **tensors, backend=backend
+        denoiser,
+        DiffusionSchedule.linear(4),
+        **tensors,
+        backend=backend,
+        compute_dtype=compute_dtype,
     )
     rows_with_nan = torch.nonzero(actions.isnan().any(dim=1)).flatten().tolist()
     assert rows_with_nan == [0, 66]

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffcore.ops import _native
 
 
-@torch.library.custom_op("diffcore::action_gradient", mutates_args=(), device_types="cpu")
+@_native.cpu_op("action_gradient")
 def ascend(
     state: Tensor,
     action: Tensor,
@@ -58,12 +58,12 @@ def ascend(
     return improved
 
 
-@ascend.register_fake
+@_native.fake("action_gradient")
 def _(state: Tensor, action: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(action, memory_format=torch.contiguous_format)
 
 
-@ascend.register_vmap
+@_native.vmap("action_gradient")
 def _(info: Any, in_dims: Any, *args: Any) -> Any:
     """One by one: the gradient's norm may be limited over each batch, not over all of them."""
     return torch.stack(_native.one_by_one(ascend, info.batch_size, in_dims, args)), 0

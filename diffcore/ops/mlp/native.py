@@ -16,7 +16,7 @@ def _layers_and_activations(parameters: list[Tensor], activations: str) -> tuple
     return _native.addresses(parameters), [getattr(core.Activation, name) for name in names]
 
 
-@torch.library.custom_op("diffcore::mlp", mutates_args=(), device_types="cpu")
+@_native.cpu_op("mlp")
 def forward(
     x: Tensor, parameters: list[Tensor], activations: str, keep: bool
 ) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ def forward(
     return y, saved
 
 
-@forward.register_fake
+@_native.fake("mlp")
 def _(x: Tensor, parameters: list[Tensor], activations: str, keep: bool) -> tuple[Tensor, Tensor]:
     shapes = [(0, 0, w.shape[1], w.shape[0]) for w in parameters[::2]]
     kinds = [getattr(_native._core.Activation, name) for name in activations.split(",")]
@@ -51,7 +51,7 @@ def _(x: Tensor, parameters: list[Tensor], activations: str, keep: bool) -> tupl
     return x.new_empty(len(x), len(parameters[-1])), x.new_empty(len(x) if keep else 0, width)
 
 
-@torch.library.custom_op("diffcore::mlp_backward", mutates_args=(), device_types="cpu")
+@_native.cpu_op("mlp_backward")
 def backward(
     grad_y: Tensor,
     saved: Tensor,
@@ -84,7 +84,7 @@ def backward(
     return [grad_x, *grads]
 
 
-@backward.register_fake
+@_native.fake("mlp_backward")
 def _(
     grad_y: Tensor,
     saved: Tensor,
@@ -97,7 +97,7 @@ def _(
     return [grad_x, *([torch.empty_like(p) for p in parameters] if wants_parameters else [])]
 
 
-@forward.register_vmap
+@_native.vmap("mlp")
 def _(info: Any, in_dims: Any, *args: Any) -> Any:
     """A batched x is more rows; batched parameters run one by one."""
     x_dim, parameter_dims, *_ = in_dims
@@ -114,7 +114,7 @@ def _(info: Any, in_dims: Any, *args: Any) -> Any:
     )
 
 
-@backward.register_vmap
+@_native.vmap("mlp_backward")
 def _(info: Any, in_dims: Any, *args: Any) -> Any:
     """One by one: every element has parameter gradients of its own."""
     results = _native.one_by_one(backward, info.batch_size, in_dims, args)

@@ -11,7 +11,7 @@ from diffcore.ops import _native
 from diffcore.ops._activations import ACTIVATIONS
 
 
-@torch.library.custom_op("diffcore::reverse_diffusion", mutates_args=(), device_types="cpu")
+@_native.cpu_op("reverse_diffusion")
 def chain(
     state: Tensor,
     x_init: Tensor | None,
@@ -60,7 +60,7 @@ def chain(
     return actions, trajectory
 
 
-@chain.register_fake
+@_native.fake("reverse_diffusion")
 def _(
     state: Tensor,
     x_init: Tensor | None,
@@ -83,9 +83,7 @@ def _(
     )
 
 
-@torch.library.custom_op(
-    "diffcore::reverse_diffusion_backward", mutates_args=(), device_types="cpu"
-)
+@_native.cpu_op("reverse_diffusion_backward")
 def chain_backward(
     grad_actions: Tensor,
     trajectory: Tensor,
@@ -178,7 +176,7 @@ def _mlp_backward(
     return grad
 
 
-@chain_backward.register_fake
+@_native.fake("reverse_diffusion_backward")
 def _(
     grad_actions: Tensor,
     trajectory: Tensor,
@@ -200,7 +198,7 @@ def _(
     ]
 
 
-@chain_backward.register_vmap
+@_native.vmap("reverse_diffusion_backward")
 def _(info: Any, in_dims: Any, *args: Any) -> Any:
     """One by one: every element has parameter gradients of its own."""
     results = _native.one_by_one(chain_backward, info.batch_size, in_dims, args)
@@ -297,7 +295,7 @@ class ChainBackward(torch.autograd.Function):
         )
 
 
-@chain.register_vmap
+@_native.vmap("reverse_diffusion")
 def _(info: Any, in_dims: Any, *args: Any) -> Any:
     """Batched state, x_init and noise are folded into the rows; batched parameters, and noise drawn
     inside (by row, so that folding would give every element its own), run one by one."""

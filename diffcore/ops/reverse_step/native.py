@@ -10,7 +10,7 @@ from torch import Tensor
 from diffcore.ops import _native
 
 
-@torch.library.custom_op("diffcore::reverse_step", mutates_args=(), device_types="cpu")
+@_native.cpu_op("reverse_step")
 def step(
     x: Tensor,
     eps: Tensor,
@@ -40,13 +40,13 @@ def step(
     return next_x, x0
 
 
-@step.register_fake
+@_native.fake("reverse_step")
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     like = torch.empty_like(x, memory_format=torch.contiguous_format)
     return like, torch.empty_like(like)
 
 
-@step.register_vmap
+@_native.vmap("reverse_step")
 def _(info: Any, in_dims: Any, *args: Any) -> Any:
     """The step is elementwise: a batch of steps is one step of more rows."""
     x, eps, coefficients, noise, x0_previous, *scalars = args
