@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the kernels with AddressSanitizer and UndefinedBehaviorSanitizer and runs the op tests on
-# them. Arguments go to pytest. Needs GCC, whose runtime libraries are loaded into Python.
+# them, or what is given as arguments to pytest. Needs GCC, whose runtime libraries are loaded into Python.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh test dev
@@ -20,4 +20,4 @@ cp build/sanitize/_core*.so "$package/diffcore"
 # Python itself leaks at exit by design; torch.compile and child processes don't mix with a preload.
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$package
-exec .venv/bin/python -m pytest python_tests/ops -k "not compile and not process" "$@"
+exec .venv/bin/python -m pytest -k "not compile and not process" "${@:-python_tests/ops}"
