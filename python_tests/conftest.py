@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+
+# Before torch brings OpenMP in: its idle threads spin, and where another process wants the cores
+# thousands of small calls then wait for their turns, ten times as long as they compute.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

@@ -157,6 +157,7 @@ def run_script(source: str, **environment: str) -> subprocess.CompletedProcess[s
     process = subprocess.Popen(
         command,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        cwd=Path(__file__).parent,  # not the source tree, which would hide the installed package
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

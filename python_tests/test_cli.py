@@ -170,7 +170,7 @@ def test_ctrl_c_saves_and_the_message_says_how_to_go_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "diffcore.cli", "train"]
     endless = ["dipo", *TINY, "--total-steps", "1000000", "--run-dir", str(path)]
     process = subprocess.Popen(
-        [*command, *endless], stdout=subprocess.PIPE, text=True, env=environment
+        [*command, *endless], stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
     )
     try:
         deadline = time.monotonic() + 60
@@ -190,7 +190,10 @@ def test_ctrl_c_saves_and_the_message_says_how_to_go_on(tmp_path: Path) -> None:
     # In another process the run goes on as if it had never stopped.
     total = str(int(interrupted[1].replace(",", "")) + 40)
     resumed = subprocess.run(
-        [*command, "--resume", str(path), "--total-steps", total], env=environment, check=False
+        [*command, "--resume", str(path), "--total-steps", total],
+        env=environment,
+        cwd=tmp_path,
+        check=False,
     )
     assert resumed.returncode == 0
     whole = tmp_path / "whole"

@@ -711,7 +711,7 @@ def test_weights_are_copies_of_all_that_acting_needs() -> None:
         ("HalfCheetah-v5", 2.0, 0.08, 40, 2),
         ("HalfCheetah-v3", 2.0, 0.08, 40, 2),
         ("Humanoid-v5", 2.0, 0.1, 20, 1),
-        ("Pendulum-v1", 2.0, 0.1, 20, 1),
+        ("Swimmer-v5", 2.0, 0.1, 20, 1),
         ("HumanoidStandup-v5", 2.0, 0.1, 20, 1),
         ("Hopper", 1.0, 0.3, 20, 1),
     ],
@@ -724,6 +724,12 @@ def test_table_3(env_id: str, ac_norm: float, ratio: float, steps: int, every: i
         action_gradient_steps=steps,
         update_actor_target_every=every,
     )
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "diffcore/MultiGoal-v0"])
+def test_small_tasks_start_sooner(env_id: str) -> None:
+    assert DIPOConfig.for_env(env_id) == DIPOConfig(start_steps=1_000)
+    assert DIPOConfig.for_env(f"some.module:{env_id}") == DIPOConfig(start_steps=1_000)
 
 
 @pytest.mark.parametrize(
