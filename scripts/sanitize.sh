@@ -19,5 +19,5 @@ cp build/sanitize/_core*.so "$package/diffcore"
 
 # Python itself leaks at exit by design; torch.compile and child processes don't mix with a preload.
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
-export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$package
-exec .venv/bin/python -m pytest -k "not compile and not process" "${@:-python_tests/ops}"
+export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$PWD/$package
+exec .venv/bin/pytest -k "not compile and not process" "${@:-python_tests/ops}"
