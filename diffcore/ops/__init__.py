@@ -5,5 +5,13 @@ from diffcore.ops.mlp import mlp
 from diffcore.ops.q_sample import q_sample
 from diffcore.ops.reverse_diffusion import reverse_diffusion
 from diffcore.ops.reverse_step import reverse_step
+from diffcore.ops.rff_features import rff_features
 
-__all__ = ["action_gradient", "mlp", "q_sample", "reverse_diffusion", "reverse_step"]
+__all__ = [
+    "action_gradient",
+    "mlp",
+    "q_sample",
+    "reverse_diffusion",
+    "reverse_step",
+    "rff_features",
+]
