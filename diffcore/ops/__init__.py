@@ -5,6 +5,7 @@ from diffcore.ops.mlp import mlp
 from diffcore.ops.q_sample import q_sample
 from diffcore.ops.reverse_diffusion import reverse_diffusion
 from diffcore.ops.reverse_step import reverse_step
+from diffcore.ops.rff_features import rff_features
 from diffcore.ops.score_matching_loss import score_matching_loss
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "q_sample",
     "reverse_diffusion",
     "reverse_step",
+    "rff_features",
     "score_matching_loss",
 ]
