@@ -29,7 +29,8 @@ def gradient_step(
     """Minimise ``loss`` by one step of ``optimizer``, its gradient's norm cut to ``max_norm``.
 
     Gradients are left in the optimiser's parameters and nowhere else. Their norm is taken over all
-    of them together; ``max_norm <= 0`` leaves it uncut. Returns the norm before the cut, as a 0-d tensor.
+    of them together; ``max_norm <= 0`` leaves it uncut. Returns the norm before the cut, as a 0-d
+    tensor.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
