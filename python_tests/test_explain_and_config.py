@@ -26,9 +26,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "q_sample": (action, torch.tensor([0, 3]), action, SCHEDULE),
         "reverse_diffusion": (nn.Denoiser(5, 3, 8), SCHEDULE, state),
         "reverse_step": (action, action, SCHEDULE.solver().coefficients[0]),
-<<<<<<< HEAD
         "rff_features": (state, torch.randn(8, 5)),
-=======
         "score_matching_loss": (
             torch.randn(2, 4),
             state,
@@ -37,7 +35,6 @@ def arguments() -> dict[str, tuple[Any, ...]]:
             action,
             torch.rand(2),
         ),
->>>>>>> score
     }
 
 
