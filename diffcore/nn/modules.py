@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffcore.ops._activations import ACTIVATIONS
 from diffcore.ops._checks import check_choice, check_features, check_positive_int
-from diffcore.ops.mlp import mlp
+from diffcore.ops import mlp, mlp_ensemble
 
 
 class MLP(nn.Module):
@@ -50,10 +50,12 @@ class MLP(nn.Module):
         """``[..., in_dim]`` -> ``[..., out_dim]``, on a backend of :func:`diffcore.ops.mlp`."""
         check_features("x", x, self.in_dim)
         parameters = self.weights_and_biases()
-        activations = [self.activation] * self.hidden_layers + ["identity"]
-        rows = x.reshape(-1, self.in_dim)
-        y = mlp(rows, parameters[::2], parameters[1::2], activations, backend=backend)
-        return y.reshape(*x.shape[:-1], self.out_dim)
+        return mlp(x, parameters[::2], parameters[1::2], self.activations, backend=backend)
+
+    @property
+    def activations(self) -> list[str]:
+        """One a layer, as the ops take them."""
+        return [self.activation] * self.hidden_layers + ["identity"]
 
     def weights_and_biases(self) -> list[Tensor]:
         """``list(parameters())``, without the walk through all modules, for the ops' hot paths."""
@@ -177,4 +179,6 @@ class TwinCritic(nn.Module):
         check_features("state", state, self.state_dim)
         check_features("action", action, self.action_dim)
         x = torch.cat([state, action], dim=-1)
-        return self.q1(x, backend=backend), self.q2(x, backend=backend)
+        networks = [self.q1.weights_and_biases(), self.q2.weights_and_biases()]
+        q1, q2 = mlp_ensemble(x, networks, self.q1.activations, backend=backend).unbind(0)
+        return q1, q2
