@@ -105,6 +105,7 @@ class HistoryObservation(gym.Wrapper[Array, Array, Array, Array], RecordConstruc
             np.concatenate([observations.high] * self.length + [high] * between),
             dtype=self._dtype.type,
         )
+        self._size = sum(part.size for part in parts)
         self._no_action = np.zeros(low.shape, dtype=_dtype(actions))
         self._observations: deque[Array] = deque(maxlen=self.length)
         self._actions: deque[Array] = deque(maxlen=between)
@@ -131,6 +132,30 @@ class HistoryObservation(gym.Wrapper[Array, Array, Array, Array], RecordConstruc
         self._observations.append(np.array(observation))
         self._actions.append(np.array(action).ravel())
         return self._history(), reward, terminated, truncated, info
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, for a training run that is to be resumed in mid-episode."""
+        return {"observations": list(self._observations), "actions": list(self._actions)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a :meth:`state_dict`.
+
+        Raises:
+            ValueError: if it is that of another ``length`` or of differently shaped parts.
+        """
+        observations, actions = state["observations"], state["actions"]
+        counts = (len(observations), len(actions))
+        size = sum(part.size for part in (*observations, *actions))
+        fits = counts == (self.length, self.length - 1) and size == self._size
+        if not fits and size > 0:  # before the first reset there is nothing
+            raise ValueError(
+                f"state: expected {self.length} observations and {self.length - 1} actions, "
+                f"together {self._size} numbers, got {counts[0]}, {counts[1]} and {size}"
+            )
+        self._observations.clear()
+        self._observations.extend(observations)
+        self._actions.clear()
+        self._actions.extend(actions)
 
     def _history(self) -> Array:
         return np.concatenate([*self._observations, *self._actions], dtype=self._dtype)

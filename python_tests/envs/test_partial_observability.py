@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -358,6 +360,25 @@ def test_bad_history_of_a_variant_is_named() -> None:
         gym.make("diffcore/Pendulum-masked-v0", history=0)
     with pytest.raises(TypeError, match="length: expected an integer, got float"):
         gym.make("diffcore/Pendulum-masked-v0", history=2.0)
+
+
+def test_the_documents_example_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "environments.md").read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    try:
+        exec(compile(example, "docs/environments.md", "exec"), {})
+        # Height and velocities of Hopper hidden: 4 of 11 remain; and 3 actions.
+        assert gym.make("BlindHopper-v0").reset(seed=0)[0].shape == (5 * 4 + 4 * 3,)
+    finally:
+        gym.registry.pop("BlindHopper-v0", None)
+
+
+def test_the_documents_list_what_is_registered() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "environments.md").read_text()
+    own = {env_id for env_id in gym.registry if env_id.startswith("diffcore/")}
+    assert own - set(MASKED) == set(re.findall(r"`(diffcore/[\w-]+-v0)`", page)) - set(MASKED) - {
+        "diffcore/TASK-masked-v0"
+    }
 
 
 def test_public_names() -> None:

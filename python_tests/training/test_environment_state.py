@@ -92,8 +92,30 @@ def test_a_history_of_another_length_is_refused() -> None:
     other = gym.make("diffcore/Pendulum-masked-v0", history=3)
     env.reset(seed=0)
     other.reset(seed=0)
-    with pytest.raises(NotRestorableError, match="another|isn't in the saved state|saved as"):
+    message = r"HistoryObservation's own .* expected 3 observations and 2 actions.*got 2, 1 and 5"
+    with pytest.raises(NotRestorableError, match=message):
         restore_environment(other, save_environment(env))
+
+
+def test_a_wrapper_may_bring_its_own_state_dict(tmp_path: Path) -> None:
+    class Wrapper(gym.Wrapper[Any, Any, Any, Any]):
+        def __init__(self, env: gym.Env[Any, Any]) -> None:
+            super().__init__(env)
+            self.opaque: Any = Opaque()
+            self.steps = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"steps": self.steps}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.steps = state["steps"]
+
+    env, other = Wrapper(CountingEnv()), Wrapper(CountingEnv())
+    env.reset(seed=1)
+    env.steps = 5
+    restore_environment(other, through_a_file(save_environment(env), tmp_path))
+    assert other.steps == 5
+    assert other.np_random.random() == env.np_random.random()
 
 
 def test_saving_changes_nothing() -> None:
