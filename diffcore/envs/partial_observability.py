@@ -50,10 +50,10 @@ class MaskObservation(gym.ObservationWrapper[Array, Any, Array], RecordConstruct
     """
 
     def __init__(self, env: gym.Env[Any, Any], indices: Sequence[int]) -> None:
-        RecordConstructorArgs.__init__(self, indices=indices)
-        gym.ObservationWrapper.__init__(self, env)
         space = _flat_box(env)
         self._kept = _remaining(indices, space.shape[0])
+        RecordConstructorArgs.__init__(self, indices=[int(index) for index in indices])
+        gym.ObservationWrapper.__init__(self, env)
         self.observation_space = gym.spaces.Box(
             space.low[self._kept], space.high[self._kept], dtype=_dtype(space)
         )

@@ -69,6 +69,7 @@ def test_a_mask_takes_any_sequence_of_integers() -> None:
     for indices in ((1,), range(1, 2), np.array([1]), [np.int32(1)]):
         env = MaskObservation(Recorder(), indices)  # type: ignore[arg-type]
         assert env.observation_space.shape == (2,)
+        assert env._saved_kwargs == {"indices": [1]}  # as Gymnasium's specs compare them
 
 
 @pytest.mark.parametrize(
