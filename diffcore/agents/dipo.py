@@ -31,7 +31,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import re
 import warnings
 from dataclasses import dataclass
 from numbers import Real
@@ -41,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcore import DiffusionSchedule, ops
+from diffcore.agents.environment_names import environment_base_name
 from diffcore.agents.optimization import ema_update_, gradient_step, load_moments, make_adam
 from diffcore.agents.policies import DiffusionPolicy, MLPPolicy, Policy, VAEPolicy
 from diffcore.agents.replay_protocol import Batch, Replay
@@ -98,7 +98,7 @@ MODES: dict[Mode, ModeSwitches] = {
     ),
 }
 
-# Table 3 of the paper, by environment name without its version.
+# Table 3 of the paper, by the name that environment_base_name gives.
 DIPO_DEFAULTS: dict[str, dict[str, Any]] = {
     "Hopper": {"ac_grad_norm": 1.0, "action_grad_norm_ratio": 0.3},
     "Walker2d": {"ac_grad_norm": 2.0, "action_grad_norm_ratio": 0.08},
@@ -196,13 +196,13 @@ class DIPOConfig:
     def for_env(cls, env_id: str) -> DIPOConfig:
         """The paper's hyper-parameters for ``env_id``, else the generic ones.
 
-        A module prefix, a namespace and the version don't matter.
+        A module prefix, a namespace and the version don't matter, and a variant of a task has the
+        task's (see :func:`~diffcore.agents.environment_names.environment_base_name`).
 
         >>> DIPOConfig.for_env("HalfCheetah-v5").action_gradient_steps
         40
         """
-        name = re.sub(r"^.*[:/]|-v\d+$", "", env_id)
-        return cls(**DIPO_DEFAULTS.get(name, {}))
+        return cls(**DIPO_DEFAULTS.get(environment_base_name(env_id), {}))
 
 
 class DIPO:
