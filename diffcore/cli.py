@@ -32,7 +32,8 @@ usage: diffcore COMMAND ...
   diffcore plot RUN... [options]            learning curves
 
 AGENT is one of: {", ".join(sorted(AGENTS))}. ID is a Gymnasium environment such as HalfCheetah-v5,
-or "module:Id" for one of your own. RUN is a directory that train made, runs/ENV/... by default.
+diffcore's own, such as diffcore/Hopper-ET-v0 or diffcore/Hopper-masked-v0 (velocities hidden), or
+"module:Id" for one of yours. RUN is a directory that train made, runs/ENV/... by default.
 Every command and every agent has its own help: diffcore train dipo --env HalfCheetah-v5 --help
 shows all settings with their defaults for that environment.
 """

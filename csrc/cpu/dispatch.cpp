@@ -175,7 +175,7 @@ struct CacheEntry {
   std::shared_ptr<Packed<Pack>> packed;
 };
 
-constexpr size_t cached_packs = 16;
+constexpr size_t cached_packs = 32;
 std::mutex cache_mutex;
 template <class Pack>
 std::list<CacheEntry<Pack>> cache;  // newest first
@@ -244,7 +244,7 @@ std::shared_ptr<const Packed<CriticPack>> packed_critic(const CriticParameters& 
 
 std::shared_ptr<const Packed<MlpPack>> packed_mlp(const MlpParameters& p) {
   const Kernels& kernels = active_kernels();
-  PackKey key(kernels, p.layers[0], {p.layer_count});
+  PackKey key(kernels, p.layers[0], {p.layer_count, p.forward, p.backward, p.backward_to_input});
   for (int l = 0; l < p.layer_count; ++l) {
     key.add(p.layers[l]);
     key.shape.push_back(static_cast<int>(p.activations[l]));

@@ -144,13 +144,17 @@ struct ActionGradientCall {
   int threads;
 };
 
-// An MLP: layer, activation, layer, activation, ...
+// An MLP: layer, activation, layer, activation, ... and which ways through it will be taken.
 struct MlpParameters {
   LinearParameters layers[max_layers];
   Activation activations[max_layers];
   int layer_count;
+  bool forward;
+  bool backward;
+  bool backward_to_input;
 };
 
+// Directions that weren't asked for have shapes only.
 struct MlpPack {
   PackedLinear forward[max_layers];
   PackedLinear backward[max_layers];  // transposed
@@ -158,22 +162,28 @@ struct MlpPack {
   int layer_count;
 };
 
+constexpr int max_networks = 8;
+
+// Networks of one shape on the same rows.
 struct MlpCall {
-  const MlpPack* pack;
+  const MlpPack* networks[max_networks];
+  int network_count;
   int64_t batch;
   const float* x;  // [batch, in]
-  float* y;        // [batch, out]
-  float* saved;    // [batch, mlp_saved_width()] for the backward pass, or null
+  float* y;        // [networks, batch, out]
+  float* saved;    // [networks, batch, mlp_saved_width()] for the backward pass, or null
   int threads;
 };
 
 struct MlpBackwardCall {
-  const MlpPack* pack;
+  const MlpPack* networks[max_networks];
+  int network_count;
   int64_t batch;
+  const float* x;              // as in the forward pass
   const float* saved;          // as the forward pass left it
-  const float* grad_y;         // [batch, out]
+  const float* grad_y;         // [networks, batch, out]
   float* grad_x;               // [batch, in] or null
-  float* const* grad_weights;  // layer by layer, or null: no parameter gradients
+  float* const* grad_weights;  // network by network, layer by layer; or null: not wanted
   float* const* grad_biases;
   int threads;
 };

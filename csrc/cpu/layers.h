@@ -91,6 +91,25 @@ DIFFCORE_INLINE void linear_store(Rows<typename In::Input> x, int rows, const Pa
              });
 }
 
+// out = (x W^T) * factor, element by element; without a factor where it has no memory.
+template <class In>
+DIFFCORE_INLINE void linear_multiply(Rows<typename In::Input> x, int rows,
+                                     const PackedLinear& layer, Rows<float> factor,
+                                     Rows<float> out) {
+  if (!factor.data) return linear_store<In>(x, rows, layer, bias_only(layer), out);
+  linear<In>(x.data, x.stride, rows, layer, bias_only(layer),
+             [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {
+               for (int i = 0; i < count; ++i)
+                 for (int n = 0; n < columns; n += W)
+                   store(out.row(row + i) + column + n,
+                         load(sums + i * stride + n) * load(factor.row(row + i) + column + n));
+             });
+}
+
+DIFFCORE_INLINE Rows<float> rows_from(Rows<float> r, int64_t first) {
+  return {r.data ? r.row(first) : nullptr, r.stride};
+}
+
 DIFFCORE_INLINE void clear_rows(Rows<float> r, int64_t rows) {
   memset(r.data, 0, sizeof(float) * static_cast<size_t>(rows * r.stride));
 }

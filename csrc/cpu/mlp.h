@@ -1,4 +1,5 @@
-// An MLP forward, and backward for its input, weights and biases.
+// MLPs forward, and backward for their input, weights and biases: one or several of the same shape
+// on the same rows (twin critics, ensembles).
 //
 // Forward and the way back to the input go tile by tile through all layers, as in the other ops. A
 // weight's gradient is a sum over the whole batch, so there the work is cut by weights, not by rows:
@@ -14,11 +15,18 @@ static void carve_mlp(const MlpParameters& p, Carver* memory, MlpPack* pack) {
   pack->layer_count = p.layer_count;
   for (int l = 0; l < p.layer_count; ++l) {
     const LinearParameters& layer = p.layers[l];
+    const bool backward = p.backward && (l > 0 || p.backward_to_input);
     pack->activations[l] = p.activations[l];
-    pack->forward[l] =
-        pack_linear<Float32Operand>(layer, 0, layer.in, Direction::forward, true, memory);
-    pack->backward[l] =
-        pack_linear<Float32Operand>(layer, 0, layer.in, Direction::backward, false, memory);
+    pack->forward[l] = {nullptr, nullptr, layer.in, layer.out};
+    pack->backward[l] = {nullptr, nullptr, layer.out, layer.in};
+    if (p.forward) {
+      pack->forward[l] =
+          pack_linear<Float32Operand>(layer, 0, layer.in, Direction::forward, true, memory);
+    }
+    if (backward) {
+      pack->backward[l] =
+          pack_linear<Float32Operand>(layer, 0, layer.in, Direction::backward, false, memory);
+    }
   }
 }
 
@@ -34,32 +42,45 @@ static void pack_mlp(const MlpParameters& p, void* block, MlpPack* pack) {
   carve_mlp(p, &memory, pack);
 }
 
-// What the forward pass leaves for the backward pass: every layer's input and its activation's
-// slope. `input[l]` feeds layer l; `slope[l]` belongs to its output. All of a row lies together.
+// What a network's forward pass leaves for its backward pass: every layer's activation, which is the
+// next one's input, and its slope. The first layer's input is the caller's.
 struct MlpSaved {
   Rows<float> input[max_layers];
   Rows<float> slope[max_layers];
 
-  // Floats a row. An odd number of vectors, so that rows fall into different cache sets.
+  // Floats a row.
   static int width(const MlpPack& pack) {
     int total = 0;
     for (int l = 0; l < pack.layer_count; ++l) {
-      total += padded(pack.forward[l].in);
-      if (pack.activations[l] != Activation::identity) total += padded(pack.forward[l].out);
+      const int stride = padded(pack.forward[l].out);
+      if (l + 1 < pack.layer_count) total += stride;
+      if (pack.activations[l] != Activation::identity) total += stride;
     }
-    return total / W % 2 ? total : total + W;
+    return total;
   }
 
-  static MlpSaved at(const MlpPack& pack, float* base) {
+  static MlpSaved at(const MlpPack& pack, Rows<float> x, float* base, int64_t rows) {
     MlpSaved s;
-    const ptrdiff_t stride = width(pack);
+    s.input[0] = x;
     for (int l = 0; l < pack.layer_count; ++l) {
-      s.input[l] = {base, stride};
-      base += padded(pack.forward[l].in);
+      const ptrdiff_t stride = padded(pack.forward[l].out);
+      if (l + 1 < pack.layer_count) {
+        s.input[l + 1] = {base, stride};
+        base += rows * stride;
+      }
       s.slope[l] = {nullptr, 0};
       if (pack.activations[l] == Activation::identity) continue;
       s.slope[l] = {base, stride};
-      base += padded(pack.forward[l].out);
+      base += rows * stride;
+    }
+    return s;
+  }
+
+  MlpSaved from(int64_t row, int layer_count) const {
+    MlpSaved s;
+    for (int l = 0; l < layer_count; ++l) {
+      s.input[l] = rows_from(input[l], row);
+      s.slope[l] = rows_from(slope[l], row);
     }
     return s;
   }
@@ -67,41 +88,47 @@ struct MlpSaved {
 
 static int mlp_saved_width(const MlpPack& pack) { return MlpSaved::width(pack); }
 
-DIFFCORE_INLINE Rows<float> rows_from(Rows<float> r, int64_t first) {
-  return {r.data ? r.row(first) : nullptr, r.stride};
+// y = network(saved.input[0]); slopes are kept where the backward pass will want them.
+DIFFCORE_INLINE void mlp_forward_tile(const MlpPack& pack, int rows, const MlpSaved& saved,
+                                      Rows<float> y, bool keep_slopes) {
+  const int last = pack.layer_count - 1;
+  for (int l = 0; l <= last; ++l) {
+    linear_activate<Float32Operand, Float32Operand>(
+        saved.input[l], rows, pack.forward[l], bias_only(pack.forward[l]),
+        activate_function<Float32Operand>(pack.activations[l]), l == last ? y : saved.input[l + 1],
+        keep_slopes ? saved.slope[l] : Rows<float>{nullptr, 0});
+  }
 }
 
 static void mlp_forward(const MlpCall& call) {
-  const MlpPack& pack = *call.pack;
-  const int last = pack.layer_count - 1;
-  const int in = pack.forward[0].in, out = pack.forward[last].out;
+  const MlpPack& shape = *call.networks[0];
+  const int in = shape.forward[0].in, out = shape.forward[shape.layer_count - 1].out;
+  const int64_t width = MlpSaved::width(shape);
   const int64_t tiles = tile_count(call.batch, call.threads);
   const int threads = tiles < call.threads ? static_cast<int>(tiles) : call.threads;
   const int most_rows = tile_span(call.batch, tiles, 0).rows;
+  const Rows<float> x = {const_cast<float*>(call.x), in};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     // Without `saved` a tile's rows live in the thread's own memory.
     Carver sizes{nullptr};
-    sizes.take<float>(static_cast<int64_t>(sizeof(float)) * most_rows * MlpSaved::width(pack));
+    sizes.take<float>(static_cast<int64_t>(sizeof(float)) * most_rows * width);
     take_rows<float>(&sizes, most_rows, out);
     Carver memory{thread_scratch(Scratch::tile, sizes.used)};
-    float* own =
-        memory.take<float>(static_cast<int64_t>(sizeof(float)) * most_rows * MlpSaved::width(pack));
+    float* own = memory.take<float>(static_cast<int64_t>(sizeof(float)) * most_rows * width);
     const Rows<float> y = take_rows<float>(&memory, most_rows, out);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const Span span = tile_span(call.batch, tiles, tile);
-      const MlpSaved rows =
-          MlpSaved::at(pack, call.saved ? call.saved + span.first * MlpSaved::width(pack) : own);
-      copy_rows(call.x + span.first * in, in, span.rows, in, rows.input[0]);
-      for (int l = 0; l <= last; ++l) {
-        linear_activate<Float32Operand, Float32Operand>(
-            rows.input[l], span.rows, pack.forward[l], bias_only(pack.forward[l]),
-            activate_function<Float32Operand>(pack.activations[l]),
-            l == last ? y : rows.input[l + 1],
-            call.saved ? rows.slope[l] : Rows<float>{nullptr, 0});
+      for (int q = 0; q < call.network_count; ++q) {
+        const MlpPack& pack = *call.networks[q];
+        const MlpSaved saved =
+            call.saved ? MlpSaved::at(pack, x, call.saved + q * call.batch * width, call.batch)
+                             .from(span.first, pack.layer_count)
+                       : MlpSaved::at(pack, rows_from(x, span.first), own, most_rows);
+        mlp_forward_tile(pack, span.rows, saved, y, call.saved != nullptr);
+        write_rows(y, span.rows, out, call.y + (q * call.batch + span.first) * out);
       }
-      write_rows(y, span.rows, out, call.y + span.first * out);
     }
   }
 }
@@ -111,13 +138,17 @@ static void mlp_forward(const MlpCall& call) {
 // delta[l]: gradient at layer l's output before its activation.
 struct MlpDeltas {
   Rows<float> delta[max_layers];
-  Rows<float> grad_x;
 
   static MlpDeltas take(const MlpPack& pack, int64_t rows, Carver* memory) {
     MlpDeltas d;
     for (int l = 0; l < pack.layer_count; ++l)
       d.delta[l] = take_rows<float>(memory, rows, pack.forward[l].out);
-    d.grad_x = take_rows<float>(memory, rows, pack.forward[0].in);
+    return d;
+  }
+
+  MlpDeltas from(int64_t row, int layer_count) const {
+    MlpDeltas d;
+    for (int l = 0; l < layer_count; ++l) d.delta[l] = rows_from(delta[l], row);
     return d;
   }
 };
@@ -128,129 +159,168 @@ DIFFCORE_INLINE void multiply_rows(Rows<float> a, Rows<float> b, int rows, int c
       store(a.row(i) + n, load(a.row(i) + n) * load(b.row(i) + n));
 }
 
-static void mlp_backward_tile(const MlpBackwardCall& call, Span span, const MlpSaved& saved,
-                              const MlpDeltas& d) {
-  const MlpPack& pack = *call.pack;
+// From the gradient at the network's output, in the last layer's delta, to every layer's delta and,
+// where `grad_x` has memory, to the gradient at the input.
+DIFFCORE_INLINE void mlp_backward_tile(const MlpPack& pack, int rows, const MlpSaved& saved,
+                                       const MlpDeltas& d, Rows<float> grad_x) {
   const int last = pack.layer_count - 1;
-  const int out = pack.forward[last].out;
-  const Rows<float> top = rows_from(d.delta[last], span.first);
-  copy_rows(call.grad_y + span.first * out, out, span.rows, out, top);
   if (saved.slope[last].data)
-    multiply_rows(top, rows_from(saved.slope[last], span.first), span.rows, padded(out));
+    multiply_rows(d.delta[last], saved.slope[last], rows, padded(pack.forward[last].out));
   for (int l = last; l >= 1; --l) {
-    const Rows<float> below = rows_from(d.delta[l - 1], span.first);
-    linear_store<Float32Operand>(rows_from(d.delta[l], span.first), span.rows, pack.backward[l],
-                                 bias_only(pack.backward[l]), below);
-    if (saved.slope[l - 1].data) {
-      multiply_rows(below, rows_from(saved.slope[l - 1], span.first), span.rows,
-                    padded(pack.forward[l - 1].out));
-    }
+    linear_multiply<Float32Operand>(d.delta[l], rows, pack.backward[l], saved.slope[l - 1],
+                                    d.delta[l - 1]);
   }
-  if (!call.grad_x) return;
-  const int in = pack.forward[0].in;
-  const Rows<float> grad_x = rows_from(d.grad_x, span.first);
-  linear_store<Float32Operand>(rows_from(d.delta[0], span.first), span.rows, pack.backward[0],
-                               bias_only(pack.backward[0]), grad_x);
-  write_rows(grad_x, span.rows, in, call.grad_x + span.first * in);
+  if (grad_x.data)
+    linear_multiply<Float32Operand>(d.delta[0], rows, pack.backward[0], {nullptr, 0}, grad_x);
 }
 
-// A share of a layer's weight gradient: outputs first .. first + count - 1.
-constexpr int weight_outputs = 4 * max_tile_rows;
-constexpr int batch_chunk = 256;  // rows summed in registers before they join the total
+// A layer's weight [out, in] and bias gradient: sums over the batch of delta^T input and of delta.
+struct WeightGradient {
+  Rows<float> delta;
+  Rows<float> input;
+  int in;
+  int out;
+  float* weight;
+  float* bias;
+};
 
-DIFFCORE_INLINE int weight_blocks(const PackedLinear& layer) {
-  return (layer.out + weight_outputs - 1) / weight_outputs;
-}
+// Rows that are summed in registers before they join the total, so that rounding errors don't pile
+// up along the batch; as many as leave a panel of inputs in L1.
+constexpr int batch_chunk = 4096 / panel_width;
 
-// Sum of `count` floats, lane by lane and then over the lanes.
-DIFFCORE_INLINE float sum_of(const float* values, int count) {
-  Vec sum = zero();
-  int k = 0;
-  for (; k + W <= count; k += W) sum = sum + load(values + k);
-  float lanes[W];
-  store(lanes, sum);
-  for (int l = 0; k < count; ++k, ++l) lanes[l] += values[k];
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  return lanes[0];
-}
-
-// Gradient of `count` outputs' weights and biases: sums over the batch of delta^T input, in chunks
-// of rows so that a chunk's operands stay in cache and rounding errors don't pile up along the batch.
-static void weight_gradient(const Rows<float> delta, const Rows<float> input, int64_t batch, int in,
-                            int first, int count, float* transposed, float* total,
-                            float* grad_weight, float* grad_bias) {
-  const int columns = padded(in);
-  for (int64_t i = 0; i < static_cast<int64_t>(count) * columns; ++i) total[i] = 0.0f;
-  for (int n = 0; n < count; ++n) grad_bias[first + n] = 0.0f;
+// One panel of inputs, against all outputs.
+static void weight_gradient_panel(const WeightGradient& g, int64_t batch, int panel) {
+  alignas(64) float inputs[batch_chunk * panel_width];
   alignas(64) float sums[max_tile_rows * panel_width];
-  const float no_bias[panel_width] = {};
+  const int column = panel * panel_width;
+  const int present = g.in - column < panel_width ? g.in - column : panel_width;
+  const int blocks = (g.out + max_tile_rows - 1) / max_tile_rows;
   for (int64_t start = 0; start < batch; start += batch_chunk) {
     const int depth = batch - start < batch_chunk ? static_cast<int>(batch - start) : batch_chunk;
-    for (int k = 0; k < depth; ++k)
-      for (int n = 0; n < count; ++n)
-        transposed[n * batch_chunk + k] = delta.row(start + k)[first + n];
-    for (int n = 0; n < count; ++n)
-      grad_bias[first + n] += sum_of(transposed + n * batch_chunk, depth);
-    for (int c = 0; c < columns; c += panel_width) {
-      const int vectors = columns - c > W ? 2 : 1;
-      const int limit = vectors == 2 ? max_tile_rows : max_narrow_rows;
-      for (int n = 0; n < count; n += limit) {
-        const int rows = count - n < limit ? count - n : limit;
-        const auto function = vectors == 2 ? tile_function<Float32Operand>(rows)
-                                           : narrow_function<Float32Operand>(rows);
-        function(transposed + n * batch_chunk, batch_chunk, depth, input.row(start) + c,
-                 input.stride, {no_bias, nullptr, 0}, sums, vectors * W);
-        for (int i = 0; i < rows; ++i) {
-          float* t = total + static_cast<int64_t>(n + i) * columns + c;
-          for (int v = 0; v < vectors * W; v += W)
-            store(t + v, load(t + v) + load(sums + i * vectors * W + v));
-        }
+    for (int k = 0; k < depth; ++k) {
+      const float* from = g.input.row(start + k) + column;
+      float* to = inputs + k * panel_width;
+      if (present == panel_width) {
+        memcpy(to, from, sizeof(float) * panel_width);
+      } else {
+        for (int c = 0; c < panel_width; ++c) to[c] = c < present ? from[c] : 0.0f;
       }
     }
+    for (int b = 0, n = 0; b < blocks; ++b) {
+      const int rows = g.out / blocks + (b < g.out % blocks);
+      outer_function(rows)(g.delta.row(start) + n, g.delta.stride, inputs, depth, sums);
+      for (int i = 0; i < rows; ++i) {
+        const float* sum = sums + i * panel_width;
+        float* to = g.weight + static_cast<int64_t>(n + i) * g.in + column;
+        if (present == panel_width) {
+          for (int v = 0; v < panel_width; v += W)
+            store(to + v, start ? load(to + v) + load(sum + v) : load(sum + v));
+        } else {
+          for (int c = 0; c < present; ++c) to[c] = start ? to[c] + sum[c] : sum[c];
+        }
+      }
+      n += rows;
+    }
   }
-  for (int n = 0; n < count; ++n)
-    memcpy(grad_weight + static_cast<int64_t>(first + n) * in,
-           total + static_cast<int64_t>(n) * columns, sizeof(float) * static_cast<size_t>(in));
+}
+
+static void bias_gradient(const WeightGradient& g, int64_t batch) {
+  for (int n = 0; n < g.out; n += W) {
+    Vec total = zero();
+    for (int64_t start = 0; start < batch; start += batch_chunk) {
+      const int64_t end = batch - start < batch_chunk ? batch : start + batch_chunk;
+      Vec sum = zero();
+      for (int64_t k = start; k < end; ++k) sum = sum + load(g.delta.row(k) + n);
+      total = total + sum;
+    }
+    float lanes[W];
+    store(lanes, total);
+    for (int c = 0; c < W && n + c < g.out; ++c) g.bias[n + c] = lanes[c];
+  }
+}
+
+// All of a list's gradients, shared out among the team that calls it.
+static void weight_gradients(const WeightGradient* list, int count, int64_t batch) {
+  const auto panels = [&](int g) { return (list[g].in + panel_width - 1) / panel_width; };
+  int items = 0;
+  for (int g = 0; g < count; ++g) items += panels(g);
+#pragma omp for schedule(dynamic, 1)
+  for (int item = 0; item < items; ++item) {
+    int g = 0, panel = item;
+    while (panel >= panels(g)) panel -= panels(g++);
+    weight_gradient_panel(list[g], batch, panel);
+    if (panel == 0) bias_gradient(list[g], batch);
+  }
 }
 
 static void mlp_backward(const MlpBackwardCall& call) {
-  const MlpPack& pack = *call.pack;
-  const MlpSaved saved = MlpSaved::at(pack, const_cast<float*>(call.saved));
+  const MlpPack& shape = *call.networks[0];
+  const int layers = shape.layer_count;
+  const int in = shape.forward[0].in, out = shape.forward[layers - 1].out;
+  const int64_t width = MlpSaved::width(shape);
+  const Rows<float> x = {const_cast<float*>(call.x), in};
+
+  // Every network's deltas and list of gradients, in the order of call.grad_weights.
   Carver sizes{nullptr};
-  MlpDeltas::take(pack, call.batch, &sizes);
+  for (int q = 0; q < call.network_count; ++q) MlpDeltas::take(shape, call.batch, &sizes);
+  const auto list_bytes =
+      static_cast<int64_t>(sizeof(WeightGradient)) * call.network_count * layers;
+  sizes.take<WeightGradient>(list_bytes);
   Carver memory{thread_scratch(Scratch::call, sizes.used)};
-  const MlpDeltas deltas = MlpDeltas::take(pack, call.batch, &memory);
+  auto* list = memory.take<WeightGradient>(list_bytes);
+  const int64_t deltas_bytes = (sizes.used - memory.used) / call.network_count;
+  char* const deltas_memory = memory.base + memory.used;
+  const auto deltas_of = [&](int q) {
+    Carver own{deltas_memory + q * deltas_bytes};
+    return MlpDeltas::take(shape, call.batch, &own);
+  };
+  const auto saved_of = [&](int q) {
+    return MlpSaved::at(shape, x, const_cast<float*>(call.saved) + q * call.batch * width,
+                        call.batch);
+  };
+  for (int q = 0; q < call.network_count; ++q) {
+    const MlpDeltas d = deltas_of(q);
+    const MlpSaved saved = saved_of(q);
+    for (int l = 0; l < layers && call.grad_weights; ++l) {
+      list[q * layers + l] = {d.delta[l],
+                              saved.input[l],
+                              shape.forward[l].in,
+                              shape.forward[l].out,
+                              call.grad_weights[q * layers + l],
+                              call.grad_biases[q * layers + l]};
+    }
+  }
 
   const int64_t tiles = tile_count(call.batch, call.threads);
-  int blocks = 0, widest = 0;
-  for (int l = 0; l < pack.layer_count; ++l) {
-    blocks += weight_blocks(pack.forward[l]);
-    widest = pack.forward[l].in > widest ? pack.forward[l].in : widest;
-  }
   const int threads = tiles < call.threads ? static_cast<int>(tiles) : call.threads;
+  const int most_rows = tile_span(call.batch, tiles, 0).rows;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
+    Carver tile_sizes{nullptr};
+    take_rows<float>(&tile_sizes, most_rows, in);
+    Carver tile_memory{thread_scratch(Scratch::tile, tile_sizes.used)};
+    const Rows<float> grad_x = take_rows<float>(&tile_memory, most_rows, in);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t tile = 0; tile < tiles; ++tile)
-      mlp_backward_tile(call, tile_span(call.batch, tiles, tile), saved, deltas);
-
-    if (call.grad_weights) {
-      Carver tile_memory{thread_scratch(
-          Scratch::tile,
-          4 * weight_outputs * (batch_chunk + static_cast<int64_t>(padded(widest))))};
-      float* transposed = tile_memory.take<float>(4 * weight_outputs * batch_chunk);
-      float* total = tile_memory.take<float>(4 * weight_outputs * padded(widest));
-#pragma omp for schedule(dynamic, 1)
-      for (int block = 0; block < blocks; ++block) {
-        int l = 0, index = block;
-        while (index >= weight_blocks(pack.forward[l])) index -= weight_blocks(pack.forward[l++]);
-        const int first = index * weight_outputs, left = pack.forward[l].out - first;
-        weight_gradient(deltas.delta[l], saved.input[l], call.batch, pack.forward[l].in, first,
-                        left < weight_outputs ? left : weight_outputs, transposed, total,
-                        call.grad_weights[l], call.grad_biases[l]);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const Span span = tile_span(call.batch, tiles, tile);
+      for (int q = 0; q < call.network_count; ++q) {
+        const MlpPack& pack = *call.networks[q];
+        const MlpDeltas d = deltas_of(q).from(span.first, layers);
+        copy_rows(call.grad_y + (q * call.batch + span.first) * out, out, span.rows, out,
+                  d.delta[layers - 1]);
+        mlp_backward_tile(pack, span.rows, saved_of(q).from(span.first, layers), d,
+                          call.grad_x ? grad_x : Rows<float>{nullptr, 0});
+        if (!call.grad_x) continue;
+        float* to = call.grad_x + span.first * in;
+        if (q == 0) {
+          write_rows(grad_x, span.rows, in, to);
+        } else {
+          for (int i = 0; i < span.rows; ++i)
+            for (int n = 0; n < in; ++n) to[i * in + n] += grad_x.row(i)[n];
+        }
       }
     }
+    if (call.grad_weights) weight_gradients(list, call.network_count * layers, call.batch);
   }
 }
 

@@ -304,6 +304,43 @@ DIFFCORE_INLINE TileFunction<Operand> narrow_function(int wanted) {
   }
 }
 
+// sums[i][c] = sum over k of a[k][i] b[k][c], for `rows` columns of `a` and a panel `b`: the product
+// of two matrices that both lie row by row along the summed dimension, as a weight's gradient wants.
+template <int rows>
+static inline __attribute__((noinline)) void outer_sums(const float* __restrict a,
+                                                        ptrdiff_t a_stride,
+                                                        const float* __restrict b, int depth,
+                                                        float* __restrict sums) {
+  Vec sum[rows][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) sum[i][0] = sum[i][1] = zero();
+  for (int k = 0; k < depth; ++k, a += a_stride, b += panel_width) {
+    const Vec b0 = load(b), b1 = load(b + W);
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+      const Vec ai = broadcast(a[i]);
+      sum[i][0] = fma(ai, b0, sum[i][0]);
+      sum[i][1] = fma(ai, b1, sum[i][1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) {
+    store(sums + i * panel_width, sum[i][0]);
+    store(sums + i * panel_width + W, sum[i][1]);
+  }
+}
+
+using OuterFunction = void (*)(const float*, ptrdiff_t, const float*, int, float*);
+
+template <int rows = max_tile_rows>
+DIFFCORE_INLINE OuterFunction outer_function(int wanted) {
+  if constexpr (rows == 1) {
+    return outer_sums<1>;
+  } else {
+    return wanted == rows ? outer_sums<rows> : outer_function<rows - 1>(wanted);
+  }
+}
+
 // y = x W^T + offset for `rows` rows, block by block; after each block the epilogue gets the sums:
 // epilogue(row, row_count, column, column_count, sums, sums_stride).
 // A block of rows is as even a share as fits the registers, so no size leaves a sliver behind.

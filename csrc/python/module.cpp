@@ -117,20 +117,33 @@ void action_gradient(const std::vector<Layer>& first, const std::vector<Layer>& 
   active_kernels().action_gradient(call);
 }
 
-MlpParameters mlp_parameters(const std::vector<Layer>& layers,
-                             const std::vector<Activation>& activations) {
-  MlpParameters parameters{};
-  parameters.layer_count = static_cast<int>(layers.size());
-  for (int l = 0; l < parameters.layer_count; ++l) {
-    parameters.layers[l] = linear_parameters(layers[l]);
-    parameters.activations[l] = activations[l];
+// Networks of one shape, as [network 0's layers, network 1's layers, ...].
+using PackedMlps = std::vector<std::shared_ptr<const Packed<MlpPack>>>;
+
+enum class Direction { forward, backward, backward_to_input };
+
+PackedMlps packed_mlps(const std::vector<Layer>& layers, const std::vector<Activation>& activations,
+                       Direction direction) {
+  PackedMlps packed;
+  const size_t depth = activations.size();
+  for (size_t first = 0; first < layers.size(); first += depth) {
+    MlpParameters parameters{};
+    parameters.layer_count = static_cast<int>(depth);
+    parameters.forward = direction == Direction::forward;
+    parameters.backward = !parameters.forward;
+    parameters.backward_to_input = direction == Direction::backward_to_input;
+    for (size_t l = 0; l < depth; ++l) {
+      parameters.layers[l] = linear_parameters(layers[first + l]);
+      parameters.activations[l] = activations[l];
+    }
+    packed.push_back(packed_mlp(parameters));
   }
-  return parameters;
+  return packed;
 }
 
 int mlp_saved_width(const std::vector<Layer>& layers, const std::vector<Activation>& activations) {
   MlpPack shape{};
-  shape.layer_count = static_cast<int>(layers.size());
+  shape.layer_count = static_cast<int>(activations.size());
   for (int l = 0; l < shape.layer_count; ++l) {
     shape.forward[l].in = std::get<2>(layers[l]);
     shape.forward[l].out = std::get<3>(layers[l]);
@@ -142,27 +155,42 @@ int mlp_saved_width(const std::vector<Layer>& layers, const std::vector<Activati
 void mlp_forward(const std::vector<Layer>& layers, const std::vector<Activation>& activations,
                  int64_t batch, Address x, Address y, Address saved, int threads) {
   const py::gil_scoped_release unlocked;
-  const auto mlp = packed_mlp(mlp_parameters(layers, activations));
-  active_kernels().mlp_forward({&mlp->pack, batch, pointer<const float>(x), pointer<float>(y),
-                                pointer<float>(saved), usable_threads(threads)});
+  const PackedMlps networks = packed_mlps(layers, activations, Direction::forward);
+  MlpCall call{};
+  for (const auto& network : networks) call.networks[call.network_count++] = &network->pack;
+  call.batch = batch;
+  call.x = pointer<const float>(x);
+  call.y = pointer<float>(y);
+  call.saved = pointer<float>(saved);
+  call.threads = usable_threads(threads);
+  active_kernels().mlp_forward(call);
 }
 
 void mlp_backward(const std::vector<Layer>& layers, const std::vector<Activation>& activations,
-                  int64_t batch, Address saved, Address grad_y, Address grad_x,
+                  int64_t batch, Address x, Address saved, Address grad_y, Address grad_x,
                   const std::vector<Address>& grad_parameters, int threads) {
   const py::gil_scoped_release unlocked;
-  const auto mlp = packed_mlp(mlp_parameters(layers, activations));
-  float* weights[max_layers];
-  float* biases[max_layers];
+  const PackedMlps networks =
+      packed_mlps(layers, activations, grad_x ? Direction::backward_to_input : Direction::backward);
+  float* weights[max_networks * max_layers];
+  float* biases[max_networks * max_layers];
   for (size_t l = 0; l < grad_parameters.size() / 2; ++l) {
     weights[l] = pointer<float>(grad_parameters[2 * l]);
     biases[l] = pointer<float>(grad_parameters[2 * l + 1]);
   }
-  const bool wanted = !grad_parameters.empty();
-  active_kernels().mlp_backward({&mlp->pack, batch, pointer<const float>(saved),
-                                 pointer<const float>(grad_y), pointer<float>(grad_x),
-                                 wanted ? weights : nullptr, wanted ? biases : nullptr,
-                                 usable_threads(threads)});
+  MlpBackwardCall call{};
+  for (const auto& network : networks) call.networks[call.network_count++] = &network->pack;
+  call.batch = batch;
+  call.x = pointer<const float>(x);
+  call.saved = pointer<const float>(saved);
+  call.grad_y = pointer<const float>(grad_y);
+  call.grad_x = pointer<float>(grad_x);
+  if (!grad_parameters.empty()) {
+    call.grad_weights = weights;
+    call.grad_biases = biases;
+  }
+  call.threads = usable_threads(threads);
+  active_kernels().mlp_backward(call);
 }
 
 void score_matching_loss(int64_t batch, int features, int state_dim, int hidden_dim,
@@ -228,6 +256,7 @@ PYBIND11_MODULE(_core, m) {
       .value("adam", ActionOptimizer::adam)
       .value("ascent", ActionOptimizer::ascent);
   m.attr("max_layers") = max_layers;
+  m.attr("max_networks") = max_networks;
   m.def("isa", [] { return std::string(active_kernels().isa); });
   m.def("native_bf16", [] { return active_kernels().native_bf16; });
   m.def("available_isas", &available_isas);

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -180,11 +179,6 @@ def seeded_weights(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
-
-
-def environment_name(env_id: str) -> str:
-    """An environment's id without module prefix, namespace and version."""
-    return re.sub(r"^.*[:/]|-v\d+$", "", env_id)
 
 
 def torch_dtype(compute_dtype: ComputeDtype) -> torch.dtype | None:

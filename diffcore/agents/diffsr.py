@@ -44,11 +44,11 @@ from diffcore.agents.base import (
     BaseAgent,
     ComputeDtype,
     Saved,
-    environment_name,
     seeded_weights,
     torch_dtype,
 )
 from diffcore.agents.checks import check_choice, check_integer, check_real, check_rows
+from diffcore.agents.environment_names import environment_base_name
 from diffcore.agents.exploration import EllipticalBonus, kernel_bonus
 from diffcore.agents.optimization import ema_update_, frozen, gradient_step, make_adam
 from diffcore.agents.replay_protocol import Batch, Replay
@@ -59,6 +59,8 @@ Mode = Literal["fixed", "official", "paper"]
 NoiseLevels = Literal["beta_cdf", "linear", "cosine"]
 NoiseLevelsOrModes = Literal["by_mode", "beta_cdf", "linear", "cosine"]
 Conditioning = Literal["alpha_bar", "time_embedding"]
+Frequencies = Literal["learned", "gaussian", "orthogonal"]
+FourierKind = Literal["sin", "cos", "cos_sin"]
 BonusName = Literal["none", "elliptical", "kernel"]
 
 
@@ -97,7 +99,7 @@ MODES: dict[Mode, ModeSwitches] = {
     ),
 }
 
-# By environment name without its version: small tasks, made to be learned in some thousand steps,
+# By the name that environment_base_name gives: small tasks, made to be learned in some thousand steps,
 # for which 25,000 random ones are out of proportion. Pendulum's values lie in the hundreds: a target
 # that moves at half the pace, and a critic at a third, would take all the while to get there.
 # Everything else is the released code's, the same for every task.
@@ -126,6 +128,12 @@ class DiffSRConfig:
     """Width of zeta's hidden layer."""
     hidden_dim: int = 256
     """Width of the actor's two hidden layers, and of the critic's Fourier features and phi."""
+    fourier_frequencies: Frequencies = "learned"
+    """W1 of the critic: trained, or drawn once, Gaussian or orthogonal."""
+    fourier_kind: FourierKind = "sin"
+    """Which Fourier features of psi the critic takes."""
+    fourier_lengthscale: float = 16.0
+    """Lengthscale, in psi's space, of the Gaussian kernel that drawn frequencies stand for."""
     noise_levels: NoiseLevelsOrModes = "by_mode"
     """Distribution of the noise levels: the mode's own, beta_cdf, or DDPM's linear or cosine."""
     noise_steps: int = 1000
@@ -175,6 +183,8 @@ class DiffSRConfig:
         check_choice("mode", self.mode, Mode)
         check_choice("noise_levels", self.noise_levels, NoiseLevelsOrModes)
         check_choice("conditioning", self.conditioning, Conditioning)
+        check_choice("fourier_frequencies", self.fourier_frequencies, Frequencies)
+        check_choice("fourier_kind", self.fourier_kind, FourierKind)
         check_choice("bonus", self.bonus, BonusName)
         check_choice("compute_dtype", self.compute_dtype, ComputeDtype)
         for name in (
@@ -192,24 +202,38 @@ class DiffSRConfig:
         check_integer("noise_steps", self.noise_steps, at_least=3)
         for name in ("extra_feature_steps", "start_steps"):
             check_integer(name, getattr(self, name), at_least=0)
-        for name in ("representation_lr", "lr", "adam_eps", "initial_temperature", "bonus_ridge"):
+        for name in (
+            "fourier_lengthscale",
+            "representation_lr",
+            "lr",
+            "adam_eps",
+            "initial_temperature",
+            "bonus_ridge",
+        ):
             check_real(name, getattr(self, name), above=0.0)
         for name in ("gram_weight", "bonus_weight"):
             check_real(name, getattr(self, name), at_least=0.0)
         for name in ("gamma", "random_action_rate"):
             check_real(name, getattr(self, name), at_least=0.0, at_most=1.0)
         check_real("tau", self.tau, above=0.0, at_most=1.0)
+        twice = MODES[self.mode].gram_of_second_layer_twice
+        if twice and self.gram_weight > 0 and self.fourier_kind == "cos_sin":
+            raise ValueError(
+                f"gram_weight: mode {self.mode!r} applies the second layer twice, which fits sin or "
+                "cos, got fourier_kind 'cos_sin'"
+            )
 
     @classmethod
     def for_env(cls, env_id: str) -> DiffSRConfig:
         """The hyper-parameters for ``env_id``, else the generic ones.
 
-        A module prefix, a namespace and the version don't matter.
+        A module prefix, a namespace and the version don't matter, and a variant of a task has the
+        task's (see :func:`~diffcore.agents.environment_names.environment_base_name`).
 
         >>> DiffSRConfig.for_env("Pendulum-v1").start_steps
         1000
         """
-        return cls(**DIFFSR_DEFAULTS.get(environment_name(env_id), {}))
+        return cls(**DIFFSR_DEFAULTS.get(environment_base_name(env_id), {}))
 
 
 class DiffSR(BaseAgent):
@@ -234,6 +258,8 @@ class DiffSR(BaseAgent):
         "psi_hidden_dim",
         "zeta_hidden_dim",
         "hidden_dim",
+        "fourier_frequencies",
+        "fourier_kind",
         "noise_steps",
         "conditioning",
         "bonus",
@@ -257,7 +283,14 @@ class DiffSR(BaseAgent):
         self.switches = MODES[config.mode]
         with seeded_weights(self.seeds[0]):
             self.representation = self._make_representation().to(self.device)
-            self.critic = TwinRFFCritic(config.feature_dim, config.hidden_dim).to(self.device)
+            critic = TwinRFFCritic(
+                config.feature_dim,
+                config.hidden_dim,
+                config.fourier_frequencies,
+                config.fourier_kind,
+                config.fourier_lengthscale,
+            )
+            self.critic = critic.to(self.device)
             self.actor = SquashedGaussian(observation_dim, action_dim, config.hidden_dim).to(
                 self.device
             )
@@ -449,7 +482,7 @@ class DiffSR(BaseAgent):
         """
         phi1, phi2 = self.critic.phi(features)
         if self.switches.gram_of_second_layer_twice:
-            phi1, phi2 = self.critic.q1.layers[1](phi1), self.critic.q2.layers[1](phi2)
+            phi1, phi2 = self.critic.q1.second(phi1), self.critic.q2.second(phi2)
         return gram_distance(phi1) + gram_distance(phi2)
 
     def update_actor(self, batch: Batch) -> dict[str, float | Tensor]:

@@ -40,11 +40,11 @@ from diffcore.agents.base import (
     BaseAgent,
     ComputeDtype,
     Saved,
-    environment_name,
     seeded_weights,
     torch_dtype,
 )
 from diffcore.agents.checks import check_choice, check_integer, check_real
+from diffcore.agents.environment_names import environment_base_name
 from diffcore.agents.optimization import ema_update_, gradient_step, make_adam
 from diffcore.agents.policies import DiffusionPolicy, MLPPolicy, Policy, VAEPolicy
 from diffcore.agents.replay_protocol import Batch, Replay
@@ -101,7 +101,7 @@ MODES: dict[Mode, ModeSwitches] = {
     ),
 }
 
-# Table 3 of the paper, by environment name without its version.
+# Table 3 of the paper, by the name that environment_base_name gives.
 DIPO_DEFAULTS: dict[str, dict[str, Any]] = {
     "Hopper": {"ac_grad_norm": 1.0, "action_grad_norm_ratio": 0.3},
     "Walker2d": {"ac_grad_norm": 2.0, "action_grad_norm_ratio": 0.08},
@@ -199,12 +199,13 @@ class DIPOConfig:
     def for_env(cls, env_id: str) -> DIPOConfig:
         """The paper's hyper-parameters for ``env_id``, else the generic ones.
 
-        A module prefix, a namespace and the version don't matter.
+        A module prefix, a namespace and the version don't matter, and a variant of a task has the
+        task's (see :func:`~diffcore.agents.environment_names.environment_base_name`).
 
         >>> DIPOConfig.for_env("HalfCheetah-v5").action_gradient_steps
         40
         """
-        return cls(**DIPO_DEFAULTS.get(environment_name(env_id), {}))
+        return cls(**DIPO_DEFAULTS.get(environment_base_name(env_id), {}))
 
 
 class DIPO(BaseAgent):

@@ -3,12 +3,13 @@
 from diffcore.nn.fourier import RandomFourierFeatures
 from diffcore.nn.gaussian import SquashedGaussian, Temperature
 from diffcore.nn.modules import MLP, Denoiser, TwinCritic, time_embedding
-from diffcore.nn.spectral import Psi, TwinRFFCritic, Zeta
+from diffcore.nn.spectral import Psi, RFFCritic, TwinRFFCritic, Zeta
 
 __all__ = [
     "MLP",
     "Denoiser",
     "Psi",
+    "RFFCritic",
     "RandomFourierFeatures",
     "SquashedGaussian",
     "Temperature",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffcore.ops._activations import ACTIVATIONS
 from diffcore.ops._checks import check_choice, check_features, check_positive_int
-from diffcore.ops.mlp import mlp
+from diffcore.ops import mlp, mlp_ensemble
 
 
 class MLP(nn.Module):
@@ -68,11 +68,8 @@ class MLP(nn.Module):
     def _through(self, layers: int, x: Tensor, backend: str | None) -> Tensor:
         check_features("x", x, self.in_dim)
         parameters = self.weights_and_biases()[: 2 * layers]
-        rows = x.reshape(-1, self.in_dim)
-        y = mlp(
-            rows, parameters[::2], parameters[1::2], self.activations[:layers], backend=backend
-        )
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        activations = self.activations[:layers]
+        return mlp(x, parameters[::2], parameters[1::2], activations, backend=backend)
 
     def weights_and_biases(self) -> list[Tensor]:
         """``list(parameters())``, without the walk through all modules, for the ops' hot paths."""
@@ -203,4 +200,6 @@ class TwinCritic(nn.Module):
         check_features("state", state, self.state_dim)
         check_features("action", action, self.action_dim)
         x = torch.cat([state, action], dim=-1)
-        return self.q1(x, backend=backend), self.q2(x, backend=backend)
+        networks = [self.q1.weights_and_biases(), self.q2.weights_and_biases()]
+        q1, q2 = mlp_ensemble(x, networks, self.q1.activations, backend=backend).unbind(0)
+        return q1, q2

@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from diffcore.nn.fourier import RandomFourierFeatures
 from diffcore.nn.modules import MLP, time_embedding
+from diffcore.ops import mlp_ensemble
 from diffcore.ops._checks import check_choice, check_features, check_positive_int
+from diffcore.ops.rff_features import KINDS
 
 CONDITIONING = ("alpha_bar", "time_embedding")
+FREQUENCIES = ("learned", "gaussian", "orthogonal")
 
 
 class Psi(nn.Module):
@@ -130,23 +134,90 @@ class Zeta(nn.Module):
         return flat.reshape(-1, self.feature_dim, self.state_dim)
 
 
-class TwinRFFCritic(nn.Module):
-    """Two independent Q = phi^T xi on Fourier features of psi: phi = elu(W2 sin(W1 psi)).
+class RFFCritic(nn.Module):
+    """Q = phi^T xi on ``phi = elu(W2 f(W1 psi))``, f the sine or cosine: Fourier features of psi.
 
     Args:
         feature_dim: width of psi.
-        hidden_dim: width of sin and of phi.
+        hidden_dim: number of frequencies, and width of phi.
+        frequencies: W1. ``learned``: parameters like all others, starting small; ``gaussian`` or
+            ``orthogonal``: drawn once, see :class:`diffcore.nn.RandomFourierFeatures`.
+        kind: f: "sin", "cos" or, twice as wide, "cos_sin".
+        lengthscale: of the Gaussian kernel that drawn frequencies stand for. psi's distances grow
+            with the square root of its width.
     """
 
-    def __init__(self, feature_dim: int, hidden_dim: int = 256) -> None:
+    def __init__(
+        self,
+        feature_dim: int,
+        hidden_dim: int = 256,
+        frequencies: str = "learned",
+        kind: str = "sin",
+        lengthscale: float = 16.0,
+    ) -> None:
         super().__init__()
-        self.q1 = MLP(feature_dim, hidden_dim, 1, 2, ("sin", "elu"), "uniform")
-        self.q2 = MLP(feature_dim, hidden_dim, 1, 2, ("sin", "elu"), "uniform")
+        check_choice("frequencies", frequencies, FREQUENCIES)
+        check_choice("kind", kind, KINDS)
+        self.fourier: RandomFourierFeatures | None = None
+        if frequencies == "learned" and kind != "cos_sin":
+            # f is an activation, and the whole critic one MLP.
+            self.head = MLP(feature_dim, hidden_dim, 1, 2, (kind, "elu"), "uniform")
+            return
+        self.fourier = RandomFourierFeatures(
+            feature_dim,
+            hidden_dim,
+            kind=kind,
+            lengthscale=lengthscale,
+            orthogonal=frequencies == "orthogonal",
+            learnable=frequencies == "learned",
+            bias=kind != "cos_sin",
+        )
+        self.head = MLP(self.fourier.out_dim, hidden_dim, 1, 1, "elu", "uniform")
+
+    @property
+    def second(self) -> nn.Linear:
+        """The layer W2."""
+        layer = self.head.layers[-2]
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def forward(self, psi: Tensor, *, backend: str | None = None) -> Tensor:
+        """psi ``[B, feature_dim]`` -> Q ``[B, 1]``."""
+        return self.head(self._fourier(psi, backend), backend=backend)
+
+    def phi(self, psi: Tensor, *, backend: str | None = None) -> Tensor:
+        """psi ``[B, feature_dim]`` -> phi ``[B, hidden_dim]``, in which Q is linear."""
+        return self.head.hidden(self._fourier(psi, backend), backend=backend)
+
+    def _fourier(self, psi: Tensor, backend: str | None) -> Tensor:
+        return psi if self.fourier is None else self.fourier(psi, backend=backend)
+
+
+class TwinRFFCritic(nn.Module):
+    """Two independent :class:`RFFCritic`, whose arguments it takes."""
+
+    def __init__(
+        self,
+        feature_dim: int,
+        hidden_dim: int = 256,
+        frequencies: str = "learned",
+        kind: str = "sin",
+        lengthscale: float = 16.0,
+    ) -> None:
+        super().__init__()
+        self.q1 = RFFCritic(feature_dim, hidden_dim, frequencies, kind, lengthscale)
+        self.q2 = RFFCritic(feature_dim, hidden_dim, frequencies, kind, lengthscale)
 
     def forward(self, psi: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-        """psi ``[B, d]`` -> (q1, q2), each ``[B, 1]``."""
-        return self.q1(psi, backend=backend), self.q2(psi, backend=backend)
+        """psi ``[B, feature_dim]`` -> (q1, q2), each ``[B, 1]``."""
+        if self.q1.fourier is not None:
+            return self.q1(psi, backend=backend), self.q2(psi, backend=backend)
+        heads = self.q1.head, self.q2.head
+        check_features("psi", psi, heads[0].in_dim)
+        networks = [head.weights_and_biases() for head in heads]
+        q1, q2 = mlp_ensemble(psi, networks, heads[0].activations, backend=backend).unbind(0)
+        return q1, q2
 
     def phi(self, psi: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-        """psi ``[B, d]`` -> the features on which each Q is linear, each ``[B, hidden_dim]``."""
-        return self.q1.hidden(psi, backend=backend), self.q2.hidden(psi, backend=backend)
+        """psi ``[B, feature_dim]`` -> each critic's phi, ``[B, hidden_dim]``."""
+        return self.q1.phi(psi, backend=backend), self.q2.phi(psi, backend=backend)

@@ -2,6 +2,7 @@
 
 from diffcore.ops.action_gradient import action_gradient
 from diffcore.ops.mlp import mlp
+from diffcore.ops.mlp_ensemble import mlp_ensemble
 from diffcore.ops.q_sample import q_sample
 from diffcore.ops.reverse_diffusion import reverse_diffusion
 from diffcore.ops.reverse_step import reverse_step
@@ -11,6 +12,7 @@ from diffcore.ops.score_matching_loss import score_matching_loss
 __all__ = [
     "action_gradient",
     "mlp",
+    "mlp_ensemble",
     "q_sample",
     "reverse_diffusion",
     "reverse_step",

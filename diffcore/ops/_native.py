@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,6 +52,32 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Any]:
 def vmap(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Registers the op's rule for torch.func.vmap."""
     return torch.library.register_vmap(f"diffcore::{name}", lib=_LIBRARY)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)`` for a Function with setup_context, the only kind torch.func takes.
+
+    In plain eager mode it runs as a twin of the older kind: torch binds the arguments of the newer
+    one by inspecting its signature at every call, which takes longer than a small network does.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return _eager_twin(function).apply(*args)
+
+
+@functools.cache
+def _eager_twin(function: Any) -> Any:
+    class Twin(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = function.forward(*args)
+            function.setup_context(ctx, args, output)
+            return output
+
+        backward = staticmethod(function.backward)
+
+    Twin.__name__ = Twin.__qualname__ = function.__name__
+    return Twin
 
 
 def cannot_run(tensors: list[Tensor], activations: Sequence[str], layers: int) -> str | None:

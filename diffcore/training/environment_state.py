@@ -6,8 +6,8 @@ through MuJoCo. Nothing is pickled, so a checkpoint can't run code. An attribute
 may hold state that would be lost: then the environment counts as not restorable, by name of that
 attribute, rather than be put back half.
 
-An environment of another kind can join in by defining ``state_dict()``, returning plain data and
-arrays, and ``load_state_dict(state)``.
+An environment or wrapper of another kind can join in by defining ``state_dict()``, returning plain
+data and arrays, and ``load_state_dict(state)``.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def restore_environment(env: gym.Env[Any, Any], state: dict[str, Any]) -> None:
             own = decoder.decode(layer_state["own"])
             with _own_errors_named(layer):
                 layer.load_state_dict(own)
-            layer._np_random = decoder.decode(layer_state["np_random"])
+            np_random = decoder.decode(layer_state["np_random"])
+            if not isinstance(layer, gym.Wrapper):  # whose generator is that of what it wraps
+                layer._np_random = np_random
         else:
             decoder.restore_attributes(layer, layer_state["attributes"])
     if not _equal(save_environment(env), state):

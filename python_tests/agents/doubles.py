@@ -21,6 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "diffsr": {},
     "diffsr-official": {"mode": "official", "gram_weight": 0.1},
     "diffsr-paper": {"mode": "paper", "conditioning": "time_embedding"},
+    "diffsr-orthogonal": {"fourier_frequencies": "orthogonal", "fourier_kind": "cos_sin"},
     "diffsr-elliptical": {"bonus": "elliptical"},
     "diffsr-kernel": {"bonus": "kernel", "bonus_samples": 8},
     "diffsr-frozen": {"freeze_representation": True},

@@ -173,7 +173,7 @@ def test_switch_gram_of_second_layer_twice(mode: str) -> None:
         psi = agent.representation.psi(batch.state, batch.action)
         expected = 0.0
         for q in (agent.critic.q1, agent.critic.q2):
-            first, second, _ = q.layers
+            first, second, _ = q.head.layers
             phi = nn.functional.elu(second(first(psi).sin()))
             expected += plain_gram((second(phi) if mode == "official" else phi).double())
     metrics = agent.update_critic(batch)
@@ -514,6 +514,9 @@ def test_defaults_are_the_released_codes() -> None:
         ("noise_levels", "vp", ValueError),
         ("conditioning", "none", ValueError),
         ("bonus", "ucb", ValueError),
+        ("fourier_frequencies", "fixed", ValueError),
+        ("fourier_kind", "tan", ValueError),
+        ("fourier_lengthscale", 0.0, ValueError),
         ("compute_dtype", "float16", ValueError),
         ("feature_dim", 0, ValueError),
         ("feature_dim", 2.0, TypeError),

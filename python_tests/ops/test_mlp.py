@@ -264,7 +264,7 @@ def test_opcheck() -> None:
     _, saved = native.forward(x, parameters, "mish,identity", True)
     torch.library.opcheck(native.forward, (x, parameters, "mish,identity", True))
     torch.library.opcheck(
-        native.backward, (torch.randn(5, 3), saved, parameters, "mish,identity", True, True)
+        native.backward, (torch.randn(1, 5, 3), x, saved, parameters, "mish,identity", True, True)
     )
 
 

@@ -28,6 +28,15 @@ ENVIRONMENTS = [
     "Hopper-v5",
     "Ant-v5",
     "Humanoid-v5",
+    "diffcore/Hopper-ET-v0",
+    "diffcore/Humanoid-ET-v0",
+    "diffcore/Reacher-MBBL-v0",
+    "diffcore/InvertedPendulum-MBBL-v0",
+    "diffcore/Pendulum-MBBL-v0",
+    "diffcore/CartPole-MBBL-v0",
+    "diffcore/HalfCheetah-masked-v0",
+    "diffcore/Pendulum-masked-v0",
+    "diffcore/CartPole-MBBL-masked-v0",
 ]
 
 
@@ -60,6 +69,53 @@ def test_goes_on_bit_for_bit(env_id: str, tmp_path: Path) -> None:
     other.reset(seed=99)
     restore_environment(other, state)
     assert trace(other, np.random.default_rng(1), 60) == expected
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 7])
+def test_a_history_is_saved(steps: int, tmp_path: Path) -> None:
+    """The first places of a history, filled at the reset, are another case than the later ones."""
+    env, other = (make_environment("diffcore/Pendulum-masked-v0") for _ in range(2))
+    rng = np.random.default_rng(0)
+    env.reset(seed=3)
+    trace(env, rng, steps)
+    state = through_a_file(save_environment(env), tmp_path)
+    expected = trace(env, np.random.default_rng(1), 5)
+
+    other.reset(seed=99)  # with a history of its own, longer than the saved one's
+    trace(other, rng, 4)
+    restore_environment(other, state)
+    assert trace(other, np.random.default_rng(1), 5) == expected
+
+
+def test_a_history_of_another_length_is_refused() -> None:
+    env = gym.make("diffcore/Pendulum-masked-v0", history=2)
+    other = gym.make("diffcore/Pendulum-masked-v0", history=3)
+    env.reset(seed=0)
+    other.reset(seed=0)
+    message = r"HistoryObservation's own .* expected 3 observations and 2 actions.*got 2, 1 and 5"
+    with pytest.raises(NotRestorableError, match=message):
+        restore_environment(other, save_environment(env))
+
+
+def test_a_wrapper_may_bring_its_own_state_dict(tmp_path: Path) -> None:
+    class Wrapper(gym.Wrapper[Any, Any, Any, Any]):
+        def __init__(self, env: gym.Env[Any, Any]) -> None:
+            super().__init__(env)
+            self.opaque: Any = Opaque()
+            self.steps = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"steps": self.steps}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.steps = state["steps"]
+
+    env, other = Wrapper(CountingEnv()), Wrapper(CountingEnv())
+    env.reset(seed=1)
+    env.steps = 5
+    restore_environment(other, through_a_file(save_environment(env), tmp_path))
+    assert other.steps == 5
+    assert other.np_random.random() == env.np_random.random()
 
 
 def test_saving_changes_nothing() -> None:

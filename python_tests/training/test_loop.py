@@ -269,7 +269,17 @@ def test_evaluations_and_checkpoints_do_not_touch_training(
 
 @both_agents
 @pytest.mark.parametrize("num_envs", [1, 2])
-@pytest.mark.parametrize("env_id", ["Pendulum-v1", "diffcore/MultiGoal-v0", "HalfCheetah-v5"])
+@pytest.mark.parametrize(
+    "env_id",
+    [
+        "Pendulum-v1",
+        "diffcore/MultiGoal-v0",
+        "HalfCheetah-v5",
+        "diffcore/Hopper-ET-v0",
+        "diffcore/Pendulum-masked-v0",
+        "diffcore/Hopper-ET-masked-v0",
+    ],
+)
 def test_interrupted_and_resumed_equals_uninterrupted(
     tiny_run: MakeConfig,
     console: Console,

@@ -46,13 +46,17 @@ def mlp(
     if _dispatch.choose("mlp", available, backend) == "reference":
         return reference.mlp(x, weights, biases, activations)
     parameters = [p for pair in zip(weights, biases, strict=True) for p in pair]
-    names = ",".join(activations)
-    rows = x.reshape(-1, x.shape[-1])
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
-        y = native.MLP.apply(rows, names, *parameters)[0]
-    else:
-        y = native.forward(rows, parameters, names, False)[0]
+    y = run_native(x, parameters, activations)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def run_native(x: Tensor, parameters: list[Tensor], activations: Sequence[str]) -> Tensor:
+    """``[N, rows of x, out]``: N networks, whose parameters come one network after the other."""
+    names = ",".join(activations)
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
+        return _native.apply(native.MLP, rows, names, *parameters)[0]
+    return native.forward(rows, parameters, names, False)[0]
 
 
 def support(

@@ -129,7 +129,8 @@ def _run_native(
     )
     differentiable = [state, *parameters, *(t for t in (x_init, noise) if t is not None)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
-        return native.Chain.apply(state, x_init, noise, seed, *settings, *parameters)[0]
+        arguments = (state, x_init, noise, seed, *settings, *parameters)
+        return _native.apply(native.Chain, *arguments)[0]
     return native.chain(state, x_init, noise, seed, parameters, *settings, False)[0]
 
 

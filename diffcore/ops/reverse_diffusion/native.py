@@ -245,7 +245,8 @@ class Chain(torch.autograd.Function):
             grads = chain_backward(grad_actions, trajectory, state, parameters, *settings)
         else:
             start = (state, x_init, noise)
-            grads = ChainBackward.apply(grad_actions, trajectory, *start, *settings, *parameters)
+            arguments = (grad_actions, trajectory, *start, *settings, *parameters)
+            grads = _native.apply(ChainBackward, *arguments)
         grad_state, grad_x, grad_noise, *grad_parameters = grads
         return (
             grad_state,

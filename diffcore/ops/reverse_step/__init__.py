@@ -54,7 +54,7 @@ def reverse_step(
         settings = (coefficients, noise, x0_previous, float(noise_scale), float(clip))
         differentiable = [t for t in (x, eps, noise, x0_previous) if t is not None]
         if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
-            return native.ReverseStep.apply(x, eps, *settings)
+            return _native.apply(native.ReverseStep, x, eps, *settings)
         return native.step(x, eps, *settings)
     return reference.reverse_step(x, eps, coefficients, noise, x0_previous, noise_scale, clip)
 

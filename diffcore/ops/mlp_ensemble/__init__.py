@@ -1,0 +1,85 @@
+"""Several MLPs of one shape on the same input, forward and backward in one call each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from diffcore.ops import _dispatch, _native
+from diffcore.ops._checks import check_tensor, out_of_autocast
+from diffcore.ops.mlp import run_native
+from diffcore.ops.mlp import support as mlp_support
+from diffcore.ops.mlp_ensemble import reference
+
+
+def mlp_ensemble(
+    x: Tensor,
+    networks: Sequence[Sequence[Tensor]],
+    activations: Sequence[str],
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`diffcore.ops.mlp` of every network, such as the two critics of an actor-critic agent.
+
+    Differentiable like it, in ``x`` and all parameters.
+
+    Args:
+        x: ``[..., in]``.
+        networks: every network's parameters as ``[weight, bias, weight, bias, ...]`` from input to
+            output, weights ``[out, in]``. The networks have the same shapes.
+        activations: one a layer, the same for every network; see :func:`diffcore.ops.mlp`.
+        backend: "cpu" or "reference"; the fastest that can run the call if None.
+
+    Returns:
+        ``[N, ..., out of the last layer]``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, number, shape, dtype or device, or a
+            forced backend that can't run this call.
+    """
+    [x] = out_of_autocast(networks[0][0] if networks and networks[0] else None, x)
+    available = support(x, networks, activations)
+    if _dispatch.choose("mlp_ensemble", available, backend) == "reference":
+        return reference.mlp_ensemble(x, networks, activations)
+    y = run_native(x, [p for network in networks for p in network], activations)
+    return y.reshape(len(networks), *x.shape[:-1], y.shape[-1])
+
+
+def support(
+    x: Tensor,
+    networks: Sequence[Sequence[Tensor]],
+    activations: Sequence[str],
+    *,
+    backend: str | None = None,
+) -> _dispatch.Support:
+    """Checks the arguments and says which backends can take them."""
+    if not networks:
+        raise ValueError("networks: expected at least one network, got none")
+    first = networks[0]
+    available = mlp_support(x, first[::2], first[1::2], activations)
+    for i, network in enumerate(networks[1:], start=1):
+        if len(network) != len(first):
+            raise ValueError(
+                f"networks[{i}]: expected {len(first)} tensors like networks[0], got {len(network)}"
+            )
+        for j, (parameter, like) in enumerate(zip(network, first, strict=True)):
+            if not (
+                isinstance(parameter, Tensor)
+                and parameter.shape == like.shape
+                and parameter.dtype is like.dtype
+                and parameter.device == like.device
+            ):
+                _reject(f"networks[{i}][{j}]", parameter, like)
+    if available["cpu"] is None and len(networks) > _native._core.max_networks:
+        most = _native._core.max_networks
+        available["cpu"] = f"{len(networks)} networks, the CPU kernels take at most {most}"
+    return available
+
+
+def _reject(name: str, parameter: Tensor, like: Tensor) -> None:
+    check_tensor(name, parameter, tuple(like.shape))
+    raise TypeError(
+        f"{name}: expected {like.dtype} on {like.device} like networks[0], "
+        f"got {parameter.dtype} on {parameter.device}"
+    )
