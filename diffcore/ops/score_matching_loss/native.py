@@ -91,10 +91,11 @@ class ScoreMatchingLoss(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.bfloat16, ctx.wanted = inputs
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # else every call would fill zeros as large as the weight
         ctx.save_for_backward(*output[1:], *tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor, *_: None) -> Any:
         grads, tensors = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         if torch.compiler.is_compiling():  # where no second derivative exists anyway
             scaled = [grad_loss * grad for grad in grads]
@@ -102,7 +103,7 @@ class ScoreMatchingLoss(torch.autograd.Function):
             scaled = list(grads)
         else:
             scaled = ScoreMatchingLossBackward.apply(grad_loss, *grads, *tensors)
-        return *(g if want else None for g, want in zip(scaled, ctx.wanted)), *[None] * 4
+        return *(g if want else None for g, want in zip(scaled, ctx.wanted, strict=True)), *[None] * 4
 
 
 def _is_last_use(grad_loss: Tensor) -> bool:
