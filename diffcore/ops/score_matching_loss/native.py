@@ -103,7 +103,8 @@ class ScoreMatchingLoss(torch.autograd.Function):
             scaled = list(grads)
         else:
             scaled = ScoreMatchingLossBackward.apply(grad_loss, *grads, *tensors)
-        return *(g if want else None for g, want in zip(scaled, ctx.wanted, strict=True)), *[None] * 4
+        pairs = zip(scaled, ctx.wanted, strict=True)
+        return *(g if want else None for g, want in pairs), *[None] * 4
 
 
 def _is_last_use(grad_loss: Tensor) -> bool:
