@@ -27,6 +27,7 @@ constexpr int feature_block = 8 * max_tile_rows;  // rows that share such a part
 constexpr int score_rows = 128;                   // rows that share the weights from L2
 constexpr int hidden_block = 4;                   // panels of W_s that share a copy
 constexpr int hidden_rows = 256;                  // rows that use such a copy
+constexpr int state_chunk = 16;                   // coordinates summed before they join the total
 
 DIFFCORE_INLINE int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
@@ -243,12 +244,14 @@ template <class Operand>
 struct ScoreBuffers {
   float* zeta;   // [row panel][feature][lane]: Z_s of a tile
   float* score;  // [row panel][lane]
+  float* part;   // [row panel][feature][lane]: psi's gradient by some coordinates
   Rows<typename Operand::Input> weight;
 
   static ScoreBuffers take(const ScoreMatchingLossCall& call, int64_t panels, Carver* memory) {
     ScoreBuffers b;
     b.zeta = memory->take<float>(4 * panels * panel_width * call.features);
     b.score = memory->take<float>(4 * panels * panel_width);
+    b.part = memory->take<float>(call.grad_psi ? 4 * panels * panel_width * call.features : 0);
     const bool copies = Operand::precision == Precision::bfloat16;
     b.weight =
         take_rows<typename Operand::Input>(memory, copies ? feature_block : 0, call.hidden_dim);
@@ -326,6 +329,8 @@ static void score_tile(const ScoreMatchingLossCall& call, const ScoreMatching<Op
       const int64_t first = (panels.first + p) * panel_width;
       const float* zeta = b.zeta + static_cast<ptrdiff_t>(p) * D * panel_width;
       float* grad_psi = m.grad_psi_lanes + first * D;
+      float* part_sum = b.part + static_cast<ptrdiff_t>(p) * D * panel_width;
+      const bool chunk_ends = (s + 1) % state_chunk == 0 || s + 1 == S;
       float* slope = m.slope + s * m.rows() + first;
       float residual[panel_width];
       for (int v = 0; v < panel_width; v += W) {
@@ -338,8 +343,10 @@ static void score_tile(const ScoreMatchingLossCall& call, const ScoreMatching<Op
         if (!call.grad_psi) continue;
         for (int d = 0; d < D; ++d) {
           const Vec z = load(zeta + d * panel_width + v);
-          float* to = grad_psi + d * panel_width + v;
-          store(to, s == 0 ? g * z : fma(g, z, load(to)));
+          float *part = part_sum + d * panel_width + v, *total = grad_psi + d * panel_width + v;
+          const Vec sum = s % state_chunk == 0 ? g * z : fma(g, z, load(part));
+          store(part, sum);
+          if (chunk_ends) store(total, s < state_chunk ? sum : load(total) + sum);
         }
       }
       for (int i = 0; i < panel_width; ++i)
@@ -361,12 +368,14 @@ static void score_tile(const ScoreMatchingLossCall& call, const ScoreMatching<Op
 template <class Operand>
 struct HiddenBuffers {
   typename Operand::Weight* weight;  // [panel][feature][column]
-  float* total;                      // [panel][row][column]
+  float* part;                       // [panel][row][column]: the sum over some coordinates
+  float* total;                      // the same: over all
 
   static HiddenBuffers take(const ScoreMatchingLossCall& call, Carver* memory) {
     HiddenBuffers b;
     b.weight = memory->take<typename Operand::Weight>(4 * hidden_block * panel_width *
                                                       Operand::depth(call.features));
+    b.part = memory->take<float>(4 * hidden_block * panel_width * hidden_rows);
     b.total = memory->take<float>(4 * hidden_block * panel_width * hidden_rows);
     return b;
   }
@@ -382,7 +391,9 @@ static void hidden_gradient(const ScoreMatchingLossCall& call, const ScoreMatchi
   const int64_t column = panels.first * panel_width;
   const int left = static_cast<int>(H - column);
   const int columns = left < panels.rows * panel_width ? left : panels.rows * panel_width;
-  memset(b.total, 0, sizeof(float) * static_cast<size_t>(panels.rows * panel_width * rows.rows));
+  const int values = panels.rows * panel_width * rows.rows;
+  memset(b.part, 0, sizeof(float) * static_cast<size_t>(values));
+  memset(b.total, 0, sizeof(float) * static_cast<size_t>(values));
   for (int s = 0; s < S; ++s) {
     pack_columns<Operand>(call.weight + static_cast<ptrdiff_t>(s) * H + column,
                           static_cast<ptrdiff_t>(S) * H, D, columns, b.weight);
@@ -396,8 +407,13 @@ static void hidden_gradient(const ScoreMatchingLossCall& call, const ScoreMatchi
         add_product<Operand>(
             m.psi.row(rows.first) + k.first * step_of<Operand>, m.psi.stride, rows.rows,
             b.weight + (static_cast<ptrdiff_t>(n) * depth + k.first) * panel_width, k.rows, slope,
-            b.total + static_cast<ptrdiff_t>(n) * rows.rows * panel_width, panel_width, fetch);
+            b.part + static_cast<ptrdiff_t>(n) * rows.rows * panel_width, panel_width, fetch);
       }
+    }
+    if ((s + 1) % state_chunk != 0 && s + 1 < S) continue;
+    for (int i = 0; i < values; i += W) {
+      store(b.total + i, load(b.total + i) + load(b.part + i));
+      store(b.part + i, zero());
     }
   }
   for (int n = 0; n < columns; n += panel_width) {

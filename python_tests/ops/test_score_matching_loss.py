@@ -419,9 +419,8 @@ def test_autocast_hands_over_in_float32() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("wanted", [[True] * 4, [False] * 4, [True, False, True, False]])
-@pytest.mark.parametrize("batch", [0, 5])
-def test_opcheck(wanted: list[bool], batch: int) -> None:
-    inputs = make_inputs(batch, 4, 3, 6)
+def test_opcheck(wanted: list[bool]) -> None:
+    inputs = make_inputs(5, 4, 3, 6)
     torch.library.opcheck(native.loss_and_gradients, (*inputs, False, wanted))
 
 

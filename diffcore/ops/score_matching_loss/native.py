@@ -91,10 +91,11 @@ class ScoreMatchingLoss(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.bfloat16, ctx.wanted = inputs
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # else every call would fill zeros as large as the weight
         ctx.save_for_backward(*output[1:], *tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor, *_: None) -> Any:
         grads, tensors = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         if torch.compiler.is_compiling():  # where no second derivative exists anyway
             scaled = [grad_loss * grad for grad in grads]
@@ -102,7 +103,8 @@ class ScoreMatchingLoss(torch.autograd.Function):
             scaled = list(grads)
         else:
             scaled = ScoreMatchingLossBackward.apply(grad_loss, *grads, *tensors)
-        return *(g if want else None for g, want in zip(scaled, ctx.wanted)), *[None] * 4
+        pairs = zip(scaled, ctx.wanted, strict=True)
+        return *(g if want else None for g, want in pairs), *[None] * 4
 
 
 def _is_last_use(grad_loss: Tensor) -> bool:
@@ -113,6 +115,7 @@ def _is_last_use(grad_loss: Tensor) -> bool:
     return not (
         torch.is_grad_enabled()
         or torch._C._functorch.is_functorch_wrapped_tensor(grad_loss)
+        or torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # of is_grads_batched
         or torch._C._autograd._get_current_graph_task_keep_graph()
         or grad_loss.item() != 1.0
     )
