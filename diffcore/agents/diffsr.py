@@ -99,13 +99,20 @@ MODES: dict[Mode, ModeSwitches] = {
     ),
 }
 
-# By the name that environment_base_name gives: small tasks, made to be learned in some thousand steps,
-# for which 25,000 random ones are out of proportion. Pendulum's values lie in the hundreds: a target
-# that moves at half the pace, and a critic at a third, would take all the while to get there.
-# Everything else is the released code's, the same for every task.
+# For states of two or three numbers, learned in some thousand steps.
+_SMALL = {
+    "feature_dim": 64,
+    "psi_hidden_dim": 64,
+    "zeta_hidden_dim": 128,
+    "hidden_dim": 128,
+    "start_steps": 1_000,
+}
+# By the name that environment_base_name gives. Pendulum's values lie in the hundreds: a target that
+# moves at half the pace, and a critic at a third, would take all the while to get there. Everything
+# else has the released code's settings, which are the same for every task.
 DIFFSR_DEFAULTS: dict[str, dict[str, Any]] = {
-    "Pendulum": {"start_steps": 1_000, "lr": 1e-3, "update_target_every": 1},
-    "MultiGoal": {"start_steps": 1_000},
+    "Pendulum": {**_SMALL, "lr": 1e-3, "update_target_every": 1},
+    "MultiGoal": _SMALL,
 }
 
 

@@ -490,10 +490,14 @@ def test_what_was_never_seen_earns_a_larger_bonus(bonus: Any) -> None:
 # ---------------------------------------------------------------- configuration and bad input
 
 
-def test_small_tasks_start_sooner() -> None:
-    pendulum = DiffSRConfig(start_steps=1_000, lr=1e-3, update_target_every=1)
+def test_small_tasks_have_small_networks_and_start_sooner() -> None:
+    small = DiffSRConfig(
+        feature_dim=64, psi_hidden_dim=64, zeta_hidden_dim=128, hidden_dim=128, start_steps=1_000
+    )
+    pendulum = dataclasses.replace(small, lr=1e-3, update_target_every=1)
     assert DiffSRConfig.for_env("Pendulum-v1") == pendulum
-    assert DiffSRConfig.for_env("diffcore/MultiGoal-v0") == DiffSRConfig(start_steps=1_000)
+    assert DiffSRConfig.for_env("diffcore/Pendulum-masked-v0") == pendulum
+    assert DiffSRConfig.for_env("diffcore/MultiGoal-v0") == small
     assert DiffSRConfig.for_env("HalfCheetah-v5") == DiffSRConfig()
 
 
