@@ -409,17 +409,18 @@ def test_learns_a_bandit_whose_best_action_depends_on_the_state(
         mode=mode,
         conditioning=conditioning,
         batch_size=64,
-        lr=3e-3,
+        lr=2e-2,
         initial_temperature=0.01,
+        extra_feature_steps=0,
         hidden_dim=64,
         feature_dim=32,
         psi_hidden_dim=64,
     )
-    before = float((agent.act(state, explore=False) - best).abs().mean())
-    for _ in range(300):
+    for _ in range(500):
         agent.update(replay)
     error = float((agent.act(state, explore=False) - best).abs().mean())
-    assert (error < min(0.2, 0.5 * before)) is learns
+    without_a_clue = float(best.abs().mean())  # of an action of 0
+    assert (error < 0.6 * without_a_clue) is learns
 
 
 # ---------------------------------------------------------------- acting
