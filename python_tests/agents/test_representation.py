@@ -15,7 +15,7 @@ from diffcore.agents import DiffusionRepresentation
 
 
 class KnownScore(DiffusionRepresentation):
-    """Predicts the noise exactly, for next states ``state + 0.5 b + 0.2 z``, b = 1 or -1 (p, 1 - p)."""
+    """Predicts the noise exactly, for next states 0.5 b + 0.2 z, b = 1 or -1 (0.7 and 0.3)."""
 
     share = 0.7
 
@@ -23,7 +23,6 @@ class KnownScore(DiffusionRepresentation):
         alpha_bar = self.alpha_bar[level].unsqueeze(-1)
         spread = (1 - alpha_bar) * self.noise_scale**2  # variance of the noise in s~
         variance = 0.04 * alpha_bar + spread
-        # In one dimension, so that the two outcomes are two points; the state is 0.
         residuals = [perturbed - alpha_bar.sqrt() * b for b in (0.5, -0.5)]
         weights = torch.stack(
             [
