@@ -21,7 +21,9 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     weights, biases = [layer.weight for layer in mlp.layers], [layer.bias for layer in mlp.layers]
     return {
         "action_gradient": (nn.TwinCritic(5, 3, 8), state, action),
+        "denoising_loss": (nn.Denoiser(5, 3, 8), SCHEDULE, state, action),
         "mlp": (state, weights, biases, ["mish", "identity"]),
+        "mlp_ensemble": (state, [mlp.weights_and_biases()] * 2, ["mish", "identity"]),
         "q_sample": (action, torch.tensor([0, 3]), action, SCHEDULE),
         "reverse_diffusion": (nn.Denoiser(5, 3, 8), SCHEDULE, state),
         "reverse_step": (action, action, SCHEDULE.solver().coefficients[0]),

@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include "action_gradient.h"
+#include "denoising_loss.h"
 #include "mlp.h"
 #include "peak.h"
 #include "reverse_diffusion.h"
@@ -63,6 +64,7 @@ const Kernels kernels = {
     mlp_saved_width,
     mlp_forward,
     mlp_backward,
+    denoising_loss,
     fma_peak,
 };
 

@@ -188,6 +188,28 @@ struct MlpBackwardCall {
   int threads;
 };
 
+// One call of the loss that trains a denoiser, and its gradients where they are wanted.
+struct DenoisingLossCall {
+  const MlpPack* time_mlp;
+  const MlpPack* trunk;
+  int64_t batch;
+  int state_dim;
+  int action_dim;
+  int time_dim;
+  const float* state;      // [batch, state_dim]
+  const float* action;     // [batch, action_dim]
+  const float* noise;      // [batch, action_dim]
+  const int64_t* t;        // [batch]
+  const float* levels;     // by t: sqrt(abar), sqrt(1 - abar)
+  const float* embedding;  // by t: [time_dim]
+  float* loss;
+  float* grad_state;           // [batch, state_dim] or null
+  float* grad_action;          // [batch, action_dim] or null
+  float* const* grad_weights;  // time MLP's layers, then the trunk's; or null: not wanted
+  float* const* grad_biases;
+  int threads;
+};
+
 // What an instruction set provides.
 struct Kernels {
   const char* isa;
@@ -206,6 +228,7 @@ struct Kernels {
   int (*mlp_saved_width)(const MlpPack&);
   void (*mlp_forward)(const MlpCall&);
   void (*mlp_backward)(const MlpBackwardCall&);
+  void (*denoising_loss)(const DenoisingLossCall&);
   double (*fma_peak)(int threads, double seconds);
 };
 

@@ -1,10 +1,19 @@
 """The public ops: each in a folder with its reference beside the fast kernels."""
 
 from diffcore.ops.action_gradient import action_gradient
+from diffcore.ops.denoising_loss import denoising_loss
 from diffcore.ops.mlp import mlp
 from diffcore.ops.mlp_ensemble import mlp_ensemble
 from diffcore.ops.q_sample import q_sample
 from diffcore.ops.reverse_diffusion import reverse_diffusion
 from diffcore.ops.reverse_step import reverse_step
 
-__all__ = ["action_gradient", "mlp", "mlp_ensemble", "q_sample", "reverse_diffusion", "reverse_step"]
+__all__ = [
+    "action_gradient",
+    "denoising_loss",
+    "mlp",
+    "mlp_ensemble",
+    "q_sample",
+    "reverse_diffusion",
+    "reverse_step",
+]
