@@ -6,6 +6,7 @@
 #include "mlp.h"
 #include "peak.h"
 #include "reverse_diffusion.h"
+#include "rff_features.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
@@ -63,6 +64,10 @@ const Kernels kernels = {
     mlp_saved_width,
     mlp_forward,
     mlp_backward,
+    layer_pack_bytes,
+    pack_layer,
+    rff_features,
+    rff_features_backward,
     fma_peak,
 };
 

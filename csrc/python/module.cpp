@@ -165,6 +165,28 @@ void mlp_backward(const std::vector<Layer>& layers, const std::vector<Activation
                                  usable_threads(threads)});
 }
 
+void rff_features(const Layer& omega, RffKind kind, float scale, int64_t batch, Address x,
+                  Address y, Address slope, int threads) {
+  const py::gil_scoped_release unlocked;
+  const auto layer = packed_layer(linear_parameters(omega), false);
+  active_kernels().rff_features({&layer->pack, batch, kind, scale, pointer<const float>(x),
+                                 pointer<float>(y), pointer<float>(slope),
+                                 usable_threads(threads)});
+}
+
+void rff_features_backward(const Layer& omega, RffKind kind, int64_t batch, Address x,
+                           Address saved, Address grad_y, Address grad_x, Address grad_omega,
+                           Address grad_bias, int threads) {
+  const py::gil_scoped_release unlocked;
+  const LinearParameters parameters = linear_parameters(omega);
+  const auto layer = grad_x ? packed_layer(parameters, true) : nullptr;
+  active_kernels().rff_features_backward({layer ? &layer->pack : nullptr, batch, parameters.in,
+                                          parameters.out, kind, pointer<const float>(x),
+                                          pointer<const float>(saved), pointer<const float>(grad_y),
+                                          pointer<float>(grad_x), pointer<float>(grad_omega),
+                                          pointer<float>(grad_bias), usable_threads(threads)});
+}
+
 void normals(uint64_t seed, uint32_t step, int64_t first_row, int64_t rows, int columns,
              Address out) {
   const py::gil_scoped_release unlocked;
@@ -193,6 +215,10 @@ PYBIND11_MODULE(_core, m) {
   py::enum_<Precision>(m, "Precision")
       .value("float32", Precision::float32)
       .value("bfloat16", Precision::bfloat16);
+  py::enum_<RffKind>(m, "RffKind")
+      .value("sin", RffKind::sin)
+      .value("cos", RffKind::cos)
+      .value("cos_sin", RffKind::cos_sin);
   py::enum_<NormClip>(m, "NormClip")
       .value("none", NormClip::none)
       .value("batch", NormClip::batch)
@@ -213,5 +239,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("mlp_saved_width", &mlp_saved_width);
   m.def("mlp_forward", &mlp_forward);
   m.def("mlp_backward", &mlp_backward);
+  m.def("rff_features", &rff_features);
+  m.def("rff_features_backward", &rff_features_backward);
   m.def("fma_peak", &fma_peak);
 }
