@@ -58,7 +58,7 @@ def with_gradients(
     **options: object,
 ) -> list[Tensor]:
     """[y, gradients of x, omega and bias]."""
-    leaves = [t.to(dtype).requires_grad_() for t in inputs]
+    leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
     y = ops.rff_features(*leaves, backend=backend, **options)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad_y.to(dtype))]
 
