@@ -7,6 +7,7 @@
 #include "mlp.h"
 #include "peak.h"
 #include "reverse_diffusion.h"
+#include "rff_features.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
@@ -65,6 +66,10 @@ const Kernels kernels = {
     mlp_forward,
     mlp_backward,
     denoising_loss,
+    layer_pack_bytes,
+    pack_layer,
+    rff_features,
+    rff_features_backward,
     fma_peak,
 };
 

@@ -7,7 +7,7 @@
 
 namespace diffcore {
 
-enum class Activation : int { identity, relu, elu, silu, tanh, mish };
+enum class Activation : int { identity, relu, elu, silu, tanh, mish, gelu, sin, cos };
 enum class Precision : int { float32, bfloat16 };
 
 constexpr int max_layers = 16;
@@ -210,6 +210,34 @@ struct DenoisingLossCall {
   int threads;
 };
 
+enum class RffKind : int { sin, cos, cos_sin };
+
+struct RffCall {
+  const PackedLinear* layer;
+  int64_t batch;
+  RffKind kind;
+  float scale;
+  const float* x;  // [batch, in]
+  float* y;        // [batch, features], of cos_sin twice as many
+  float* slope;    // [batch, features] for the backward pass, or null; of cos_sin y will do
+  int threads;
+};
+
+struct RffBackwardCall {
+  const PackedLinear* layer;  // transposed; null without grad_x
+  int64_t batch;
+  int in;
+  int features;
+  RffKind kind;
+  const float* x;       // [batch, in]
+  const float* saved;   // slope, or of cos_sin y
+  const float* grad_y;  // like y
+  float* grad_x;        // [batch, in] or null
+  float* grad_omega;    // [features, in] or null: neither this nor grad_bias
+  float* grad_bias;     // [features] or null
+  int threads;
+};
+
 // What an instruction set provides.
 struct Kernels {
   const char* isa;
@@ -229,6 +257,10 @@ struct Kernels {
   void (*mlp_forward)(const MlpCall&);
   void (*mlp_backward)(const MlpBackwardCall&);
   void (*denoising_loss)(const DenoisingLossCall&);
+  int64_t (*layer_pack_bytes)(const LinearParameters&, bool transposed);
+  void (*pack_layer)(const LinearParameters&, bool transposed, void* block, PackedLinear*);
+  void (*rff_features)(const RffCall&);
+  void (*rff_features_backward)(const RffBackwardCall&);
   double (*fma_peak)(int threads, double seconds);
 };
 

@@ -181,7 +181,7 @@ struct WeightGradient {
   int in;
   int out;
   float* weight;
-  float* bias;
+  float* bias;  // or null
 };
 
 // Rows that are summed in registers before they join the total: few enough that rounding errors don't
@@ -259,7 +259,7 @@ static void weight_gradients(const WeightGradient* list, int count, int64_t batc
     int g = 0, panel = item;
     while (panel >= panels(g)) panel -= panels(g++);
     weight_gradient_panel(list[g], batch, panel);
-    if (panel == 0) bias_gradient(list[g], batch);
+    if (panel == 0 && list[g].bias) bias_gradient(list[g], batch);
   }
 }
 

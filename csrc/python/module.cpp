@@ -249,6 +249,28 @@ void denoising_loss(const std::vector<Layer>& layers, Activation activation, int
   active_kernels().denoising_loss(call);
 }
 
+void rff_features(const Layer& omega, RffKind kind, float scale, int64_t batch, Address x,
+                  Address y, Address slope, int threads) {
+  const py::gil_scoped_release unlocked;
+  const auto layer = packed_layer(linear_parameters(omega), false);
+  active_kernels().rff_features({&layer->pack, batch, kind, scale, pointer<const float>(x),
+                                 pointer<float>(y), pointer<float>(slope),
+                                 usable_threads(threads)});
+}
+
+void rff_features_backward(const Layer& omega, RffKind kind, int64_t batch, Address x,
+                           Address saved, Address grad_y, Address grad_x, Address grad_omega,
+                           Address grad_bias, int threads) {
+  const py::gil_scoped_release unlocked;
+  const LinearParameters parameters = linear_parameters(omega);
+  const auto layer = grad_x ? packed_layer(parameters, true) : nullptr;
+  active_kernels().rff_features_backward({layer ? &layer->pack : nullptr, batch, parameters.in,
+                                          parameters.out, kind, pointer<const float>(x),
+                                          pointer<const float>(saved), pointer<const float>(grad_y),
+                                          pointer<float>(grad_x), pointer<float>(grad_omega),
+                                          pointer<float>(grad_bias), usable_threads(threads)});
+}
+
 void normals(uint64_t seed, uint32_t step, int64_t first_row, int64_t rows, int columns,
              Address out) {
   const py::gil_scoped_release unlocked;
@@ -270,10 +292,17 @@ PYBIND11_MODULE(_core, m) {
       .value("elu", Activation::elu)
       .value("silu", Activation::silu)
       .value("tanh", Activation::tanh)
-      .value("mish", Activation::mish);
+      .value("mish", Activation::mish)
+      .value("gelu", Activation::gelu)
+      .value("sin", Activation::sin)
+      .value("cos", Activation::cos);
   py::enum_<Precision>(m, "Precision")
       .value("float32", Precision::float32)
       .value("bfloat16", Precision::bfloat16);
+  py::enum_<RffKind>(m, "RffKind")
+      .value("sin", RffKind::sin)
+      .value("cos", RffKind::cos)
+      .value("cos_sin", RffKind::cos_sin);
   py::enum_<NormClip>(m, "NormClip")
       .value("none", NormClip::none)
       .value("batch", NormClip::batch)
@@ -296,5 +325,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("mlp_forward", &mlp_forward);
   m.def("mlp_backward", &mlp_backward);
   m.def("denoising_loss", &denoising_loss);
+  m.def("rff_features", &rff_features);
+  m.def("rff_features_backward", &rff_features_backward);
   m.def("fma_peak", &fma_peak);
 }

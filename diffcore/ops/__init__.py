@@ -7,6 +7,7 @@ from diffcore.ops.mlp_ensemble import mlp_ensemble
 from diffcore.ops.q_sample import q_sample
 from diffcore.ops.reverse_diffusion import reverse_diffusion
 from diffcore.ops.reverse_step import reverse_step
+from diffcore.ops.rff_features import rff_features
 
 __all__ = [
     "action_gradient",
@@ -16,4 +17,5 @@ __all__ = [
     "q_sample",
     "reverse_diffusion",
     "reverse_step",
+    "rff_features",
 ]
