@@ -29,6 +29,14 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "reverse_diffusion": (nn.Denoiser(5, 3, 8), SCHEDULE, state),
         "reverse_step": (action, action, SCHEDULE.solver().coefficients[0]),
         "rff_features": (state, torch.randn(8, 5)),
+        "score_matching_loss": (
+            torch.randn(2, 4),
+            state,
+            torch.randn(4 * 3, 5),
+            torch.randn(4 * 3),
+            action,
+            torch.rand(2),
+        ),
     }
 
 

@@ -8,6 +8,7 @@
 #include "peak.h"
 #include "reverse_diffusion.h"
 #include "rff_features.h"
+#include "score_matching_loss.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
@@ -70,6 +71,7 @@ const Kernels kernels = {
     pack_layer,
     rff_features,
     rff_features_backward,
+    score_matching_loss,
     fma_peak,
 };
 

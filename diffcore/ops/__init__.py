@@ -8,6 +8,7 @@ from diffcore.ops.q_sample import q_sample
 from diffcore.ops.reverse_diffusion import reverse_diffusion
 from diffcore.ops.reverse_step import reverse_step
 from diffcore.ops.rff_features import rff_features
+from diffcore.ops.score_matching_loss import score_matching_loss
 
 __all__ = [
     "action_gradient",
@@ -18,4 +19,5 @@ __all__ = [
     "reverse_diffusion",
     "reverse_step",
     "rff_features",
+    "score_matching_loss",
 ]

@@ -30,10 +30,10 @@ def scaled(
         return [grad_loss * grad for grad in grads]
     if _is_last_use(grad_loss):
         return list(grads)
-    scaled: Sequence[Tensor] = _native.apply(
+    results: Sequence[Tensor] = _native.apply(
         ScaledGradients, op, len(grads), grad_loss, *grads, *inputs
     )
-    return scaled
+    return results
 
 
 def _is_last_use(grad_loss: Tensor) -> bool:
@@ -44,6 +44,7 @@ def _is_last_use(grad_loss: Tensor) -> bool:
     return not (
         torch.is_grad_enabled()
         or torch._C._functorch.is_functorch_wrapped_tensor(grad_loss)
+        or torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # of is_grads_batched
         or torch._C._autograd._get_current_graph_task_keep_graph()
         or grad_loss.item() != 1.0
     )
