@@ -1,0 +1,223 @@
+"""Diff-SR's networks: the factors psi and zeta of the score, and the critic on Fourier features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from diffcore.nn.fourier import RandomFourierFeatures
+from diffcore.nn.modules import MLP, time_embedding
+from diffcore.ops import mlp_ensemble
+from diffcore.ops._checks import check_choice, check_features, check_positive_int
+from diffcore.ops.rff_features import KINDS
+
+CONDITIONING = ("alpha_bar", "time_embedding")
+FREQUENCIES = ("learned", "gaussian", "orthogonal")
+
+
+class Psi(nn.Module):
+    """psi(s, a) in R^d, features of a state and an action.
+
+    Args:
+        state_dim, action_dim: widths; the input is ``[state, action]``.
+        feature_dim: d.
+        hidden_dim, hidden_layers, activation: see :class:`diffcore.nn.MLP`.
+    """
+
+    def __init__(
+        self,
+        state_dim: int,
+        action_dim: int,
+        feature_dim: int = 256,
+        hidden_dim: int = 256,
+        hidden_layers: int = 1,
+        activation: str = "elu",
+    ) -> None:
+        super().__init__()
+        check_positive_int("state_dim", state_dim)
+        check_positive_int("action_dim", action_dim)
+        check_positive_int("feature_dim", feature_dim)
+        self.state_dim, self.action_dim, self.feature_dim = state_dim, action_dim, feature_dim
+        self.trunk = MLP(
+            state_dim + action_dim, hidden_dim, feature_dim, hidden_layers, activation, "uniform"
+        )
+
+    def forward(self, state: Tensor, action: Tensor, *, backend: str | None = None) -> Tensor:
+        """state ``[B, S]``, action ``[B, A]`` -> ``[B, d]``."""
+        check_features("state", state, self.state_dim)
+        check_features("action", action, self.action_dim)
+        return self.trunk(torch.cat([state, action], dim=-1), backend=backend)
+
+
+class Zeta(nn.Module):
+    """zeta(s~, level) in R^(d x S): for each feature a direction in the space of states.
+
+    ``psi^T zeta`` is the score of the perturbed transition. Its last layer has d * S outputs, so
+    :func:`diffcore.ops.score_matching_loss` takes that layer apart: :meth:`hidden` is what enters
+    it, :attr:`last` the layer.
+
+    Args:
+        state_dim: S, the width of the perturbed next state.
+        feature_dim: d.
+        hidden_dim, hidden_layers, activation: see :class:`diffcore.nn.MLP`.
+        conditioning: how zeta learns of the noise level. ``alpha_bar``: abar is one more input;
+            ``time_embedding``: a sinusoidal embedding of its index, through a small MLP.
+        time_dim: width of that embedding, even.
+    """
+
+    def __init__(
+        self,
+        state_dim: int,
+        feature_dim: int = 256,
+        hidden_dim: int = 512,
+        hidden_layers: int = 1,
+        activation: str = "elu",
+        conditioning: str = "alpha_bar",
+        time_dim: int = 32,
+    ) -> None:
+        super().__init__()
+        check_positive_int("state_dim", state_dim)
+        check_positive_int("feature_dim", feature_dim)
+        check_choice("conditioning", conditioning, CONDITIONING)
+        check_positive_int("time_dim", time_dim)
+        if time_dim % 2:
+            raise ValueError(f"time_dim: expected an even number, got {time_dim}")
+        self.state_dim, self.feature_dim = state_dim, feature_dim
+        self.time_dim = time_dim
+        self.time_mlp: MLP | None = None
+        level_dim = 1
+        if conditioning == "time_embedding":
+            self.time_mlp = MLP(time_dim, 2 * time_dim, time_dim, 1, "relu", "uniform")
+            level_dim = time_dim
+        self.trunk = MLP(
+            state_dim + level_dim,
+            hidden_dim,
+            feature_dim * state_dim,
+            hidden_layers,
+            activation,
+            "uniform",
+        )
+
+    @property
+    def last(self) -> nn.Linear:
+        """The last layer. Output d * S + s is the element (d, s) of zeta."""
+        layer = self.trunk.layers[-1]
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def hidden(
+        self, perturbed: Tensor, alpha_bar: Tensor, level: Tensor, *, backend: str | None = None
+    ) -> Tensor:
+        """What enters the last layer.
+
+        Args:
+            perturbed: s~, ``[B, S]``.
+            alpha_bar: abar, ``[B, 1]``.
+            level: its index, integer ``[B]``.
+
+        Returns:
+            ``[B, hidden_dim]``.
+        """
+        check_features("perturbed", perturbed, self.state_dim)
+        condition = alpha_bar
+        if self.time_mlp is not None:
+            embedding = time_embedding(level, self.time_dim).to(perturbed.dtype)
+            condition = self.time_mlp(embedding, backend=backend)
+        return self.trunk.hidden(torch.cat([perturbed, condition], dim=-1), backend=backend)
+
+    def forward(
+        self, perturbed: Tensor, alpha_bar: Tensor, level: Tensor, *, backend: str | None = None
+    ) -> Tensor:
+        """zeta, ``[B, d, S]``; arguments as for :meth:`hidden`."""
+        hidden = self.hidden(perturbed, alpha_bar, level, backend=backend)
+        flat: Tensor = self.last(hidden)
+        return flat.reshape(-1, self.feature_dim, self.state_dim)
+
+
+class RFFCritic(nn.Module):
+    """Q = phi^T xi on ``phi = elu(W2 f(W1 psi))``, f the sine or cosine: Fourier features of psi.
+
+    Args:
+        feature_dim: width of psi.
+        hidden_dim: number of frequencies, and width of phi.
+        frequencies: W1. ``learned``: parameters like all others, starting small; ``gaussian`` or
+            ``orthogonal``: drawn once, see :class:`diffcore.nn.RandomFourierFeatures`.
+        kind: f: "sin", "cos" or, twice as wide, "cos_sin".
+        lengthscale: of the Gaussian kernel that drawn frequencies stand for. psi's distances grow
+            with the square root of its width.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        hidden_dim: int = 256,
+        frequencies: str = "learned",
+        kind: str = "sin",
+        lengthscale: float = 16.0,
+    ) -> None:
+        super().__init__()
+        check_choice("frequencies", frequencies, FREQUENCIES)
+        check_choice("kind", kind, KINDS)
+        self.fourier: RandomFourierFeatures | None = None
+        if frequencies == "learned" and kind != "cos_sin":
+            # f is an activation, and the whole critic one MLP.
+            self.head = MLP(feature_dim, hidden_dim, 1, 2, (kind, "elu"), "uniform")
+            return
+        self.fourier = RandomFourierFeatures(
+            feature_dim,
+            hidden_dim,
+            kind=kind,
+            lengthscale=lengthscale,
+            orthogonal=frequencies == "orthogonal",
+            learnable=frequencies == "learned",
+            bias=kind != "cos_sin",
+        )
+        self.head = MLP(self.fourier.out_dim, hidden_dim, 1, 1, "elu", "uniform")
+
+    @property
+    def second(self) -> nn.Linear:
+        """The layer W2."""
+        layer = self.head.layers[-2]
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def forward(self, psi: Tensor, *, backend: str | None = None) -> Tensor:
+        """psi ``[B, feature_dim]`` -> Q ``[B, 1]``."""
+        return self.head(self._fourier(psi, backend), backend=backend)
+
+    def phi(self, psi: Tensor, *, backend: str | None = None) -> Tensor:
+        """psi ``[B, feature_dim]`` -> phi ``[B, hidden_dim]``, in which Q is linear."""
+        return self.head.hidden(self._fourier(psi, backend), backend=backend)
+
+    def _fourier(self, psi: Tensor, backend: str | None) -> Tensor:
+        return psi if self.fourier is None else self.fourier(psi, backend=backend)
+
+
+class TwinRFFCritic(nn.Module):
+    """Two independent :class:`RFFCritic`, whose arguments it takes."""
+
+    def __init__(
+        self,
+        feature_dim: int,
+        hidden_dim: int = 256,
+        frequencies: str = "learned",
+        kind: str = "sin",
+        lengthscale: float = 16.0,
+    ) -> None:
+        super().__init__()
+        self.q1 = RFFCritic(feature_dim, hidden_dim, frequencies, kind, lengthscale)
+        self.q2 = RFFCritic(feature_dim, hidden_dim, frequencies, kind, lengthscale)
+
+    def forward(self, psi: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+        """psi ``[B, feature_dim]`` -> (q1, q2), each ``[B, 1]``."""
+        if self.q1.fourier is not None:
+            return self.q1(psi, backend=backend), self.q2(psi, backend=backend)
+        heads = self.q1.head, self.q2.head
+        check_features("psi", psi, heads[0].in_dim)
+        networks = [head.weights_and_biases() for head in heads]
+        q1, q2 = mlp_ensemble(psi, networks, heads[0].activations, backend=backend).unbind(0)
+        return q1, q2
+
+    def phi(self, psi: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+        """psi ``[B, feature_dim]`` -> each critic's phi, ``[B, hidden_dim]``."""
+        return self.q1.phi(psi, backend=backend), self.q2.phi(psi, backend=backend)
