@@ -14,7 +14,7 @@ import torch
 
 from diffcore.training.environments import BoxEnvironment, FloatArray, make_environment
 from diffcore.training.errors import EnvError
-from diffcore.training.registry import Agent
+from diffcore.training.registry import Actor
 from diffcore.training.seeding import Stream, derive_seed, preserved_process_random_state
 
 
@@ -86,7 +86,7 @@ class Evaluator:
 
     def evaluate(
         self,
-        agent: Agent,
+        agent: Actor,
         number: int = 0,
         *,
         stop: Callable[[], bool] = lambda: False,
@@ -111,7 +111,7 @@ class Evaluator:
 
     def _evaluate(
         self,
-        agent: Agent,
+        agent: Actor,
         number: int,
         stop: Callable[[], bool],
         frames: Callable[[Any], None] | None,

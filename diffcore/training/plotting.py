@@ -17,7 +17,7 @@ from diffcore.training.errors import RunError, WriteError
 from diffcore.training.files import write_atomically
 from diffcore.training.logging import read_series
 from diffcore.training.loop import load_agent
-from diffcore.training.registry import Agent
+from diffcore.training.registry import Actor
 from diffcore.training.run_directory import RunDirectory
 
 Array = np.ndarray[Any, Any]
@@ -128,7 +128,7 @@ def _learning_curve(path: Path) -> tuple[str, str, tuple[list[int], list[float]]
 
 
 def sample_grid_actions(
-    agent: Agent, samples: int, *, seed: int, device: str
+    agent: Actor, samples: int, *, seed: int, device: str
 ) -> tuple[Array, Array]:
     """Draw actions of the policy at the 7 x 7 states {-3, ..., 3}^2 of the multi-goal toy.
 
@@ -150,7 +150,7 @@ def sample_grid_actions(
 
 
 def plot_multigoal_actions(
-    agent: Agent, output: Path, *, samples: int = 20, seed: int = 0, device: str = "cpu"
+    agent: Actor, output: Path, *, samples: int = 20, seed: int = 0, device: str = "cpu"
 ) -> None:
     """The paper's 2D picture: the policy's actions as arrows from the grid {-3, ..., 3}^2.
 
@@ -178,7 +178,7 @@ def plot_multigoal_actions(
     _save(figure, output)
 
 
-def multigoal_q(agent: Agent, points: int, *, seed: int, device: str) -> tuple[Array, Array, Array]:
+def multigoal_q(agent: Actor, points: int, *, seed: int, device: str) -> tuple[Array, Array, Array]:
     """Q along the policy over the multi-goal toy's whole arena.
 
     Args:
@@ -208,7 +208,7 @@ def multigoal_q(agent: Agent, points: int, *, seed: int, device: str) -> tuple[A
 
 
 def plot_multigoal_q(
-    agent: Agent, output: Path, *, points: int = 100, seed: int = 0, device: str = "cpu"
+    agent: Actor, output: Path, *, points: int = 100, seed: int = 0, device: str = "cpu"
 ) -> None:
     """The paper's 3D picture: Q as a surface over the arena. See :func:`multigoal_q`.
 

@@ -134,7 +134,7 @@ def _relative_path(config: TrainConfig, agent_config: AgentConfig) -> Path:
 
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("diffcore", "torch", "gymnasium", "mujoco", "numpy"):
+    for package in ("diffcore", "torch", "gymnasium", "mujoco", "numpy", "stable-baselines3"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
