@@ -124,7 +124,7 @@ class CompareArguments:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; one run of each agent for each."""
     jobs: int = 1
-    """Runs at a time, each in a process of its own. They share the cores unless --threads is given."""
+    """Runs at a time, each in its own process. They share the cores unless --threads is given."""
     output: Path | None = None
     """Directory for the runs, the picture and the tables. Default: runs/compare/ENV."""
     set: tuple[str, ...] = ()

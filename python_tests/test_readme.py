@@ -61,6 +61,8 @@ def test_command_lines_are_valid(line: list[str]) -> None:
         tyro.cli(cli.ResumeArguments, args=arguments)
     elif command == "train":
         cli.parse_training(arguments[0], arguments[1:])
+    elif command == "compare":
+        cli.parse_comparison(arguments)
     elif command == "evaluate":
         tyro.cli(cli.EvaluateArguments, args=arguments)
     else:
