@@ -77,14 +77,16 @@ def test_end_to_end_and_again_and_with_more(
     assert "4 of 4 runs are complete already" in capsys.readouterr().out
     assert modified(output) == before
 
-    # More seeds, in processes of their own; more steps than the first time for one of them.
-    assert run("--seeds", "1", "2", "--jobs", "2", "--total-steps", "60") == 0
+    # More steps and more seeds; those in processes of their own.
+    assert run("--seeds", "1", "--total-steps", "60") == 0
+    finals = table(output / "final_returns.csv")
+    assert [(row["seed"], row["step"]) for row in finals] == [("1", "60"), ("1", "60")]
+    assert run("--seeds", "0", "2", "--jobs", "2") == 0
     text = capsys.readouterr().out
     assert f"dipo, seed 2: started, log in {output / 'dipo-s2.log'}" in text
     assert "sb3-ppo, seed 2: complete" in text
-    assert "step 60/60" in (output / "sb3-ppo-s2.log").read_text()
-    finals = table(output / "final_returns.csv")
-    assert [(row["seed"], row["step"]) for row in finals] == [("1", "60")] * 2 + [("2", "60")] * 2
+    assert "step 40/40" in (output / "sb3-ppo-s2.log").read_text()
+    assert [row["seed"] for row in table(output / "final_returns.csv")] == ["0", "0", "2", "2"]
     unchanged = [output / agent / "s0" / "evaluations.csv" for agent in ("dipo", "sb3-ppo")]
     after = modified(output)
     assert [after[path] for path in unchanged] == [before[path] for path in unchanged]
