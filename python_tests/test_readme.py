@@ -20,7 +20,8 @@ def blocks(language: str) -> list[str]:
 
 
 def command_lines() -> list[list[str]]:
-    lines = [shlex.split(line, comments=True) for b in blocks("sh") for line in b.splitlines()]
+    joined = [block.replace("\\\n", " ") for block in blocks("sh")]
+    lines = [shlex.split(line, comments=True) for block in joined for line in block.splitlines()]
     return [line[1:] for line in lines if line[:1] == ["diffcore"]]
 
 

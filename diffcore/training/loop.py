@@ -238,6 +238,7 @@ def make_trainer(config: TrainConfig, agent_config: AgentConfig) -> BaseTrainer:
     Raises:
         TrainingError: as :class:`BaseTrainer` does.
     """
+    agent_name(agent_config)  # raises if it configures no agent
     if isinstance(agent_config, BaselineConfig):
         with _missing_package_named():
             stable_baselines3()
