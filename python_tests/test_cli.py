@@ -147,7 +147,7 @@ def test_plot(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["compare", *COMPARED, "--seeds", "1", "1"], 2, "seeds must be one or more different"),
         (["compare", *COMPARED, "--jobs", "0"], 2, "jobs must be at least 1"),
         (["compare", *COMPARED, "--set", "dipo"], 2, "set must be AGENT.OPTION=VALUE"),
-        (["compare", *COMPARED, "--set", "sb3-sac.tau=1"], 2, "with one of the agents ['dipo']"),
+        (["compare", *COMPARED, "--set", "sb3-sac.tau=1"], 2, "set must be AGENT.OPTION"),
         (["compare", *COMPARED, "--set", "dipo.speed=9"], 2, "--speed"),
         (["compare", *COMPARED, "--lr", "fast"], 2, "--lr"),
         (["compare", *COMPARED, "--seed", "1"], 1, "--seed can't be given"),
