@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffcore import DiffusionSchedule, ops
 from diffcore.agents import Batch, DiffSR, DiffSRConfig
-from diffcore.agents.diffsr import MODES, ModeSwitches, gram_distance
+from diffcore.agents.diffsr import ModeSwitches, gram_distance
 
 SWITCHES = [field.name for field in dataclasses.fields(ModeSwitches)]
 

@@ -24,7 +24,9 @@ def direct(phi: Tensor, seen: Tensor, ridge: float) -> Tensor:
     ridge=st.sampled_from([1e-3, 1.0, 50.0]),
     seed=st.integers(0, 99),
 )
-def test_elliptical_is_equation_23(rows: int, width: int, batch: int, ridge: float, seed: int) -> None:
+def test_elliptical_is_equation_23(
+    rows: int, width: int, batch: int, ridge: float, seed: int
+) -> None:
     torch.manual_seed(seed)
     seen, phi = torch.randn(rows, width).double(), torch.randn(batch, width).double()
     bonus = EllipticalBonus(width, ridge, decay=1.0)
