@@ -1,9 +1,10 @@
-"""The command line: ``diffcore train``, ``diffcore evaluate``, ``diffcore plot``."""
+"""The command line: ``diffcore train``, ``evaluate``, ``plot`` and ``compare``."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +14,21 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from diffcore.training import AGENTS, TrainConfig, TrainingError, TrainResult, resume, train
+from diffcore.training import (
+    AGENTS,
+    ConfigError,
+    TrainConfig,
+    TrainingError,
+    TrainResult,
+    resume,
+    train,
+)
+from diffcore.training.compare import Job, compare
 from diffcore.training.evaluation import Evaluator, VideoFile
 from diffcore.training.loop import load_agent
 from diffcore.training.plotting import plot_runs
 from diffcore.training.registry import AgentConfig, agent_type
-from diffcore.training.run_directory import RunDirectory
+from diffcore.training.run_directory import RunDirectory, directory_name
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM, by the shells' convention for SIGINT."""
@@ -30,12 +40,16 @@ usage: diffcore COMMAND ...
   diffcore train --resume RUN [options]     continue a run exactly where it was saved
   diffcore evaluate RUN [options]           returns of a trained agent, and a video
   diffcore plot RUN... [options]            learning curves
+  diffcore compare --agents AGENT... --env ID [options]
+                                            train several agents on several seeds; curves, table
 
-AGENT is one of: {", ".join(sorted(AGENTS))}. ID is a Gymnasium environment such as HalfCheetah-v5,
-diffcore's own, such as diffcore/Hopper-ET-v0 or diffcore/Hopper-masked-v0 (velocities hidden), or
-"module:Id" for one of yours. RUN is a directory that train made, runs/ENV/... by default.
-Every command and every agent has its own help: diffcore train dipo --env HalfCheetah-v5 --help
-shows all settings with their defaults for that environment.
+AGENT is one of: {", ".join(sorted(AGENTS))};
+sb3-... are those of stable-baselines3, to compare with. ID is a Gymnasium environment such as
+HalfCheetah-v5, diffcore's own, such as diffcore/Hopper-ET-v0 or diffcore/Hopper-masked-v0
+(velocities hidden), or "module:Id" for one of yours. RUN is a directory that train made,
+runs/ENV/... by default. Every command and every agent has its own help:
+diffcore train dipo --env HalfCheetah-v5 --help shows all settings with their defaults for that
+environment.
 """
 
 
@@ -94,6 +108,57 @@ class PlotArguments:
             raise ValueError("runs must name at least one run directory")
 
 
+@dataclass(frozen=True)
+class CompareArguments:
+    """Train several agents on several seeds of one task, then draw and tabulate their returns.
+
+    Any option of diffcore train that all of the agents have can be given too, for all of them, such
+    as --total-steps or --eval-interval; --set is for one agent's own. Asked for again, the same
+    comparison goes on where it was: complete runs are kept, interrupted ones resumed, and what is
+    missing is added, more seeds, more agents or more steps.
+    """
+
+    agents: tuple[str, ...]
+    """The agents."""
+    env: str
+    """Gymnasium id, or "module:Id"."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds; one run of each agent for each."""
+    jobs: int = 1
+    """Runs at a time, each in its own process. They share the cores unless --threads is given."""
+    output: Path | None = None
+    """Directory for the runs, the picture and the tables. Default: runs/compare/ENV."""
+    set: tuple[str, ...] = ()
+    """Options of single agents, as AGENT.OPTION=VALUE: --set dipo.diffusion-steps=20"""
+
+    def __post_init__(self) -> None:
+        for name in ("agents", "seeds"):
+            values = getattr(self, name)
+            if not values or len({*values}) < len(values):
+                raise ValueError(f"{name} must be one or more different ones, got {[*values]}")
+        for agent in self.agents:
+            agent_type(agent)
+        if self.jobs < 1:
+            raise ValueError(f"jobs must be at least 1, got {self.jobs}")
+        for text in self.set:
+            self._split(text)
+
+    def options_of(self, agent: str) -> list[str]:
+        """What --set says of an agent, as arguments of ``diffcore train``."""
+        split = [self._split(text) for text in self.set]
+        return [word for name, words in split if name == agent for word in words]
+
+    def _split(self, text: str) -> tuple[str, list[str]]:
+        name, dot, option = text.partition(".")
+        option, _, value = option.partition("=")
+        if not dot or not option or name not in self.agents:
+            raise ValueError(
+                "set must be AGENT.OPTION=VALUE with one of the agents "
+                f"{[*self.agents]}, got {text!r}"
+            )
+        return name, [f"--{option}", *shlex.split(value)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -104,7 +169,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 after an error, 130 after Ctrl-C. Wrong arguments exit with 2.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": train_command, "evaluate": evaluate_command, "plot": plot_command}
+    commands = {
+        "train": train_command,
+        "evaluate": evaluate_command,
+        "plot": plot_command,
+        "compare": compare_command,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -201,6 +271,9 @@ def evaluate_command(arguments: list[str]) -> int:
         f"(min {min(evaluation.returns):.2f}, max {max(evaluation.returns):.2f}), "
         f"trained for {loaded.step:,} steps"
     )
+    if evaluation.goals:
+        counts = evaluation.goal_counts.items()
+        print("episodes by the goal reached: " + ", ".join(f"{goal} {n}" for goal, n in counts))
     if parsed.video is not None:
         print(f"video: {parsed.video}")
     return 0
@@ -213,6 +286,41 @@ def plot_command(arguments: list[str]) -> int:
     for path in plot_runs(list(parsed.runs), parsed.output or directory / "learning_curve.png"):
         print(path)
     return 0
+
+
+def compare_command(arguments: list[str]) -> int:
+    """``diffcore compare --agents AGENT... --env ID ...``."""
+    parsed, output, jobs = parse_comparison(arguments)
+    comparison = compare(jobs, output, parallel=parsed.jobs)
+    if not comparison.complete:
+        print("interrupted, saved; the same command goes on with it")
+        return INTERRUPTED
+    for path in (comparison.curves, comparison.summary, comparison.final_returns):
+        print(path)
+    return 0
+
+
+def parse_comparison(arguments: list[str]) -> tuple[CompareArguments, Path, list[Job]]:
+    """The comparison that ``diffcore compare ARGUMENTS`` asks for: its directory and its runs.
+
+    Raises:
+        SystemExit: after printing the help, or an error in the arguments.
+    """
+    parsed, common = tyro.cli(
+        CompareArguments, prog="diffcore compare", args=arguments, return_unknown_args=True
+    )
+    output = parsed.output or Path("runs") / "compare" / directory_name(parsed.env)
+    for option in ("seed", "run-dir", "runs-dir"):
+        if _value_of(f"--{option}", common) is not None:
+            raise ConfigError(f"--{option} can't be given: compare sets it for every run")
+    jobs = []
+    for seed in parsed.seeds:  # so that all agents have results early
+        for agent in parsed.agents:
+            run_dir = output / agent / f"s{seed}"
+            own = ["--env", parsed.env, "--seed", str(seed), "--run-dir", str(run_dir)]
+            train = parse_training(agent, [*own, *common, *parsed.options_of(agent)])
+            jobs.append(Job(*train))
+    return parsed, output, jobs
 
 
 def _report(result: TrainResult, console: Console) -> int:

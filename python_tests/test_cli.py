@@ -32,6 +32,9 @@ TINY_DIFFSR = [
 ]  # fmt: skip
 
 
+COMPARED = ["--agents", "dipo", "--env", "Pendulum-v1"]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
@@ -68,9 +71,9 @@ def test_every_setting_is_in_the_help(
         for field in dataclasses.fields(config):
             option = "--" + field.name.replace("_", "-")
             assert re.search(rf"{option}\b", text), option
-    for command in ("evaluate", "plot"):
+    for command, part in (("evaluate", "un director"), ("plot", "un director"), ("compare", "--set")):
         assert exit_code([command, "--help"]) == 0
-        assert "un director" in capsys.readouterr().out
+        assert part in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("spelling", [["--env", "HalfCheetah-v5"], ["--env=HalfCheetah-v5"]])
@@ -118,7 +121,9 @@ def test_evaluate_a_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     environment = ["--env", "diffcore/MultiGoal-v0", "--max-episode-steps", "3"]
     assert main(["train", "dipo", *TINY, *environment, "--run-dir", str(path)]) == 0
     assert main(["evaluate", str(path), "--video", str(video)]) == 0
-    assert f"video: {video}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"video: {video}" in text
+    assert "episodes by the goal reached: none 10\n" in text  # in 3 steps none can be
     assert video.read_bytes().startswith(b"GIF8")
 
 
@@ -146,6 +151,17 @@ def test_plot(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["evaluate", "gone", "--episodes", "0"], 2, "episodes must be at least 1"),
         (["evaluate", "gone", "--video", "a.txt"], 2, "video must be an .mp4 or .gif file"),
         (["evaluate", "gone", "--device", "toaster"], 1, "error: there is no run directory"),
+        (["compare"], 2, "--agents"),
+        (["compare", "--agents", "dipo"], 2, "--env"),
+        (["compare", "--agents", "dipo", "dipo", "--env", "Pendulum-v1"], 2, "agents must be one"),
+        (["compare", "--agents", "me", "--env", "Pendulum-v1"], 2, "unknown agent 'me'"),
+        (["compare", *COMPARED, "--seeds", "1", "1"], 2, "seeds must be one or more different"),
+        (["compare", *COMPARED, "--jobs", "0"], 2, "jobs must be at least 1"),
+        (["compare", *COMPARED, "--set", "dipo"], 2, "set must be AGENT.OPTION=VALUE"),
+        (["compare", *COMPARED, "--set", "sb3-sac.tau=1"], 2, "set must be AGENT.OPTION"),
+        (["compare", *COMPARED, "--set", "dipo.speed=9"], 2, "--speed"),
+        (["compare", *COMPARED, "--lr", "fast"], 2, "--lr"),
+        (["compare", *COMPARED, "--seed", "1"], 1, "--seed can't be given"),
         (["plot"], 2, "at least one run directory"),
         (["plot", "gone"], 1, "error: there is no run directory gone"),
     ],

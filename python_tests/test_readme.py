@@ -20,7 +20,8 @@ def blocks(language: str) -> list[str]:
 
 
 def command_lines() -> list[list[str]]:
-    lines = [shlex.split(line, comments=True) for b in blocks("sh") for line in b.splitlines()]
+    joined = [block.replace("\\\n", " ") for block in blocks("sh")]
+    lines = [shlex.split(line, comments=True) for block in joined for line in block.splitlines()]
     return [line[1:] for line in lines if line[:1] == ["diffcore"]]
 
 
@@ -61,6 +62,8 @@ def test_command_lines_are_valid(line: list[str]) -> None:
         tyro.cli(cli.ResumeArguments, args=arguments)
     elif command == "train":
         cli.parse_training(arguments[0], arguments[1:])
+    elif command == "compare":
+        cli.parse_comparison(arguments)
     elif command == "evaluate":
         tyro.cli(cli.EvaluateArguments, args=arguments)
     else:

@@ -161,7 +161,7 @@ struct PackKey {
   void add(const LinearParameters& layer) {
     // Parameters come whole: the rows lie `row_stride` apart with nothing between them.
     add(layer.weight, static_cast<int64_t>(layer.out) * layer.row_stride);
-    add(layer.bias, layer.out);
+    if (layer.bias) add(layer.bias, layer.out);
     shape.insert(shape.end(), {layer.in, layer.out, layer.row_stride});
   }
   bool same_place(const PackKey& other) const {
@@ -252,6 +252,16 @@ std::shared_ptr<const Packed<MlpPack>> packed_mlp(const MlpParameters& p) {
   return find_or_build<MlpPack>(key, kernels.mlp_pack_bytes(p), [&](void* block, MlpPack* pack) {
     kernels.pack_mlp(p, block, pack);
   });
+}
+
+std::shared_ptr<const Packed<PackedLinear>> packed_layer(const LinearParameters& p,
+                                                         bool transposed) {
+  const Kernels& kernels = active_kernels();
+  PackKey key(kernels, p, {transposed, p.bias != nullptr});
+  key.add(p);
+  return find_or_build<PackedLinear>(
+      key, kernels.layer_pack_bytes(p, transposed),
+      [&](void* block, PackedLinear* pack) { kernels.pack_layer(p, transposed, block, pack); });
 }
 
 int64_t packs_built() { return built; }

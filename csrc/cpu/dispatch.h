@@ -51,6 +51,8 @@ struct Packed {
 std::shared_ptr<const Packed<DenoiserPack>> packed_denoiser(const DenoiserParameters&);
 std::shared_ptr<const Packed<CriticPack>> packed_critic(const CriticParameters&);
 std::shared_ptr<const Packed<MlpPack>> packed_mlp(const MlpParameters&);
+// One layer, or, transposed, the way back through it; its bias may be null.
+std::shared_ptr<const Packed<PackedLinear>> packed_layer(const LinearParameters&, bool transposed);
 
 // Number of packs built so far in this process; lets tests and profiles see the cache work.
 int64_t packs_built();

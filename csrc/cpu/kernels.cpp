@@ -3,9 +3,11 @@
 #include "kernels.h"
 
 #include "action_gradient.h"
+#include "denoising_loss.h"
 #include "mlp.h"
 #include "peak.h"
 #include "reverse_diffusion.h"
+#include "rff_features.h"
 #include "score_matching_loss.h"
 
 namespace diffcore {
@@ -64,6 +66,11 @@ const Kernels kernels = {
     mlp_saved_width,
     mlp_forward,
     mlp_backward,
+    denoising_loss,
+    layer_pack_bytes,
+    pack_layer,
+    rff_features,
+    rff_features_backward,
     score_matching_loss,
     fma_peak,
 };

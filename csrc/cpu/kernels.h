@@ -188,6 +188,56 @@ struct MlpBackwardCall {
   int threads;
 };
 
+// One call of the loss that trains a denoiser, and its gradients where they are wanted.
+struct DenoisingLossCall {
+  const MlpPack* time_mlp;
+  const MlpPack* trunk;
+  int64_t batch;
+  int state_dim;
+  int action_dim;
+  int time_dim;
+  const float* state;      // [batch, state_dim]
+  const float* action;     // [batch, action_dim]
+  const float* noise;      // [batch, action_dim]
+  const int64_t* t;        // [batch]
+  const float* levels;     // by t: sqrt(abar), sqrt(1 - abar)
+  const float* embedding;  // by t: [time_dim]
+  float* loss;
+  float* grad_state;           // [batch, state_dim] or null
+  float* grad_action;          // [batch, action_dim] or null
+  float* const* grad_weights;  // time MLP's layers, then the trunk's; or null: not wanted
+  float* const* grad_biases;
+  int threads;
+};
+
+enum class RffKind : int { sin, cos, cos_sin };
+
+struct RffCall {
+  const PackedLinear* layer;
+  int64_t batch;
+  RffKind kind;
+  float scale;
+  const float* x;  // [batch, in]
+  float* y;        // [batch, features], of cos_sin twice as many
+  float* slope;    // [batch, features] for the backward pass, or null; of cos_sin y will do
+  int threads;
+};
+
+struct RffBackwardCall {
+  const PackedLinear* layer;  // transposed; null without grad_x
+  int64_t batch;
+  int in;
+  int features;
+  RffKind kind;
+  const float* x;       // [batch, in]
+  const float* saved;   // slope, or of cos_sin y
+  const float* grad_y;  // like y
+  float* grad_x;        // [batch, in] or null
+  float* grad_omega;    // [features, in] or null: neither this nor grad_bias
+  float* grad_bias;     // [features] or null
+  int threads;
+};
+
 // Diff-SR's loss, mean of |score_weight * psi^T zeta + offset|^2 over the batch, and its gradients.
 // zeta [batch, features, state_dim] is weight, bias applied to hidden.
 struct ScoreMatchingLossCall {
@@ -228,6 +278,11 @@ struct Kernels {
   int (*mlp_saved_width)(const MlpPack&);
   void (*mlp_forward)(const MlpCall&);
   void (*mlp_backward)(const MlpBackwardCall&);
+  void (*denoising_loss)(const DenoisingLossCall&);
+  int64_t (*layer_pack_bytes)(const LinearParameters&, bool transposed);
+  void (*pack_layer)(const LinearParameters&, bool transposed, void* block, PackedLinear*);
+  void (*rff_features)(const RffCall&);
+  void (*rff_features_backward)(const RffBackwardCall&);
   void (*score_matching_loss)(const ScoreMatchingLossCall&);
   double (*fma_peak)(int threads, double seconds);
 };

@@ -181,12 +181,12 @@ struct WeightGradient {
   int in;
   int out;
   float* weight;
-  float* bias;
+  float* bias;  // or null
 };
 
-// Rows that are summed in registers before they join the total, so that rounding errors don't pile
-// up along the batch; as many as leave a panel of inputs in L1.
-constexpr int batch_chunk = 4096 / panel_width;
+// Rows that are summed in registers before they join the total: few enough that rounding errors don't
+// pile up along the batch and that a panel of inputs stays in L1.
+constexpr int batch_chunk = 128;
 
 // One panel of inputs, against all outputs.
 static void weight_gradient_panel(const WeightGradient& g, int64_t batch, int panel) {
@@ -239,6 +239,16 @@ static void bias_gradient(const WeightGradient& g, int64_t batch) {
   }
 }
 
+// Enters a network's layers in a list; returns their number.
+static int list_gradients(const MlpPack& shape, const MlpSaved& saved, const MlpDeltas& deltas,
+                          float* const* weights, float* const* biases, WeightGradient* list) {
+  for (int l = 0; l < shape.layer_count; ++l) {
+    list[l] = {deltas.delta[l],      saved.input[l], shape.forward[l].in,
+               shape.forward[l].out, weights[l],     biases[l]};
+  }
+  return shape.layer_count;
+}
+
 // All of a list's gradients, shared out among the team that calls it.
 static void weight_gradients(const WeightGradient* list, int count, int64_t batch) {
   const auto panels = [&](int g) { return (list[g].in + panel_width - 1) / panel_width; };
@@ -249,7 +259,7 @@ static void weight_gradients(const WeightGradient* list, int count, int64_t batc
     int g = 0, panel = item;
     while (panel >= panels(g)) panel -= panels(g++);
     weight_gradient_panel(list[g], batch, panel);
-    if (panel == 0) bias_gradient(list[g], batch);
+    if (panel == 0 && list[g].bias) bias_gradient(list[g], batch);
   }
 }
 
@@ -279,16 +289,9 @@ static void mlp_backward(const MlpBackwardCall& call) {
                         call.batch);
   };
   for (int q = 0; q < call.network_count; ++q) {
-    const MlpDeltas d = deltas_of(q);
-    const MlpSaved saved = saved_of(q);
-    for (int l = 0; l < layers && call.grad_weights; ++l) {
-      list[q * layers + l] = {d.delta[l],
-                              saved.input[l],
-                              shape.forward[l].in,
-                              shape.forward[l].out,
-                              call.grad_weights[q * layers + l],
-                              call.grad_biases[q * layers + l]};
-    }
+    if (call.grad_weights)
+      list_gradients(shape, saved_of(q), deltas_of(q), call.grad_weights + q * layers,
+                     call.grad_biases + q * layers, list + q * layers);
   }
 
   const int64_t tiles = tile_count(call.batch, call.threads);

@@ -118,28 +118,49 @@ void action_gradient(const std::vector<Layer>& first, const std::vector<Layer>& 
 }
 
 // Networks of one shape, as [network 0's layers, network 1's layers, ...].
-using PackedMlps = std::vector<std::shared_ptr<const Packed<MlpPack>>>;
+MlpParameters mlp_parameters(const Layer* layers, const std::vector<Activation>& activations) {
+  MlpParameters parameters{};
+  parameters.layer_count = static_cast<int>(activations.size());
+  for (int l = 0; l < parameters.layer_count; ++l) {
+    parameters.layers[l] = linear_parameters(layers[l]);
+    parameters.activations[l] = activations[l];
+  }
+  return parameters;
+}
+
+using PackedMlp = std::shared_ptr<const Packed<MlpPack>>;
 
 enum class Direction { forward, backward, backward_to_input };
 
-PackedMlps packed_mlps(const std::vector<Layer>& layers, const std::vector<Activation>& activations,
-                       Direction direction) {
-  PackedMlps packed;
-  const size_t depth = activations.size();
-  for (size_t first = 0; first < layers.size(); first += depth) {
-    MlpParameters parameters{};
-    parameters.layer_count = static_cast<int>(depth);
+std::vector<PackedMlp> packed_mlps(const std::vector<Layer>& layers,
+                                   const std::vector<Activation>& activations,
+                                   Direction direction) {
+  std::vector<PackedMlp> packed;
+  for (size_t first = 0; first < layers.size(); first += activations.size()) {
+    MlpParameters parameters = mlp_parameters(&layers[first], activations);
     parameters.forward = direction == Direction::forward;
     parameters.backward = !parameters.forward;
     parameters.backward_to_input = direction == Direction::backward_to_input;
-    for (size_t l = 0; l < depth; ++l) {
-      parameters.layers[l] = linear_parameters(layers[first + l]);
-      parameters.activations[l] = activations[l];
-    }
     packed.push_back(packed_mlp(parameters));
   }
   return packed;
 }
+
+// Addresses of [weight, bias, weight, bias, ...] as the kernels take them.
+struct GradientAddresses {
+  std::array<float*, max_networks * max_layers> weights;
+  std::array<float*, max_networks * max_layers> biases;
+  bool wanted;
+
+  explicit GradientAddresses(const std::vector<Address>& parameters) : wanted(!parameters.empty()) {
+    for (size_t l = 0; l < parameters.size() / 2; ++l) {
+      weights[l] = pointer<float>(parameters[2 * l]);
+      biases[l] = pointer<float>(parameters[2 * l + 1]);
+    }
+  }
+  float* const* weight_list() const { return wanted ? weights.data() : nullptr; }
+  float* const* bias_list() const { return wanted ? biases.data() : nullptr; }
+};
 
 int mlp_saved_width(const std::vector<Layer>& layers, const std::vector<Activation>& activations) {
   MlpPack shape{};
@@ -155,7 +176,7 @@ int mlp_saved_width(const std::vector<Layer>& layers, const std::vector<Activati
 void mlp_forward(const std::vector<Layer>& layers, const std::vector<Activation>& activations,
                  int64_t batch, Address x, Address y, Address saved, int threads) {
   const py::gil_scoped_release unlocked;
-  const PackedMlps networks = packed_mlps(layers, activations, Direction::forward);
+  const std::vector<PackedMlp> networks = packed_mlps(layers, activations, Direction::forward);
   MlpCall call{};
   for (const auto& network : networks) call.networks[call.network_count++] = &network->pack;
   call.batch = batch;
@@ -170,14 +191,9 @@ void mlp_backward(const std::vector<Layer>& layers, const std::vector<Activation
                   int64_t batch, Address x, Address saved, Address grad_y, Address grad_x,
                   const std::vector<Address>& grad_parameters, int threads) {
   const py::gil_scoped_release unlocked;
-  const PackedMlps networks =
+  const std::vector<PackedMlp> networks =
       packed_mlps(layers, activations, grad_x ? Direction::backward_to_input : Direction::backward);
-  float* weights[max_networks * max_layers];
-  float* biases[max_networks * max_layers];
-  for (size_t l = 0; l < grad_parameters.size() / 2; ++l) {
-    weights[l] = pointer<float>(grad_parameters[2 * l]);
-    biases[l] = pointer<float>(grad_parameters[2 * l + 1]);
-  }
+  const GradientAddresses gradients(grad_parameters);
   MlpBackwardCall call{};
   for (const auto& network : networks) call.networks[call.network_count++] = &network->pack;
   call.batch = batch;
@@ -185,12 +201,74 @@ void mlp_backward(const std::vector<Layer>& layers, const std::vector<Activation
   call.saved = pointer<const float>(saved);
   call.grad_y = pointer<const float>(grad_y);
   call.grad_x = pointer<float>(grad_x);
-  if (!grad_parameters.empty()) {
-    call.grad_weights = weights;
-    call.grad_biases = biases;
-  }
+  call.grad_weights = gradients.weight_list();
+  call.grad_biases = gradients.bias_list();
   call.threads = usable_threads(threads);
   active_kernels().mlp_backward(call);
+}
+
+void denoising_loss(const std::vector<Layer>& layers, Activation activation, int64_t batch,
+                    int state_dim, int action_dim, Address state, Address action, Address noise,
+                    Address t, Address levels, Address embedding, Address loss, Address grad_state,
+                    Address grad_action, const std::vector<Address>& grad_parameters, int threads) {
+  const py::gil_scoped_release unlocked;
+  const GradientAddresses gradients(grad_parameters);
+  const bool backward = gradients.wanted || grad_state || grad_action;
+  // The time MLP has two layers, the trunk the rest.
+  const auto pack = [&](const Layer* first, size_t depth, bool backward_to_input) {
+    std::vector<Activation> activations(depth, activation);
+    activations.back() = Activation::identity;
+    MlpParameters parameters = mlp_parameters(first, activations);
+    parameters.forward = true;
+    parameters.backward = backward;
+    parameters.backward_to_input = backward_to_input;
+    return packed_mlp(parameters);
+  };
+  const PackedMlp time_mlp = pack(&layers[0], 2, false);
+  const PackedMlp trunk = pack(&layers[2], layers.size() - 2, true);
+
+  DenoisingLossCall call{};
+  call.time_mlp = &time_mlp->pack;
+  call.trunk = &trunk->pack;
+  call.batch = batch;
+  call.state_dim = state_dim;
+  call.action_dim = action_dim;
+  call.time_dim = time_mlp->pack.forward[0].in;
+  call.state = pointer<const float>(state);
+  call.action = pointer<const float>(action);
+  call.noise = pointer<const float>(noise);
+  call.t = pointer<const int64_t>(t);
+  call.levels = pointer<const float>(levels);
+  call.embedding = pointer<const float>(embedding);
+  call.loss = pointer<float>(loss);
+  call.grad_state = pointer<float>(grad_state);
+  call.grad_action = pointer<float>(grad_action);
+  call.grad_weights = gradients.weight_list();
+  call.grad_biases = gradients.bias_list();
+  call.threads = usable_threads(threads);
+  active_kernels().denoising_loss(call);
+}
+
+void rff_features(const Layer& omega, RffKind kind, float scale, int64_t batch, Address x,
+                  Address y, Address slope, int threads) {
+  const py::gil_scoped_release unlocked;
+  const auto layer = packed_layer(linear_parameters(omega), false);
+  active_kernels().rff_features({&layer->pack, batch, kind, scale, pointer<const float>(x),
+                                 pointer<float>(y), pointer<float>(slope),
+                                 usable_threads(threads)});
+}
+
+void rff_features_backward(const Layer& omega, RffKind kind, int64_t batch, Address x,
+                           Address saved, Address grad_y, Address grad_x, Address grad_omega,
+                           Address grad_bias, int threads) {
+  const py::gil_scoped_release unlocked;
+  const LinearParameters parameters = linear_parameters(omega);
+  const auto layer = grad_x ? packed_layer(parameters, true) : nullptr;
+  active_kernels().rff_features_backward({layer ? &layer->pack : nullptr, batch, parameters.in,
+                                          parameters.out, kind, pointer<const float>(x),
+                                          pointer<const float>(saved), pointer<const float>(grad_y),
+                                          pointer<float>(grad_x), pointer<float>(grad_omega),
+                                          pointer<float>(grad_bias), usable_threads(threads)});
 }
 
 void score_matching_loss(int64_t batch, int features, int state_dim, int hidden_dim,
@@ -248,6 +326,10 @@ PYBIND11_MODULE(_core, m) {
   py::enum_<Precision>(m, "Precision")
       .value("float32", Precision::float32)
       .value("bfloat16", Precision::bfloat16);
+  py::enum_<RffKind>(m, "RffKind")
+      .value("sin", RffKind::sin)
+      .value("cos", RffKind::cos)
+      .value("cos_sin", RffKind::cos_sin);
   py::enum_<NormClip>(m, "NormClip")
       .value("none", NormClip::none)
       .value("batch", NormClip::batch)
@@ -269,6 +351,9 @@ PYBIND11_MODULE(_core, m) {
   m.def("mlp_saved_width", &mlp_saved_width);
   m.def("mlp_forward", &mlp_forward);
   m.def("mlp_backward", &mlp_backward);
+  m.def("denoising_loss", &denoising_loss);
+  m.def("rff_features", &rff_features);
+  m.def("rff_features_backward", &rff_features_backward);
   m.def("score_matching_loss", &score_matching_loss);
   m.def("fma_peak", &fma_peak);
 }

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 GOALS = np.array([[0.0, 5.0], [0.0, -5.0], [5.0, 0.0], [-5.0, 0.0]])
 """``[4, 2]``: the goals' positions."""
 
+GOAL_NAMES = ("top", "bottom", "right", "left")
+"""What the goals are called, in the same order."""
+
 BOUND = 7.0
 """The point stays within ``[-BOUND, BOUND]`` in both coordinates."""
 
@@ -31,6 +34,7 @@ class MultiGoalEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     termination     p' lies within ``goal_radius`` of a goal
     start           N(0, ``start_std``^2 I), clipped to the arena
     time limit      30 steps, set where the environment is registered
+    info            ``goal_reached``: the goal's name in :data:`GOAL_NAMES`, None on the way
     ==============  ============================================================================
 
     Goals, rewards and arena are the paper's. What it leaves open follows the environment of that
@@ -94,12 +98,15 @@ class MultiGoalEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self.position = np.clip(self.position + move + noise, -BOUND, BOUND)
         self._path.append(self.position)
 
-        squared_distance = float(((GOALS - self.position) ** 2).sum(axis=1).min())
+        squared_distances = ((GOALS - self.position) ** 2).sum(axis=1)
+        nearest = int(squared_distances.argmin())
+        squared_distance = float(squared_distances[nearest])
         reached = squared_distance < self.goal_radius**2
         reward = -float((move**2).sum()) - squared_distance
         if reached:
             reward += self.goal_reward
-        return self.position.astype(np.float32), reward, reached, False, {}
+        info = {"goal_reached": GOAL_NAMES[nearest] if reached else None}
+        return self.position.astype(np.float32), reward, reached, False, info
 
     def render(self) -> NDArray[np.uint8] | None:
         """The arena, its goals and the path so far: ``[480, 480, 3]`` uint8."""

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from diffcore.ops import mlp, mlp_ensemble
 from diffcore.ops._activations import ACTIVATIONS
 from diffcore.ops._checks import check_choice, check_features, check_positive_int
+from diffcore.ops.mlp import mlp
+from diffcore.ops.mlp_ensemble import mlp_ensemble
 
 
 class MLP(nn.Module):

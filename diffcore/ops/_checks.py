@@ -79,6 +79,17 @@ def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None
         )
 
 
+def check_levels(t: Any, other_name: str, other: Tensor) -> None:
+    """Noise levels `t`, one for every row of another argument. Their values aren't looked at."""
+    if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64):
+        kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"t: expected an integer tensor, got {kind}")
+    if t.device != other.device:
+        raise ValueError(f"t: expected to be on {other.device} like {other_name}, is on {t.device}")
+    if t.shape != other.shape[:1]:
+        raise ValueError(f"t: expected shape {list(other.shape[:1])}, got {list(t.shape)}")
+
+
 def check_compute_dtype(value: Any) -> None:
     if value not in (None, torch.float32, torch.bfloat16):
         raise ValueError(

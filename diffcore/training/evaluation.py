@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from diffcore.training.environments import BoxEnvironment, FloatArray, make_environment
 from diffcore.training.errors import EnvError
-from diffcore.training.registry import Agent
+from diffcore.training.registry import Actor
 from diffcore.training.seeding import Stream, derive_seed, preserved_process_random_state
 
 
@@ -24,6 +25,9 @@ class Evaluation:
 
     returns: list[float]
     lengths: list[int]
+    goals: list[str | None] = field(default_factory=list)
+    """The goal that each episode reached, None where it reached none. Empty if the environment
+    doesn't tell: it does by ``goal_reached`` in the info of an episode's last step."""
 
     @property
     def mean_return(self) -> float:
@@ -34,6 +38,11 @@ class Evaluation:
     def std_return(self) -> float:
         """Standard deviation over the episodes (of the population: 0 for a single one)."""
         return statistics.pstdev(self.returns)
+
+    @property
+    def goal_counts(self) -> dict[str, int]:
+        """Episodes per goal, the most frequent first; those that reached none as ``"none"``."""
+        return dict(Counter(goal or "none" for goal in self.goals).most_common())
 
 
 class Evaluator:
@@ -86,7 +95,7 @@ class Evaluator:
 
     def evaluate(
         self,
-        agent: Agent,
+        agent: Actor,
         number: int = 0,
         *,
         stop: Callable[[], bool] = lambda: False,
@@ -111,7 +120,7 @@ class Evaluator:
 
     def _evaluate(
         self,
-        agent: Agent,
+        agent: Actor,
         number: int,
         stop: Callable[[], bool],
         frames: Callable[[Any], None] | None,
@@ -124,6 +133,7 @@ class Evaluator:
             observations.append(environment.reset(seed=seed)[0])
         returns = [0.0] * len(self.environments)
         lengths = [0] * len(self.environments)
+        goals: dict[int, str | None] = {}
         running = list(range(len(self.environments)))
         if frames is not None:
             frames(render_frame(self.environments[0]))
@@ -139,16 +149,18 @@ class Evaluator:
             )
             still_running = []
             for i, action in zip(running, actions.cpu().numpy(), strict=True):
-                observation, reward, terminated, truncated, _ = self.environments[i].step(action)
+                observation, reward, terminated, truncated, info = self.environments[i].step(action)
                 observations[i] = observation
                 returns[i] += reward
                 lengths[i] += 1
                 if not (terminated or truncated):
                     still_running.append(i)
+                elif "goal_reached" in info:
+                    goals[i] = info["goal_reached"]
             if frames is not None and 0 in running:
                 frames(render_frame(self.environments[0]))
             running = still_running
-        return Evaluation(returns, lengths)
+        return Evaluation(returns, lengths, [goals[i] for i in sorted(goals)])
 
     def close(self) -> None:
         """Close the environments."""

@@ -12,16 +12,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import gymnasium as gym
 import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 
+from diffcore.agents.baselines import BaselineConfig, stable_baselines3
 from diffcore.training.checkpoint import copy_tensors, load_checkpoint, save_checkpoint
 from diffcore.training.config import TrainConfig, from_dict, to_dict
 from diffcore.training.environment_state import (
@@ -41,7 +46,14 @@ from diffcore.training.files import write_atomically
 from diffcore.training.interruption import Interruption
 from diffcore.training.logging import CSVLog, MetricAverages, Row, TensorBoardLog
 from diffcore.training.progress import ProgressDisplay
-from diffcore.training.registry import Agent, AgentConfig, agent_name, agent_type
+from diffcore.training.registry import (
+    Actor,
+    Agent,
+    AgentConfig,
+    ReplayAgentConfig,
+    agent_name,
+    agent_type,
+)
 from diffcore.training.replay import ReplayBuffer
 from diffcore.training.run_directory import RunDirectory
 from diffcore.training.seeding import (
@@ -83,7 +95,7 @@ def train(
         TrainingError: if a setting, the environment or the run directory doesn't do, or the last
             checkpoint can't be written.
     """
-    trainer = Trainer(config, agent_config)
+    trainer = make_trainer(config, agent_config)
     try:
         trainer.start()
         run = RunDirectory.create(config, agent_config)
@@ -118,7 +130,7 @@ def resume(
         config = dataclasses.replace(config, total_steps=total_steps)
     if device is not None:
         config = dataclasses.replace(config, device=device)
-    trainer = Trainer(config, agent_config)
+    trainer = make_trainer(config, agent_config)
     try:
         trainer.load_state_dict(checkpoint)
         if trainer.complete:
@@ -159,7 +171,7 @@ def configs_of(checkpoint: dict[str, Any], path: Path) -> tuple[TrainConfig, Age
 class LoadedAgent:
     """An agent out of a checkpoint."""
 
-    agent: Agent
+    agent: Actor
     step: int
     """The environment step it was saved at."""
     config: TrainConfig
@@ -207,15 +219,55 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-class Trainer:
+def check_buffer_size(buffer_size: int, num_envs: int) -> None:
+    """Refuse a replay that can't hold one step of all environments.
+
+    Raises:
+        ConfigError: if it can't.
+    """
+    if num_envs > buffer_size:
+        raise ConfigError(
+            f"buffer_size must hold at least one step of the {num_envs} environments, "
+            f"got {buffer_size}"
+        )
+
+
+def make_trainer(config: TrainConfig, agent_config: AgentConfig) -> BaseTrainer:
+    """The trainer for an agent, by the type of its configuration.
+
+    Raises:
+        TrainingError: as :class:`BaseTrainer` does.
+    """
+    agent_name(agent_config)  # raises if it configures no agent
+    if isinstance(agent_config, BaselineConfig):
+        with _missing_package_named():
+            stable_baselines3()
+            from diffcore.training.baselines import BaselineTrainer  # which builds on this module
+        return BaselineTrainer(config, agent_config)
+    return Trainer(config, cast(ReplayAgentConfig, agent_config))
+
+
+class Stateful(Protocol):
+    """What can be put into a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class BaseTrainer(ABC):
     """One run in memory: everything a checkpoint holds.
 
     Made with its parts at their beginnings; then either :meth:`start` or :meth:`load_state_dict`,
-    then :meth:`run`.
+    then :meth:`run`. A subclass makes ``agent`` and ``replay``, and says what one step is.
 
     Raises:
         TrainingError: if the environment or the device doesn't do.
     """
+
+    agent: Actor
+    replay: Stateful
+    """What the agent learns from."""
 
     def __init__(self, config: TrainConfig, agent_config: AgentConfig) -> None:
         self.config = config
@@ -224,30 +276,10 @@ class Trainer:
         self.device = check_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        if config.num_envs > agent_config.buffer_size:
-            raise ConfigError(
-                f"buffer_size must hold at least one step of the {config.num_envs} environments, "
-                f"got {agent_config.buffer_size}"
-            )
         seed_process(config.seed)
         self.environments = EnvironmentBatch(
             [self._make_environment() for _ in range(config.num_envs)]
         )
-        self.agent = _make_agent(
-            agent_config,
-            self.environments.observation_dim,
-            self.environments.action_dim,
-            derive_seed(config.seed, Stream.AGENT),
-            self.device,
-        )
-        self.replay = ReplayBuffer(
-            agent_config.buffer_size,
-            self.environments.observation_dim,
-            self.environments.action_dim,
-            bootstrap_truncated=self.agent.bootstrap_truncated,
-            device=self.device,
-        )
-        self.random_actions = np.random.default_rng(derive_seed(config.seed, Stream.RANDOM_ACTIONS))
         self.evaluator: Evaluator | None = None
 
         self.step = 0
@@ -281,11 +313,13 @@ class Trainer:
                 f"{self.config.env} has no time limit: an evaluation lasts until its episodes end "
                 "by themselves; max_episode_steps sets a limit"
             )
-        if self.agent_config.start_steps >= self.config.total_steps:
+
+    def warn_of_random_start(self, name: str, steps: int) -> None:
+        """Warn if the setting ``name`` makes all steps of the run random ones."""
+        if steps >= self.config.total_steps:
             self.warnings.append(
-                f"nothing will be learned: the random start (start_steps) lasts for "
-                f"{self.agent_config.start_steps:,} steps, the whole run for "
-                f"{self.config.total_steps:,}"
+                f"nothing will be learned: the random start ({name}) lasts for {steps:,} steps, "
+                f"the whole run for {self.config.total_steps:,}"
             )
 
     def close(self) -> None:
@@ -319,6 +353,148 @@ class Trainer:
                 return session.run()
             finally:
                 session.close()
+
+    @abstractmethod
+    def advance(self) -> list[float]:
+        """One step of every environment and the updates it is worth, or several such steps.
+
+        Returns:
+            The returns of the episodes that ended.
+        """
+
+    def evaluate(self, interruption: Interruption) -> Evaluation | None:
+        """Evaluate the agent at the present step; None if interrupted."""
+        if self.evaluator is None:
+            self.evaluator = Evaluator(
+                self.config.env,
+                episodes=self.config.eval_episodes,
+                max_episode_steps=self.config.max_episode_steps,
+                deterministic=self.config.eval_deterministic,
+                seed=self.config.seed,
+                device=self.device,
+            )
+        return self.evaluator.evaluate(
+            self.agent, number=self.step, stop=lambda: interruption.requested
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that shapes the run's future. Tensors may be live ones: save before the next step.
+
+        A session adds ``rows``, the lengths of its CSV files, and ``seconds``, the time spent.
+        """
+        return {
+            "agent": self.agent_name,
+            "train_config": to_dict(self.config),
+            "agent_config": to_dict(self.agent_config),
+            "observation_dim": self.environments.observation_dim,
+            "action_dim": self.environments.action_dim,
+            "step": self.step,
+            "updates": self.updates,
+            "next_log": self.next_log,
+            "next_evaluation": self.next_evaluation,
+            "metrics": self.metrics.state_dict(),
+            "episodes": self.episodes.state_dict(),
+            "agent_state": self.agent.state_dict(),
+            "replay": self.replay.state_dict(),
+            "observation": torch.from_numpy(self.environments.observation),
+            "environments": [_save_environment(env) for env in self.environments.environments],
+            "process_random_state": process_random_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a :meth:`state_dict`.
+
+        An environment whose state couldn't be saved, or can't be put back, starts a new episode
+        instead; :attr:`warnings` says so.
+
+        Raises:
+            CheckpointError: if the state doesn't fit.
+        """
+        sizes = (self.environments.observation_dim, self.environments.action_dim)
+        try:
+            saved_sizes = (state["observation_dim"], state["action_dim"])
+            if saved_sizes != sizes:
+                raise CheckpointError(
+                    f"the run was trained with observations and actions of sizes {saved_sizes}; "
+                    f"{self.config.env} now has {sizes}"
+                )
+            self.step = state["step"]
+            self.updates = state["updates"]
+            self.next_log = state["next_log"]
+            self.seconds = state["seconds"]
+            self.next_evaluation = state["next_evaluation"]
+            if self.step < self.config.total_steps:  # which may have changed since
+                self.next_evaluation = min(self.next_evaluation, self.config.total_steps)
+            self.metrics.load_state_dict(state["metrics"])
+            self.episodes.load_state_dict(state["episodes"])
+            self.replay.load_state_dict(state["replay"])
+            _load_agent_state(self.agent, state, "the checkpoint")
+            self.environments.observation = state["observation"].numpy().copy()
+            for i, saved in enumerate(state["environments"]):
+                self._restore_environment(i, saved)
+            restore_process_random_state(state["process_random_state"])
+        except KeyError as error:
+            raise CheckpointError(f"the checkpoint lacks the entry {error}") from error
+
+    def _make_environment(self) -> BoxEnvironment:
+        return make_environment(self.config.env, max_episode_steps=self.config.max_episode_steps)
+
+    def _restore_environment(self, i: int, saved: dict[str, Any]) -> None:
+        seed = derive_seed(self.config.seed, Stream.RESUMED_ENVIRONMENT, self.step, i)
+        environment = self.environments.environments[i]
+        reason = saved["not_restorable"]
+        if reason is None:
+            try:
+                environment.reset(seed=seed)
+                restore_environment(environment, saved["state"])
+                return
+            except NotRestorableError as error:
+                reason = str(error)
+        environment.close()  # it may be in half of the saved state
+        environment = self._make_environment()
+        self.environments.environments[i] = environment
+        self.environments.observation[i] = environment.reset(seed=seed)[0]
+        self.episodes.drop(i)
+        self.warnings.append(
+            f"environment {i} couldn't be put back in mid-episode and starts a new episode, so "
+            f"this run will differ from an uninterrupted one: {reason}"
+        )
+
+
+class Trainer(BaseTrainer):
+    """Acts, stores and updates by turns: the loop of this project's own agents.
+
+    Raises:
+        TrainingError: if the environment, the device or a setting doesn't do.
+    """
+
+    agent: Agent
+    agent_config: ReplayAgentConfig
+
+    def __init__(self, config: TrainConfig, agent_config: ReplayAgentConfig) -> None:
+        check_buffer_size(agent_config.buffer_size, config.num_envs)
+        super().__init__(config, agent_config)
+        agent = _make_agent(
+            agent_config,
+            self.environments.observation_dim,
+            self.environments.action_dim,
+            derive_seed(config.seed, Stream.AGENT),
+            self.device,
+        )
+        self.agent = cast(Agent, agent)
+        self.replay: ReplayBuffer = ReplayBuffer(
+            agent_config.buffer_size,
+            self.environments.observation_dim,
+            self.environments.action_dim,
+            bootstrap_truncated=self.agent.bootstrap_truncated,
+            device=self.device,
+        )
+        self.random_actions = np.random.default_rng(derive_seed(config.seed, Stream.RANDOM_ACTIONS))
+
+    def start(self) -> None:
+        """Begin from scratch: start the first episodes."""
+        super().start()
+        self.warn_of_random_start("start_steps", self.agent_config.start_steps)
 
     def act(self) -> FloatArray:
         """Actions ``[N, A]`` for the present observations: random ones at first."""
@@ -365,105 +541,20 @@ class Trainer:
         learning_steps = max(0, self.step - self.agent_config.start_steps)
         return int(self.config.updates_per_step * learning_steps)
 
-    def evaluate(self, interruption: Interruption) -> Evaluation | None:
-        """Evaluate the agent at the present step; None if interrupted."""
-        if self.evaluator is None:
-            self.evaluator = Evaluator(
-                self.config.env,
-                episodes=self.config.eval_episodes,
-                max_episode_steps=self.config.max_episode_steps,
-                deterministic=self.config.eval_deterministic,
-                seed=self.config.seed,
-                device=self.device,
-            )
-        return self.evaluator.evaluate(
-            self.agent, number=self.step, stop=lambda: interruption.requested
-        )
-
     def state_dict(self) -> dict[str, Any]:
-        """All that shapes the run's future. Tensors may be live ones: save before the next step.
-
-        A session adds ``rows``, the lengths of its CSV files, and ``seconds``, the time spent.
-        """
+        """As :class:`BaseTrainer` has it, with the stream of random actions."""
         return {
-            "agent": self.agent_name,
-            "train_config": to_dict(self.config),
-            "agent_config": to_dict(self.agent_config),
-            "observation_dim": self.environments.observation_dim,
-            "action_dim": self.environments.action_dim,
-            "step": self.step,
-            "updates": self.updates,
-            "next_log": self.next_log,
-            "next_evaluation": self.next_evaluation,
-            "metrics": self.metrics.state_dict(),
-            "episodes": self.episodes.state_dict(),
-            "agent_state": self.agent.state_dict(),
-            "replay": self.replay.state_dict(),
-            "observation": torch.from_numpy(self.environments.observation),
-            "environments": [_save_environment(env) for env in self.environments.environments],
+            **super().state_dict(),
             "random_actions": self.random_actions.bit_generator.state,
-            "process_random_state": process_random_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a :meth:`state_dict`.
-
-        An environment whose state couldn't be saved, or can't be put back, starts a new episode
-        instead; :attr:`warnings` says so.
-
-        Raises:
-            CheckpointError: if the state doesn't fit.
-        """
-        sizes = (self.environments.observation_dim, self.environments.action_dim)
+        """Continue from a :meth:`state_dict`, as :class:`BaseTrainer` does."""
+        super().load_state_dict(state)
         try:
-            saved_sizes = (state["observation_dim"], state["action_dim"])
-            if saved_sizes != sizes:
-                raise CheckpointError(
-                    f"the run was trained with observations and actions of sizes {saved_sizes}; "
-                    f"{self.config.env} now has {sizes}"
-                )
-            self.step = state["step"]
-            self.updates = state["updates"]
-            self.next_log = state["next_log"]
-            self.seconds = state["seconds"]
-            self.next_evaluation = state["next_evaluation"]
-            if self.step < self.config.total_steps:  # which may have changed since
-                self.next_evaluation = min(self.next_evaluation, self.config.total_steps)
-            self.metrics.load_state_dict(state["metrics"])
-            self.episodes.load_state_dict(state["episodes"])
-            self.replay.load_state_dict(state["replay"])
             self.random_actions.bit_generator.state = state["random_actions"]
-            _load_agent_state(self.agent, state, "the checkpoint")
-            self.environments.observation = state["observation"].numpy().copy()
-            for i, saved in enumerate(state["environments"]):
-                self._restore_environment(i, saved)
-            restore_process_random_state(state["process_random_state"])
         except KeyError as error:
             raise CheckpointError(f"the checkpoint lacks the entry {error}") from error
-
-    def _make_environment(self) -> BoxEnvironment:
-        return make_environment(self.config.env, max_episode_steps=self.config.max_episode_steps)
-
-    def _restore_environment(self, i: int, saved: dict[str, Any]) -> None:
-        seed = derive_seed(self.config.seed, Stream.RESUMED_ENVIRONMENT, self.step, i)
-        environment = self.environments.environments[i]
-        reason = saved["not_restorable"]
-        if reason is None:
-            try:
-                environment.reset(seed=seed)
-                restore_environment(environment, saved["state"])
-                return
-            except NotRestorableError as error:
-                reason = str(error)
-        environment.close()  # it may be in half of the saved state
-        environment = self._make_environment()
-        self.environments.environments[i] = environment
-        self.environments.observation[i] = environment.reset(seed=seed)[0]
-        self.episodes.drop(i)
-        self.warnings.append(
-            f"environment {i} couldn't be put back in mid-episode and starts a new episode, so "
-            f"this run will differ from an uninterrupted one: {reason}"
-        )
 
 
 class _Session:
@@ -471,7 +562,7 @@ class _Session:
 
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: BaseTrainer,
         directory: RunDirectory,
         display: ProgressDisplay,
         interruption: Interruption,
@@ -654,6 +745,10 @@ class _Episodes:
         self._total += len(ended)
         return ended
 
+    def at_start(self) -> NDArray[np.bool_]:
+        """``[N]``: which environments haven't made a step of their present episode."""
+        return np.array(self._lengths) == 0
+
     def drop(self, i: int) -> None:
         """Start environment ``i``'s count anew."""
         self._returns[i], self._lengths[i] = 0.0, 0
@@ -685,12 +780,21 @@ class _Episodes:
 
 def _make_agent(
     config: AgentConfig, observation_dim: int, action_dim: int, seed: int, device: torch.device
-) -> Agent:
+) -> Actor:
     agent = agent_type(agent_name(config))
-    return agent(observation_dim, action_dim, config, seed=seed, device=device)
+    with _missing_package_named():
+        return agent(observation_dim, action_dim, config, seed=seed, device=device)
 
 
-def _load_agent_state(agent: Agent, checkpoint: dict[str, Any], where: object) -> None:
+@contextmanager
+def _missing_package_named() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _load_agent_state(agent: Actor, checkpoint: dict[str, Any], where: object) -> None:
     try:
         agent.load_state_dict(copy_tensors(checkpoint["agent_state"]))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from diffcore.training.errors import RunError, WriteError
 from diffcore.training.files import write_atomically
 from diffcore.training.logging import read_series
 from diffcore.training.loop import load_agent
-from diffcore.training.registry import Agent
+from diffcore.training.registry import Actor
 from diffcore.training.run_directory import RunDirectory
 
 Array = np.ndarray[Any, Any]
@@ -28,8 +31,8 @@ def plot_runs(runs: list[Path], output: Path) -> list[Path]:
 
     Args:
         runs: run directories; at least one.
-        output: the picture of learning curves. For runs on the multi-goal toy those of actions and
-            of Q are written beside it.
+        output: the picture of learning curves. For runs on the multi-goal toy those of actions and,
+            if the agent has a critic, of Q are written beside it.
 
     Returns:
         The pictures written.
@@ -46,8 +49,10 @@ def plot_runs(runs: list[Path], output: Path) -> list[Path]:
         actions = output.with_stem(f"{output.stem}{which}-actions")
         q = output.with_stem(f"{output.stem}{which}-q")
         plot_multigoal_actions(agent, actions)
-        plot_multigoal_q(agent, q)
-        written += [actions, q]
+        written.append(actions)
+        if hasattr(agent, "critic"):  # PPO has none
+            plot_multigoal_q(agent, q)
+            written.append(q)
     return written
 
 
@@ -56,40 +61,57 @@ def _is_multigoal(run: RunDirectory) -> bool:
     return env_id.rsplit(":", 1)[-1].startswith("diffcore/MultiGoal-")
 
 
-def plot_learning_curves(runs: list[Path], output: Path) -> None:
+@dataclass(frozen=True)
+class Band:
+    """What a curve shows of several seeds at each step."""
+
+    name: str
+    of: Callable[[Array], tuple[Array, Array, Array]]
+    """Middle, lower and upper edge, ``[T]`` each, of values ``[seeds, T]``."""
+
+
+def _mean_and_deviation(values: Array) -> tuple[Array, Array, Array]:
+    mean, deviation = values.mean(axis=0), values.std(axis=0)
+    return mean, mean - deviation, mean + deviation
+
+
+STANDARD_DEVIATION = Band("mean, one standard deviation", _mean_and_deviation)
+
+
+def plot_learning_curves(
+    runs: list[Path], output: Path, *, band: Band = STANDARD_DEVIATION
+) -> None:
     """Evaluation return over environment steps, one panel per environment.
 
-    Runs that differ only in their seed make one curve: the mean, with a band of one standard
-    deviation, over the steps that all of them have evaluated.
+    Runs that differ only in their seed make one curve, over the steps that all of them have
+    evaluated; where there are several, a band shows how far they lie apart.
 
     Args:
         runs: run directories; at least one.
         output: a picture file whose kind matplotlib knows, such as .png or .pdf.
+        band: what curve and band are.
 
     Raises:
         RunError: if a directory isn't a run, or has no evaluations yet.
         WriteError: if the picture can't be written.
     """
-    groups: dict[str, dict[str, list[tuple[list[int], list[float]]]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
-    for path in runs:
-        environment, label, series = _learning_curve(path)
-        groups[environment][label].append(series)
+    panels: dict[str, dict[str, list[_Curve]]] = defaultdict(dict)
+    for curve in _labelled([_read_curve(path) for path in runs]):
+        panels[curve.environment].setdefault(curve.label, []).append(curve)
 
-    figure = Figure(figsize=(6.0 * len(groups), 4.0), layout="constrained")
-    panels = figure.subplots(1, len(groups), squeeze=False)[0]
-    for axes, (environment, curves) in zip(panels, sorted(groups.items()), strict=True):
+    figure = Figure(figsize=(6.0 * len(panels), 4.0), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (environment, curves) in zip(all_axes, sorted(panels.items()), strict=True):
         for label, seeds in sorted(curves.items()):
-            steps, returns = common_steps(seeds)
-            mean, std = returns.mean(axis=0), returns.std(axis=0)
+            steps, returns = common_steps([curve.series for curve in seeds])
+            middle, low, high = band.of(returns)
             name = label if len(seeds) == 1 else f"{label} ({len(seeds)} seeds)"
-            (line,) = axes.plot(steps, mean, label=name, marker="." if len(steps) == 1 else None)
+            (line,) = axes.plot(steps, middle, label=name, marker="." if len(steps) == 1 else None)
             if len(seeds) > 1:
-                axes.fill_between(
-                    steps, mean - std, mean + std, color=line.get_color(), alpha=0.25, lw=0
-                )
-        axes.set(title=environment, xlabel="environment steps", ylabel="evaluation return")
+                axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.25, lw=0)
+        several = any(len(seeds) > 1 for seeds in curves.values())
+        ylabel = f"evaluation return\n({band.name})" if several else "evaluation return"
+        axes.set(title=environment, xlabel="environment steps", ylabel=ylabel)
         axes.grid(alpha=0.3)
         axes.legend()
     _save(figure, output)
@@ -116,19 +138,55 @@ def common_steps(
     return shared, np.array([[curve[step] for step in shared] for curve in curves])
 
 
-def _learning_curve(path: Path) -> tuple[str, str, tuple[list[int], list[float]]]:
-    """A run's environment, the name of its curve, and the curve."""
+@dataclass(frozen=True)
+class _Curve:
+    """A run's learning curve."""
+
+    environment: str
+    label: str
+    settings: dict[str, Any]
+    """What makes two runs more than two seeds of one thing."""
+    series: tuple[list[int], list[float]]
+
+
+_SHAPING = ("max_episode_steps", "num_envs", "updates_per_step", "eval_deterministic")
+"""The settings of a run that its learning curve depends on, beside the agent's own."""
+
+
+def _read_curve(path: Path) -> _Curve:
     run = RunDirectory.open(path)
     config = run.read_config()
     if not run.evaluations.is_file():
         raise RunError(f"{path} has no evaluations yet")
-    mode = config["agent_config"].get("mode")
+    train, settings = config["train"], dict(config["agent_config"])
+    mode = settings.pop("mode", None)
+    settings |= {name: train.get(name) for name in _SHAPING}
     label = f"{config['agent']} ({mode})" if mode else str(config["agent"])
-    return str(config["train"]["env"]), label, read_series(run.evaluations, "mean_return")
+    series = read_series(run.evaluations, "mean_return")
+    return _Curve(str(train["env"]), label, settings, series)
+
+
+def _labelled(curves: list[_Curve]) -> list[_Curve]:
+    """Add to labels the settings in which curves of one panel and one label differ."""
+    alike: dict[tuple[str, str], list[_Curve]] = defaultdict(list)
+    for curve in curves:
+        alike[curve.environment, curve.label].append(curve)
+    labelled = []
+    for curve in curves:
+        group = alike[curve.environment, curve.label]
+        names = sorted({name for other in group for name in other.settings})
+        differing = [
+            f"{name}={curve.settings.get(name)}"
+            for name in names
+            if any(other.settings.get(name) != curve.settings.get(name) for other in group)
+        ]
+        label = " ".join([curve.label, *differing])
+        labelled.append(dataclasses.replace(curve, label=label))
+    return labelled
 
 
 def sample_grid_actions(
-    agent: Agent, samples: int, *, seed: int, device: str
+    agent: Actor, samples: int, *, seed: int, device: str
 ) -> tuple[Array, Array]:
     """Draw actions of the policy at the 7 x 7 states {-3, ..., 3}^2 of the multi-goal toy.
 
@@ -150,7 +208,7 @@ def sample_grid_actions(
 
 
 def plot_multigoal_actions(
-    agent: Agent, output: Path, *, samples: int = 20, seed: int = 0, device: str = "cpu"
+    agent: Actor, output: Path, *, samples: int = 20, seed: int = 0, device: str = "cpu"
 ) -> None:
     """The paper's 2D picture: the policy's actions as arrows from the grid {-3, ..., 3}^2.
 
@@ -178,7 +236,7 @@ def plot_multigoal_actions(
     _save(figure, output)
 
 
-def multigoal_q(agent: Agent, points: int, *, seed: int, device: str) -> tuple[Array, Array, Array]:
+def multigoal_q(agent: Actor, points: int, *, seed: int, device: str) -> tuple[Array, Array, Array]:
     """Q along the policy over the multi-goal toy's whole arena.
 
     Args:
@@ -208,7 +266,7 @@ def multigoal_q(agent: Agent, points: int, *, seed: int, device: str) -> tuple[A
 
 
 def plot_multigoal_q(
-    agent: Agent, output: Path, *, points: int = 100, seed: int = 0, device: str = "cpu"
+    agent: Actor, output: Path, *, points: int = 100, seed: int = 0, device: str = "cpu"
 ) -> None:
     """The paper's 3D picture: Q as a surface over the arena. See :func:`multigoal_q`.
 

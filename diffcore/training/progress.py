@@ -90,7 +90,8 @@ class ProgressDisplay:
 
     def _status(self, step: int) -> str:
         speed = self.steps_per_second(step)
-        left = (self._total_steps - step) / speed if speed > 0 else None
+        # The last step may overshoot: several environments make one together.
+        left = max(self._total_steps - step, 0) / speed if speed > 0 else None
         return "  ".join(
             [
                 f"return {_number(self._last_return)}",

@@ -1,24 +1,32 @@
 """The agents the command line knows, and what the training loop asks of an agent.
 
-To add an agent, write a class that fits :class:`Agent` and enter it in :data:`AGENTS`.
+To add an agent, write a class that fits :class:`Agent` and enter it in :data:`AGENTS`. The baselines
+``sb3-...`` are only :class:`Actor`: they bring a loop of their own.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from diffcore.agents import DIPO, DiffSR, Replay
+from diffcore.agents.baselines import SB3PPO, SB3SAC, SB3TD3
 from diffcore.training.errors import ConfigError
 
 
 class AgentConfig(Protocol):
-    """An agent's hyper-parameters: a frozen dataclass of numbers, strings and booleans.
+    """An agent's hyper-parameters: a frozen dataclass of numbers, strings, booleans and tuples.
 
     A field ``mode``, if there is one, becomes part of the run's name.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+class ReplayAgentConfig(AgentConfig, Protocol):
+    """The hyper-parameters of an :class:`Agent`."""
 
     @property
     def start_steps(self) -> int:
@@ -31,13 +39,11 @@ class AgentConfig(Protocol):
         ...
 
 
-class Agent(Protocol):
-    """What the training loop needs. Observations are float32, actions lie in ``[-1, 1]``."""
+class Actor(Protocol):
+    """What evaluation, checkpoints and pictures need of an agent.
 
-    @property
-    def bootstrap_truncated(self) -> bool:
-        """Whether a time limit leaves the value of the state it cut at to be bootstrapped."""
-        ...
+    Observations are float32, actions lie in ``[-1, 1]``.
+    """
 
     def act(
         self,
@@ -50,10 +56,6 @@ class Agent(Protocol):
         """Actions ``[B, A]`` for observations ``[B, O]``; ``generator`` None is the agent's own."""
         ...
 
-    def update(self, replay: Replay) -> dict[str, float | Tensor]:
-        """One update. Metrics may be 0-d tensors, read only when they are logged."""
-        ...
-
     def state_dict(self) -> dict[str, Any]:
         """All a bitwise-equal continuation needs, as tensors and plain Python data."""
         ...
@@ -64,6 +66,19 @@ class Agent(Protocol):
 
     def weights(self) -> dict[str, Tensor]:
         """The tensors that acting needs, on the CPU."""
+        ...
+
+
+class Agent(Actor, Protocol):
+    """What the training loop needs of an agent besides."""
+
+    @property
+    def bootstrap_truncated(self) -> bool:
+        """Whether a time limit leaves the value of the state it cut at to be bootstrapped."""
+        ...
+
+    def update(self, replay: Replay) -> dict[str, float | Tensor]:
+        """One update. Metrics may be 0-d tensors, read only when they are logged."""
         ...
 
 
@@ -93,10 +108,16 @@ class AgentType(Protocol):
         *,
         seed: int,
         device: str | torch.device = "cpu",
-    ) -> Agent: ...
+    ) -> Actor: ...
 
 
-AGENTS: dict[str, AgentType] = {"diffsr": DiffSR, "dipo": DIPO}
+AGENTS: dict[str, AgentType] = {
+    "dipo": DIPO,
+    "diffsr": DiffSR,
+    "sb3-sac": SB3SAC,
+    "sb3-td3": SB3TD3,
+    "sb3-ppo": SB3PPO,
+}
 
 
 def agent_type(name: str) -> AgentType:

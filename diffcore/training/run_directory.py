@@ -128,13 +128,17 @@ class RunDirectory:
 def _relative_path(config: TrainConfig, agent_config: AgentConfig) -> Path:
     time = datetime.now().strftime("%Y%m%d-%H%M%S")
     parts = [agent_name(agent_config), getattr(agent_config, "mode", None), f"s{config.seed}", time]
-    environment = re.sub(r"[^A-Za-z0-9._-]+", "-", config.env)
-    return Path(environment) / "-".join(part for part in parts if part)
+    return Path(directory_name(config.env)) / "-".join(part for part in parts if part)
+
+
+def directory_name(env_id: str) -> str:
+    """An environment's id as the name of a directory."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", env_id)
 
 
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("diffcore", "torch", "gymnasium", "mujoco", "numpy"):
+    for package in ("diffcore", "torch", "gymnasium", "mujoco", "numpy", "stable-baselines3"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

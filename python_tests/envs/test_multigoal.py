@@ -46,12 +46,18 @@ def test_reward_away_from_the_goals() -> None:
     assert not truncated
 
 
-@pytest.mark.parametrize("goal", GOALS.tolist())
-def test_reaching_a_goal_pays_and_ends(goal: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("name", "goal"), [("top", (0, 5)), ("bottom", (0, -5)), ("right", (5, 0)), ("left", (-5, 0))]
+)
+def test_reaching_a_goal_pays_and_ends(name: str, goal: tuple[int, int]) -> None:
     direction = np.array(goal) / 5.0
-    env = at(tuple(np.array(goal) - 1.5 * direction))
-    _, reward, terminated, _, _ = env.step(direction)
+    env = at(tuple(np.array(goal) - 2.5 * direction))
+    _, _, terminated, _, info = env.step(direction)
+    assert not terminated
+    assert info == {"goal_reached": None}
+    _, reward, terminated, _, info = env.step(direction)
     assert terminated
+    assert info == {"goal_reached": name}
     assert reward == pytest.approx(-1.0 - 0.25 + 10.0)
 
 

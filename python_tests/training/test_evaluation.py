@@ -44,6 +44,30 @@ def test_every_episode_counts_once_whatever_its_length(register_env: Any) -> Non
     assert evaluation == Evaluation(returns=[3.0, 15.0, 6.0], lengths=[2, 5, 3])
 
 
+def test_goals_are_counted_where_the_environment_tells(register_env: Any) -> None:
+    class Reaching(CountingEnv):
+        def __init__(self, goal: str | None, length: int) -> None:
+            super().__init__(length=length)
+            self.goal = goal
+
+        def step(self, action: Any) -> Any:
+            *outcome, _ = super().step(action)
+            ends = self.count >= self.length
+            return *outcome, {"goal_reached": self.goal if ends else None}
+
+    episodes = iter([("left", 5), ("top", 2), (None, 3), ("top", 4), (None, 100), ("top", 1)])
+    env_id = register_env(lambda **kwargs: Reaching(*next(episodes)))
+    evaluation = make(env_id, episodes=6).evaluate(agent(2))
+    assert evaluation is not None
+    assert evaluation.goals == ["left", "top", None, "top", None, "top"]
+    assert evaluation.goal_counts == {"top": 3, "none": 2, "left": 1}
+    silent = register_env(lambda **kwargs: CountingEnv())
+    untold = make(silent).evaluate(agent(2))
+    assert untold is not None
+    assert untold.goals == []
+    assert untold.goal_counts == {}
+
+
 def test_the_outcome_depends_on_seed_and_number_only() -> None:
     evaluator = make()
     first = evaluator.evaluate(agent(), 7)

@@ -14,6 +14,7 @@ from rich.console import Console
 from tiny import TinyAgent, TinyConfig
 
 from diffcore.agents import DIPOConfig
+from diffcore.agents.baselines import SACConfig
 from diffcore.training import RunError, TrainConfig, WriteError, train
 from diffcore.training.plotting import (
     common_steps,
@@ -74,6 +75,25 @@ def test_seeds_share_a_curve_and_everything_else_does_not(
     (band,) = pendulum.collections  # only where there are several seeds
     vertices = band.get_paths()[0].vertices
     assert {(10, 1.0), (10, 3.0), (20, 2.0), (20, 6.0)} <= set(map(tuple, vertices.tolist()))
+
+
+def test_runs_with_other_settings_are_no_seeds_of_one_curve(
+    fake_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [
+        fake_run("a", {10: 1.0, 20: 2.0}, DIPOConfig(), seed=0),
+        fake_run("b", {10: 3.0, 20: 6.0}, DIPOConfig(), seed=1, total_steps=90, threads=2),
+        fake_run("c", {10: 5.0}, DIPOConfig(diffusion_steps=20)),
+        fake_run("d", {10: 7.0}, DIPOConfig(), num_envs=2),
+        fake_run("e", {10: 9.0}, SACConfig()),
+    ]
+    (axes,) = draw(runs, tmp_path / "plot.png", monkeypatch).axes
+    assert [line.get_label() for line in axes.get_lines()] == [
+        "dipo (fixed) diffusion_steps=100 num_envs=1 (2 seeds)",
+        "dipo (fixed) diffusion_steps=100 num_envs=2",
+        "dipo (fixed) diffusion_steps=20 num_envs=1",
+        "sb3-sac",
+    ]
 
 
 def test_common_steps() -> None:

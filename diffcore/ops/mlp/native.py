@@ -139,6 +139,7 @@ class MLP(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, ctx.activations, *parameters = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # no zeros as large as what is kept
         ctx.save_for_backward(x, output[1], *parameters)
 
     @staticmethod

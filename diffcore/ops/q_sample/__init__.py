@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from diffcore.ops import _dispatch
-from diffcore.ops._checks import check_like, check_tensor
+from diffcore.ops._checks import check_levels, check_like, check_tensor
 from diffcore.ops.q_sample import reference
 from diffcore.schedule import DiffusionSchedule
 
@@ -55,13 +54,7 @@ def support(
     check_tensor("x0", x0, ("B", *x0.shape[1:]) if isinstance(x0, Tensor) else ("B",))
     check_tensor("noise", noise, tuple(x0.shape))
     check_like("noise", noise, "x0", x0)
-    if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64):
-        kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"t: expected an integer tensor, got {kind}")
-    if t.device != x0.device:
-        raise ValueError(f"t: expected to be on {x0.device} like x0, is on {t.device}")
-    if t.shape != x0.shape[:1]:
-        raise ValueError(f"t: expected shape {list(x0.shape[:1])}, got {list(t.shape)}")
+    check_levels(t, "x0", x0)
     if not isinstance(schedule, DiffusionSchedule):
         raise TypeError(f"schedule: expected a DiffusionSchedule, got {type(schedule).__name__}")
     return {"reference": None}

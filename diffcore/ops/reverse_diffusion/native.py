@@ -234,6 +234,7 @@ class Chain(torch.autograd.Function):
         ctx.noise_scale, ctx.clip, ctx.activation, _bfloat16, *parameters = rest
         ctx.has_x_init, ctx.has_noise = x_init is not None, noise is not None
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # no zeros as large as what is kept
         ctx.save_for_backward(output[1], state, x_init, noise, coefficients, embedding, *parameters)
 
     @staticmethod

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from diffcore.ops import _dispatch
+from diffcore.ops import _dispatch, _native
 from diffcore.ops._checks import (
     check_choice,
     check_like,
@@ -12,7 +13,7 @@ from diffcore.ops._checks import (
     check_tensor,
     out_of_autocast,
 )
-from diffcore.ops.rff_features import reference
+from diffcore.ops.rff_features import native, reference
 
 KINDS = ("sin", "cos", "cos_sin")
 
@@ -28,7 +29,11 @@ def rff_features(
 ) -> Tensor:
     """``scale * f(x omega^T + bias)`` with f = sin, cos or both (Rahimi & Recht 2007, Algorithm 1).
 
-    Differentiable in ``x``, ``omega`` and ``bias``.
+    Differentiable in ``x``, ``omega`` and ``bias``. The fused kernel can't be differentiated twice
+    and says so; the reference can.
+
+    The kernel's sines and cosines are within 1 ulp of those of the argument as rounded to float32,
+    whatever its size; beyond 12,867 they take about a hundred times as long.
 
     Args:
         x: ``[..., in]``.
@@ -36,7 +41,7 @@ def rff_features(
         bias: ``[features]``, the phases, in radians; none if None.
         kind: "sin", "cos" or "cos_sin", which is all cosines, then all sines.
         scale: a number that every feature is multiplied by.
-        backend: "reference" is the only one; the fastest that can run the call if None.
+        backend: "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
         ``[..., features]``, for "cos_sin" ``[..., 2 * features]``.
@@ -47,8 +52,15 @@ def rff_features(
     """
     [x] = out_of_autocast(omega, x)
     available = support(x, omega, bias, kind=kind, scale=scale)
-    _dispatch.choose("rff_features", available, backend)
-    return reference.rff_features(x, omega, bias, kind=kind, scale=scale)
+    if _dispatch.choose("rff_features", available, backend) == "reference":
+        return reference.rff_features(x, omega, bias, kind=kind, scale=scale)
+    rows = x.reshape(-1, x.shape[-1])
+    differentiable = any(t is not None and t.requires_grad for t in (x, omega, bias))
+    if torch.is_grad_enabled() and differentiable:
+        y = _native.apply(native.RffFeatures, rows, omega, bias, kind, float(scale))[0]
+    else:
+        y = native.forward(rows, omega, bias, kind, float(scale), False)[0]
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def support(
@@ -69,4 +81,4 @@ def support(
         check_like("bias", bias, "x", x)
     check_choice("kind", kind, KINDS)
     check_number("scale", scale)
-    return {"reference": None}
+    return {"cpu": _native.cannot_run([x], (), 1), "reference": None}

@@ -67,7 +67,7 @@ def score_matching_loss(
     bfloat16 = compute_dtype == torch.bfloat16
     wanted = [torch.is_grad_enabled() and t.requires_grad for t in (psi, hidden, weight, bias)]
     if any(wanted):
-        return native.ScoreMatchingLoss.apply(*tensors, bfloat16, wanted)[0]
+        return _native.apply(native.ScoreMatchingLoss, *tensors, bfloat16, wanted)[0]
     return native.loss_and_gradients(*tensors, bfloat16, wanted)[0]
 
 

@@ -1,8 +1,4 @@
-"""The score matching loss on the CPU kernel, which computes the gradients together with the loss.
-
-As torch ops, joined by a Function. A scalar's gradients are known up to a factor before anyone asks
-for them, and to compute them later would mean to compute zeta once more.
-"""
+"""The score matching loss on the CPU kernel, which computes the gradients together with the loss."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore.ops import _native
+from diffcore.ops import _fused_loss, _native
 
 
 @_native.cpu_op("score_matching_loss")
@@ -79,7 +75,7 @@ def _(info: Any, in_dims: Any, *args: Any) -> Any:
 
 
 class ScoreMatchingLoss(torch.autograd.Function):
-    """The op with its gradient; a Function, since torch.func takes no other kind."""
+    """The op with its gradient."""
 
     generate_vmap_rule = True
 
@@ -97,57 +93,7 @@ class ScoreMatchingLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: None) -> Any:
         grads, tensors = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        if torch.compiler.is_compiling():  # where no second derivative exists anyway
-            scaled = [grad_loss * grad for grad in grads]
-        elif _is_last_use(grad_loss):
-            scaled = list(grads)
-        else:
-            scaled = ScoreMatchingLossBackward.apply(grad_loss, *grads, *tensors)
+        scaled = _fused_loss.scaled("score_matching_loss", grad_loss, grads, tensors)
         pairs = zip(scaled, ctx.wanted, strict=True)
         return *(g if want else None for g, want in pairs), *[None] * 4
 
-
-def _is_last_use(grad_loss: Tensor) -> bool:
-    """Whether the gradients can be given away as they are, as after a plain ``loss.backward()``.
-
-    Nobody will read them again, and their factor is 1.
-    """
-    return not (
-        torch.is_grad_enabled()
-        or torch._C._functorch.is_functorch_wrapped_tensor(grad_loss)
-        or torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # of is_grads_batched
-        or torch._C._autograd._get_current_graph_task_keep_graph()
-        or grad_loss.item() != 1.0
-    )
-
-
-class ScoreMatchingLossBackward(torch.autograd.Function):
-    """The gradient as a Function, so that differentiating it again says that it can't be done.
-
-    It takes the op's inputs for that alone.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        grad_loss: Tensor,
-        grad_psi: Tensor,
-        grad_hidden: Tensor,
-        grad_weight: Tensor,
-        grad_bias: Tensor,
-        *inputs: Tensor,
-    ) -> tuple[Tensor, ...]:
-        grads = (grad_psi, grad_hidden, grad_weight, grad_bias)
-        return tuple(grad_loss * grad for grad in grads)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "score_matching_loss: the CPU kernel has no second derivative; "
-            "pass backend='reference' to differentiate twice"
-        )

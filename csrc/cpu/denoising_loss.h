@@ -1,0 +1,142 @@
+// The loss that trains a denoiser, mean over all entries of (z - eps(x_t, state, t))^2 with
+// x_t = sqrt(abar_t) a + sqrt(1 - abar_t) z, together with its gradients.
+//
+// The loss is a scalar, so its gradients are known up to a factor as soon as it is: a tile of rows
+// goes forward and straight back again, while its activations are in cache.
+#pragma once
+
+#include "mlp.h"
+
+namespace diffcore {
+namespace DIFFCORE_ISA {
+
+// What all rows leave behind for the weight gradients.
+struct DenoisingRows {
+  Rows<float> embedding;    // the time MLP's input
+  Rows<float> trunk_input;  // [x_t, time features, state]
+  MlpSaved time_saved, trunk_saved;
+  MlpDeltas time_deltas, trunk_deltas;
+  double* row_loss;
+
+  static DenoisingRows take(const DenoisingLossCall& call, Carver* memory) {
+    const MlpPack &time = *call.time_mlp, &trunk = *call.trunk;
+    const int64_t rows = call.batch;
+    const auto saved = [&](const MlpPack& pack, Rows<float> x) {
+      const int64_t bytes = static_cast<int64_t>(sizeof(float)) * rows * MlpSaved::width(pack);
+      return MlpSaved::at(pack, x, memory->take<float>(bytes), rows);
+    };
+    DenoisingRows r;
+    r.embedding = take_rows<float>(memory, rows, time.forward[0].in);
+    r.trunk_input = take_rows<float>(memory, rows, trunk.forward[0].in);
+    r.time_saved = saved(time, r.embedding);
+    r.trunk_saved = saved(trunk, r.trunk_input);
+    r.time_deltas = MlpDeltas::take(time, rows, memory);
+    r.trunk_deltas = MlpDeltas::take(trunk, rows, memory);
+    r.row_loss = memory->take<double>(static_cast<int64_t>(sizeof(double)) * rows);
+    return r;
+  }
+};
+
+struct DenoisingTile {
+  Rows<float> time_features, eps, grad_input;
+
+  static DenoisingTile take(const DenoisingLossCall& call, int rows, Carver* memory) {
+    DenoisingTile t;
+    t.time_features = take_rows<float>(memory, rows, call.time_dim);
+    t.eps = take_rows<float>(memory, rows, call.action_dim);
+    t.grad_input = take_rows<float>(memory, rows, call.trunk->forward[0].in);
+    return t;
+  }
+};
+
+static void denoising_loss_tile(const DenoisingLossCall& call, Span span, const DenoisingRows& all,
+                                const DenoisingTile& tile, bool backward) {
+  const MlpPack &time = *call.time_mlp, &trunk = *call.trunk;
+  const int A = call.action_dim, E = call.time_dim, S = call.state_dim;
+  const auto bytes = [](int floats) { return sizeof(float) * static_cast<size_t>(floats); };
+
+  for (int64_t row = span.first; row < span.first + span.rows; ++row)
+    memcpy(all.embedding.row(row), call.embedding + call.t[row] * E, bytes(E));
+  mlp_forward_tile(time, span.rows, all.time_saved.from(span.first, time.layer_count),
+                   tile.time_features, backward);
+
+  for (int i = 0; i < span.rows; ++i) {
+    const int64_t row = span.first + i;
+    const float* level = call.levels + 2 * call.t[row];
+    float* input = all.trunk_input.row(row);
+    for (int n = 0; n < A; ++n)
+      input[n] = level[0] * call.action[row * A + n] + level[1] * call.noise[row * A + n];
+    memcpy(input + A, tile.time_features.row(i), bytes(E));
+    memcpy(input + A + E, call.state + row * S, bytes(S));
+  }
+  const MlpSaved trunk_saved = all.trunk_saved.from(span.first, trunk.layer_count);
+  mlp_forward_tile(trunk, span.rows, trunk_saved, tile.eps, backward);
+
+  const MlpDeltas trunk_deltas = all.trunk_deltas.from(span.first, trunk.layer_count);
+  const Rows<float> grad_eps = trunk_deltas.delta[trunk.layer_count - 1];
+  const float scale = static_cast<float>(2.0 / (static_cast<double>(call.batch) * A));
+  for (int i = 0; i < span.rows; ++i) {
+    const int64_t row = span.first + i;
+    double loss = 0.0;
+    for (int n = 0; n < A; ++n) {
+      const float residual = tile.eps.row(i)[n] - call.noise[row * A + n];
+      loss += static_cast<double>(residual) * residual;
+      grad_eps.row(i)[n] = scale * residual;
+    }
+    all.row_loss[row] = loss;
+  }
+  if (!backward) return;
+
+  mlp_backward_tile(trunk, span.rows, trunk_saved, trunk_deltas, tile.grad_input);
+  const MlpDeltas time_deltas = all.time_deltas.from(span.first, time.layer_count);
+  for (int i = 0; i < span.rows; ++i) {
+    const int64_t row = span.first + i;
+    const float* grad_input = tile.grad_input.row(i);
+    memcpy(time_deltas.delta[time.layer_count - 1].row(i), grad_input + A, bytes(E));
+    if (call.grad_state) memcpy(call.grad_state + row * S, grad_input + A + E, bytes(S));
+    if (call.grad_action) {
+      const float level = call.levels[2 * call.t[row]];
+      for (int n = 0; n < A; ++n) call.grad_action[row * A + n] = level * grad_input[n];
+    }
+  }
+  mlp_backward_tile(time, span.rows, all.time_saved.from(span.first, time.layer_count), time_deltas,
+                    {nullptr, 0});
+}
+
+static void denoising_loss(const DenoisingLossCall& call) {
+  Carver sizes{nullptr};
+  DenoisingRows::take(call, &sizes);
+  Carver memory{thread_scratch(Scratch::call, sizes.used)};
+  const DenoisingRows all = DenoisingRows::take(call, &memory);
+
+  WeightGradient list[2 * max_layers];
+  int gradients = 0;
+  if (call.grad_weights) {
+    gradients = list_gradients(*call.time_mlp, all.time_saved, all.time_deltas, call.grad_weights,
+                               call.grad_biases, list);
+    gradients += list_gradients(*call.trunk, all.trunk_saved, all.trunk_deltas,
+                                call.grad_weights + gradients, call.grad_biases + gradients,
+                                list + gradients);
+  }
+  const bool backward = call.grad_weights || call.grad_state || call.grad_action;
+  const int64_t tiles = tile_count(call.batch, call.threads);
+  const int threads = tiles < call.threads ? static_cast<int>(tiles) : call.threads;
+  const int most_rows = tile_span(call.batch, tiles, 0).rows;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Carver tile_sizes{nullptr};
+    DenoisingTile::take(call, most_rows, &tile_sizes);
+    Carver tile_memory{thread_scratch(Scratch::tile, tile_sizes.used)};
+    const DenoisingTile buffers = DenoisingTile::take(call, most_rows, &tile_memory);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t tile = 0; tile < tiles; ++tile)
+      denoising_loss_tile(call, tile_span(call.batch, tiles, tile), all, buffers, backward);
+    weight_gradients(list, gradients, call.batch);
+  }
+  double sum = 0.0;
+  for (int64_t row = 0; row < call.batch; ++row) sum += all.row_loss[row];
+  *call.loss = static_cast<float>(sum / (static_cast<double>(call.batch) * call.action_dim));
+}
+
+}  // namespace DIFFCORE_ISA
+}  // namespace diffcore

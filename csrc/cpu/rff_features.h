@@ -1,0 +1,137 @@
+// Random Fourier features, scale * f(x omega^T + bias) with f = sin, cos or both, and their gradients.
+//
+// Forward, a block of arguments is turned into features while it lies in L1. What the way back needs
+// is the slope, scale * f'(argument), which costs little beside the feature itself; for the pair of
+// cosine and sine the features are each other's slopes.
+#pragma once
+
+#include "mlp.h"
+
+namespace diffcore {
+namespace DIFFCORE_ISA {
+
+static PackedLinear carve_layer(const LinearParameters& layer, bool transposed, Carver* memory) {
+  return pack_linear<Float32Operand>(layer, 0, layer.in,
+                                     transposed ? Direction::backward : Direction::forward,
+                                     !transposed && layer.bias, memory);
+}
+
+static int64_t layer_pack_bytes(const LinearParameters& layer, bool transposed) {
+  Carver memory{nullptr};
+  carve_layer(layer, transposed, &memory);
+  return memory.used;
+}
+
+static void pack_layer(const LinearParameters& layer, bool transposed, void* block,
+                       PackedLinear* pack) {
+  Carver memory{static_cast<char*>(block)};
+  *pack = carve_layer(layer, transposed, &memory);
+}
+
+// The first `count` lanes, where a row ends within the vector.
+DIFFCORE_INLINE Vec load_first(const float* p, int count) {
+  if (count >= W) return load(p);
+  float lanes[W] = {};
+  memcpy(lanes, p, sizeof(float) * static_cast<size_t>(count));
+  return load(lanes);
+}
+DIFFCORE_INLINE void store_first(float* p, Vec value, int count) {
+  if (count >= W) return store(p, value);
+  float lanes[W];
+  store(lanes, value);
+  memcpy(p, lanes, sizeof(float) * static_cast<size_t>(count));
+}
+
+static void rff_features(const RffCall& call) {
+  const PackedLinear& layer = *call.layer;
+  const int features = layer.out;
+  const int width = call.kind == RffKind::cos_sin ? 2 * features : features;
+  const Vec scale = broadcast(call.scale), minus_scale = broadcast(-call.scale);
+  const int64_t tiles = tile_count(call.batch, call.threads);
+  const int threads = tiles < call.threads ? static_cast<int>(tiles) : call.threads;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const Span span = tile_span(call.batch, tiles, tile);
+    linear<Float32Operand>(
+        call.x + span.first * layer.in, layer.in, span.rows, layer, bias_only(layer),
+        [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {
+          for (int i = 0; i < count; ++i) {
+            const int64_t r = span.first + row + i;
+            float* y = call.y + r * width + column;
+            float* slope = call.slope ? call.slope + r * features + column : nullptr;
+            for (int n = 0; n < columns && column + n < features; n += W) {
+              const int left = features - column - n;
+              Vec sine, cosine;
+              sincos(load(sums + i * stride + n), &sine, &cosine);
+              if (call.kind == RffKind::cos_sin) {
+                store_first(y + n, scale * cosine, left);
+                store_first(y + features + n, scale * sine, left);
+              } else if (call.kind == RffKind::sin) {
+                store_first(y + n, scale * sine, left);
+                if (slope) store_first(slope + n, scale * cosine, left);
+              } else {
+                store_first(y + n, scale * cosine, left);
+                if (slope) store_first(slope + n, minus_scale * sine, left);
+              }
+            }
+          }
+        });
+  }
+}
+
+// Gradient at the arguments: grad_y times the slope, for the pair g_sin y_cos - g_cos y_sin.
+DIFFCORE_INLINE void rff_argument_gradient(const RffBackwardCall& call, Span span,
+                                           Rows<float> delta) {
+  const int features = call.features;
+  const bool pair = call.kind == RffKind::cos_sin;
+  const int width = pair ? 2 * features : features;
+  for (int64_t r = span.first; r < span.first + span.rows; ++r) {
+    const float* g = call.grad_y + r * width;
+    const float* s = call.saved + r * width;
+    for (int n = 0; n < features; n += W) {
+      const int left = features - n;
+      Vec d;
+      if (pair) {
+        d = load_first(g + features + n, left) * load_first(s + n, left) -
+            load_first(g + n, left) * load_first(s + features + n, left);
+      } else {
+        d = load_first(g + n, left) * load_first(s + n, left);
+      }
+      store(delta.row(r) + n, d);
+    }
+  }
+}
+
+static void rff_features_backward(const RffBackwardCall& call) {
+  const int in = call.in, features = call.features;
+  const int64_t tiles = tile_count(call.batch, call.threads);
+  const int most_rows = tile_span(call.batch, tiles, 0).rows;
+  const int threads = tiles < call.threads ? static_cast<int>(tiles) : call.threads;
+  Carver sizes{nullptr};
+  take_rows<float>(&sizes, call.batch, features);
+  Carver memory{thread_scratch(Scratch::call, sizes.used)};
+  const Rows<float> delta = take_rows<float>(&memory, call.batch, features);
+  const Rows<float> x = {const_cast<float*>(call.x), in};
+  const WeightGradient omega = {delta, x, in, features, call.grad_omega, call.grad_bias};
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Carver own_sizes{nullptr};
+    take_rows<float>(&own_sizes, most_rows, in);
+    Carver own{thread_scratch(Scratch::tile, own_sizes.used)};
+    const Rows<float> grad_x = take_rows<float>(&own, most_rows, in);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const Span span = tile_span(call.batch, tiles, tile);
+      rff_argument_gradient(call, span, delta);
+      if (!call.grad_x) continue;
+      linear_store<Float32Operand>(rows_from(delta, span.first), span.rows, *call.layer,
+                                   bias_only(*call.layer), grad_x);
+      write_rows(grad_x, span.rows, in, call.grad_x + span.first * in);
+    }
+    if (call.grad_omega) weight_gradients(&omega, 1, call.batch);
+  }
+}
+
+}  // namespace DIFFCORE_ISA
+}  // namespace diffcore

@@ -1,0 +1,150 @@
+"""The loss that trains a denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+
+from diffcore.ops import _dispatch, _native, _philox
+from diffcore.ops._checks import check_levels, check_like, check_tensor, out_of_autocast
+from diffcore.ops.denoising_loss import native, reference
+from diffcore.schedule import DiffusionSchedule
+
+if TYPE_CHECKING:
+    from diffcore.nn import Denoiser
+
+    AnyDenoiser: TypeAlias = Denoiser | Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def denoising_loss(
+    denoiser: AnyDenoiser,
+    schedule: DiffusionSchedule,
+    state: Tensor,
+    action: Tensor,
+    *,
+    t: Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Mean of ``(z - eps(sqrt(abar_t) a + sqrt(1 - abar_t) z, s, t))^2`` over all entries.
+
+    DDPM's loss (Ho et al. 2020, Eq. 14), conditioned on a state. Differentiable in the denoiser's
+    parameters, ``state`` and ``action``; in ``noise`` too on the reference. The CPU kernel computes
+    the gradients in the forward pass. It can't be differentiated twice and says so; the reference
+    can. As a mean over nothing, the loss of an empty batch is NaN.
+
+    Args:
+        denoiser: a :class:`diffcore.nn.Denoiser`, or any callable ``(x, state, t) -> eps`` (that one
+            runs on the reference).
+        schedule: the noise levels ``abar``.
+        state: ``s``, ``[B, S]``.
+        action: ``a``, ``[B, A]``.
+        t: integer ``[B]``, levels in 0 .. K-1; drawn uniformly if None.
+        noise: ``z``, ``[B, A]``; drawn from N(0, I) if None, the same for the same generator on any
+            backend.
+        generator: source of ``t`` and ``noise``. The default generator if None.
+        backend: "cpu" or "reference"; the fastest that can run the call if None.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or a forced
+            backend that can't run this call.
+    """
+    from diffcore.nn import Denoiser
+
+    state, action, noise = out_of_autocast(denoiser, state, action, noise)
+    available = support(
+        denoiser, schedule, state, action, t=t, noise=noise, generator=generator
+    )
+    chosen = _dispatch.choose("denoising_loss", available, backend)
+    if t is None:
+        t = torch.randint(schedule.K, (len(action),), generator=generator, device=action.device)
+    if noise is None:
+        seed = _philox.draw_seed(generator)
+        noise = native.normals(seed, action) if chosen == "cpu" else _reference_noise(seed, action)
+    if chosen == "reference":
+        eps: Callable[[Tensor, Tensor, Tensor], Tensor] = denoiser
+        if isinstance(denoiser, Denoiser):
+            eps = partial(denoiser, backend="reference")
+        return reference.denoising_loss(eps, schedule, state, action, t, noise)
+
+    assert isinstance(denoiser, Denoiser)
+    parameters = denoiser.weights_and_biases()
+    levels, embedding = _tables(schedule, denoiser.time_dim)
+    inputs = (state, action, noise, t, levels, embedding, denoiser.activation)
+    differentiable = (state, action, *parameters)
+    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in differentiable]
+    if any(wanted):
+        return _native.apply(native.DenoisingLoss, *inputs, wanted, *parameters)[0]
+    return native.loss_and_gradients(*inputs, wanted, parameters)[0]
+
+
+def _reference_noise(seed: Tensor, action: Tensor) -> Tensor:
+    return _philox.normals(seed, 0, *action.shape, dtype=action.dtype, device=action.device)
+
+
+@torch.compiler.assume_constant_result
+def _tables(schedule: DiffusionSchedule, time_dim: int) -> tuple[Tensor, Tensor]:
+    """By level: sqrt(abar) and sqrt(1 - abar) ``[K, 2]``, the time embedding ``[K, time_dim]``."""
+    return _cached_tables(schedule, time_dim)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept must serve training too
+def _cached_tables(schedule: DiffusionSchedule, time_dim: int) -> tuple[Tensor, Tensor]:
+    from diffcore.nn import time_embedding
+
+    abar = schedule.alphas_cumprod
+    levels = torch.stack([abar.sqrt(), (1 - abar).sqrt()], dim=1)
+    return levels.float(), time_embedding(torch.arange(schedule.K), time_dim).float()
+
+
+def support(
+    denoiser: AnyDenoiser,
+    schedule: DiffusionSchedule,
+    state: Tensor,
+    action: Tensor,
+    *,
+    t: Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+) -> _dispatch.Support:
+    """Checks the arguments and says which backends can take them."""
+    from diffcore.nn import Denoiser
+
+    if not isinstance(schedule, DiffusionSchedule):
+        raise TypeError(f"schedule: expected a DiffusionSchedule, got {type(schedule).__name__}")
+    if not callable(denoiser):
+        raise TypeError(
+            f"denoiser: expected a Denoiser or a callable, got {type(denoiser).__name__}"
+        )
+    ours = denoiser if isinstance(denoiser, Denoiser) else None
+    state, action, noise = out_of_autocast(denoiser, state, action, noise)
+    check_tensor("state", state, ("B", ours.state_dim if ours else "S"))
+    check_tensor("action", action, (len(state), ours.action_dim if ours else "A"))
+    check_like("action", action, "state", state)
+    if noise is not None:
+        check_tensor("noise", noise, tuple(action.shape))
+        check_like("noise", noise, "action", action)
+    if t is not None:
+        check_levels(t, "action", action)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+
+    if ours is None:
+        return {"cpu": "the denoiser isn't a diffcore.nn.Denoiser", "reference": None}
+    parameters = ours.weights_and_biases()
+    check_like("state", state, "the denoiser", parameters[0])
+    layers = ours.trunk.hidden_layers + 1
+    reason = _native.cannot_run([state, *parameters], [ours.activation], layers)
+    if reason is None and noise is not None and noise.requires_grad:
+        reason = "noise requires a gradient, which the CPU kernel doesn't compute"
+    return {"cpu": reason, "reference": None}

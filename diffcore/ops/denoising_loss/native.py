@@ -1,0 +1,139 @@
+"""The denoising loss on the CPU kernel, which computes the gradients together with the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffcore.ops import _fused_loss, _native
+
+
+@_native.cpu_op("denoising_loss")
+def loss_and_gradients(
+    state: Tensor,
+    action: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    levels: Tensor,
+    embedding: Tensor,
+    activation: str,
+    wanted: list[bool],
+    parameters: list[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """(loss, its gradients with respect to [state, action, *parameters]).
+
+    `wanted`: which of them to compute; the others come back without rows. Parameter gradients are
+    computed all or none.
+    """
+    core = _native._core
+    state, action, noise = state.contiguous(), action.contiguous(), noise.contiguous()
+    t = t.to(torch.int64).contiguous()
+    parameters = [p.contiguous() for p in parameters]
+    batch = len(action)
+    loss = action.new_full((), float("nan"))  # the mean of an empty batch
+    make = torch.empty_like if batch else torch.zeros_like
+    all_wanted = wanted[:2] + [any(wanted[2:])] * len(parameters)
+    tensors = [state, action, *parameters]
+    grads = [
+        make(x) if want else x.new_empty(0, *x.shape[1:])
+        for x, want in zip(tensors, all_wanted, strict=True)
+    ]
+    if batch:
+        least, most = (int(level) for level in t.aminmax())
+        if least < 0 or most >= len(levels):
+            raise ValueError(f"t: expected levels in 0..{len(levels) - 1}, got {least}..{most}")
+        core.denoising_loss(
+            _native.addresses(parameters),
+            getattr(core.Activation, activation),
+            batch,
+            state.shape[1],
+            action.shape[1],
+            *[x.data_ptr() for x in (state, action, noise, t, levels, embedding, loss)],
+            grads[0].data_ptr() if wanted[0] else 0,
+            grads[1].data_ptr() if wanted[1] else 0,
+            [g.data_ptr() for g in grads[2:]] if any(wanted[2:]) else [],
+            torch.get_num_threads(),
+        )
+    return loss, grads
+
+
+@_native.fake("denoising_loss")
+def _(
+    state: Tensor,
+    action: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    levels: Tensor,
+    embedding: Tensor,
+    activation: str,
+    wanted: list[bool],
+    parameters: list[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    all_wanted = wanted[:2] + [any(wanted[2:])] * len(parameters)
+    return action.new_empty(()), [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        if want
+        else x.new_empty(0, *x.shape[1:])
+        for x, want in zip([state, action, *parameters], all_wanted, strict=True)
+    ]
+
+
+@_native.vmap("denoising_loss")
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    """One by one: every element has a loss of its own."""
+    results = _native.one_by_one(loss_and_gradients, info.batch_size, in_dims, args)
+    losses, grads = zip(*results, strict=True)
+    stacked = [torch.stack(column) for column in zip(*grads, strict=True)]
+    return (torch.stack(losses), stacked), (0, [0] * len(stacked))
+
+
+@_native.cpu_op("normals")
+def normals(seed: Tensor, like: Tensor) -> Tensor:
+    """Standard normals of the shape ``[rows, columns]`` of `like`: step 0 of the seed's noise."""
+    z = torch.empty_like(like, memory_format=torch.contiguous_format)
+    _native._core.normals(int(seed), 0, 0, *like.shape, z.data_ptr())
+    return z
+
+
+@_native.fake("normals")
+def _(seed: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+class DenoisingLoss(torch.autograd.Function):
+    """The op with its gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        state: Tensor,
+        action: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        levels: Tensor,
+        embedding: Tensor,
+        activation: str,
+        wanted: list[bool],
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        tables = (t, levels, embedding, activation, wanted)
+        loss, grads = loss_and_gradients(state, action, noise, *tables, list(parameters))
+        return loss, *grads
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        state, action, noise, *_, wanted = inputs[:8]
+        ctx.wanted, ctx.count = wanted, len(output) - 1
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # no zeros as large as what is kept
+        ctx.save_for_backward(*output[1:], state, action, noise, *inputs[8:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
+        grads, inputs = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        scaled = _fused_loss.scaled("denoising_loss", grad_loss, grads, inputs)
+        wanted = [g if want else None for g, want in zip(scaled, ctx.wanted, strict=True)]
+        return *wanted[:2], *[None] * 6, *wanted[2:]

@@ -1,0 +1,22 @@
+"""The denoising loss in eager PyTorch: the specification, and the fallback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from diffcore.ops.q_sample import q_sample
+from diffcore.schedule import DiffusionSchedule
+
+
+def denoising_loss(
+    denoiser: Callable[[Tensor, Tensor, Tensor], Tensor],
+    schedule: DiffusionSchedule,
+    state: Tensor,
+    action: Tensor,
+    t: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    noisy_action = q_sample(action, t, noise, schedule)
+    return (denoiser(noisy_action, state, t) - noise).square().mean()

@@ -1,0 +1,196 @@
+"""Random Fourier features on the CPU kernels: forward and backward as torch ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffcore.ops import _native
+
+
+def _width(omega: Tensor, kind: str) -> int:
+    return 2 * omega.shape[0] if kind == "cos_sin" else omega.shape[0]
+
+
+def _layer(omega: Tensor, bias: Tensor | None) -> _native.Layer:
+    return omega.data_ptr(), _native.address(bias), omega.shape[1], omega.shape[0]
+
+
+@_native.cpu_op("rff_features")
+def forward(
+    x: Tensor, omega: Tensor, bias: Tensor | None, kind: str, scale: float, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """(y ``[B, width]``, the slopes ``[B, features]``; without rows unless `keep` asks for them).
+
+    "cos_sin" never keeps any: cosines and sines are each other's slopes.
+    """
+    core = _native._core
+    x, omega = x.contiguous(), omega.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = x.new_empty(len(x), _width(omega, kind))
+    keep = keep and kind != "cos_sin"
+    slope = x.new_empty(len(x) if keep else 0, len(omega))
+    if len(x):
+        core.rff_features(
+            _layer(omega, bias),
+            getattr(core.RffKind, kind),
+            scale,
+            len(x),
+            x.data_ptr(),
+            y.data_ptr(),
+            slope.data_ptr() if keep else 0,
+            torch.get_num_threads(),
+        )
+    return y, slope
+
+
+@_native.fake("rff_features")
+def _(
+    x: Tensor, omega: Tensor, bias: Tensor | None, kind: str, scale: float, keep: bool
+) -> tuple[Tensor, Tensor]:
+    keep = keep and kind != "cos_sin"
+    return (
+        x.new_empty(len(x), _width(omega, kind)),
+        x.new_empty(len(x) if keep else 0, len(omega)),
+    )
+
+
+@_native.cpu_op("rff_features_backward")
+def backward(
+    grad_y: Tensor,
+    x: Tensor,
+    omega: Tensor,
+    saved: Tensor,
+    kind: str,
+    wants_x: bool,
+    wants_omega: bool,
+    wants_bias: bool,
+) -> list[Tensor]:
+    """Gradients of x, omega and bias, those that aren't wanted empty.
+
+    `saved`: the slopes, for "cos_sin" y.
+    """
+    core = _native._core
+    grad_y, x, omega, saved = (t.contiguous() for t in (grad_y, x, omega, saved))
+    wants_parameters = wants_omega or wants_bias
+    empty = x.new_zeros if not len(x) else x.new_empty
+    grad_x = empty(len(x) if wants_x else 0, x.shape[1])
+    grad_omega = empty(len(omega) if wants_parameters else 0, x.shape[1])
+    grad_bias = empty(len(omega) if wants_bias else 0)
+    if len(x):
+        core.rff_features_backward(
+            _layer(omega, None),
+            getattr(core.RffKind, kind),
+            len(x),
+            x.data_ptr(),
+            saved.data_ptr(),
+            grad_y.data_ptr(),
+            grad_x.data_ptr() if wants_x else 0,
+            grad_omega.data_ptr() if wants_parameters else 0,
+            grad_bias.data_ptr() if wants_bias else 0,
+            torch.get_num_threads(),
+        )
+    return [grad_x, grad_omega if wants_omega else grad_omega.new_empty(0, x.shape[1]), grad_bias]
+
+
+@_native.fake("rff_features_backward")
+def _(
+    grad_y: Tensor,
+    x: Tensor,
+    omega: Tensor,
+    saved: Tensor,
+    kind: str,
+    wants_x: bool,
+    wants_omega: bool,
+    wants_bias: bool,
+) -> list[Tensor]:
+    return [
+        x.new_empty(len(x) if wants_x else 0, x.shape[1]),
+        x.new_empty(len(omega) if wants_omega else 0, x.shape[1]),
+        x.new_empty(len(omega) if wants_bias else 0),
+    ]
+
+
+@_native.vmap("rff_features")
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    """A batched x is more rows; batched frequencies or phases run one by one."""
+    x_dim, omega_dim, bias_dim, *_ = in_dims
+    if omega_dim is not None or bias_dim is not None:
+        results = _native.one_by_one(forward, info.batch_size, in_dims, args)
+        y, slope = (torch.stack(column) for column in zip(*results, strict=True))
+        return (y, slope), (0, 0)
+    x, *rest = args
+    results = forward(x.movedim(x_dim, 0).flatten(0, 1), *rest)
+    y, slope = (t.reshape(info.batch_size, -1, t.shape[1]) for t in results)
+    return (y, slope), (0, 0)
+
+
+@_native.vmap("rff_features_backward")
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    """One by one: every element has parameter gradients of its own."""
+    results = _native.one_by_one(backward, info.batch_size, in_dims, args)
+    stacked = [torch.stack(column) for column in zip(*results, strict=True)]
+    return stacked, [0] * len(stacked)
+
+
+class RffFeatures(torch.autograd.Function):
+    """The op with its gradient; a Function, since torch.func takes no other kind."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, omega: Tensor, bias: Tensor | None, kind: str, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return forward(x, omega, bias, kind, scale, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, omega, _, ctx.kind, _ = inputs
+        y, slope = output
+        ctx.mark_non_differentiable(slope)
+        ctx.set_materialize_grads(False)  # no zeros as large as what is kept
+        ctx.save_for_backward(x, omega, y if ctx.kind == "cos_sin" else slope)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> Any:
+        settings = (ctx.kind, *ctx.needs_input_grad[:3])
+        if torch.compiler.is_compiling():  # where no second derivative exists anyway
+            grads = backward(grad_y, *ctx.saved_tensors, *settings)
+        else:
+            arguments = (grad_y, *ctx.saved_tensors, *settings)
+            grads = _native.apply(RffFeaturesBackward, *arguments)
+        wanted = zip(grads, ctx.needs_input_grad[:3], strict=True)
+        return (*(grad if wants else None for grad, wants in wanted), None, None)
+
+
+class RffFeaturesBackward(torch.autograd.Function):
+    """The gradient as a Function, so that differentiating it again says that it can't be done."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad_y: Tensor,
+        x: Tensor,
+        omega: Tensor,
+        saved: Tensor,
+        kind: str,
+        wants_x: bool,
+        wants_omega: bool,
+        wants_bias: bool,
+    ) -> tuple[Tensor, ...]:
+        return tuple(backward(grad_y, x, omega, saved, kind, wants_x, wants_omega, wants_bias))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "rff_features: the CPU kernel has no second derivative; "
+            "pass backend='reference' to differentiate twice"
+        )

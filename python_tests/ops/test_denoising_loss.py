@@ -1,0 +1,290 @@
+"""The denoising loss: value and gradients in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import ACTIVATIONS, assert_error_at_most_twice_eager
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diffcore import DiffusionSchedule, explain, nn, ops
+from diffcore.ops.denoising_loss import _tables, native
+
+SCHEDULE = DiffusionSchedule.cosine(20)
+
+
+class Data:
+    """A denoiser and one batch for it."""
+
+    def __init__(
+        self, batch: int, state_dim: int = 7, action_dim: int = 3, **options: Any
+    ) -> None:
+        self.denoiser = nn.Denoiser(state_dim, action_dim, **{"hidden_dim": 65, **options})
+        for parameter in self.denoiser.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        self.state, self.action = torch.randn(batch, state_dim), torch.rand(batch, action_dim)
+        self.t, self.noise = torch.randint(20, (batch,)), torch.randn(batch, action_dim)
+
+    def run(self, backend: str | None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """[loss, gradients of state, action and the parameters], everything in `dtype`."""
+        denoiser = self.denoiser.to(dtype)
+        state, action = (x.to(dtype).requires_grad_() for x in (self.state, self.action))
+        given = {"t": self.t, "noise": self.noise.to(dtype)}
+        loss = ops.denoising_loss(denoiser, SCHEDULE, state, action, **given, backend=backend)
+        grads = torch.autograd.grad(loss, [state, action, *denoiser.parameters()])
+        self.denoiser.to(torch.float32)
+        return [loss.detach(), *grads]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_error_at_most_twice_eager(isa: str, activation: str) -> None:
+    data = Data(300, activation=activation, hidden_dim=100)
+    ours, eager = data.run("cpu"), data.run("reference")
+    exact = data.run("reference", torch.float64)
+    for a, b, c in zip(ours, eager, exact, strict=True):
+        if c.numel() >= 1000:
+            assert_error_at_most_twice_eager(a, b, c)
+        else:
+            assert (a - c).abs().max() <= 1e-6 * max(1.0, c.abs().max().item())
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 8, 63, 65, 130, 257])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"state_dim": 1, "action_dim": 1, "hidden_dim": 1, "hidden_layers": 1, "time_dim": 2},
+        {"state_dim": 17, "action_dim": 6, "hidden_dim": 33, "time_dim": 10},
+        {"state_dim": 40, "action_dim": 17, "hidden_dim": 64, "hidden_layers": 2},
+    ],
+)
+def test_awkward_sizes(isa: str, batch: int, sizes: dict[str, int]) -> None:
+    data = Data(batch, **sizes)
+    for a, b in zip(data.run("cpu"), data.run("reference", torch.float64), strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= 2e-6 * max(1.0, b.abs().max().item())
+
+
+def test_gradients_of_the_reference() -> None:
+    denoiser = nn.Denoiser(2, 2, hidden_dim=4, hidden_layers=1, time_dim=4).double()
+    action = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
+    state = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    noise, t = torch.randn(3, 2, dtype=torch.float64), torch.tensor([0, 7, 19])
+
+    def loss(state: Tensor, action: Tensor, *_: Tensor) -> Tensor:
+        return ops.denoising_loss(denoiser, SCHEDULE, state, action, t=t, noise=noise)
+
+    assert torch.autograd.gradcheck(loss, (state, action, *denoiser.parameters()))
+    assert torch.autograd.gradgradcheck(loss, (state, action))
+
+
+def test_is_the_loss_written_out() -> None:
+    data = Data(50)
+    noisy = ops.q_sample(data.action, data.t, data.noise, SCHEDULE)
+    expected = (data.denoiser(noisy, data.state, data.t) - data.noise).square().mean()
+    torch.testing.assert_close(data.run("cpu")[0], expected, rtol=1e-6, atol=0)
+
+
+def test_same_bits_for_any_number_of_threads_and_on_repeat(
+    isa: str, set_threads: Callable[[int], None]
+) -> None:
+    data = Data(301)
+    results = []
+    for threads in (1, 2, 2):
+        set_threads(threads)
+        results.append(data.run("cpu"))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_row_does_not_depend_on_its_batch(isa: str) -> None:
+    data = Data(256)
+    whole = data.run("cpu")
+    for rows in (slice(0, 1), slice(100, 164)):
+        part = Data(1)
+        part.denoiser = data.denoiser
+        part.state, part.action = data.state[rows], data.action[rows]
+        part.t, part.noise = data.t[rows], data.noise[rows]
+        share = 256 / len(part.t)  # a power of two: exact
+        for whole_grad, grad in zip(whole[1:3], part.run("cpu")[1:3], strict=True):
+            assert torch.equal(whole_grad[rows] * share, grad)
+
+
+def test_nan_stays_in_its_row(isa: str) -> None:
+    data = Data(9)
+    data.state[5, 2] = float("nan")
+    loss, grad_state, grad_action, *_ = data.run("cpu")
+    assert torch.isnan(loss)
+    for grad in (grad_state, grad_action):
+        assert torch.isnan(grad).any(1).tolist() == [i == 5 for i in range(9)]
+
+
+@settings(deadline=None)
+@given(
+    batch=st.integers(1, 20),
+    sizes=st.fixed_dictionaries(
+        {
+            "state_dim": st.integers(1, 40),
+            "action_dim": st.integers(1, 20),
+            "hidden_dim": st.integers(1, 40),
+            "hidden_layers": st.integers(1, 4),
+        }
+    ),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+    transposed=st.booleans(),
+)
+def test_any_shape_and_stride(
+    batch: int, sizes: dict[str, int], activation: str, transposed: bool
+) -> None:
+    data = Data(batch, activation=activation, **sizes)
+    if transposed:
+        data.state, data.action, data.noise = (
+            x.T.contiguous().T for x in (data.state, data.action, data.noise)
+        )
+    for a, b in zip(data.run("cpu"), data.run("reference", torch.float64), strict=True):
+        assert (a - b).abs().max() <= 1e-5 * max(1.0, b.abs().max().item())
+
+
+def test_only_wanted_gradients() -> None:
+    data = Data(6)
+    full = data.run("cpu")
+    given = {"t": data.t, "noise": data.noise}
+    data.action.requires_grad_()
+    data.denoiser.requires_grad_(False)
+    ops.denoising_loss(data.denoiser, SCHEDULE, data.state, data.action, **given).backward()
+    assert torch.equal(data.action.grad, full[2])
+    data.denoiser.requires_grad_()
+    loss = ops.denoising_loss(data.denoiser, SCHEDULE, data.state, data.action.detach(), **given)
+    loss.backward()
+    assert all(
+        torch.equal(p.grad, g) for p, g in zip(data.denoiser.parameters(), full[3:], strict=True)
+    )
+    with torch.no_grad():
+        loss = ops.denoising_loss(data.denoiser, SCHEDULE, data.state, data.action, **given)
+    assert not loss.requires_grad
+    assert torch.equal(loss, full[0])
+
+
+def test_gradients_scale_with_what_follows_and_can_be_taken_twice() -> None:
+    data = Data(6)
+    full = data.run("cpu")
+    given = {"t": data.t, "noise": data.noise}
+    loss = ops.denoising_loss(data.denoiser, SCHEDULE, data.state, data.action, **given)
+    parameters = list(data.denoiser.parameters())
+    for factor in (1.0, 3.0, 1.0):
+        grads = torch.autograd.grad(factor * loss, parameters, retain_graph=True)
+        for grad, expected in zip(grads, full[3:], strict=True):
+            torch.testing.assert_close(grad, factor * expected)
+
+
+def test_second_derivative_is_refused() -> None:
+    data = Data(6)
+    loss = ops.denoising_loss(data.denoiser, SCHEDULE, data.state, data.action)
+    grads = torch.autograd.grad(loss, list(data.denoiser.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match="denoising_loss: the CPU kernel has no second"):
+        grads[0].sum().backward()
+
+
+def test_draws_the_same_from_the_same_generator_on_any_backend() -> None:
+    data = Data(40)
+
+    def drawn(seed: int, backend: str) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        arguments = (data.denoiser, SCHEDULE, data.state, data.action)
+        return ops.denoising_loss(*arguments, generator=generator, backend=backend).detach()
+
+    torch.testing.assert_close(drawn(1, "cpu"), drawn(1, "reference"), rtol=1e-5, atol=0)
+    assert not torch.equal(drawn(1, "cpu"), drawn(2, "cpu"))
+
+
+def test_empty_batch() -> None:
+    data = Data(0)
+    loss, _, _, *grads = data.run("cpu")
+    assert torch.isnan(loss)
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+
+
+def test_any_callable_and_float64_run_on_the_reference() -> None:
+    data = Data(5)
+    arguments = (SCHEDULE, data.state, data.action)
+    answer = explain("denoising_loss", lambda x, s, t: x, *arguments)
+    assert "isn't a diffcore.nn.Denoiser" in answer.passed_over["cpu"]
+    assert ops.denoising_loss(lambda x, s, t: x, *arguments).ndim == 0
+    noise = torch.randn(5, 3, requires_grad=True)
+    answer = explain("denoising_loss", data.denoiser, *arguments, noise=noise)
+    assert "noise requires a gradient" in answer.passed_over["cpu"]
+    ops.denoising_loss(data.denoiser, *arguments, noise=noise).backward()
+    assert noise.grad is not None
+
+
+def test_opcheck() -> None:
+    data = Data(5)
+    levels, embedding = _tables(SCHEDULE, 32)
+    parameters = [p.detach() for p in data.denoiser.parameters()]
+    inputs = (data.state, data.action, data.noise, data.t, levels, embedding, "mish")
+    for wanted in (True, False):
+        flags = [wanted] * (2 + len(parameters))
+        torch.library.opcheck(native.loss_and_gradients, (*inputs, flags, parameters))
+    torch.library.opcheck(native.normals, (torch.tensor(3), data.action))
+
+
+def test_compiles_whole() -> None:
+    data = Data(16)
+    given = {"t": data.t, "noise": data.noise}
+
+    def loss(state: Tensor, action: Tensor) -> Tensor:
+        return ops.denoising_loss(data.denoiser, SCHEDULE, state, action, **given)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    compiled(data.state, data.action).backward()
+    for parameter, expected in zip(data.denoiser.parameters(), data.run("cpu")[3:], strict=True):
+        torch.testing.assert_close(parameter.grad, expected)
+
+
+def test_func_grad_and_vmap() -> None:
+    data = Data(12)
+
+    def loss(action: Tensor, noise: Tensor) -> Tensor:
+        return ops.denoising_loss(
+            data.denoiser, SCHEDULE, data.state[:4], action, t=data.t[:4], noise=noise
+        )
+
+    actions, noises = data.action.unflatten(0, (3, 4)), data.noise.unflatten(0, (3, 4))
+    grads = torch.func.vmap(torch.func.grad(loss))(actions, noises)
+    for grad, action, noise in zip(grads, actions, noises, strict=True):
+        expected = action.clone().requires_grad_()
+        loss(expected, noise).backward()
+        torch.testing.assert_close(grad, expected.grad)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"denoiser": 3}, "denoiser: expected a Denoiser or a callable, got int"),
+        ({"schedule": 3}, "schedule: expected a DiffusionSchedule, got int"),
+        ({"state": torch.randn(5, 8)}, r"state: expected shape \[B, 7\], got \[5, 8\]"),
+        ({"action": torch.randn(4, 3)}, r"action: expected shape \[5, 3\], got \[4, 3\]"),
+        ({"action": torch.randn(5, 3).double()}, "action: expected torch.float32 like state"),
+        ({"t": torch.zeros(5)}, "t: expected an integer tensor, got torch.float32"),
+        ({"t": torch.zeros(4, dtype=torch.int64)}, r"t: expected shape \[5\], got \[4\]"),
+        ({"t": torch.full((5,), 20)}, "t: expected levels in 0..19"),
+        ({"t": torch.full((5,), -1)}, "t: expected levels in 0..19"),
+        ({"noise": torch.randn(5, 2)}, r"noise: expected shape \[5, 3\], got \[5, 2\]"),
+        ({"generator": 3}, "generator: expected a torch.Generator, got int"),
+        ({"backend": "gpu"}, "backend: expected one of cpu, reference, got 'gpu'"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    data = Data(5)
+    arguments = {
+        "denoiser": data.denoiser,
+        "schedule": SCHEDULE,
+        "state": data.state,
+        "action": data.action,
+    }
+    with pytest.raises((TypeError, ValueError), match=message):
+        ops.denoising_loss(**{**arguments, **change})
