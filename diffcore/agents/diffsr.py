@@ -34,6 +34,7 @@ means to do.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -525,6 +526,7 @@ class DiffSR(BaseAgent):
         *,
         solver: str = "ddpm",
         steps: int | None = None,
+        clip: float = math.inf,
         corrector_steps: int = 0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -536,6 +538,7 @@ class DiffSR(BaseAgent):
             state: ``[B, observation_dim]`` float32 on the agent's device.
             action: ``[B, action_dim]`` likewise.
             solver, steps: see :meth:`diffcore.DiffusionSchedule.solver`.
+            clip: bound on the next state's entries, kept at every step of the chain.
             corrector_steps: Langevin steps before the chain, for levels that end far from noise.
             generator: source of all randomness; None is the agent's own.
 
@@ -549,11 +552,14 @@ class DiffSR(BaseAgent):
                 f"action must have {state.shape[0]} rows like state, got {action.shape[0]}"
             )
         check_integer("corrector_steps", corrector_steps, at_least=0)
+        if not clip > 0:
+            raise ValueError(f"clip must be above 0, got {clip}")
         return self.representation.sample_next_state(
             state,
             action,
             solver=solver,
             steps=steps,
+            clip=clip,
             corrector_steps=corrector_steps,
             generator=self.generator if generator is None else generator,
         )

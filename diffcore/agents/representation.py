@@ -120,6 +120,7 @@ class DiffusionRepresentation(nn.Module):
         *,
         solver: str = "ddpm",
         steps: int | None = None,
+        clip: float = math.inf,
         corrector_steps: int = 0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -134,6 +135,9 @@ class DiffusionRepresentation(nn.Module):
             state: ``[B, S]``.
             action: ``[B, A]``.
             solver, steps: see :meth:`diffcore.DiffusionSchedule.solver`.
+            clip: bound on the next state's entries, kept at every step of the chain. Levels that end
+                in noise alone need one (cosine's most of all): there an error in the predicted
+                noise is an error many times as large in the predicted state.
             corrector_steps: Langevin steps before the chain.
             generator: source of all randomness.
 
@@ -154,7 +158,7 @@ class DiffusionRepresentation(nn.Module):
             self.schedule,
             self.psi(state, action),
             x_init=alpha_bar.sqrt() * state / sigma + (1 - alpha_bar).sqrt() * noise,
-            clip=math.inf,
+            clip=clip / sigma,
             solver=table,
             generator=generator,
         )

@@ -76,6 +76,15 @@ def test_what_is_drawn_follows_the_generator_and_keeps_gradients_out() -> None:
     assert not torch.equal(agent.generator.get_state(), own)
 
 
+@pytest.mark.parametrize("kind", ["diffsr", "diffsr-paper"])
+def test_next_states_keep_their_bound(kind: str) -> None:
+    agent = make_kind(kind)
+    state, action = 5 * torch.randn(50, OBSERVATION_DIM), torch.rand(50, ACTION_DIM)
+    bounded = agent.sample_next_state(state, action, clip=0.3)
+    assert float(bounded.abs().max()) <= 0.3 * (1 + 1e-6)
+    assert float(agent.sample_next_state(state, action).abs().max()) > 0.3
+
+
 def test_no_states_give_no_next_states() -> None:
     agent = make_kind("diffsr")
     nothing = torch.empty(0, OBSERVATION_DIM), torch.empty(0, ACTION_DIM)
@@ -90,6 +99,8 @@ def test_no_states_give_no_next_states() -> None:
         ({"action": torch.zeros(3, 2)}, ValueError, "action must have 2 rows like state, got 3"),
         ({"state": torch.zeros(2, 4).double()}, TypeError, "state must be a torch.float32 tensor"),
         ({"corrector_steps": -1}, ValueError, "corrector_steps must be at least 0, got -1"),
+        ({"clip": 0.0}, ValueError, "clip must be above 0, got 0.0"),
+        ({"clip": float("nan")}, ValueError, "clip must be above 0, got nan"),
         ({"steps": 3}, ValueError, "steps: ddpm runs all 10 steps"),
         ({"solver": "euler"}, ValueError, "solver: expected one of"),
     ],
