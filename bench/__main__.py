@@ -1,4 +1,4 @@
-"""Compare diffcore with eager PyTorch and torch.compile: ``python bench``.
+"""Compare diffcore with eager PyTorch, torch.compile and JAX: ``python bench``.
 
 Results are checked first. Then all variants of a case are timed in turns, in this one process; run
 it on a quiet machine. Ends with the tables and with a JSON file under bench/results/.
@@ -34,6 +34,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--latency-calls", type=int, default=10_000)
     add("--threads", type=int, help="torch's threads; default: torch's own choice")
     add("--no-compile", action="store_true", help="leave out torch.compile: minutes of compiling")
+    add("--no-jax", action="store_true", help="leave out JAX, even where it is installed")
     add("--quick", action="store_true", help="tiny sizes, to see that all works; not for numbers")
     add("--brief", action="store_true", help="print one line for each case, no tables")
     add("--from", dest="stored", type=Path, metavar="FILE", help="show stored results instead")
@@ -57,8 +58,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"--env: expected one of {', '.join(workloads.SIZES)}, got {options.env}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    compiled = not options.no_compile
     threads = torch.get_num_threads()
+    installed = workloads.ALL_RIVALS.jax
+    if not installed:
+        say("JAX isn't installed (the extra 'bench'): left out")
+    rivals = workloads.Rivals(not options.no_compile, installed and not options.no_jax)
+    if jax := rivals.jax_baselines():
+        jax.use_threads(threads)
     results: dict[str, Any] = {
         "environment": {**measure.environment(), "env": options.env},
         "peak_flops": {str(n): measure.fma_peak(n) for n in {1, threads}},
@@ -68,30 +74,28 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
     def cases() -> Iterable[workloads.Case]:
-        for steps in options.steps:
+        env, only = options.env, options.only
+        for steps in options.steps if "reverse_diffusion" in only else ():
             for batch in options.batches:
-                if "reverse_diffusion" in options.only:
-                    yield workloads.reverse_diffusion_case(
-                        options.env, batch, steps, compiled=compiled
-                    )
-        for batch in options.batches:
-            if "action_gradient" in options.only:
-                yield workloads.action_gradient_case(options.env, batch, compiled=compiled)
-        for batch in options.batches:
-            if "mlp" in options.only:
-                yield workloads.mlp_case(options.env, batch, compiled=compiled)
-        for steps in options.steps:
-            if "dipo_step" in options.only:
-                yield workloads.dipo_step_case(options.env, steps)
+                yield workloads.reverse_diffusion_case(env, batch, steps, rivals=rivals)
+        for name, case in (
+            ("action_gradient", workloads.action_gradient_case),
+            ("mlp", workloads.mlp_case),
+        ):
+            for batch in options.batches if name in only else ():
+                yield case(env, batch, rivals=rivals)
+        for steps in options.steps if "dipo_step" in only else ():
+            yield workloads.dipo_step_case(env, steps, rivals=rivals)
 
     for case in cases():
-        say(f"{case.op}, batch {case.batch}, {case.steps} steps")
+        say(str(case))
         errors = {v.name: case.check(v.name) for v in case.variants}
         timings = measure.interleave(case.variants, seconds=options.seconds)
         for name, timing in timings.items():
             results["rows"].append(
                 {
                     "op": case.op,
+                    "state_dim": case.state_dim,
                     "batch": case.batch,
                     "steps": case.steps,
                     "variant": name,
@@ -102,15 +106,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 }
             )
 
-    chain = max(options.steps)
+    chain, none = max(options.steps), workloads.NO_RIVALS
     if "latency" in options.only:
         say("latency")
-        case = workloads.reverse_diffusion_case(options.env, 1, chain, compiled=False)
+        case = workloads.reverse_diffusion_case(options.env, 1, chain, rivals=none)
         with_threads(1, lambda: results["latency"].extend(latencies(case, options.latency_calls)))
     if "contention" in options.only:
         for batch in sorted({min(options.batches), min(256, max(options.batches))}):
             say(f"contention, batch {batch}")
-            case = workloads.reverse_diffusion_case(options.env, batch, chain, compiled=False)
+            case = workloads.reverse_diffusion_case(options.env, batch, chain, rivals=none)
             ours = case.variant(workloads.OURS).call
             timings = measure.contention(ours, seconds=options.seconds)
             results["contention"] += [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.metadata
 import platform
 import random
 import statistics
@@ -148,11 +149,19 @@ def environment() -> dict[str, object]:
         "native_bf16": _core.native_bf16(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "jax": _version("jax"),
         "python": platform.python_version(),
         "diffcore": diffcore.__version__,
         "commit": git_commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def git_commit() -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -21,10 +23,13 @@ BASELINE = "eager, as written"
 OPTIMISED = "eager, hand-optimised"
 OPTIMISED_BF16 = "eager, hand-optimised, bf16"
 COMPILED = "torch.compile"
+JAX = "JAX"
 OURS = "diffcore"
 OURS_NEW_WEIGHTS = "diffcore, new weights"
 OURS_BF16 = "diffcore, bf16"
-VARIANTS = (BASELINE, OPTIMISED, OPTIMISED_BF16, COMPILED, OURS, OURS_NEW_WEIGHTS, OURS_BF16)
+VARIANTS = (
+    BASELINE, OPTIMISED, OPTIMISED_BF16, COMPILED, JAX, OURS, OURS_NEW_WEIGHTS, OURS_BF16
+)  # fmt: skip
 
 #: observation and action sizes of some environments
 SIZES = {
@@ -40,6 +45,25 @@ SEED = 0
 #: Allowed in a single action. Rounding alone comes far below, but where two critics' values all but
 #: tie a row may rightly take either's gradient, and Adam makes a full step of a tiny one.
 LARGEST_ERROR = 0.05
+
+
+class Rivals(NamedTuple):
+    """Which of the competitors that take long to compile, or may be missing, take part."""
+
+    compiled: bool = True
+    jax: bool = importlib.util.find_spec("jax") is not None
+
+    def jax_baselines(self) -> Any:
+        """The module, None if JAX doesn't take part."""
+        return importlib.import_module("jax_baselines") if self.jax else None
+
+    def admit(self, variants: Iterable[Variant | None]) -> tuple[Variant, ...]:
+        """The variants that take part; None stands for one that couldn't be made."""
+        return tuple(v for v in variants if v and (self.compiled or v.name != COMPILED))
+
+
+ALL_RIVALS = Rivals()
+NO_RIVALS = Rivals(compiled=False, jax=False)
 
 
 class WrongResultError(Exception):
@@ -71,6 +95,7 @@ class Case:
     """An op at one size."""
 
     op: str
+    state_dim: int
     batch: int
     steps: int
     variants: tuple[Variant, ...]
@@ -86,6 +111,9 @@ class Case:
     def cores(self) -> int:
         """Cores that diffcore uses here: it wakes no second thread for less than 8 rows."""
         return torch.get_num_threads() if self.batch >= 8 else 1
+
+    def __str__(self) -> str:
+        return f"{self.op}, state {self.state_dim}, batch {self.batch}, {self.steps} steps"
 
     def variant(self, name: str) -> Variant:
         return next(v for v in self.variants if v.name == name)
@@ -120,13 +148,12 @@ class Case:
             bound = self.bfloat16_bound
         if not (error.median <= bound.median and error.largest <= bound.largest):
             raise WrongResultError(
-                f"{self.op}, batch {self.batch}, {self.steps} steps: {name!r} has the "
-                f"error {error}, allowed is {bound}"
+                f"{self}: {name!r} has the error {error}, allowed is {bound}"
             )
         return error
 
 
-def reverse_diffusion_case(env: str, batch: int, steps: int, *, compiled: bool = True) -> Case:
+def reverse_diffusion_case(env: str, batch: int, steps: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
     """The whole chain of a diffusion policy, noise drawn inside the call."""
     torch.manual_seed(SEED)
     state_dim, action_dim = SIZES[env]
@@ -166,6 +193,8 @@ def reverse_diffusion_case(env: str, batch: int, steps: int, *, compiled: bool =
             )
 
     given = {"x_init": x_init, "noise": noise}
+    if jax := rivals.jax_baselines():
+        jax_sampler = jax.Sampler(denoiser, schedule, state)
     variants = [
         Variant(BASELINE, lambda: as_written.sample(state), as_written_given),
         Variant(OPTIMISED, lambda: optimised(state), lambda: optimised(state, **given)),
@@ -175,6 +204,7 @@ def reverse_diffusion_case(env: str, batch: int, steps: int, *, compiled: bool =
             lambda: compiled_sampler(state),
             lambda: compiled_sampler(state, **given),
         ),
+        jax and Variant(JAX, jax_sampler, lambda: jax_sampler.on(**given), before=jax.rest),
         Variant(OURS, ours, lambda: ours(**given)),
         Variant(
             OURS_NEW_WEIGHTS,
@@ -189,9 +219,10 @@ def reverse_diffusion_case(env: str, batch: int, steps: int, *, compiled: bool =
     per_row = 2 * hidden * action_dim + (denoiser.trunk.hidden_layers - 1) * hidden**2
     return Case(
         "reverse_diffusion",
+        state_dim,
         batch,
         steps,
-        tuple(v for v in variants if compiled or v.name != COMPILED),
+        rivals.admit(variants),
         exact,
         bfloat16_bound=Error(1e-3, 1e-2),
         flops=2.0 * batch * steps * per_row,
@@ -199,7 +230,7 @@ def reverse_diffusion_case(env: str, batch: int, steps: int, *, compiled: bool =
 
 
 def action_gradient_case(
-    env: str, batch: int, steps: int = ACTION_GRADIENT_STEPS, *, compiled: bool = True
+    env: str, batch: int, steps: int = ACTION_GRADIENT_STEPS, *, rivals: Rivals = ALL_RIVALS
 ) -> Case:
     """All steps of the ascent of a batch of actions on min(Q1, Q2)."""
     torch.manual_seed(SEED)
@@ -231,10 +262,13 @@ def action_gradient_case(
     def same(name: str, call: Callable[[], Tensor], **more) -> Variant:
         return Variant(name, call, call, **more)  # nothing is drawn here
 
+    if jax := rivals.jax_baselines():
+        jax_ascent = jax.ActionGradient(critic, state, action, **options)
     variants = [
         same(BASELINE, as_written),
         same(OPTIMISED, lambda: optimised(state, action)),
         same(COMPILED, lambda: compiled_ascent(state, action)),
+        jax and Variant(JAX, jax_ascent, jax_ascent.on, before=jax.rest),
         same(OURS, ours),
         same(
             OURS_NEW_WEIGHTS,
@@ -249,16 +283,17 @@ def action_gradient_case(
     backward = inner * hidden**2 + hidden * action_dim
     return Case(
         "action_gradient",
+        state_dim,
         batch,
         steps,
-        tuple(v for v in variants if compiled or v.name != COMPILED),
+        rivals.admit(variants),
         exact,
         bfloat16_bound=Error(1e-2, 0.5),
         flops=2.0 * batch * steps * (2 * forward + backward),
     )
 
 
-def mlp_case(env: str, batch: int, *, compiled: bool = True) -> Case:
+def mlp_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
     """Forward and backward of one critic, gradients of its parameters and input included."""
     torch.manual_seed(SEED)
     model = TwinCritic(*SIZES[env]).q1
@@ -295,15 +330,16 @@ def mlp_case(env: str, batch: int, *, compiled: bool = True) -> Case:
     products += (model.hidden_layers - 1) * model.hidden_dim**2
     return Case(
         "mlp",
+        SIZES[env][0],
         batch,
         1,
-        tuple(v for v in variants if compiled or v.name != COMPILED),
+        rivals.admit(variants),
         exact,
         flops=2.0 * 3 * batch * products,
     )
 
 
-def dipo_step_case(env: str, steps: int) -> Case:
+def dipo_step_case(env: str, steps: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
     """What one environment step costs DIPO: an action, and an update on a batch of 256."""
     state_dim, action_dim = SIZES[env]
     replay = random_replay(state_dim, action_dim)
@@ -323,6 +359,20 @@ def dipo_step_case(env: str, steps: int) -> Case:
             eager_agent.update(replay, generator)
 
         return Variant(BASELINE, step, lambda: given_update(eager.EagerDIPO(agent("float32"))))
+
+    def in_jax() -> Variant | None:
+        if not (jax := rivals.jax_baselines()):
+            return None
+        jax_agent, start = (jax.JaxDIPO(agent("float32")) for _ in range(2))
+        arrays, jax_observation = jax.replay_arrays(replay), jax.to_jax(observation)
+
+        def step() -> None:
+            nonlocal arrays
+            jax_agent.act(jax_observation)
+            arrays = jax_agent.update(arrays)
+
+        given = (batch, next_action, t, noise)
+        return Variant(JAX, step, lambda: start.moved(*given), before=jax.rest)
 
     def ours(name: str, compute_dtype: str) -> Variant:
         our_agent = agent(compute_dtype)
@@ -364,9 +414,12 @@ def dipo_step_case(env: str, steps: int) -> Case:
 
     return Case(
         "dipo_step",
+        state_dim,
         rows,
         steps,
-        (as_written(), ours(OURS, "float32"), ours(OURS_BF16, "bfloat16")),
+        rivals.admit(
+            [as_written(), in_jax(), ours(OURS, "float32"), ours(OURS_BF16, "bfloat16")]
+        ),
         exact,
         bfloat16_bound=Error(1e-4, 2.0),
     )
