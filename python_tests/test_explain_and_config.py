@@ -25,6 +25,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "q_sample": (action, torch.tensor([0, 3]), action, SCHEDULE),
         "reverse_diffusion": (nn.Denoiser(5, 3, 8), SCHEDULE, state),
         "reverse_step": (action, action, SCHEDULE.solver().coefficients[0]),
+        "rff_features": (state, torch.randn(8, 5)),
     }
 
 
@@ -36,7 +37,7 @@ def test_every_op_is_explained() -> None:
 def test_explain_names_the_fastest_backend(op: str) -> None:
     answer = diffcore.explain(op, *arguments()[op])
     assert answer.op == op
-    assert answer.backend == ("reference" if op == "q_sample" else "cpu")
+    assert answer.backend == ("reference" if op in ("q_sample", "rff_features") else "cpu")
     assert answer.passed_over == {}
     assert str(answer) == f"{op}: runs on '{answer.backend}'"
 

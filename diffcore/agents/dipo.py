@@ -29,19 +29,23 @@ action really taken had earned, and the critic learns from that.
 from __future__ import annotations
 
 import copy
-import dataclasses
-import math
-import re
-import warnings
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from diffcore import DiffusionSchedule, ops
-from diffcore.agents.optimization import ema_update_, gradient_step, load_moments, make_adam
+from diffcore.agents.base import (
+    BaseAgent,
+    ComputeDtype,
+    Saved,
+    environment_name,
+    seeded_weights,
+    torch_dtype,
+)
+from diffcore.agents.checks import check_choice, check_integer, check_real
+from diffcore.agents.optimization import ema_update_, gradient_step, make_adam
 from diffcore.agents.policies import DiffusionPolicy, MLPPolicy, Policy, VAEPolicy
 from diffcore.agents.replay_protocol import Batch, Replay
 from diffcore.nn import TwinCritic
@@ -50,7 +54,6 @@ Mode = Literal["fixed", "official", "paper"]
 PolicyName = Literal["diffusion", "mlp", "vae"]
 ScheduleName = Literal["cosine", "linear", "vp"]
 SolverName = Literal["ddpm", "ddpm_unclipped", "ddim", "exponential_integrator", "dpmpp_2m"]
-ComputeDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -170,11 +173,11 @@ class DIPOConfig:
     """Capacity of the replay, in transitions."""
 
     def __post_init__(self) -> None:
-        _check_choice("mode", self.mode, Mode)
-        _check_choice("policy", self.policy, PolicyName)
-        _check_choice("schedule", self.schedule, ScheduleName)
-        _check_choice("solver", self.solver, SolverName)
-        _check_choice("compute_dtype", self.compute_dtype, ComputeDtype)
+        check_choice("mode", self.mode, Mode)
+        check_choice("policy", self.policy, PolicyName)
+        check_choice("schedule", self.schedule, ScheduleName)
+        check_choice("solver", self.solver, SolverName)
+        check_choice("compute_dtype", self.compute_dtype, ComputeDtype)
         for name in (
             "diffusion_steps",
             "hidden_dim",
@@ -183,14 +186,14 @@ class DIPOConfig:
             "update_actor_target_every",
             "buffer_size",
         ):
-            _check_integer(name, getattr(self, name), at_least=1)
-        _check_integer("start_steps", self.start_steps, at_least=0)
+            check_integer(name, getattr(self, name), at_least=1)
+        check_integer("start_steps", self.start_steps, at_least=0)
         for name in ("lr", "adam_eps", "action_lr"):
-            _check_real(name, getattr(self, name), above=0.0)
+            check_real(name, getattr(self, name), above=0.0)
         for name in ("noise_ratio", "ac_grad_norm", "action_grad_norm_ratio"):
-            _check_real(name, getattr(self, name), at_least=0.0)
-        _check_real("gamma", self.gamma, at_least=0.0, at_most=1.0)
-        _check_real("tau", self.tau, above=0.0, at_most=1.0)
+            check_real(name, getattr(self, name), at_least=0.0)
+        check_real("gamma", self.gamma, at_least=0.0, at_most=1.0)
+        check_real("tau", self.tau, above=0.0, at_most=1.0)
 
     @classmethod
     def for_env(cls, env_id: str) -> DIPOConfig:
@@ -201,11 +204,10 @@ class DIPOConfig:
         >>> DIPOConfig.for_env("HalfCheetah-v5").action_gradient_steps
         40
         """
-        name = re.sub(r"^.*[:/]|-v\d+$", "", env_id)
-        return cls(**DIPO_DEFAULTS.get(name, {}))
+        return cls(**DIPO_DEFAULTS.get(environment_name(env_id), {}))
 
 
-class DIPO:
+class DIPO(BaseAgent):
     """The agent.
 
     Args:
@@ -221,7 +223,10 @@ class DIPO:
         ValueError: if a size isn't positive or the seed is negative.
     """
 
+    name: ClassVar[str] = "dipo"
+    shaped_by: ClassVar[tuple[str, ...]] = ("policy", "hidden_dim", "diffusion_steps", "schedule")
     config_type: ClassVar[type[DIPOConfig]] = DIPOConfig
+    config: DIPOConfig
 
     def __init__(
         self,
@@ -232,23 +237,13 @@ class DIPO:
         seed: int,
         device: str | torch.device = "cpu",
     ) -> None:
-        _check_integer("observation_dim", observation_dim, at_least=1)
-        _check_integer("action_dim", action_dim, at_least=1)
-        _check_integer("seed", seed, at_least=0)
-        self.observation_dim = observation_dim
-        self.action_dim = action_dim
-        self.config = config
-        self.switches = MODES[config.mode]
-        self.device = torch.device(device)
-
         # Independent streams for the initial weights, the deterministic start and all the rest.
-        seeds = torch.randint(2**62, (3,), generator=torch.Generator().manual_seed(seed)).tolist()
-        weights_seed, deterministic_seed, agent_seed = seeds
-        self.generator = torch.Generator(self.device).manual_seed(agent_seed)
-
-        with torch.random.fork_rng(devices=[]):  # leave the caller's random state as it was
-            torch.default_generator.manual_seed(weights_seed)
-            self.actor = self._make_policy(deterministic_seed).to(self.device)
+        super().__init__(
+            observation_dim, action_dim, config, seed=seed, device=device, streams=3
+        )
+        self.switches = MODES[config.mode]
+        with seeded_weights(self.seeds[0]):
+            self.actor = self._make_policy(deterministic_seed=self.seeds[1]).to(self.device)
             critic = TwinCritic(observation_dim, action_dim, hidden_dim=config.hidden_dim)
             self.critic = critic.to(self.device)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
@@ -257,7 +252,22 @@ class DIPO:
         adam = {"lr": config.lr, "eps": config.adam_eps}
         self.actor_optimizer = make_adam(self.actor.parameters(), **adam)
         self.critic_optimizer = make_adam(self.critic.parameters(), **adam)
-        self.updates = 0
+
+    def parts(self) -> dict[str, Saved]:
+        """Everything with a state to save."""
+        return {
+            "actor": self.actor,
+            "actor_target": self.actor_target,
+            "actor_optimizer": self.actor_optimizer,
+            "critic": self.critic,
+            "critic_target": self.critic_target,
+            "critic_optimizer": self.critic_optimizer,
+        }
+
+    @property
+    def policy(self) -> Policy:
+        """The network that acting needs."""
+        return self.actor
 
     @property
     def bootstrap_truncated(self) -> bool:
@@ -293,7 +303,7 @@ class DIPO:
             TypeError: if ``observation`` isn't a float32 tensor.
             ValueError: if its shape or device is wrong, or both ``explore`` and ``deterministic``.
         """
-        self._check_observation(observation)
+        self.check_observation(observation)
         return self.actor.sample(
             observation,
             explore=explore,
@@ -307,19 +317,19 @@ class DIPO:
         Returns:
             Metrics, as 0-d tensors on the agent's device: nothing here waits for the device.
         """
-        batch = self._sample(replay)
+        batch = self.sample(replay)
         next_action = self.actor_target.sample(
             batch.next_state, explore=True, generator=self.generator
         )
         metrics = self.update_critic(batch, next_action)
 
-        batch = self._sample(replay)
+        batch = self.sample(replay)
         improved = self.improve_actions(batch)
         metrics["action_change"] = (improved - self._actions_to_improve(batch)).abs().mean()
         self._store(replay, batch.index, improved)
 
         if self.switches.resample_actor_batch:
-            batch = self._sample(replay)
+            batch = self.sample(replay)
             improved = self._actions_to_improve(batch)
         actor_loss = self.actor.loss(batch.state, improved, generator=self.generator)
         metrics |= self.update_actor(actor_loss)
@@ -337,7 +347,7 @@ class DIPO:
         Raises:
             ValueError: if a shape in ``batch`` or that of ``next_action`` is wrong.
         """
-        self._check_batch(batch, next_action)
+        self.check_batch(batch, next_action=next_action)
         with torch.no_grad():
             next_q = torch.minimum(*self.critic_target(batch.next_state, next_action))
             target = batch.reward + self.config.gamma * batch.mask * next_q
@@ -368,7 +378,7 @@ class DIPO:
             max_norm=config.action_grad_norm_ratio * self.action_dim if cut else None,
             optimizer=self.switches.action_optimizer,
             eps=config.adam_eps,
-            compute_dtype=_torch_dtype(config.compute_dtype),
+            compute_dtype=torch_dtype(config.compute_dtype),
         )
 
     def update_actor(self, loss: Tensor) -> dict[str, float | Tensor]:
@@ -387,76 +397,6 @@ class DIPO:
             ema_update_(self.actor_target, self.actor, self.config.tau)
         self.updates += 1
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a bitwise-equal continuation needs; readable with ``weights_only=True``.
-
-        As with ``torch.nn.Module.state_dict`` the tensors are the live ones: save or copy them
-        before the next update.
-        """
-        return {
-            "agent": "dipo",
-            "config": dataclasses.asdict(self.config),
-            "observation_dim": self.observation_dim,
-            "action_dim": self.action_dim,
-            "actor": dict(self.actor.state_dict()),
-            "actor_target": dict(self.actor_target.state_dict()),
-            "actor_optimizer": self.actor_optimizer.state_dict(),
-            "critic": dict(self.critic.state_dict()),
-            "critic_target": dict(self.critic_target.state_dict()),
-            "critic_optimizer": self.critic_optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "generator_device": self.device.type,
-            "updates": self.updates,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a :meth:`state_dict` of an agent of the same sizes and policy.
-
-        The config stays this agent's own. On another type of device the weights are taken over but
-        not the random state, which has another meaning there; a warning says so.
-
-        Raises:
-            ValueError: if ``state`` lacks an entry or was saved by a differently shaped agent.
-        """
-        missing = self.state_dict().keys() - state.keys()
-        if missing:
-            raise ValueError(f"state lacks the entries {sorted(missing)}")
-        ours = {
-            "agent": "dipo",
-            "observation_dim": self.observation_dim,
-            "action_dim": self.action_dim,
-        }
-        for name, expected in ours.items():
-            if state[name] != expected:
-                raise ValueError(f"state has {name}={state[name]!r}, this agent {expected!r}")
-        for name in ("policy", "hidden_dim", "diffusion_steps", "schedule"):
-            saved, expected = state["config"].get(name), getattr(self.config, name)
-            if saved != expected:
-                raise ValueError(f"state has {name}={saved!r}, this agent's config {expected!r}")
-
-        self.actor.load_state_dict(state["actor"])
-        self.actor_target.load_state_dict(state["actor_target"])
-        load_moments(self.actor_optimizer, state["actor_optimizer"])
-        self.critic.load_state_dict(state["critic"])
-        self.critic_target.load_state_dict(state["critic_target"])
-        load_moments(self.critic_optimizer, state["critic_optimizer"])
-        self.updates = state["updates"]
-        if state["generator_device"] == self.device.type:
-            self.generator.set_state(state["generator"].cpu())
-        else:
-            warnings.warn(
-                f"random state saved on {state['generator_device']!r} can't be continued on "
-                f"{self.device.type!r}; the agent keeps the one it has",
-                stacklevel=2,
-            )
-
-    def weights(self) -> dict[str, Tensor]:
-        """The actor's weights, all that acting needs: detached contiguous copies on the CPU."""
-        return {
-            name: tensor.detach().to("cpu", copy=True).contiguous()
-            for name, tensor in self.actor.state_dict().items()
-        }
-
     def _make_policy(self, deterministic_seed: int) -> Policy:
         config = self.config
         sizes = (self.observation_dim, self.action_dim)
@@ -471,12 +411,9 @@ class DIPO:
             schedule=getattr(DiffusionSchedule, config.schedule)(config.diffusion_steps),
             solver=config.solver,
             noise_ratio=config.noise_ratio,
-            compute_dtype=_torch_dtype(config.compute_dtype),
+            compute_dtype=torch_dtype(config.compute_dtype),
             deterministic_seed=deterministic_seed,
         )
-
-    def _sample(self, replay: Replay) -> Batch:
-        return replay.sample(self.config.batch_size, self.generator)
 
     def _actions_to_improve(self, batch: Batch) -> Tensor:
         return batch.action if self.switches.overwrite_replay else batch.best_action
@@ -488,71 +425,3 @@ class DIPO:
             replay.set_action(index, improved)
         else:
             replay.set_best_action(index, improved)
-
-    def _check_observation(self, observation: Tensor) -> None:
-        if not isinstance(observation, Tensor) or observation.dtype != torch.float32:
-            came = getattr(observation, "dtype", type(observation).__name__)
-            raise TypeError(f"observation must be a torch.float32 tensor, got {came}")
-        if observation.ndim != 2 or observation.shape[1] != self.observation_dim:
-            raise ValueError(
-                f"observation must have shape [B, {self.observation_dim}], "
-                f"got {list(observation.shape)}"
-            )
-        if observation.device.type != self.device.type:
-            raise ValueError(
-                f"observation must be on {self.device.type!r}, got {observation.device.type!r}"
-            )
-
-    def _check_batch(self, batch: Batch, next_action: Tensor) -> None:
-        """A reward of shape [B] would broadcast against [B, 1] and train on nonsense."""
-        rows = batch.state.shape[0]
-        expected = {
-            "state": (batch.state, self.observation_dim),
-            "action": (batch.action, self.action_dim),
-            "reward": (batch.reward, 1),
-            "next_state": (batch.next_state, self.observation_dim),
-            "mask": (batch.mask, 1),
-            "next_action": (next_action, self.action_dim),
-        }
-        for name, (tensor, columns) in expected.items():
-            if tensor.shape != (rows, columns):
-                raise ValueError(
-                    f"{name} must have shape [{rows}, {columns}], got {list(tensor.shape)}"
-                )
-
-
-def _torch_dtype(compute_dtype: ComputeDtype) -> torch.dtype | None:
-    """What the ops call ``compute_dtype``; None is their word for the weights' own."""
-    return torch.bfloat16 if compute_dtype == "bfloat16" else None
-
-
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {list(get_args(choices))}, got {value!r}")
-
-
-def _check_integer(name: str, value: object, *, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
-    if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}")
-
-
-def _check_real(
-    name: str,
-    value: object,
-    *,
-    above: float = -math.inf,
-    at_least: float = -math.inf,
-    at_most: float = math.inf,
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {value}")
-    if not (number > above and at_least <= number <= at_most):
-        wanted = [f"above {above:g}"] if above > -math.inf else []
-        wanted += [f"at least {at_least:g}"] if at_least > -math.inf else []
-        wanted += [f"at most {at_most:g}"] if at_most < math.inf else []
-        raise ValueError(f"{name} must be {' and '.join(wanted)}, got {value}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,12 +26,12 @@ def load_moments(optimizer: torch.optim.Adam, state: dict[str, Any]) -> None:
 def gradient_step(loss: Tensor, optimizer: torch.optim.Adam, max_norm: float) -> Tensor:
     """Minimise ``loss`` by one step of ``optimizer``, its gradient's norm cut to ``max_norm``.
 
-    The norm is taken over all the optimiser's parameters together; ``max_norm <= 0`` leaves it
-    uncut. Returns the norm before the cut, as a 0-d tensor.
+    Gradients are left in the optimiser's parameters and nowhere else. Their norm is taken over all
+    of them together; ``max_norm <= 0`` leaves it uncut. Returns the norm before the cut, as a 0-d tensor.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    loss.backward(inputs=parameters)
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
     optimizer.step()
     return grad_norm
@@ -40,3 +41,20 @@ def gradient_step(loss: Tensor, optimizer: torch.optim.Adam, max_norm: float) ->
 def ema_update_(target: nn.Module, source: nn.Module, tau: float) -> None:
     """Move every parameter of ``target`` by ``tau`` of the way to ``source``'s, in place."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """What is computed in this block has no gradient in these modules' parameters.
+
+    Kernels then don't compute what nobody would read. Everything else differentiates as usual, the
+    modules' inputs too.
+    """
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

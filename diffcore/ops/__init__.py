@@ -5,5 +5,15 @@ from diffcore.ops.mlp import mlp
 from diffcore.ops.q_sample import q_sample
 from diffcore.ops.reverse_diffusion import reverse_diffusion
 from diffcore.ops.reverse_step import reverse_step
+from diffcore.ops.rff_features import rff_features
+from diffcore.ops.score_matching_loss import score_matching_loss
 
-__all__ = ["action_gradient", "mlp", "q_sample", "reverse_diffusion", "reverse_step"]
+__all__ = [
+    "action_gradient",
+    "mlp",
+    "q_sample",
+    "reverse_diffusion",
+    "reverse_step",
+    "rff_features",
+    "score_matching_loss",
+]
