@@ -19,8 +19,11 @@ from diffcore.ops import _native
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = (
-    "reverse_diffusion", "action_gradient", "mlp", "dipo_step", "latency", "contention"
+    "reverse_diffusion", "action_gradient", "mlp", "critic_update", "denoising_update",
+    "rff_features", "score_matching_loss", "dipo_step", "latency", "contention",
 )  # fmt: skip
+UPDATE_BATCH = 256
+"""Rows in what only training does."""
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -51,6 +54,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Check and measure everything that was asked for."""
+    import diffsr_workloads
     import measure
     import workloads
 
@@ -84,6 +88,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         ):
             for batch in options.batches if name in only else ():
                 yield case(env, batch, rivals=rivals)
+        if "critic_update" in only:
+            yield workloads.critic_update_case(env, UPDATE_BATCH, rivals=rivals)
+        if "denoising_update" in only:
+            steps = max(options.steps)
+            yield workloads.denoising_update_case(env, UPDATE_BATCH, steps, rivals=rivals)
+        if "rff_features" in only:
+            yield diffsr_workloads.rff_features_case(UPDATE_BATCH, rivals=rivals)
+        if "score_matching_loss" in only:
+            yield diffsr_workloads.score_matching_loss_case(env, UPDATE_BATCH, rivals=rivals)
         for steps in options.steps if "dipo_step" in only else ():
             yield workloads.dipo_step_case(env, steps, rivals=rivals)
 

@@ -17,7 +17,7 @@ def time_variant(benchmark: BenchmarkFixture) -> TimeVariant:
 
     def run(case: Case, name: str) -> None:
         if name not in {v.name for v in case.variants}:
-            pytest.skip(f"{name!r} isn't installed")
+            pytest.skip(f"{case.op} has no {name!r} here")
         variant = case.variant(name)
         case.check(name)
         benchmark.group = f"{case.op}: batch {case.batch}, {case.steps} steps"

@@ -14,7 +14,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -58,7 +58,7 @@ def layers(module: nn.Module) -> Layers:
 
 
 def flat(networks: Iterable[Layers]) -> Tensor:
-    """All parameters in torch's order and layout, as one vector."""
+    """All parameters in torch's order and layout, as one vector; see :func:`layers`."""
     pairs = [to_torch(a) for network in networks for w, b in network for a in (w.T, b)]
     return torch.cat([p.flatten() for p in pairs])
 
@@ -253,6 +253,154 @@ class ActionGradient:
         return to_torch(self.run(self.critic, self.state, self.action))
 
 
+# -- updates of one network -----------------------------------------------------------------------
+
+
+class Update:
+    """One Adam step after another on ``loss(parameters, key)``; see workloads.Update."""
+
+    def __init__(
+        self,
+        networks: tuple[Layers, ...],
+        loss: Callable[[Any, Array], Array],
+        given_loss: Callable[[Any], Array],
+        lr: float,
+        eps: float,
+    ) -> None:
+        self.lr = lr
+        self.start = networks
+        self.networks = jax.tree.map(jnp.copy, networks)
+        self.moments = Moments.of(networks)
+        self.key = jax.random.key(0)
+
+        def step(networks: Any, moments: Moments, key: Array) -> tuple[Any, Moments]:
+            return adam(networks, jax.grad(loss)(networks, key), moments, lr, eps)
+
+        def given_step(networks: Any) -> Any:
+            return adam(networks, jax.grad(given_loss)(networks), Moments.of(networks), lr, eps)[0]
+
+        self.step = jax.jit(step, donate_argnums=(0, 1))
+        self.given_step = jax.jit(given_step)
+
+    def __call__(self) -> None:
+        self.key, key = jax.random.split(self.key)
+        self.networks, self.moments = self.step(self.networks, self.moments, key)
+        jax.block_until_ready(self.networks)
+
+    def moved(self) -> Tensor:
+        return (flat(self.given_step(self.start)) - flat(self.start)) / self.lr
+
+
+def critic_loss(critic: Twins, state: Array, action: Array, target: Array) -> Array:
+    q1, q2 = critic.values(state, action)
+    return jnp.mean((q1 - target) ** 2) + jnp.mean((q2 - target) ** 2)
+
+
+def critic_update(
+    critic: TwinCritic, state: Tensor, action: Tensor, target: Tensor, lr: float, eps: float
+) -> Update:
+    given = [to_jax(x) for x in (state, action, target)]
+
+    def loss(critic: Twins, key: Array | None = None) -> Array:
+        return critic_loss(critic, *given)
+
+    return Update(Twins.of(critic), loss, loss, lr, eps)
+
+
+class Levels(NamedTuple):
+    """What the denoising loss needs of a schedule, by level."""
+
+    abar: Array
+    embedding: Array
+
+    @staticmethod
+    def of(schedule: DiffusionSchedule, time_dim: int) -> Levels:
+        embedding = time_embedding(torch.arange(schedule.K), time_dim)
+        return Levels(to_jax(schedule.alphas_cumprod.float()), to_jax(embedding.float()))
+
+
+def denoising_loss(
+    denoiser: DenoiserLayers, levels: Levels, state: Array, action: Array, t: Array, noise: Array
+) -> Array:
+    abar = levels.abar[t][:, None]
+    noisy = jnp.sqrt(abar) * action + jnp.sqrt(1 - abar) * noise
+    time_features = mlp(levels.embedding[t], denoiser.time_mlp)
+    eps = mlp(jnp.concatenate([noisy, time_features, state], axis=1), denoiser.trunk)
+    return jnp.mean((eps - noise) ** 2)
+
+
+def draw_level(key: Array, levels: Levels, shape: tuple[int, int]) -> tuple[Array, Array]:
+    """(t ``[B]``, noise ``[B, A]``)."""
+    first, second = jax.random.split(key)
+    t = jax.random.randint(first, shape[:1], 0, len(levels.abar))
+    return t, jax.random.normal(second, shape)
+
+
+def denoising_update(
+    denoiser: Denoiser,
+    schedule: DiffusionSchedule,
+    state: Tensor,
+    action: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    lr: float,
+    eps: float,
+) -> Update:
+    levels = Levels.of(schedule, denoiser.time_dim)
+    batch = to_jax(state), to_jax(action)
+    given = to_jax(t.int()), to_jax(noise)
+
+    def loss(denoiser: DenoiserLayers, key: Array) -> Array:
+        return denoising_loss(denoiser, levels, *batch, *draw_level(key, levels, action.shape))
+
+    def given_loss(denoiser: DenoiserLayers) -> Array:
+        return denoising_loss(denoiser, levels, *batch, *given)
+
+    return Update(DenoiserLayers.of(denoiser), loss, given_loss, lr, eps)
+
+
+# -- Diff-SR's ops --------------------------------------------------------------------------------
+
+
+def rff_features(x: Array, omega: Array, bias: Array) -> Array:
+    return jnp.sin(x @ omega.T + bias)
+
+
+def score_matching_loss(
+    psi: Array, hidden: Array, weight: Array, bias: Array, offset: Array, score_weight: Array
+) -> Array:
+    zeta = (hidden @ weight.T + bias).reshape(*psi.shape, -1)
+    score = jnp.einsum("bd,bds->bs", psi, zeta)
+    return jnp.square(score_weight[:, None] * score + offset).sum(axis=1).mean()
+
+
+class ForwardAndBackward:
+    """A function's value and its gradients at ``inputs``; ``constants`` follow them."""
+
+    def __init__(
+        self,
+        function: Callable[..., Array],
+        inputs: Sequence[Tensor],
+        grad: Tensor,
+        *constants: Tensor,
+    ) -> None:
+        self.inputs, self.grad = [to_jax(i) for i in inputs], to_jax(grad)
+        self.constants = [to_jax(c) for c in constants]
+
+        def run(inputs: list[Array], grad: Array, constants: list[Array]) -> tuple[Array, ...]:
+            y, back = jax.vjp(lambda *inputs: function(*inputs, *constants), *inputs)
+            return y, *back(grad)
+
+        self.run = jax.jit(run)
+
+    def __call__(self) -> tuple[Array, ...]:
+        results = self.run(self.inputs, self.grad, self.constants)
+        return jax.block_until_ready(results)
+
+    def on(self) -> list[Tensor]:
+        return [to_torch(r) for r in self()]
+
+
 # -- DIPO -----------------------------------------------------------------------------------------
 
 
@@ -290,9 +438,7 @@ class JaxDIPO:
         self.config, self.action_dim = agent.config, agent.action_dim
         schedule, denoiser = agent.actor.schedule, agent.actor.denoiser
         self.table = Chain.of(schedule, denoiser.time_dim)
-        self.abar = to_jax(schedule.alphas_cumprod.float())
-        abar_embedding = time_embedding(torch.arange(schedule.K), denoiser.time_dim)
-        self.embedding = to_jax(abar_embedding.float())
+        self.levels = Levels.of(schedule, denoiser.time_dim)
         actor, critic = DenoiserLayers.of(denoiser), Twins.of(agent.critic)
         copies = jax.tree.map(jnp.copy, (actor, critic))  # what is donated mustn't be shared
         self.agent = Agent(actor, critic, *copies, Moments.of(actor), Moments.of(critic))
@@ -315,7 +461,7 @@ class JaxDIPO:
     def drawn_update(
         self, agent: Agent, replay: Transitions, key: Array
     ) -> tuple[Agent, Transitions]:
-        keys = jax.random.split(key, 5)
+        keys = jax.random.split(key, 4)
         rows = self.config.batch_size
         batch, other = (
             jax.random.randint(k, (rows,), 0, len(replay.state)) for k in (keys[0], keys[1])
@@ -325,8 +471,7 @@ class JaxDIPO:
         next_action = draw_and_chain(
             agent.actor_target, self.table, critic_batch.next_state, keys[2]
         )
-        t = jax.random.randint(keys[3], (rows,), 0, len(self.abar))
-        noise = jax.random.normal(keys[4], (rows, self.action_dim))
+        t, noise = draw_level(keys[3], self.levels, (rows, self.action_dim))
         agent, improved = self.given_update(agent, critic_batch, next_action, actor_batch, t, noise)
         stored = replay.best_action.at[other].set(improved)
         return agent, replay._replace(best_action=stored)
@@ -347,11 +492,10 @@ class JaxDIPO:
         next_q = jnp.minimum(*agent.critic_target.values(critic_batch.next_state, next_action))
         target = critic_batch.reward + config.gamma * critic_batch.mask * next_q
 
-        def critic_loss(critic: Twins) -> Array:
-            q1, q2 = critic.values(critic_batch.state, critic_batch.action)
-            return jnp.mean((q1 - target) ** 2) + jnp.mean((q2 - target) ** 2)
-
-        gradient = limit_norm(jax.grad(critic_loss)(agent.critic), config.ac_grad_norm)
+        gradient = jax.grad(critic_loss)(
+            agent.critic, critic_batch.state, critic_batch.action, target
+        )
+        gradient = limit_norm(gradient, config.ac_grad_norm)
         critic, critic_moments = step(agent.critic, gradient, agent.critic_moments)
 
         state = actor_batch.state
@@ -364,15 +508,8 @@ class JaxDIPO:
             eps=config.adam_eps,
             max_norm=config.action_grad_norm_ratio * self.action_dim,
         )
-        abar = self.abar[t][:, None]
-        noisy = jnp.sqrt(abar) * improved + jnp.sqrt(1 - abar) * noise
-
-        def actor_loss(actor: DenoiserLayers) -> Array:
-            time_features = mlp(self.embedding[t], actor.time_mlp)
-            eps = mlp(jnp.concatenate([noisy, time_features, state], axis=1), actor.trunk)
-            return jnp.mean((eps - noise) ** 2)
-
-        gradient = limit_norm(jax.grad(actor_loss)(agent.actor), config.ac_grad_norm)
+        gradient = jax.grad(denoising_loss)(agent.actor, self.levels, state, improved, t, noise)
+        gradient = limit_norm(gradient, config.ac_grad_norm)
         actor, actor_moments = step(agent.actor, gradient, agent.actor_moments)
 
         targets = jax.tree.map(

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import eager
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from diffcore import DiffusionSchedule, ops
 from diffcore.agents import DIPO, DIPOConfig
+from diffcore.agents.policies import denoising_loss
 from diffcore.nn import Denoiser, TwinCritic
 from diffcore.training import ReplayBuffer
 
@@ -339,6 +341,135 @@ def mlp_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
     )
 
 
+class Update:
+    """One optimiser step after another on a loss, the first with fresh moments."""
+
+    lr, eps = 3e-4, 1e-5
+
+    def __init__(self, module: nn.Module, loss: Callable[[], Tensor], *, fused: bool) -> None:
+        self.module, self.loss = module, loss
+        self.optimizer = torch.optim.Adam(
+            module.parameters(), lr=self.lr, eps=self.eps, fused=fused
+        )
+
+    def __call__(self) -> None:
+        loss = self.loss()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def moved(self) -> Tensor:
+        """By how many learning rates the next step moves every parameter, 1 where the gradient
+        isn't tiny."""
+        before = flat(self.module.parameters())
+        self()
+        return (flat(self.module.parameters()) - before) / self.lr
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """A detached copy of all of them, as one vector."""
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def critic_update_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
+    """Forward, backward and Adam of a twin critic on given targets."""
+    torch.manual_seed(SEED)
+    state_dim, action_dim = SIZES[env]
+    start = TwinCritic(state_dim, action_dim)
+    state, action = torch.randn(batch, state_dim), torch.rand(batch, action_dim) * 2 - 1
+    target = torch.randn(batch, 1)
+
+    def update(
+        form: Callable[[TwinCritic], Any], *, fused: bool, dtype: torch.dtype = torch.float32
+    ) -> Update:
+        critic = form(copy.deepcopy(start)).to(dtype)
+        s, a, y = (x.to(dtype) for x in (state, action, target))
+
+        def loss() -> Tensor:
+            q1, q2 = critic(s, a)
+            return mse_loss(q1, y) + mse_loss(q2, y)
+
+        return Update(critic, loss, fused=fused)
+
+    def variant(name: str, form: Callable[[TwinCritic], Any], *, fused: bool = True) -> Variant:
+        return Variant(
+            name, update(form, fused=fused), lambda: update(form, fused=fused).moved()
+        )
+
+    def compiled(critic: TwinCritic) -> Any:
+        return torch.compile(eager.Critic(critic), dynamic=False)
+
+    jax = rivals.jax_baselines()
+    in_jax = jax and jax.critic_update(start, state, action, target, Update.lr, Update.eps)
+    variants = [
+        variant(BASELINE, eager.Critic, fused=False),
+        variant(OPTIMISED, eager.Critic),
+        variant(COMPILED, compiled),
+        jax and Variant(JAX, in_jax, in_jax.moved, before=jax.rest),
+        variant(OURS, lambda critic: critic),
+    ]
+    return Case(
+        "critic_update",
+        state_dim,
+        batch,
+        1,
+        rivals.admit(variants),
+        lambda: update(eager.Critic, fused=False, dtype=torch.float64).moved(),
+    )
+
+
+def denoising_update_case(
+    env: str, batch: int, steps: int, *, rivals: Rivals = ALL_RIVALS
+) -> Case:
+    """Forward, backward and Adam of the denoising loss; levels and noise drawn in the call."""
+    torch.manual_seed(SEED)
+    state_dim, action_dim = SIZES[env]
+    start = Denoiser(state_dim, action_dim)
+    schedule = DiffusionSchedule.cosine(steps)
+    state, action = torch.randn(batch, state_dim), torch.rand(batch, action_dim) * 2 - 1
+    t, noise = torch.randint(steps, (batch,)), torch.randn(batch, action_dim)
+    given = {"t": t, "noise": noise}
+
+    def as_written(*, fused: bool, **fixed: Tensor) -> Update:
+        diffusion = eager.GaussianDiffusion(copy.deepcopy(start), schedule)
+        return Update(diffusion, lambda: diffusion.loss(state, action, **fixed), fused=fused)
+
+    def compiled(**fixed: Tensor) -> Update:
+        diffusion = eager.GaussianDiffusion(copy.deepcopy(start), schedule)
+        diffusion.model = torch.compile(diffusion.model, dynamic=False)
+        return Update(diffusion, lambda: diffusion.loss(state, action, **fixed), fused=True)
+
+    def ours(*, dtype: torch.dtype = torch.float32, **fixed: Tensor) -> Update:
+        denoiser = copy.deepcopy(start).to(dtype)
+        s, a = state.to(dtype), action.to(dtype)
+
+        def loss() -> Tensor:
+            drawn = fixed or {"t": torch.randint(steps, (batch,)), "noise": torch.randn_like(a)}
+            return denoising_loss(denoiser, schedule, s, a, **drawn)
+
+        return Update(denoiser, loss, fused=True)
+
+    jax = rivals.jax_baselines()
+    in_jax = jax and jax.denoising_update(
+        start, schedule, state, action, t, noise, Update.lr, Update.eps
+    )
+    variants = [
+        Variant(BASELINE, as_written(fused=False), as_written(fused=False, **given).moved),
+        Variant(OPTIMISED, as_written(fused=True), as_written(fused=True, **given).moved),
+        Variant(COMPILED, compiled(), compiled(**given).moved),
+        jax and Variant(JAX, in_jax, in_jax.moved, before=jax.rest),
+        Variant(OURS, ours(), ours(**given).moved),
+    ]
+    return Case(
+        "denoising_update",
+        state_dim,
+        batch,
+        steps,
+        rivals.admit(variants),
+        lambda: ours(dtype=torch.float64, t=t, noise=noise.double()).moved(),
+    )
+
+
 def dipo_step_case(env: str, steps: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
     """What one environment step costs DIPO: an action, and an update on a batch of 256."""
     state_dim, action_dim = SIZES[env]
@@ -394,13 +525,13 @@ def dipo_step_case(env: str, steps: int, *, rivals: Rivals = ALL_RIVALS) -> Case
         floats = {n: v.to(dtype) for n, v in vars(batch).items() if n != "index"}
         cast = replace(batch, **floats)
         networks = (an_agent.critic, an_agent.critic_target, an_agent.actor, an_agent.actor_target)
-        parameters = [p.detach() for n in networks for p in n.parameters()]
-        before = torch.cat([p.flatten() for p in parameters])
+        parameters = [p for n in networks for p in n.parameters()]
+        before = flat(parameters)
         an_agent.update_critic(cast, next_action.to(dtype))
         improved = an_agent.improve_actions(cast)
         an_agent.update_actor(an_agent.actor.loss(cast.state, improved, t=t, noise=noise.to(dtype)))
         an_agent.update_targets()
-        return (torch.cat([p.flatten() for p in parameters]) - before) / an_agent.config.lr
+        return (flat(parameters) - before) / an_agent.config.lr
 
     def exact() -> Tensor:
         double = eager.EagerDIPO(agent("float32"))
