@@ -7,6 +7,7 @@ it on a quiet machine. Ends with the tables and with a JSON file under bench/res
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -22,6 +23,12 @@ SECTIONS = (
     "reverse_diffusion", "action_gradient", "mlp", "critic_update", "denoising_update",
     "rff_features", "score_matching_loss", "dipo_step", "latency", "contention",
 )  # fmt: skip
+REPORTS = {
+    "overhead": "what a call costs beside its kernel",
+    "scaling": "time against batch, width, depth, steps and threads; CSV and PNG",
+    "memory": "leaks over many calls, and the peak of a training step",
+    "profile": "where the time of a training step goes",
+}
 UPDATE_BATCH = 256
 """Rows in what only training does."""
 
@@ -43,8 +50,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--from", dest="stored", type=Path, metavar="FILE", help="show stored results instead")
     add("--check", type=Path, metavar="FILE", help="fail if a ratio is 10%% below these results'")
     add("--markdown", action="store_true", help="put the tables into README.md")
-    add("--output", type=Path, default=ROOT / "bench" / "results", help="where the JSON file goes")
-    add("--no-save", action="store_true", help="write no JSON file")
+    add("--output", type=Path, help="directory of what is stored")
+    add("--no-save", action="store_true", help="store nothing")
+    reports = parser.add_argument_group("reports instead of the comparison").add_mutually_exclusive_group()
+    for name, about in REPORTS.items():
+        reports.add_argument(
+            f"--{name}", dest="report", action="store_const", const=name, help=about
+        )
     options = parser.parse_args(arguments)
     if options.quick:
         options.batches, options.steps = [1, 16], [5]
@@ -174,6 +186,8 @@ def main(arguments: list[str] | None = None) -> int:
     if _native.unavailable is not None:
         print(f"error: nothing to measure: {_native.unavailable}", file=sys.stderr)
         return 1
+    if options.report is not None:
+        return write_report(options)
     import report
     from workloads import WrongResultError
 
@@ -184,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(report.brief(results) if options.brief else report.tables(results))
     if options.stored is None and not options.no_save:
-        print(f"stored: {report.save(results, options.output)}")
+        print(f"stored: {report.save(results, options.output or ROOT / 'bench' / 'results')}")
     if options.markdown:
         report.fill_readme(ROOT / "README.md", results)
     if options.check is not None:
@@ -195,6 +209,19 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         print("\n".join(slower) or "nothing is slower than recorded")
         return 1 if slower else 0
+    return 0
+
+
+def write_report(options: argparse.Namespace) -> int:
+    """Print one of the REPORTS, and put it into docs/."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    text = importlib.import_module(f"{options.report}_report").run(options)
+    print(text)
+    if not options.no_save:
+        path = (options.output or ROOT / "docs") / f"{options.report}.md"
+        path.write_text(text + "\n")
+        print(f"stored: {path}")
     return 0
 
 

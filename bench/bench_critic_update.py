@@ -1,4 +1,4 @@
-"""``pytest bench/bench_critic_update.py``: forward, backward and Adam of a twin critic, by pytest-benchmark."""
+"""``pytest bench/bench_critic_update.py``: a training step of a twin critic, by pytest-benchmark."""
 
 from __future__ import annotations
 

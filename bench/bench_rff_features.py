@@ -1,4 +1,4 @@
-"""``pytest bench/bench_rff_features.py``: random Fourier features, forward and backward, by pytest-benchmark."""
+"""``pytest bench/bench_rff_features.py``: Fourier features and back, by pytest-benchmark."""
 
 from __future__ import annotations
 

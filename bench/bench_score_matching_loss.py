@@ -1,4 +1,4 @@
-"""``pytest bench/bench_score_matching_loss.py``: Diff-SR's loss, forward and backward, by pytest-benchmark."""
+"""``pytest bench/bench_score_matching_loss.py``: Diff-SR's loss and back, by pytest-benchmark."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def tables(results: Results) -> str:
 
 def summary(results: Results) -> str:
     """One line for each case, latency and contention: what README shows."""
-    parts = [_environment_line(results["environment"])]
+    parts = [environment_line(results["environment"])]
     if results["rows"]:
         parts += ["**Speed-up over eager PyTorch as written**", _speed_ups(results), LEGEND]
     if results["latency"]:
@@ -128,7 +128,8 @@ def _speed_ups(results: Results) -> str:
     return table(["op", "state", "batch", "steps", BASELINE, *names, "of peak"], lines)
 
 
-def _environment_line(environment: dict[str, Any]) -> str:
+def environment_line(environment: dict[str, Any]) -> str:
+    """Machine, versions and commit, in one line."""
     return (
         f"{environment['cpu']}, {environment['isa']}"
         f"{'' if environment['native_bf16'] else ' without bf16 instructions'}, "
