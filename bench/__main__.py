@@ -52,7 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--markdown", action="store_true", help="put the tables into README.md")
     add("--output", type=Path, help="directory of what is stored")
     add("--no-save", action="store_true", help="store nothing")
-    reports = parser.add_argument_group("reports instead of the comparison").add_mutually_exclusive_group()
+    reports = parser.add_mutually_exclusive_group()
     for name, about in REPORTS.items():
         reports.add_argument(
             f"--{name}", dest="report", action="store_const", const=name, help=about
@@ -219,7 +219,9 @@ def write_report(options: argparse.Namespace) -> int:
     text = importlib.import_module(f"{options.report}_report").run(options)
     print(text)
     if not options.no_save:
-        path = (options.output or ROOT / "docs") / f"{options.report}.md"
+        directory = options.output or ROOT / "docs"
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"{options.report}.md"
         path.write_text(text + "\n")
         print(f"stored: {path}")
     return 0
