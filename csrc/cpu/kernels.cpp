@@ -6,6 +6,7 @@
 #include "mlp.h"
 #include "peak.h"
 #include "reverse_diffusion.h"
+#include "score_matching_loss.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
@@ -63,6 +64,7 @@ const Kernels kernels = {
     mlp_saved_width,
     mlp_forward,
     mlp_backward,
+    score_matching_loss,
     fma_peak,
 };
 

@@ -178,6 +178,28 @@ struct MlpBackwardCall {
   int threads;
 };
 
+// Diff-SR's loss, mean of |score_weight * psi^T zeta + offset|^2 over the batch, and its gradients.
+// zeta [batch, features, state_dim] is weight, bias applied to hidden.
+struct ScoreMatchingLossCall {
+  int64_t batch;
+  int features;
+  int state_dim;
+  int hidden_dim;
+  Precision precision;
+  const float* psi;           // [batch, features]
+  const float* hidden;        // [batch, hidden_dim]
+  const float* weight;        // [features * state_dim, hidden_dim]
+  const float* bias;          // [features * state_dim]
+  const float* offset;        // [batch, state_dim]
+  const float* score_weight;  // [batch]
+  float* loss;                // one number
+  float* grad_psi;            // shaped like what they are the gradients of; null: not wanted
+  float* grad_hidden;
+  float* grad_weight;
+  float* grad_bias;
+  int threads;
+};
+
 // What an instruction set provides.
 struct Kernels {
   const char* isa;
@@ -196,6 +218,7 @@ struct Kernels {
   int (*mlp_saved_width)(const MlpPack&);
   void (*mlp_forward)(const MlpCall&);
   void (*mlp_backward)(const MlpBackwardCall&);
+  void (*score_matching_loss)(const ScoreMatchingLossCall&);
   double (*fma_peak)(int threads, double seconds);
 };
 

@@ -165,6 +165,33 @@ void mlp_backward(const std::vector<Layer>& layers, const std::vector<Activation
                                  usable_threads(threads)});
 }
 
+void score_matching_loss(int64_t batch, int features, int state_dim, int hidden_dim,
+                         Precision precision, Address psi, Address hidden, Address weight,
+                         Address bias, Address offset, Address score_weight, Address loss,
+                         Address grad_psi, Address grad_hidden, Address grad_weight,
+                         Address grad_bias, int threads) {
+  const py::gil_scoped_release unlocked;
+  ScoreMatchingLossCall call{};
+  call.batch = batch;
+  call.features = features;
+  call.state_dim = state_dim;
+  call.hidden_dim = hidden_dim;
+  call.precision = precision;
+  call.psi = pointer<const float>(psi);
+  call.hidden = pointer<const float>(hidden);
+  call.weight = pointer<const float>(weight);
+  call.bias = pointer<const float>(bias);
+  call.offset = pointer<const float>(offset);
+  call.score_weight = pointer<const float>(score_weight);
+  call.loss = pointer<float>(loss);
+  call.grad_psi = pointer<float>(grad_psi);
+  call.grad_hidden = pointer<float>(grad_hidden);
+  call.grad_weight = pointer<float>(grad_weight);
+  call.grad_bias = pointer<float>(grad_bias);
+  call.threads = usable_threads(threads);
+  active_kernels().score_matching_loss(call);
+}
+
 void normals(uint64_t seed, uint32_t step, int64_t first_row, int64_t rows, int columns,
              Address out) {
   const py::gil_scoped_release unlocked;
@@ -217,5 +244,6 @@ PYBIND11_MODULE(_core, m) {
   m.def("mlp_saved_width", &mlp_saved_width);
   m.def("mlp_forward", &mlp_forward);
   m.def("mlp_backward", &mlp_backward);
+  m.def("score_matching_loss", &score_matching_loss);
   m.def("fma_peak", &fma_peak);
 }

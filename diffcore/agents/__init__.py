@@ -4,17 +4,23 @@ An agent knows neither the environment nor the training loop. Actions live in ``
 needs of a replay buffer is the :class:`Replay` protocol.
 """
 
+from diffcore.agents.diffsr import DIFFSR_DEFAULTS, DiffSR, DiffSRConfig
 from diffcore.agents.dipo import DIPO, DIPO_DEFAULTS, MODES, DIPOConfig, ModeSwitches
 from diffcore.agents.policies import DiffusionPolicy, MLPPolicy, Policy, VAEPolicy
 from diffcore.agents.replay_protocol import Batch, Replay
+from diffcore.agents.representation import DiffusionRepresentation
 
 __all__ = [
+    "DIFFSR_DEFAULTS",
     "DIPO",
     "DIPO_DEFAULTS",
     "MODES",
     "Batch",
     "DIPOConfig",
+    "DiffSR",
+    "DiffSRConfig",
     "DiffusionPolicy",
+    "DiffusionRepresentation",
     "MLPPolicy",
     "ModeSwitches",
     "Policy",

@@ -23,11 +23,14 @@ def load_moments(optimizer: torch.optim.Adam, state: dict[str, Any]) -> None:
     optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def gradient_step(loss: Tensor, optimizer: torch.optim.Adam, max_norm: float) -> Tensor:
+def gradient_step(
+    loss: Tensor, optimizer: torch.optim.Adam, max_norm: float = 0.0
+) -> Tensor:
     """Minimise ``loss`` by one step of ``optimizer``, its gradient's norm cut to ``max_norm``.
 
     Gradients are left in the optimiser's parameters and nowhere else. Their norm is taken over all
-    of them together; ``max_norm <= 0`` leaves it uncut. Returns the norm before the cut, as a 0-d tensor.
+    of them together; ``max_norm <= 0`` leaves it uncut. Returns the norm before the cut, as a 0-d
+    tensor.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)

@@ -32,6 +32,10 @@ class Batch:
 class Replay(Protocol):
     """A store of transitions, each with the action taken and the best action known so far."""
 
+    def __len__(self) -> int:
+        """Transitions stored."""
+        ...
+
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
         """Draw transitions uniformly with replacement. ``generator`` is the only randomness.
 

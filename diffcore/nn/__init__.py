@@ -1,5 +1,17 @@
-"""Small networks in the layout that the ops read."""
+"""Networks whose parameters come in the order that the ops expect."""
 
+from diffcore.nn.gaussian import SquashedGaussian, Temperature
 from diffcore.nn.modules import MLP, Denoiser, TwinCritic, time_embedding
+from diffcore.nn.spectral import Psi, TwinRFFCritic, Zeta
 
-__all__ = ["MLP", "Denoiser", "TwinCritic", "time_embedding"]
+__all__ = [
+    "MLP",
+    "Denoiser",
+    "Psi",
+    "SquashedGaussian",
+    "Temperature",
+    "TwinCritic",
+    "TwinRFFCritic",
+    "Zeta",
+    "time_embedding",
+]

@@ -1,14 +1,15 @@
 """Denoiser and critics: plain modules whose parameters come in the order the ops expect.
 
 ``parameters()`` is weight, bias from input to output (Denoiser: time MLP, then trunk; TwinCritic:
-q1, then q2). Weights start as in DIPO's released code: normal with standard deviation
-1 / (2 sqrt(fan_in)), truncated at two standard deviations; biases at 0.
+q1, then q2). Weights start, unless said otherwise, as in DIPO's released code: normal with standard
+deviation 1 / (2 sqrt(fan_in)), truncated at two standard deviations; biases at 0.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,10 @@ class MLP(nn.Module):
     Args:
         in_dim, hidden_dim, out_dim: widths.
         hidden_layers: at least 1.
-        activation: identity, relu, elu, silu, gelu, mish, tanh, sin or cos.
+        activation: identity, relu, elu, silu, gelu, mish, tanh, sin or cos; one for all hidden
+            layers, or a sequence with one for each.
+        init: how layers start. ``truncated_normal``: see above; ``uniform``: as ``torch.nn.Linear``
+            does, weights and biases within 1 / sqrt(fan_in); ``orthogonal``: biases at 0.
     """
 
     def __init__(
@@ -33,27 +37,42 @@ class MLP(nn.Module):
         hidden_dim: int,
         out_dim: int,
         hidden_layers: int = 3,
-        activation: str = "mish",
+        activation: str | Sequence[str] = "mish",
+        init: str = "truncated_normal",
     ) -> None:
         super().__init__()
         check_positive_int("in_dim", in_dim)
         check_positive_int("hidden_dim", hidden_dim)
         check_positive_int("out_dim", out_dim)
         check_positive_int("hidden_layers", hidden_layers)
-        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("init", init, _INITS)
+        hidden = [activation] * hidden_layers if isinstance(activation, str) else [*activation]
+        if len(hidden) != hidden_layers:
+            raise ValueError(f"activation: expected {hidden_layers}, one a layer, got {hidden}")
+        for name in hidden:
+            check_choice("activation", name, ACTIVATIONS)
         self.in_dim, self.hidden_dim, self.out_dim = in_dim, hidden_dim, out_dim
-        self.hidden_layers, self.activation = hidden_layers, activation
+        self.hidden_layers = hidden_layers
+        self.activations = [*hidden, "identity"]
         widths = [in_dim] + [hidden_dim] * hidden_layers + [out_dim]
-        self.layers = nn.ModuleList(_linear(a, b) for a, b in itertools.pairwise(widths))
+        self.layers = nn.ModuleList(_linear(a, b, init) for a, b in itertools.pairwise(widths))
 
     def forward(self, x: Tensor, *, backend: str | None = None) -> Tensor:
         """``[..., in_dim]`` -> ``[..., out_dim]``, on a backend of :func:`diffcore.ops.mlp`."""
+        return self._through(self.hidden_layers + 1, x, backend)
+
+    def hidden(self, x: Tensor, *, backend: str | None = None) -> Tensor:
+        """``[..., in_dim]`` -> ``[..., hidden_dim]``: what enters the last layer."""
+        return self._through(self.hidden_layers, x, backend)
+
+    def _through(self, layers: int, x: Tensor, backend: str | None) -> Tensor:
         check_features("x", x, self.in_dim)
-        parameters = self.weights_and_biases()
-        activations = [self.activation] * self.hidden_layers + ["identity"]
+        parameters = self.weights_and_biases()[: 2 * layers]
         rows = x.reshape(-1, self.in_dim)
-        y = mlp(rows, parameters[::2], parameters[1::2], activations, backend=backend)
-        return y.reshape(*x.shape[:-1], self.out_dim)
+        y = mlp(
+            rows, parameters[::2], parameters[1::2], self.activations[:layers], backend=backend
+        )
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def weights_and_biases(self) -> list[Tensor]:
         """``list(parameters())``, without the walk through all modules, for the ops' hot paths."""
@@ -67,11 +86,18 @@ class MLP(nn.Module):
         return result
 
 
-def _linear(in_dim: int, out_dim: int) -> nn.Linear:
+_INITS = ("truncated_normal", "uniform", "orthogonal")
+
+
+def _linear(in_dim: int, out_dim: int, init: str) -> nn.Linear:
     layer = nn.Linear(in_dim, out_dim)
-    std = 1 / (2 * math.sqrt(in_dim))
-    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-    nn.init.zeros_(layer.bias)
+    if init == "truncated_normal":
+        std = 1 / (2 * math.sqrt(in_dim))
+        nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    elif init == "orthogonal":
+        nn.init.orthogonal_(layer.weight)
+    if init != "uniform":
+        nn.init.zeros_(layer.bias)
     return layer
 
 

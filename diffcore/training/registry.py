@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diffcore.agents import DIPO, Replay
+from diffcore.agents import DIPO, DiffSR, Replay
 from diffcore.training.errors import ConfigError
 
 
@@ -96,7 +96,7 @@ class AgentType(Protocol):
     ) -> Agent: ...
 
 
-AGENTS: dict[str, AgentType] = {"dipo": DIPO}
+AGENTS: dict[str, AgentType] = {"diffsr": DiffSR, "dipo": DIPO}
 
 
 def agent_type(name: str) -> AgentType:

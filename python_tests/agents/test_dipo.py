@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from doubles import ACTION_DIM, OBSERVATION_DIM, TensorReplay, make_kind, small_dipo_config
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffcore import ops
 from diffcore.agents import (
     DIPO,
     MODES,
-    Batch,
     DiffusionPolicy,
     DIPOConfig,
     MLPPolicy,
@@ -26,67 +24,13 @@ from diffcore.agents import (
     Policy,
     VAEPolicy,
 )
-from diffcore.agents.optimization import ema_update_, gradient_step, make_adam
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-OBSERVATION_DIM, ACTION_DIM = 4, 2
 SWITCHES = [field.name for field in dataclasses.fields(ModeSwitches)]
 
 
-def small_config(**changes: Any) -> DIPOConfig:
-    small = {
-        "hidden_dim": 32,
-        "diffusion_steps": 5,
-        "batch_size": 16,
-        "action_gradient_steps": 3,
-    }
-    return DIPOConfig(**{**small, **changes})
-
-
 def make_agent(*, seed: int = 0, **changes: Any) -> DIPO:
-    return DIPO(OBSERVATION_DIM, ACTION_DIM, small_config(**changes), seed=seed)
-
-
-class TensorReplay:
-    """The replay protocol over plain tensors; remembers what was drawn and written."""
-
-    def __init__(self, **columns: Tensor) -> None:
-        self.columns = columns
-        self.columns.setdefault("best_action", columns["action"].clone())
-        self.drawn: list[Batch] = []
-        self.written: list[tuple[str, Tensor, Tensor]] = []
-
-    @classmethod
-    def random(cls, rows: int = 64, seed: int = 1) -> TensorReplay:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(width: int) -> Tensor:
-            return torch.randn(rows, width, generator=generator)
-
-        return cls(
-            state=normal(OBSERVATION_DIM),
-            action=normal(ACTION_DIM).clamp(-1, 1),
-            reward=normal(1),
-            next_state=normal(OBSERVATION_DIM),
-            mask=(normal(1) > -1).float(),
-        )
-
-    def next_index(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        return torch.randint(len(self.columns["state"]), (batch_size,), generator=generator)
-
-    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
-        index = self.next_index(batch_size, generator)
-        columns = {name: column[index] for name, column in self.columns.items()}
-        self.drawn.append(Batch(index=index, **columns))
-        return self.drawn[-1]
-
-    def set_action(self, index: Tensor, action: Tensor) -> None:
-        self.written.append(("action", index, action))
-        self.columns["action"][index] = action
-
-    def set_best_action(self, index: Tensor, action: Tensor) -> None:
-        self.written.append(("best_action", index, action))
-        self.columns["best_action"][index] = action
+    return make_kind("dipo", seed=seed, **changes)
 
 
 # ---------------------------------------------------------------- the released code's updates
@@ -386,26 +330,6 @@ def test_one_critic_step_follows_its_equation() -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("max_norm", [0.5, 0.0])
-def test_gradient_step_cuts_the_joint_norm(max_norm: float) -> None:
-    first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-    optimizer = make_adam([first, second], lr=1.0, eps=1.0)
-    norm = gradient_step((3 * first + 4 * second).sum(), optimizer, max_norm)
-    assert float(norm) == pytest.approx(5.0)
-    scale = max_norm / 5 if max_norm else 1.0
-    for parameter, slope in ((first, 3.0), (second, 4.0)):
-        expected = -slope * scale / (slope * scale + 1)  # Adam's first step with eps = 1
-        assert float(parameter.detach()) == pytest.approx(expected, rel=1e-5)
-
-
-def test_ema_moves_by_tau() -> None:
-    target, source = nn.Linear(3, 2), nn.Linear(3, 2)
-    expected = 0.9 * target.weight.detach() + 0.1 * source.weight.detach()
-    ema_update_(target, source, 0.1)
-    torch.testing.assert_close(target.weight.detach(), expected)
-    assert target.weight.requires_grad
-
-
 def test_target_actor_moves_in_every_nth_update() -> None:
     agent = make_agent(update_actor_target_every=3)
     replay = TensorReplay.random()
@@ -416,34 +340,6 @@ def test_target_actor_moves_in_every_nth_update() -> None:
         pairs = zip(before.parameters(), agent.actor_target.parameters(), strict=True)
         moved.append(any(not torch.equal(old, new) for old, new in pairs))
     assert moved == [True, False, False, True, False, False, True]
-
-
-HOST_READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
-
-
-class HostReads(TorchDispatchMode):
-    """Collects the operators that hand a tensor's value to Python, which wait for a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in HOST_READS:
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("policy", ["diffusion", "mlp", "vae"])
-def test_update_reads_no_value_on_the_host(policy: str) -> None:
-    agent, replay = make_agent(policy=policy), TensorReplay.random()
-    agent.update(replay)  # what is built once may be read
-    with HostReads() as reads:
-        float(torch.ones(()))
-        metrics = agent.update(replay)
-    assert reads.seen == ["aten._local_scalar_dense.default"]  # the one above: the probe works
-    assert all(isinstance(value, Tensor) and value.ndim == 0 for value in metrics.values())
-    assert not any(value.requires_grad for value in metrics.values())
 
 
 @pytest.mark.parametrize(
@@ -488,24 +384,6 @@ def test_learns_a_bandit_whose_best_action_depends_on_the_state(
 # ---------------------------------------------------------------- acting
 
 
-def test_explore_draws_from_the_given_generator_alone() -> None:
-    agent = make_agent()
-    observation = torch.randn(8, OBSERVATION_DIM)
-    own = agent.generator.get_state()
-    first, again, other = (
-        agent.act(observation, explore=True, generator=torch.Generator().manual_seed(seed))
-        for seed in (1, 1, 2)
-    )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert torch.equal(agent.generator.get_state(), own)
-    assert float(first.abs().max()) <= 1
-    assert first.shape == (8, ACTION_DIM)
-
-    agent.act(observation, explore=True)
-    assert not torch.equal(agent.generator.get_state(), own)
-
-
 def test_without_exploration_only_the_start_of_the_chain_is_random() -> None:
     agent = make_agent()
     assert isinstance(agent.actor, DiffusionPolicy)
@@ -526,24 +404,6 @@ def test_without_exploration_only_the_start_of_the_chain_is_random() -> None:
         for seed in (1, 2)
     ]
     assert torch.equal(*from_x_init)
-
-
-@pytest.mark.parametrize("policy", ["diffusion", "mlp", "vae"])
-def test_deterministic_action_depends_on_its_observation_alone(policy: str) -> None:
-    agent = make_agent(policy=policy)
-    observation = torch.randn(9, OBSERVATION_DIM)
-    state = agent.generator.get_state()
-    together = agent.act(observation, explore=False, deterministic=True)
-    for row in (0, 4, 8):
-        alone = agent.act(observation[row : row + 1], explore=False, deterministic=True)
-        torch.testing.assert_close(alone[0], together[row], atol=1e-6, rtol=0)
-    assert torch.equal(agent.act(observation, explore=False, deterministic=True), together)
-    assert torch.equal(agent.generator.get_state(), state)
-    assert together.unique(dim=0).shape[0] > 1
-
-
-def test_acting_on_no_observations_gives_no_actions() -> None:
-    assert make_agent().act(torch.empty(0, OBSERVATION_DIM), explore=True).shape == (0, ACTION_DIM)
 
 
 @pytest.mark.parametrize(
@@ -576,127 +436,6 @@ def test_bfloat16_keeps_float32_at_the_boundary() -> None:
     action = agent.act(replay.columns["state"], explore=True)
     assert action.dtype == replay.written[0][2].dtype == torch.float32
     assert all(p.dtype == torch.float32 for p in agent.actor.parameters())
-
-
-# ---------------------------------------------------------------- seeds, saving, resuming
-
-
-def assert_equal_states(first: Any, second: Any) -> None:
-    """Nested dicts and lists with the same keys, equal values and bitwise-equal tensors."""
-    assert type(first) is type(second)
-    if isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for key in first:
-            assert_equal_states(first[key], second[key])
-    elif isinstance(first, (list, tuple)):
-        for one, other in zip(first, second, strict=True):
-            assert_equal_states(one, other)
-    elif isinstance(first, Tensor):
-        assert torch.equal(first, second)
-    else:
-        assert first == second
-
-
-def test_a_seed_fixes_everything_and_leaves_torchs_own_alone() -> None:
-    torch_state = torch.get_rng_state()
-    agents = [make_agent(seed=seed) for seed in (7, 7, 8)]
-    for agent in agents:
-        agent.update(TensorReplay.random())
-    assert torch.equal(torch.get_rng_state(), torch_state)
-    assert_equal_states(agents[0].state_dict(), agents[1].state_dict())
-    weights = [next(agent.actor.parameters()) for agent in agents]
-    assert not torch.equal(weights[0], weights[2])
-
-
-def saved_and_loaded(value: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"mode": "official", "update_actor_target_every": 2},
-        {"mode": "paper"},
-        {"policy": "mlp"},
-        {"policy": "vae"},
-    ],
-)
-def test_resuming_from_a_state_is_bitwise_the_same_run(changes: dict[str, Any]) -> None:
-    agent, replay = make_agent(**changes), TensorReplay.random()
-    for _ in range(3):
-        agent.update(replay)
-    state, replay_copy = saved_and_loaded(agent.state_dict()), TensorReplay.random()
-    replay_copy.columns = copy.deepcopy(replay.columns)
-    resumed = make_agent(seed=99, **changes)
-    resumed.load_state_dict(state)
-
-    observation = torch.randn(3, OBSERVATION_DIM)
-    for _ in range(3):
-        for each, its_replay in ((agent, replay), (resumed, replay_copy)):
-            each.act(observation, explore=True)
-            each.update(its_replay)
-    assert agent.updates == resumed.updates == 6
-    assert_equal_states(agent.state_dict(), resumed.state_dict())
-    assert_equal_states(replay.columns, replay_copy.columns)
-    assert torch.equal(
-        agent.act(observation, explore=False, deterministic=True),
-        resumed.act(observation, explore=False, deterministic=True),
-    )
-
-
-def test_loading_keeps_the_configs_own_learning_rate() -> None:
-    agent = make_agent(lr=1e-2)
-    agent.load_state_dict(make_agent(lr=1e-3).state_dict())
-    assert agent.actor_optimizer.param_groups[0]["lr"] == 1e-2
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"action_dim": 3}, "action_dim=3"),
-        ({"observation_dim": 9}, "observation_dim=9"),
-        ({"agent": "sac"}, "agent='sac'"),
-        ({"config": {"policy": "vae"}}, "policy='vae'"),
-    ],
-)
-def test_a_state_of_another_agent_is_refused(change: dict[str, Any], message: str) -> None:
-    agent = make_agent()
-    with pytest.raises(ValueError, match=message):
-        agent.load_state_dict({**agent.state_dict(), **change})
-
-
-def test_a_state_with_a_missing_entry_is_refused() -> None:
-    agent = make_agent()
-    state = agent.state_dict()
-    del state["critic_optimizer"]
-    with pytest.raises(ValueError, match="critic_optimizer"):
-        agent.load_state_dict(state)
-
-
-def test_a_state_from_another_kind_of_device_warns_and_keeps_the_random_state() -> None:
-    agent, other = make_agent(), make_agent(seed=1)
-    random_state = agent.generator.get_state()
-    with pytest.warns(UserWarning, match="'cuda'"):
-        agent.load_state_dict({**other.state_dict(), "generator_device": "cuda"})
-    assert torch.equal(agent.generator.get_state(), random_state)
-    assert_equal_states(agent.weights(), other.weights())
-
-
-def test_weights_are_copies_of_all_that_acting_needs() -> None:
-    agent = make_agent()
-    weights = agent.weights()
-    observation = torch.randn(5, OBSERVATION_DIM)
-    action = agent.act(observation, explore=False, deterministic=True)
-    other = make_agent(seed=4)
-    assert not torch.equal(other.act(observation, explore=False, deterministic=True), action)
-    other.actor.load_state_dict(weights)
-    assert torch.equal(other.act(observation, explore=False, deterministic=True), action)
-    agent.update(TensorReplay.random())
-    assert_equal_states(weights, other.weights())
 
 
 # ---------------------------------------------------------------- configuration and bad input
@@ -765,53 +504,4 @@ def test_small_tasks_start_sooner(env_id: str) -> None:
 )
 def test_bad_hyper_parameters_are_refused(field: str, value: object, error: type) -> None:
     with pytest.raises(error, match=field):
-        small_config(**{field: value})
-
-
-@pytest.mark.parametrize(
-    ("sizes", "error", "name"),
-    [
-        ((0, 2, 0), ValueError, "observation_dim"),
-        ((4, -2, 0), ValueError, "action_dim"),
-        ((4.0, 2, 0), TypeError, "observation_dim"),
-        ((4, 2, -1), ValueError, "seed"),
-        ((4, 2, 0.5), TypeError, "seed"),
-    ],
-)
-def test_bad_sizes_are_refused(sizes: Any, error: type, name: str) -> None:
-    observation_dim, action_dim, seed = sizes
-    with pytest.raises(error, match=name):
-        DIPO(observation_dim, action_dim, small_config(), seed=seed)
-
-
-@pytest.mark.parametrize(
-    ("observation", "error", "message"),
-    [
-        (torch.zeros(OBSERVATION_DIM), ValueError, r"\[B, 4\], got \[4\]"),
-        (torch.zeros(2, 5), ValueError, r"\[B, 4\], got \[2, 5\]"),
-        (torch.zeros(2, OBSERVATION_DIM, dtype=torch.float64), TypeError, r"got torch\.float64"),
-        (np.zeros((2, OBSERVATION_DIM)), TypeError, "got float64"),
-        ([[0.0] * OBSERVATION_DIM], TypeError, "got list"),
-        (torch.zeros(2, OBSERVATION_DIM, device="meta"), ValueError, "'cpu', got 'meta'"),
-    ],
-)
-def test_bad_observations_are_refused(observation: Any, error: type, message: str) -> None:
-    with pytest.raises(error, match=message):
-        make_agent().act(observation, explore=True)
-
-
-@pytest.mark.parametrize("policy", ["diffusion", "mlp", "vae"])
-def test_exploring_deterministically_is_refused(policy: str) -> None:
-    with pytest.raises(ValueError, match="explore"):
-        make_agent(policy=policy).act(
-            torch.zeros(1, OBSERVATION_DIM), explore=True, deterministic=True
-        )
-
-
-@pytest.mark.parametrize("column", ["reward", "mask"])
-def test_a_batch_that_would_broadcast_is_refused(column: str) -> None:
-    agent = make_agent()
-    batch = TensorReplay.random().sample(16, agent.generator)
-    flat = dataclasses.replace(batch, **{column: getattr(batch, column).squeeze(-1)})
-    with pytest.raises(ValueError, match=rf"{column} must have shape \[16, 1\], got \[16\]"):
-        agent.update_critic(flat, batch.action)
+        small_dipo_config(**{field: value})

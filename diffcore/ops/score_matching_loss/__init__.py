@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffcore.ops import _dispatch
+from diffcore.ops import _dispatch, _native
 from diffcore.ops._checks import (
     check_compute_dtype,
     check_like,
     check_tensor,
     out_of_autocast,
 )
-from diffcore.ops.score_matching_loss import reference
+from diffcore.ops.score_matching_loss import native, reference
 
 
 def score_matching_loss(
@@ -46,7 +46,7 @@ def score_matching_loss(
         score_weight: ``[B]``.
         compute_dtype: None or ``torch.float32``: float32 throughout. The reference keeps to its
             arguments' own precision.
-        backend: "reference".
+        backend: "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
         A scalar.
@@ -58,8 +58,13 @@ def score_matching_loss(
     psi, hidden, offset, score_weight = out_of_autocast(weight, psi, hidden, offset, score_weight)
     tensors = (psi, hidden, weight, bias, offset, score_weight)
     available = support(*tensors, compute_dtype=compute_dtype)
-    _dispatch.choose("score_matching_loss", available, backend)
-    return reference.score_matching_loss(*tensors)
+    if _dispatch.choose("score_matching_loss", available, backend) == "reference":
+        return reference.score_matching_loss(*tensors)
+    bfloat16 = compute_dtype == torch.bfloat16
+    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (psi, hidden, weight, bias)]
+    if any(wanted):
+        return native.ScoreMatchingLoss.apply(*tensors, bfloat16, wanted)[0]
+    return native.loss_and_gradients(*tensors, bfloat16, wanted)[0]
 
 
 def support(
@@ -93,4 +98,15 @@ def support(
     for name, value in others.items():
         check_like(name, value, "psi", psi)
     check_compute_dtype(compute_dtype)
-    return {"reference": None}
+    return {"cpu": _cannot_run(psi, *others.values()), "reference": None}
+
+
+def _cannot_run(*tensors: Tensor) -> str | None:
+    """Why the CPU kernel can't take these, or None."""
+    psi, hidden, _, _, offset, score_weight = tensors
+    for name, value in (("offset", offset), ("score_weight", score_weight)):
+        if torch.is_grad_enabled() and value.requires_grad:
+            return f"{name} requires a gradient, which the CPU kernel doesn't compute"
+    if 0 in (psi.shape[1], hidden.shape[1], offset.shape[1]):
+        return "features, hidden activations or state have no columns"
+    return _native.cannot_run(list(tensors), [], 1)

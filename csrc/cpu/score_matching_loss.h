@@ -1,0 +1,500 @@
+// Diff-SR's score matching loss with its gradients: zeta's last layer, [batch, features, state], is
+// contracted with psi piece by piece and never exists.
+//
+// The loss is a scalar, so its gradients are computed with it and only scaled afterwards. With W_s
+// the rows d * S + s of the weight, [features, hidden], and g_s the loss's slope at coordinate s of
+// the score, one number a row:
+//   Z_s = hidden W_s^T + b_s          score_s = sum_d psi Z_s       grad psi    = sum_s g_s Z_s
+//   Y_s = psi W_s                                                   grad hidden = sum_s g_s Y_s
+//   dW_s = (g_s psi)^T hidden         db_s = sum of g_s psi over the batch
+// One phase a line, each a matrix product of the same size, with its own way to share the work:
+// by rows, by columns of hidden, by weights. Every element is summed by one thread in an order that
+// depends on the sizes of its own sum alone, so neither threads nor (up to the 1 / batch in g) the
+// other rows matter to a row.
+//
+// All three are tile_sums on panels of two vectors, zero-padded. Rows that lie as they are needed,
+// W_s in the first phase, aren't copied. In the first phase a vector's lanes are rows of the batch:
+// what is one number a row (score, g) is then one vector, and no sum runs across lanes.
+#pragma once
+
+#include "layers.h"
+
+namespace diffcore {
+namespace DIFFCORE_ISA {
+
+constexpr int chunk_depth = 2048 / W;             // a panel's part that stays in L1: 16 KiB
+constexpr int feature_block = 8 * max_tile_rows;  // rows that share such a part, from L2
+constexpr int score_rows = 128;                   // rows that share the weights from L2
+constexpr int hidden_block = 4;                   // panels of W_s that share a copy
+constexpr int hidden_rows = 256;                  // rows that use such a copy
+
+DIFFCORE_INLINE int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// Values that a row of a panel covers: 1, or a pair.
+template <class Operand>
+constexpr int step_of = Operand::precision == Precision::bfloat16 ? 2 : 1;
+
+// ---- packing ---------------------------------------------------------------------------------
+
+// Up to panel_width rows of `in` values, one a lane: panel[k][row]. Missing rows are zero.
+template <class Operand>
+static void pack_lanes(const float* rows, ptrdiff_t stride, int count, int in,
+                       typename Operand::Weight* panel) {
+  if (count > W) return pack_panels<Operand>(rows, stride, 1, in, count, panel);
+  for (int k = 0; k < in; k += step_of<Operand>) {
+    for (int c = 0; c < panel_width; ++c) {
+      const float* value = rows + c * stride + k;
+      *panel++ = c < count ? Operand::weight(value[0], k + 1 < in ? value[1] : 0.0f)
+                           : typename Operand::Weight(0);
+    }
+  }
+}
+
+// `columns` columns of `in` rows, panel by panel: panels[n][k][column]. The last panel's missing
+// columns are zero.
+template <class Operand>
+static void pack_columns(const float* rows, ptrdiff_t stride, int in, int columns,
+                         typename Operand::Weight* panels) {
+  const ptrdiff_t panel_size = static_cast<ptrdiff_t>(Operand::depth(in)) * panel_width;
+  for (int k = 0; k < in; k += step_of<Operand>) {
+    typename Operand::Weight* to =
+        panels + static_cast<ptrdiff_t>(k / step_of<Operand>) * panel_width;
+    const float* first = rows + k * stride;
+    for (int n = 0; n < columns; n += panel_width, to += panel_size) {
+      const int present = columns - n < panel_width ? columns - n : panel_width;
+      if (k + 1 < in) {
+        const float* second = first + stride;
+        for (int c = 0; c < present; ++c) to[c] = Operand::weight(first[n + c], second[n + c]);
+      } else {
+        for (int c = 0; c < present; ++c) to[c] = Operand::weight(first[n + c], 0.0f);
+      }
+      for (int c = present; c < panel_width; ++c) to[c] = typename Operand::Weight(0);
+    }
+  }
+}
+
+// Rows as the left side of a product reads them: of the operand's type, padded with zeros.
+template <class Operand>
+static void convert_rows(const float* from, ptrdiff_t from_stride, int64_t rows, int columns,
+                         Rows<typename Operand::Input> to) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* row = from + i * from_stride;
+    int n = 0;
+    for (; n + W <= columns; n += W) Operand::store_activation(to.row(i) + n, load(row + n));
+    if (n == columns) continue;
+    float rest[W] = {};
+    memcpy(rest, row + n, sizeof(float) * static_cast<size_t>(columns - n));
+    Operand::store_activation(to.row(i) + n, load(rest));
+  }
+}
+
+// ---- the product -----------------------------------------------------------------------------
+
+constexpr float no_offset[panel_width] = {};
+
+// out = x panel for `rows` rows, in register blocks that are as even as they come.
+template <class Operand>
+DIFFCORE_INLINE void store_product(const typename Operand::Input* x, ptrdiff_t x_stride, int rows,
+                                   const typename Operand::Weight* panel, int depth, float* out,
+                                   ptrdiff_t out_stride) {
+  const int blocks = (rows + max_tile_rows - 1) / max_tile_rows;
+  for (int b = 0, row = 0; b < blocks; ++b) {
+    const int count = rows / blocks + (b < rows % blocks);
+    tile_function<Operand>(count)(x + row * x_stride, x_stride, depth, panel, panel_width,
+                                  {no_offset, nullptr, 0}, out + row * out_stride, out_stride);
+    row += count;
+  }
+}
+
+// out += factor x panel, with one factor a row, or none where it is null.
+template <class Operand>
+DIFFCORE_INLINE void add_product(const typename Operand::Input* x, ptrdiff_t x_stride, int rows,
+                                 const typename Operand::Weight* panel, int depth,
+                                 const float* factor, float* out, ptrdiff_t out_stride) {
+  alignas(64) float sums[max_tile_rows * panel_width];
+  const int blocks = (rows + max_tile_rows - 1) / max_tile_rows;
+  for (int b = 0, row = 0; b < blocks; ++b) {
+    const int count = rows / blocks + (b < rows % blocks);
+    store_product<Operand>(x + row * x_stride, x_stride, count, panel, depth, sums, panel_width);
+    for (int i = 0; i < count; ++i) {
+      const Vec f = broadcast(factor ? factor[row + i] : 1.0f);
+      float* to = out + (row + i) * out_stride;
+      const float* sum = sums + i * panel_width;
+      store(to, fma(f, load(sum), load(to)));
+      store(to + W, fma(f, load(sum + W), load(to + W)));
+    }
+    row += count;
+  }
+}
+
+// ---- what the phases share -------------------------------------------------------------------
+
+template <class Operand>
+struct ScoreMatching {
+  using Input = typename Operand::Input;
+  using Weight = typename Operand::Weight;
+  int64_t row_panels;     // the batch in panels of lanes
+  int hidden_panels;      // the columns of hidden in panels
+  Weight* hidden_lanes;   // [row panel][hidden][lane]
+  float* psi_lanes;       // [row panel][feature][lane]
+  float* grad_psi_lanes;  // the same
+  float* offset_lanes;    // [row panel][state][lane]
+  float* score_weight;    // [row]
+  float* slope;           // [state][row]: g, zero in padding rows
+  double* row_loss;       // [row]
+  Rows<Input> psi;
+  Weight* hidden_columns;  // [hidden panel][row][column]
+
+  int64_t rows() const { return row_panels * panel_width; }  // padding included
+
+  static ScoreMatching take(const ScoreMatchingLossCall& call, Carver* memory) {
+    const int64_t panels = ceil_div(call.batch, panel_width), rows = panels * panel_width;
+    ScoreMatching m;
+    m.row_panels = panels;
+    m.hidden_panels = static_cast<int>(ceil_div(call.hidden_dim, panel_width));
+    m.hidden_lanes = memory->take<Weight>(4 * rows * Operand::depth(call.hidden_dim));
+    m.psi_lanes = memory->take<float>(4 * rows * call.features);
+    m.grad_psi_lanes = memory->take<float>(call.grad_psi ? 4 * rows * call.features : 0);
+    m.offset_lanes = memory->take<float>(4 * rows * call.state_dim);
+    m.score_weight = memory->take<float>(4 * rows);
+    m.slope = memory->take<float>(4 * rows * call.state_dim);
+    m.row_loss = memory->take<double>(8 * rows);
+    m.psi = take_rows<Input>(memory, call.grad_hidden ? call.batch : 0, call.features);
+    m.hidden_columns = memory->take<Weight>(
+        call.grad_weight ? 4 * static_cast<int64_t>(m.hidden_panels) * panel_width *
+                               Operand::depth(static_cast<int>(call.batch))
+                         : 0);
+    return m;
+  }
+
+  void pack_row_panel(const ScoreMatchingLossCall& call, int64_t p) const {
+    const int64_t first = p * panel_width, left = call.batch - first;
+    const int count = left < panel_width ? static_cast<int>(left) : panel_width;
+    const int depth = Operand::depth(call.hidden_dim);
+    pack_lanes<Operand>(call.hidden + first * call.hidden_dim, call.hidden_dim, count,
+                        call.hidden_dim, hidden_lanes + first * depth);
+    pack_lanes<Float32Operand>(call.psi + first * call.features, call.features, count,
+                               call.features, psi_lanes + first * call.features);
+    pack_lanes<Float32Operand>(call.offset + first * call.state_dim, call.state_dim, count,
+                               call.state_dim, offset_lanes + first * call.state_dim);
+    for (int i = 0; i < panel_width; ++i)
+      score_weight[first + i] = i < count ? call.score_weight[first + i] : 0.0f;
+    if (call.grad_hidden) {
+      convert_rows<Operand>(call.psi + first * call.features, call.features, count, call.features,
+                            {psi.row(first), psi.stride});
+    }
+  }
+
+  void pack_hidden_panel(const ScoreMatchingLossCall& call, int n) const {
+    const int column = n * panel_width, left = call.hidden_dim - column;
+    const int batch = static_cast<int>(call.batch);
+    pack_columns<Operand>(call.hidden + column, call.hidden_dim, batch,
+                          left < panel_width ? left : panel_width,
+                          hidden_columns + static_cast<ptrdiff_t>(column) * Operand::depth(batch));
+  }
+};
+
+// ---- score, loss and the gradient of psi -------------------------------------------------------
+
+template <class Operand>
+struct ScoreBuffers {
+  float* zeta;   // [row panel][feature][lane]: Z_s of a tile
+  float* score;  // [row panel][lane]
+  Rows<typename Operand::Input> weight;
+
+  static ScoreBuffers take(const ScoreMatchingLossCall& call, int64_t panels, Carver* memory) {
+    ScoreBuffers b;
+    b.zeta = memory->take<float>(4 * panels * panel_width * call.features);
+    b.score = memory->take<float>(4 * panels * panel_width);
+    const bool copies = Operand::precision == Precision::bfloat16;
+    b.weight =
+        take_rows<typename Operand::Input>(memory, copies ? feature_block : 0, call.hidden_dim);
+    return b;
+  }
+};
+
+// Adds the bias to `count` features' zeta, and their part of the score to `score`.
+DIFFCORE_INLINE void contract_features(const float* psi, const float* bias, ptrdiff_t bias_stride,
+                                       int count, float* zeta, float* score) {
+  Vec sum[2][2] = {{zero(), zero()}, {zero(), zero()}};  // two, to hide the FMA's latency
+  for (int d = 0; d < count; ++d) {
+    const Vec b = broadcast(bias[d * bias_stride]);
+    for (int v = 0; v < 2; ++v) {
+      const Vec z = load(zeta + d * panel_width + v * W) + b;
+      store(zeta + d * panel_width + v * W, z);
+      sum[d % 2][v] = fma(load(psi + d * panel_width + v * W), z, sum[d % 2][v]);
+    }
+  }
+  for (int v = 0; v < 2; ++v) store(score + v * W, load(score + v * W) + (sum[0][v] + sum[1][v]));
+}
+
+template <class Operand>
+static void score_tile(const ScoreMatchingLossCall& call, const ScoreMatching<Operand>& m,
+                       Span panels, const ScoreBuffers<Operand>& b) {
+  const int D = call.features, S = call.state_dim, H = call.hidden_dim;
+  const int depth = Operand::depth(H);
+  const int64_t chunks = ceil_div(depth, chunk_depth);
+  const ptrdiff_t feature_stride = static_cast<ptrdiff_t>(S) * H;
+  const Vec scale = broadcast(static_cast<float>(2.0 / static_cast<double>(call.batch)));
+  for (int i = 0; i < panels.rows * panel_width; ++i)
+    m.row_loss[panels.first * panel_width + i] = 0.0;
+
+  for (int s = 0; s < S; ++s) {
+    for (int i = 0; i < panels.rows * panel_width; ++i) b.score[i] = 0.0f;
+    for (int d = 0; d < D; d += feature_block) {
+      const int count = D - d < feature_block ? D - d : feature_block;
+      const float* rows = call.weight + d * feature_stride + static_cast<ptrdiff_t>(s) * H;
+      const typename Operand::Input* x;
+      ptrdiff_t x_stride;
+      if constexpr (Operand::precision == Precision::float32) {
+        x = rows;
+        x_stride = feature_stride;
+      } else {
+        convert_rows<Operand>(rows, feature_stride, count, H, b.weight);
+        x = b.weight.data;
+        x_stride = b.weight.stride;
+      }
+      for (int p = 0; p < panels.rows; ++p) {
+        const int64_t first = (panels.first + p) * panel_width;
+        float* zeta = b.zeta + (static_cast<ptrdiff_t>(p) * D + d) * panel_width;
+        for (int64_t c = 0; c < chunks; ++c) {
+          const Span k = tile_span(depth, chunks, c);
+          const auto* part = x + k.first * step_of<Operand>;
+          const auto* panel = m.hidden_lanes + first * depth + k.first * panel_width;
+          if (c == 0) {
+            store_product<Operand>(part, x_stride, count, panel, k.rows, zeta, panel_width);
+          } else {
+            add_product<Operand>(part, x_stride, count, panel, k.rows, nullptr, zeta, panel_width);
+          }
+        }
+        contract_features(m.psi_lanes + first * D + static_cast<ptrdiff_t>(d) * panel_width,
+                          call.bias + static_cast<ptrdiff_t>(d) * S + s, S, count, zeta,
+                          b.score + p * panel_width);
+      }
+    }
+    for (int p = 0; p < panels.rows; ++p) {
+      const int64_t first = (panels.first + p) * panel_width;
+      const float* zeta = b.zeta + static_cast<ptrdiff_t>(p) * D * panel_width;
+      float* grad_psi = m.grad_psi_lanes + first * D;
+      float* slope = m.slope + s * m.rows() + first;
+      float residual[panel_width];
+      for (int v = 0; v < panel_width; v += W) {
+        const Vec w = load(m.score_weight + first + v);
+        const Vec r = fma(w, load(b.score + p * panel_width + v),
+                          load(m.offset_lanes + first * S + s * panel_width + v));
+        store(residual + v, r);
+        const Vec g = scale * r * w;
+        store(slope + v, g);
+        if (!call.grad_psi) continue;
+        for (int d = 0; d < D; ++d) {
+          const Vec z = load(zeta + d * panel_width + v);
+          float* to = grad_psi + d * panel_width + v;
+          store(to, s == 0 ? g * z : fma(g, z, load(to)));
+        }
+      }
+      for (int i = 0; i < panel_width; ++i)
+        m.row_loss[first + i] += static_cast<double>(residual[i]) * residual[i];
+    }
+  }
+  if (!call.grad_psi) return;
+  for (int p = 0; p < panels.rows; ++p) {
+    const int64_t first = (panels.first + p) * panel_width;
+    const float* lanes = m.grad_psi_lanes + first * D;
+    for (int64_t i = 0; i < panel_width && first + i < call.batch; ++i)
+      for (int d = 0; d < D; ++d)
+        call.grad_psi[(first + i) * D + d] = lanes[static_cast<ptrdiff_t>(d) * panel_width + i];
+  }
+}
+
+// ---- the gradient of hidden --------------------------------------------------------------------
+
+template <class Operand>
+struct HiddenBuffers {
+  typename Operand::Weight* weight;  // [panel][feature][column]
+  float* total;                      // [panel][row][column]
+
+  static HiddenBuffers take(const ScoreMatchingLossCall& call, Carver* memory) {
+    HiddenBuffers b;
+    b.weight = memory->take<typename Operand::Weight>(4 * hidden_block * panel_width *
+                                                      Operand::depth(call.features));
+    b.total = memory->take<float>(4 * hidden_block * panel_width * hidden_rows);
+    return b;
+  }
+};
+
+// Gradient of some rows at the columns of `panels`.
+template <class Operand>
+static void hidden_gradient(const ScoreMatchingLossCall& call, const ScoreMatching<Operand>& m,
+                            Span rows, Span panels, const HiddenBuffers<Operand>& b) {
+  const int D = call.features, S = call.state_dim, H = call.hidden_dim;
+  const int depth = Operand::depth(D);
+  const int64_t chunks = ceil_div(depth, chunk_depth);
+  const int64_t column = panels.first * panel_width;
+  const int left = static_cast<int>(H - column);
+  const int columns = left < panels.rows * panel_width ? left : panels.rows * panel_width;
+  memset(b.total, 0, sizeof(float) * static_cast<size_t>(panels.rows * panel_width * rows.rows));
+  for (int s = 0; s < S; ++s) {
+    pack_columns<Operand>(call.weight + static_cast<ptrdiff_t>(s) * H + column,
+                          static_cast<ptrdiff_t>(S) * H, D, columns, b.weight);
+    const float* slope = m.slope + s * m.rows() + rows.first;
+    for (int n = 0; n < panels.rows; ++n) {
+      for (int64_t c = 0; c < chunks; ++c) {
+        const Span k = tile_span(depth, chunks, c);
+        add_product<Operand>(
+            m.psi.row(rows.first) + k.first * step_of<Operand>, m.psi.stride, rows.rows,
+            b.weight + (static_cast<ptrdiff_t>(n) * depth + k.first) * panel_width, k.rows, slope,
+            b.total + static_cast<ptrdiff_t>(n) * rows.rows * panel_width, panel_width);
+      }
+    }
+  }
+  for (int n = 0; n < columns; n += panel_width) {
+    const int present = columns - n < panel_width ? columns - n : panel_width;
+    const float* total = b.total + static_cast<ptrdiff_t>(n) * rows.rows;
+    for (int i = 0; i < rows.rows; ++i)
+      memcpy(call.grad_hidden + (rows.first + i) * H + column + n, total + i * panel_width,
+             sizeof(float) * static_cast<size_t>(present));
+  }
+}
+
+// ---- the gradients of weight and bias ----------------------------------------------------------
+
+template <class Operand>
+struct WeightBuffers {
+  Rows<typename Operand::Input> scaled;  // [feature][row]: g_s psi, transposed
+
+  static WeightBuffers take(Carver* memory) {
+    return {
+        take_rows<typename Operand::Input>(memory, feature_block, chunk_depth * step_of<Operand>)};
+  }
+};
+
+// Gradient of `count` features from `d` on, at coordinate s: sums over the batch, in chunks of rows
+// so that rounding errors don't pile up along it.
+template <class Operand>
+static void zeta_weight_gradient(const ScoreMatchingLossCall& call, const ScoreMatching<Operand>& m,
+                                 int s, int d, int count, const WeightBuffers<Operand>& b) {
+  const int D = call.features, S = call.state_dim, H = call.hidden_dim;
+  const int depth = Operand::depth(static_cast<int>(call.batch));
+  const ptrdiff_t first = static_cast<ptrdiff_t>(d) * S + s;
+  alignas(64) float sums[feature_block * panel_width];
+  for (int start = 0; start < depth; start += chunk_depth) {
+    const int part = depth - start < chunk_depth ? depth - start : chunk_depth;
+    const int row = start * step_of<Operand>;
+    for (int i = 0; i < count; ++i) {
+      Vec sum = zero();
+      for (int n = 0; n < part * step_of<Operand>; n += panel_width) {
+        const float* psi =
+            m.psi_lanes + static_cast<ptrdiff_t>(row + n) * D + (d + i) * panel_width;
+        for (int v = 0; v < panel_width; v += W) {
+          const Vec p = load(m.slope + s * m.rows() + row + n + v) * load(psi + v);
+          sum = sum + p;
+          Operand::store_activation(b.scaled.row(i) + n + v, p);
+        }
+      }
+      if (!call.grad_bias) continue;
+      float lanes[W];
+      store(lanes, sum);
+      for (int half = W / 2; half > 0; half /= 2)
+        for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+      float* to = call.grad_bias + first + static_cast<ptrdiff_t>(i) * S;
+      *to = start == 0 ? lanes[0] : *to + lanes[0];
+    }
+    if (!call.grad_weight) continue;
+    for (int n = 0; n < m.hidden_panels; ++n) {
+      const int left = H - n * panel_width;
+      const auto* panel =
+          m.hidden_columns + (static_cast<ptrdiff_t>(n) * depth + start) * panel_width;
+      float* to = call.grad_weight + first * H + n * panel_width;
+      const ptrdiff_t stride = static_cast<ptrdiff_t>(S) * H;
+      if (start == 0 && left >= panel_width) {
+        store_product<Operand>(b.scaled.data, b.scaled.stride, count, panel, part, to, stride);
+        continue;
+      }
+      store_product<Operand>(b.scaled.data, b.scaled.stride, count, panel, part, sums, panel_width);
+      const int columns = left < panel_width ? left : panel_width;
+      for (int i = 0; i < count; ++i)
+        for (int c = 0; c < columns; ++c) {
+          float* value = to + i * stride + c;
+          *value = start == 0 ? sums[i * panel_width + c] : *value + sums[i * panel_width + c];
+        }
+    }
+  }
+}
+
+// ---- all of it -----------------------------------------------------------------------------------
+
+template <class Operand>
+static void score_matching_loss(const ScoreMatchingLossCall& call) {
+  Carver sizes{nullptr};
+  ScoreMatching<Operand>::take(call, &sizes);
+  Carver call_memory{thread_scratch(Scratch::call, sizes.used)};
+  const auto m = ScoreMatching<Operand>::take(call, &call_memory);
+
+  const int64_t rounds = ceil_div(m.rows(), static_cast<int64_t>(call.threads) * score_rows);
+  const int64_t wanted_tiles = rounds * call.threads;
+  const int64_t tiles = wanted_tiles < m.row_panels ? wanted_tiles : m.row_panels;
+  const int64_t row_groups = ceil_div(call.batch, hidden_rows);
+  const int64_t wanted_blocks = ceil_div(m.hidden_panels, hidden_block);
+  const int64_t even_blocks = ceil_div(wanted_blocks, call.threads) * call.threads;
+  const int64_t hidden_blocks = even_blocks < m.hidden_panels ? even_blocks : m.hidden_panels;
+  const int64_t feature_blocks = ceil_div(call.features, feature_block);
+  const int threads = call.batch < 2 * min_tile ? 1 : call.threads;
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const int64_t most_panels = tile_span(m.row_panels, tiles, 0).rows;
+    Carver of_score{nullptr}, of_hidden{nullptr}, of_weight{nullptr};
+    ScoreBuffers<Operand>::take(call, most_panels, &of_score);
+    HiddenBuffers<Operand>::take(call, &of_hidden);
+    WeightBuffers<Operand>::take(&of_weight);
+    int64_t bytes = of_score.used > of_hidden.used ? of_score.used : of_hidden.used;
+    bytes = bytes > of_weight.used ? bytes : of_weight.used;
+    char* memory = thread_scratch(Scratch::tile, bytes);  // one phase after the other
+
+#pragma omp for schedule(static) nowait
+    for (int64_t p = 0; p < m.row_panels; ++p) m.pack_row_panel(call, p);
+#pragma omp for schedule(static)
+    for (int n = 0; n < (call.grad_weight ? m.hidden_panels : 0); ++n) m.pack_hidden_panel(call, n);
+
+    of_score = {memory};
+    const auto score_buffers = ScoreBuffers<Operand>::take(call, most_panels, &of_score);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t tile = 0; tile < tiles; ++tile)
+      score_tile(call, m, tile_span(m.row_panels, tiles, tile), score_buffers);
+
+    if (call.grad_hidden) {
+      of_hidden = {memory};
+      const auto buffers = HiddenBuffers<Operand>::take(call, &of_hidden);
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t item = 0; item < row_groups * hidden_blocks; ++item)
+        hidden_gradient(call, m, tile_span(call.batch, row_groups, item / hidden_blocks),
+                        tile_span(m.hidden_panels, hidden_blocks, item % hidden_blocks), buffers);
+    }
+
+    if (call.grad_weight || call.grad_bias) {
+      of_weight = {memory};
+      const auto buffers = WeightBuffers<Operand>::take(&of_weight);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t item = 0; item < feature_blocks * call.state_dim; ++item) {
+        const int d = static_cast<int>(item / call.state_dim) * feature_block;
+        const int left = call.features - d;
+        zeta_weight_gradient(call, m, static_cast<int>(item % call.state_dim), d,
+                             left < feature_block ? left : feature_block, buffers);
+      }
+    }
+  }
+  double sum = 0.0;
+  for (int64_t i = 0; i < call.batch; ++i) sum += m.row_loss[i];
+  *call.loss = static_cast<float>(sum / static_cast<double>(call.batch));
+}
+
+static void score_matching_loss(const ScoreMatchingLossCall& call) {
+  if (call.precision == Precision::bfloat16) {
+    score_matching_loss<Bfloat16Operand>(call);
+  } else {
+    score_matching_loss<Float32Operand>(call);
+  }
+}
+
+}  // namespace DIFFCORE_ISA
+}  // namespace diffcore

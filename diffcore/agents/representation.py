@@ -1,0 +1,178 @@
+"""Diff-SR's representation of a transition, trained as a diffusion model of the next state."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from diffcore import DiffusionSchedule, ops
+from diffcore.nn import Psi, Zeta
+from diffcore.schedule import SolverTable
+
+
+class DiffusionRepresentation(nn.Module):
+    """psi(s, a) and zeta(s~, level), whose product is the score of the perturbed next state.
+
+    The next state is perturbed to ``s~ = sqrt(abar) s' + sqrt(1 - abar) sigma eps``, eps ~ N(0, I).
+    The loss has its minimum where ``psi^T zeta = -E[eps | s~, s, a] / sqrt(1 - abar)``: sigma times
+    the score of s~, or the score of s~ / sigma. For sigma = 1 that is the paper's Eq. 18.
+
+    Args:
+        state_dim: S.
+        action_dim: A.
+        schedule: the noise levels abar.
+        noise_scale: sigma.
+        feature_dim: d, the width of psi.
+        psi_hidden_dim, zeta_hidden_dim: widths of the hidden layers.
+        conditioning: how zeta learns of the level; see :class:`diffcore.nn.Zeta`.
+        compute_dtype: arithmetic of zeta's last layer in the loss; None follows the weights.
+    """
+
+    alpha_bar: Tensor
+
+    def __init__(
+        self,
+        state_dim: int,
+        action_dim: int,
+        *,
+        schedule: DiffusionSchedule,
+        noise_scale: float = 1.0,
+        feature_dim: int = 256,
+        psi_hidden_dim: int = 256,
+        zeta_hidden_dim: int = 512,
+        conditioning: str = "alpha_bar",
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.noise_scale = noise_scale
+        self.compute_dtype = compute_dtype
+        self.psi = Psi(state_dim, action_dim, feature_dim, psi_hidden_dim)
+        self.zeta = Zeta(state_dim, feature_dim, zeta_hidden_dim, conditioning=conditioning)
+        alpha_bar = schedule.alphas_cumprod.to(torch.get_default_dtype())
+        self.register_buffer("alpha_bar", alpha_bar, persistent=False)
+
+    def loss(
+        self,
+        state: Tensor,
+        action: Tensor,
+        next_state: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        level: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Batch mean of ``|sigma sqrt(1 - abar) eps + sigma (1 - abar) psi^T zeta|^2``.
+
+        Args:
+            state, next_state: ``[B, S]``.
+            action: ``[B, A]``.
+            generator: source of what is drawn.
+            level: ``[B]`` int64 in 0..K-1; None draws it uniformly.
+            noise: eps, ``[B, S]``; None draws it from N(0, I).
+
+        Returns:
+            0-d, differentiable in the parameters.
+        """
+        if level is None:
+            rows = next_state.shape[:1]
+            level = torch.randint(
+                self.schedule.K, rows, generator=generator, device=next_state.device
+            )
+        if noise is None:
+            noise = torch.empty_like(next_state).normal_(generator=generator)
+        alpha_bar = self.alpha_bar[level].unsqueeze(-1)
+        scaled_noise = (1 - alpha_bar).sqrt() * (self.noise_scale * noise)
+        perturbed = alpha_bar.sqrt() * next_state + scaled_noise
+        last = self.zeta.last
+        return ops.score_matching_loss(
+            self.psi(state, action),
+            self.zeta.hidden(perturbed, alpha_bar, level),
+            last.weight,
+            last.bias,
+            offset=scaled_noise,
+            score_weight=(1 - alpha_bar.squeeze(-1)) * self.noise_scale,
+            compute_dtype=self.compute_dtype,
+        )
+
+    def predicted_noise(self, psi: Tensor, perturbed: Tensor, level: Tensor) -> Tensor:
+        """``-sqrt(1 - abar) psi^T zeta``, the expectation of eps given s~.
+
+        Args:
+            psi: psi(s, a), ``[B, d]``.
+            perturbed: s~, ``[B, S]``.
+            level: ``[B]`` int64 in 0..K-1.
+
+        Returns:
+            ``[B, S]``.
+        """
+        alpha_bar = self.alpha_bar[level].unsqueeze(-1)
+        zeta = self.zeta(perturbed, alpha_bar, level)
+        return -(1 - alpha_bar).sqrt() * torch.einsum("bd,bds->bs", psi, zeta)
+
+    @torch.no_grad()
+    def sample_next_state(
+        self,
+        state: Tensor,
+        action: Tensor,
+        *,
+        solver: str = "ddpm",
+        steps: int | None = None,
+        corrector_steps: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw next states from the learned model: the reverse chain of ``s~ / sigma``.
+
+        The chain starts from the state itself, perturbed at the noisiest level. Where that level
+        is noise almost alone (DDPM's), the start doesn't matter. Where it isn't (the beta-CDF's
+        lowest abar is 0.39), Langevin steps at that level bring the start closer to the model's own
+        distribution there (the corrector of Song et al. 2021, Algorithm 4).
+
+        Args:
+            state: ``[B, S]``.
+            action: ``[B, A]``.
+            solver, steps: see :meth:`diffcore.DiffusionSchedule.solver`.
+            corrector_steps: Langevin steps before the chain.
+            generator: source of all randomness.
+
+        Returns:
+            ``[B, S]``.
+        """
+        table = self.schedule.solver(solver, steps=steps)
+        if corrector_steps:
+            table = _after_langevin_steps(table, self.schedule, corrector_steps)
+        sigma, alpha_bar = self.noise_scale, self.alpha_bar[-1]
+        noise = torch.empty_like(state).normal_(generator=generator)
+
+        def eps(x: Tensor, psi: Tensor, level: Tensor) -> Tensor:
+            return self.predicted_noise(psi, sigma * x, level)
+
+        x = ops.reverse_diffusion(
+            eps,
+            self.schedule,
+            self.psi(state, action),
+            x_init=alpha_bar.sqrt() * state / sigma + (1 - alpha_bar).sqrt() * noise,
+            clip=math.inf,
+            solver=table,
+            generator=generator,
+        )
+        return sigma * x
+
+
+def _after_langevin_steps(
+    table: SolverTable, schedule: DiffusionSchedule, steps: int, step_size: float = 0.1
+) -> SolverTable:
+    """The table, after Langevin steps at its noisiest level.
+
+    ``x + h score + sqrt(2 h) z`` with ``h = step_size * (1 - abar)`` and, as for every solver,
+    ``score = -eps / sqrt(1 - abar)``.
+    """
+    spread = math.sqrt(1 - float(schedule.alphas_cumprod[-1]))
+    c4, c5 = -step_size * spread, math.sqrt(2 * step_size) * spread
+    langevin = torch.tensor([[0, 0, 0, 1, c4, c5, 0]] * steps, dtype=torch.float64)
+    levels = torch.full((steps,), schedule.K - 1)
+    return SolverTable(
+        torch.cat([levels, table.timesteps]), torch.cat([langevin, table.coefficients])
+    )

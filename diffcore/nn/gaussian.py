@@ -1,0 +1,84 @@
+"""The policy of soft actor-critic: a Gaussian squashed by tanh, and its temperature."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffcore.nn.modules import MLP
+from diffcore.ops._checks import check_features, check_number
+
+
+class SquashedGaussian(nn.Module):
+    """``a = tanh(mean(s) + std(s) z)``, z ~ N(0, I) (Haarnoja et al. 2018, Appendix C).
+
+    The log standard deviation is kept within bounds by a tanh of its own.
+
+    Args:
+        state_dim, action_dim: widths.
+        hidden_dim, hidden_layers, activation: see :class:`diffcore.nn.MLP`; weights start orthogonal.
+        log_std_bounds: the lowest and the highest log standard deviation.
+    """
+
+    def __init__(
+        self,
+        state_dim: int,
+        action_dim: int,
+        hidden_dim: int = 256,
+        hidden_layers: int = 2,
+        activation: str = "elu",
+        log_std_bounds: tuple[float, float] = (-5.0, 2.0),
+    ) -> None:
+        super().__init__()
+        low, high = log_std_bounds
+        check_number("log_std_bounds[0]", low)
+        check_number("log_std_bounds[1]", high, above=low)
+        self.state_dim, self.action_dim = state_dim, action_dim
+        self.log_std_bounds = (low, high)
+        self.trunk = MLP(
+            state_dim, hidden_dim, 2 * action_dim, hidden_layers, activation, init="orthogonal"
+        )
+
+    def forward(self, state: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+        """state ``[B, S]`` -> mean and log standard deviation before the tanh, ``[B, A]`` each."""
+        check_features("state", state, self.state_dim)
+        mean, raw = self.trunk(state, backend=backend).chunk(2, dim=-1)
+        low, high = self.log_std_bounds
+        return mean, low + 0.5 * (high - low) * (raw.tanh() + 1)
+
+    def mode(self, state: Tensor) -> Tensor:
+        """The action of z = 0, ``[B, A]``."""
+        return self(state)[0].tanh()
+
+    def sample(self, state: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions ``[B, A]`` for z = ``noise`` (``[B, A]``), and their log densities ``[B, 1]``.
+
+        Both are differentiable in the parameters, the action also in ``state`` (the
+        reparameterised sample). log(1 - tanh^2 u) is taken as 2 (log 2 - u - softplus(-2 u)), which
+        doesn't overflow.
+        """
+        mean, log_std = self(state)
+        u = mean + log_std.exp() * noise
+        gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        squash = 2 * (math.log(2) - u - F.softplus(-2 * u))
+        return u.tanh(), (gaussian - squash).sum(dim=-1, keepdim=True)
+
+
+class Temperature(nn.Module):
+    """The weight of the entropy, a learned positive number, kept as its logarithm.
+
+    Args:
+        initial: above 0.
+    """
+
+    def __init__(self, initial: float) -> None:
+        super().__init__()
+        check_number("initial", initial, above=0.0)
+        self.log = nn.Parameter(torch.tensor(math.log(initial)))
+
+    def forward(self) -> Tensor:
+        """A 0-d tensor."""
+        return self.log.exp()
