@@ -21,7 +21,7 @@ from diffcore.ops import _native
 ROOT = Path(__file__).parent.parent
 SECTIONS = (
     "reverse_diffusion", "action_gradient", "mlp", "critic_update", "denoising_update",
-    "rff_features", "score_matching_loss", "dipo_step", "latency", "contention",
+    "rff_features", "score_matching_loss", "dipo_step", "diffsr_update", "latency", "contention",
 )  # fmt: skip
 REPORTS = {
     "overhead": "what a call costs beside its kernel",
@@ -111,6 +111,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             yield diffsr_workloads.score_matching_loss_case(env, UPDATE_BATCH, rivals=rivals)
         for steps in options.steps if "dipo_step" in only else ():
             yield workloads.dipo_step_case(env, steps, rivals=rivals)
+        sizes = diffsr_workloads.UPDATE_SIZES[: 1 if options.quick else None]
+        for name, batch in sizes if "diffsr_update" in only else ():
+            yield diffsr_workloads.diffsr_update_case(name, batch, rivals=rivals)
 
     for case in cases():
         say(str(case))

@@ -20,8 +20,8 @@ def time_variant(benchmark: BenchmarkFixture) -> TimeVariant:
             pytest.skip(f"{case.op} has no {name!r} here")
         variant = case.variant(name)
         case.check(name)
-        benchmark.group = f"{case.op}: batch {case.batch}, {case.steps} steps"
-        rounds = 10 if case.batch > 256 else 50
+        benchmark.group = str(case)
+        rounds = 5 if case.op.endswith("_update") else 10 if case.batch > 256 else 50
         benchmark.pedantic(variant.call, setup=variant.before, rounds=rounds, warmup_rounds=2)
 
     return run

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import eager_diffsr
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -24,11 +27,24 @@ from workloads import (
     Variant,
     change_weights,
     flat,
+    random_replay,
 )
 
 from diffcore import ops
+from diffcore.agents import Batch, DiffSR, DiffSRConfig
 
 FEATURES, RANDOM_FEATURES, ZETA_HIDDEN = 256, 1024, 512
+UPDATE_SIZES = (
+    ("Pendulum-v1", 256),
+    ("HalfCheetah-v5", 256),
+    ("HalfCheetah-v5", 1024),
+    ("Humanoid-v4", 256),
+)
+"""Environment and batch of the updates that a whole run compares; the larger ones take minutes and
+are for pytest bench/bench_diffsr_update.py."""
+CHECK_EPS = 1e-3
+"""Adam's epsilon in checks of an update: with 1e-8 it makes a full step of a gradient that is all
+rounding."""
 
 Result = Sequence[Tensor]
 """What an op returns, then its gradients."""
@@ -102,17 +118,6 @@ def rff_features_case(batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
     )
 
 
-def score_matching_loss_as_written(
-    psi: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, offset: Tensor, score_weight: Tensor
-) -> Tensor:
-    """As Diff-SR's released code has it: zeta as a tensor ``[B, features, state]``, and bmm."""
-    batch, features = psi.shape
-    zeta = linear(hidden, weight, bias).reshape(batch, features, offset.shape[1])
-    score = torch.bmm(psi.unsqueeze(1), zeta).squeeze(1)
-    difference = offset + score_weight[:, None] * score
-    return (1 / batch) * torch.sum(difference**2, dim=1).sum()
-
-
 def score_matching_loss_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
     """Diff-SR's loss from psi and zeta's last hidden layer on, with all gradients."""
     torch.manual_seed(SEED)
@@ -132,7 +137,7 @@ def score_matching_loss_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVAL
 
         return forward_and_backward(of_inputs, inputs, torch.ones(()))
 
-    scales = scales_of(run(score_matching_loss_as_written))
+    scales = scales_of(run(eager_diffsr.score_matching_loss))
 
     def variant(name: str, loss: Callable[..., Tensor], **options: torch.dtype) -> Variant:
         return Variant(
@@ -144,8 +149,8 @@ def score_matching_loss_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVAL
         jax.score_matching_loss, inputs, torch.ones(()), offset, score_weight
     )
     variants = [
-        variant(BASELINE, score_matching_loss_as_written),
-        variant(COMPILED, torch.compile(score_matching_loss_as_written, dynamic=False)),
+        variant(BASELINE, eager_diffsr.score_matching_loss),
+        variant(COMPILED, torch.compile(eager_diffsr.score_matching_loss, dynamic=False)),
         jax and Variant(JAX, in_jax, lambda: in_scale(in_jax.on(), scales), before=jax.rest),
         variant(OURS, ops.score_matching_loss),
         variant(OURS_BF16, ops.score_matching_loss, compute_dtype=torch.bfloat16),
@@ -155,7 +160,7 @@ def score_matching_loss_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVAL
         double = [i.detach().double().requires_grad_() for i in inputs]
 
         def loss(*inputs: Tensor) -> Tensor:
-            return score_matching_loss_as_written(*inputs, offset.double(), score_weight.double())
+            return eager_diffsr.score_matching_loss(*inputs, offset.double(), score_weight.double())
 
         return in_scale(forward_and_backward(loss, double, torch.ones(())), scales)
 
@@ -171,3 +176,98 @@ def score_matching_loss_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVAL
         bfloat16_bound=Error(1e-2, 1.0),
         flops=2.0 * batch * products,
     )
+
+
+def diffsr_update_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
+    """One whole update of Diff-SR: four representation steps, critic, actor, temperature, target."""
+    torch.manual_seed(SEED)
+    sizes = SIZES[env]
+    replay = random_replay(*sizes)
+    generator = torch.Generator().manual_seed(SEED)
+    defaults = DiffSRConfig.for_env(env)
+    steps = defaults.extra_feature_steps + 1
+
+    def agent(**fields: Any) -> DiffSR:
+        config = dataclasses.replace(defaults, batch_size=batch, **fields)
+        return DiffSR(*sizes, config, seed=SEED)
+
+    def agent_to_check(**fields: Any) -> DiffSR:
+        return agent(adam_eps=CHECK_EPS, update_target_every=1, **fields)
+
+    batches = [replay.sample(batch, generator) for _ in range(steps)]
+    levels = [torch.randint(defaults.noise_steps, (batch,)) for _ in range(steps)]
+    noises = [torch.randn(batch, sizes[0]) for _ in range(steps)]
+    policy_noise = [torch.randn(batch, sizes[1]) for _ in range(2)]
+
+    def moved(an_agent: Any, dtype: torch.dtype = torch.float32) -> Result:
+        """What one update on given batches and draws adds to the parameters."""
+        draws = iter([noise.to(dtype) for noise in policy_noise])
+        an_agent._policy_noise = lambda _: next(draws)
+        parameters = list(parameters_of(an_agent))
+        before = [p.detach().clone() for p in parameters]
+        for some, level, noise in zip(batches, levels, noises, strict=True):
+            an_agent.update_representation(cast(some, dtype), level=level, noise=noise.to(dtype))
+        an_agent.update_critic(cast(batches[-1], dtype))
+        an_agent.update_actor(cast(batches[-1], dtype))
+        an_agent.update_target()
+        return [p.detach() - b for p, b in zip(parameters, before, strict=True)]
+
+    scales: list[float] = []
+
+    def as_one(result: Result) -> Tensor:
+        if not scales:
+            scales.extend(scales_of(moved(eager_diffsr.EagerDiffSR(agent_to_check()))))
+        return in_scale(result, scales)
+
+    as_written = eager_diffsr.EagerDiffSR(agent())
+
+    def ours(name: str, **fields: Any) -> Variant:
+        our_agent = agent(**fields)
+        return Variant(
+            name,
+            lambda: our_agent.update(replay),
+            lambda: as_one(moved(agent_to_check(**fields))),
+        )
+
+    def exact() -> Tensor:
+        double = agent_to_check()
+        for part in (double.representation, double.critic, double.actor, double.temperature):
+            part.double()
+        return as_one(moved(eager_diffsr.EagerDiffSR(double), torch.float64))
+
+    variants = [
+        Variant(
+            BASELINE,
+            lambda: as_written.update(replay, generator),
+            lambda: as_one(moved(eager_diffsr.EagerDiffSR(agent_to_check()))),
+        ),
+        ours(OURS),
+        ours(OURS_BF16, compute_dtype="bfloat16"),
+    ]
+    return Case(
+        "diffsr_update",
+        sizes[0],
+        batch,
+        steps,
+        rivals.admit(variants),
+        exact,
+        bfloat16_bound=Error(1e-2, 10.0),
+    )
+
+
+def cast(batch: Batch, dtype: torch.dtype) -> Batch:
+    floats = {name: v.to(dtype) for name, v in vars(batch).items() if name != "index"}
+    return dataclasses.replace(batch, **floats)
+
+
+def parameters_of(agent: DiffSR | eager_diffsr.EagerDiffSR) -> Iterator[Tensor]:
+    """All that an update changes, in the same order for both agents."""
+    if isinstance(agent, DiffSR):
+        modules = [agent.representation.psi, agent.representation.zeta, agent.critic, agent.actor]
+        temperature = agent.temperature.log
+    else:
+        modules = [agent.psi, agent.zeta, agent.critic, agent.actor]
+        temperature = agent.log_alpha
+    for module in (*modules, agent.critic_target):
+        yield from module.parameters()
+    yield temperature

@@ -23,6 +23,8 @@ import diffcore
 from diffcore.ops._native import _core
 
 WARM_UP_CALLS = 3
+SLOW = 4.0
+"""Seconds of warming up, or of a round, that are a lot."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +64,26 @@ def interleave(
     """Time variants in turns, so that whatever the machine does meanwhile meets all of them.
 
     Args:
-        variants: each is called a few times untimed first.
+        variants: each is called a few times untimed first, or for SLOW seconds at most.
         seconds: how long to go on, within ``least`` to ``most`` rounds of all variants in a random
-            order.
+            order. Where a round takes longer than SLOW, 3 rounds are enough.
     """
     samples: dict[str, list[float]] = {v.name: [] for v in variants}
     order = list(variants)
     shuffle = random.Random(0).shuffle
     for variant in variants:
+        until = time.perf_counter() + SLOW
         for _ in range(WARM_UP_CALLS):
             variant.call()
+            if time.perf_counter() > until:
+                break
     started = time.perf_counter()
     with no_garbage_collection():
         for done in range(most):
-            if done >= least and time.perf_counter() - started > seconds:
+            elapsed = time.perf_counter() - started
+            if done == 3 and elapsed > 3 * SLOW:
+                least = 3
+            if done >= least and elapsed > seconds:
                 break
             shuffle(order)
             for variant in order:

@@ -39,6 +39,7 @@ SIZES = {
     "Hopper-v5": (11, 3),
     "HalfCheetah-v5": (17, 6),
     "Humanoid-v5": (348, 17),
+    "Humanoid-v4": (376, 17),
 }
 ACTION_GRADIENT_STEPS = 20
 SEED = 0
