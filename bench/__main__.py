@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             yield diffsr_workloads.score_matching_loss_case(env, UPDATE_BATCH, rivals=rivals)
         for steps in options.steps if "dipo_step" in only else ():
             yield workloads.dipo_step_case(env, steps, rivals=rivals)
-        sizes = diffsr_workloads.UPDATE_SIZES[: 1 if options.quick else None]
+        sizes = (("Pendulum-v1", 16),) if options.quick else diffsr_workloads.UPDATE_SIZES
         for name, batch in sizes if "diffsr_update" in only else ():
             yield diffsr_workloads.diffsr_update_case(name, batch, rivals=rivals)
 

@@ -21,7 +21,7 @@ def time_variant(benchmark: BenchmarkFixture) -> TimeVariant:
         variant = case.variant(name)
         case.check(name)
         benchmark.group = str(case)
-        rounds = 5 if case.op.endswith("_update") else 10 if case.batch > 256 else 50
+        rounds = 5 if case.op == "diffsr_update" else 10 if case.batch > 256 else 50
         benchmark.pedantic(variant.call, setup=variant.before, rounds=rounds, warmup_rounds=2)
 
     return run

@@ -19,9 +19,9 @@ LEGEND = """\
 Medians of calls made in turns in one process. *New weights*: all parameters were changed in place
 before each call. *Of peak*: diffcore's share, in float32, of the multiply-add peak of the cores it
 used, measured in the same run and counting matrix products only. *torch.compile* runs the
-hand-optimised code, 10 steps to a graph. *dipo_step*: one action and one whole update. *diffsr_update*:
-4 representation steps, then critic and actor. *JAX*: jit, and scan over the steps, on a thread pool
-of its own of the same size."""
+hand-optimised code, 10 steps to a graph. *JAX*: jit, and scan over the steps, on a thread pool of
+its own of the same size. *dipo_step*: one action and one whole update. *diffsr_update*: 4
+representation steps, then critic and actor."""
 
 
 def duration(seconds: float) -> str:
