@@ -33,6 +33,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": torch.tanh,
     "mish": F.mish,
+    # Not F.gelu, which loses small values to cancellation, in float64 too.
+    "gelu": lambda z: z * torch.special.erfc(-z / math.sqrt(2)) / 2,
+    "sin": torch.sin,
+    "cos": torch.cos,
 }
 
 #: One step whose result is the predicted noise itself; with clip = inf it is returned as it is.

@@ -10,20 +10,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import diffcore
-from diffcore.agents import DIPOConfig
+from diffcore.agents import DiffSRConfig, DIPOConfig
 from diffcore.cli import main, parse_training
 from diffcore.training import TrainConfig
 from diffcore.training.logging import read_csv
 
-TINY = [
+SHORT = [
     "--env", "Pendulum-v1", "--total-steps", "60", "--max-episode-steps", "25",
     "--eval-interval", "20", "--eval-episodes", "2", "--log-interval", "7",
-    "--diffusion-steps", "3", "--hidden-dim", "16", "--batch-size", "8",
-    "--action-gradient-steps", "2", "--start-steps", "20", "--no-tensorboard",
+    "--hidden-dim", "16", "--batch-size", "8", "--start-steps", "20", "--no-tensorboard",
+]  # fmt: skip
+TINY = [*SHORT, "--diffusion-steps", "3", "--action-gradient-steps", "2"]
+TINY_DIFFSR = [
+    *SHORT, "--feature-dim", "8", "--psi-hidden-dim", "8", "--zeta-hidden-dim", "8",
+    "--noise-steps", "5", "--extra-feature-steps", "1",
 ]  # fmt: skip
 
 
@@ -50,13 +55,16 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fly"]) == 2
     assert "unknown command 'fly'" in capsys.readouterr().err
     assert main(["train", "nobody"]) == 2
-    assert "unknown agent 'nobody'; there are: dipo" in capsys.readouterr().err
+    assert "unknown agent 'nobody'; there are: diffsr, dipo" in capsys.readouterr().err
 
 
-def test_every_setting_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code(["train", "dipo", "--help"]) == 0
+@pytest.mark.parametrize(("agent", "config_type"), [("dipo", DIPOConfig), ("diffsr", DiffSRConfig)])
+def test_every_setting_is_in_the_help(
+    agent: str, config_type: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(["train", agent, "--help"]) == 0
     text = capsys.readouterr().out
-    for config in (TrainConfig, DIPOConfig):
+    for config in (TrainConfig, config_type):
         for field in dataclasses.fields(config):
             option = "--" + field.name.replace("_", "-")
             assert re.search(rf"{option}\b", text), option
@@ -78,9 +86,12 @@ def test_the_command_line_overrides_the_environments_defaults() -> None:
     assert agent.action_gradient_steps == 3  # type: ignore[attr-defined]
 
 
-def test_a_run_reports_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("arguments", [["dipo", *TINY], ["diffsr", *TINY_DIFFSR]])
+def test_a_run_reports_what_it_did(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "run"
-    assert main(["train", "dipo", *TINY, "--run-dir", str(path)]) == 0
+    assert main(["train", *arguments, "--run-dir", str(path)]) == 0
     text = capsys.readouterr().out
     assert re.search(r"return -\d+\.\d\d ± \d+\.\d\d over 2 episodes", text)
     assert re.search(r"60 steps, [\d.,]+ steps/s", text)

@@ -10,6 +10,7 @@ from helpers import ISAS, run_script
 
 import diffcore
 from diffcore import DiffusionSchedule, nn, ops
+from diffcore.ops import _native
 
 SCHEDULE = DiffusionSchedule.linear(4)
 
@@ -26,6 +27,14 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "reverse_diffusion": (nn.Denoiser(5, 3, 8), SCHEDULE, state),
         "reverse_step": (action, action, SCHEDULE.solver().coefficients[0]),
         "rff_features": (state, torch.randn(8, 5)),
+        "score_matching_loss": (
+            torch.randn(2, 4),
+            state,
+            torch.randn(4 * 3, 5),
+            torch.randn(4 * 3),
+            action,
+            torch.rand(2),
+        ),
     }
 
 
@@ -43,7 +52,8 @@ def test_explain_names_the_fastest_backend(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", ["action_gradient", "reverse_diffusion"])
-def test_explain_says_why_not(op: str) -> None:
+def test_explain_says_why_not(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "NATIVE_ACTIVATIONS", ("identity", "mish"))
     network, *rest = arguments()[op]
     network.activation = "gelu"
     answer = diffcore.explain(op, network, *rest)
@@ -79,8 +89,6 @@ def test_bad_input_of_explain() -> None:
 
 def test_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything runs on the reference, and explain says what is missing."""
-    from diffcore.ops import _native
-
     monkeypatch.setattr(_native, "_core", None)
     monkeypatch.setattr(_native, "unavailable", "the compiled module can't be imported (why)")
     for op, values in arguments().items():

@@ -72,28 +72,89 @@ DIFFCORE_INLINE Vec log(Vec x) {
   return fma(e, broadcast(0.693359375f), f + y);
 }
 
+// (sin(r) - r) / r^3 and (cos(r) - 1 + r^2 / 2) / r^4 for |r| up to a little over pi / 4.
+DIFFCORE_INLINE Vec sine_polynomial(Vec r2) {
+  Vec p = broadcast(-1.9515295891e-4f);
+  p = fma(p, r2, broadcast(8.3321608736e-3f));
+  return fma(p, r2, broadcast(-1.6666654611e-1f));
+}
+DIFFCORE_INLINE Vec cosine_polynomial(Vec r2) {
+  Vec p = broadcast(2.443315711809948e-5f);
+  p = fma(p, r2, broadcast(-1.388731625493765e-3f));
+  return fma(p, r2, broadcast(4.166664568298827e-2f));
+}
+
+// Added to |v| < 2^22, this rounds v to an integer, which then stands in the sum's lowest bits.
+constexpr float integer_in_low_bits = 12582912.0f;  // 1.5 * 2^23
+
+// sin(n pi / 2 + r) from the sine and cosine of r, with n in the low bits of `quarters`. For cos, the
+// sine a quarter turn on, n is one more.
+DIFFCORE_INLINE Vec sine_from_quarter(Vec quarters, Vec sine, Vec cosine) {
+  return flip_by_bit_1(select(bit_0(quarters), cosine, sine), quarters);
+}
+
 // sin and cos of 2 pi u for u in [0, 1). The quadrant is taken off exactly, before the
 // multiplication by 2 pi, so no accuracy is lost to range reduction.
 DIFFCORE_INLINE void sincos_of_turns(Vec u, Vec* sine, Vec* cosine) {
-  const Vec quadrant = round_nearest(u * broadcast(4.0f));
-  const Vec x = fnma(quadrant, broadcast(0.25f), u) * broadcast(6.28318531f);
-  const Vec x2 = x * x;
-  Vec s = broadcast(-1.9515295891e-4f);
-  s = fma(s, x2, broadcast(8.3321608736e-3f));
-  s = fma(s, x2, broadcast(-1.6666654611e-1f));
-  s = fma(s * x2, x, x);
-  Vec c = broadcast(2.443315711809948e-5f);
-  c = fma(c, x2, broadcast(-1.388731625493765e-3f));
-  c = fma(c, x2, broadcast(4.166664568298827e-2f));
-  c = fma(c, x2 * x2, fnma(broadcast(0.5f), x2, broadcast(1.0f)));
-  // quadrant 0..4: q & 1 swaps the two; the signs follow from the half turn they lie in.
-  const Vec half = quadrant * broadcast(0.5f);
-  const Mask odd = less(broadcast(0.25f), abs(half - round_nearest(half)));
-  const Vec minus_s = zero() - s, minus_c = zero() - c;
-  const Mask in_2_3 = less(abs(quadrant - broadcast(2.5f)), broadcast(1.0f));
-  const Mask in_1_2 = less(abs(quadrant - broadcast(1.5f)), broadcast(1.0f));
-  *sine = select(odd, select(in_2_3, minus_c, c), select(in_2_3, minus_s, s));
-  *cosine = select(odd, select(in_1_2, minus_s, s), select(in_1_2, minus_c, c));
+  const Vec quarters = fma(u, broadcast(4.0f), broadcast(integer_in_low_bits));
+  const Vec n = quarters - broadcast(integer_in_low_bits);
+  const Vec r = fnma(n, broadcast(0.25f), u) * broadcast(6.28318531f);
+  const Vec r2 = r * r;
+  const Vec s = fma(sine_polynomial(r2) * r2, r, r);
+  const Vec c = fma(cosine_polynomial(r2), r2 * r2, fnma(broadcast(0.5f), r2, broadcast(1.0f)));
+  *sine = sine_from_quarter(quarters, s, c);
+  *cosine = sine_from_quarter(quarters + broadcast(1.0f), s, c);
+}
+
+struct SineCosine {
+  Vec sine, cosine;
+};
+
+// For any x, number by number in double precision.
+static __attribute__((noinline)) SineCosine sincos_in_double(Vec x) {
+  float sine[Vec::width], cosine[Vec::width], values[Vec::width];
+  store(values, x);
+  for (int l = 0; l < Vec::width; ++l) {
+    sine[l] = static_cast<float>(__builtin_sin(static_cast<double>(values[l])));
+    cosine[l] = static_cast<float>(__builtin_cos(static_cast<double>(values[l])));
+  }
+  return {load(sine), load(cosine)};
+}
+
+// x - n pi / 2 = high + low, where low is what high rounds away, for |n| up to 2^13 and the n nearest
+// to x / (pi / 2). pi / 2 is a sum of four parts, the first three of 11 bits: their products with n
+// are exact, with or without an fma, and so are the differences.
+DIFFCORE_INLINE void subtract_quarters(Vec n, Vec x, Vec* high, Vec* low) {
+  const Vec r = fnma(n, broadcast(0x1.fb4p-12f), fnma(n, broadcast(0x1.92p+0f), x));
+  const Vec third = n * broadcast(0x1.444p-24f);
+  *high = r - third;
+  *low = fnma(n, broadcast(0x1.68c234p-39f), (r - *high) - third);
+}
+
+// sin and cos of x, within 1 ulp for every x; NaN for infinities. Beyond `longest_reduction`, which is
+// 2^13 quarter turns, it takes about a hundred times as long.
+constexpr float longest_reduction = 12867.0f;
+
+DIFFCORE_INLINE void sincos(Vec x, Vec* sine, Vec* cosine) {
+  const Vec quarters = fma(x, broadcast(0.636619772f), broadcast(integer_in_low_bits));
+  const Vec n = quarters - broadcast(integer_in_low_bits);
+  Vec r, low;
+  subtract_quarters(n, x, &r, &low);
+  // sin(r + low) and cos(r + low), each a large term plus a small sum, so that only the last addition
+  // rounds much: sin = r + (r^3 p + low cos r), cos = w + (what w = 1 - r^2 / 2 rounds away + ...).
+  const Vec r2 = r * r, half = broadcast(0.5f) * r;
+  const Vec w = fnma(half, r, broadcast(1.0f));
+  const Vec s = r + fma(sine_polynomial(r2) * r2, r, low * w);
+  const Vec rounded_away = fnma(low, r, fnma(half, r, broadcast(1.0f) - w));
+  const Vec c = w + fma(cosine_polynomial(r2), r2 * r2, rounded_away);
+  *sine = sine_from_quarter(quarters, s, c);
+  *cosine = sine_from_quarter(quarters + broadcast(1.0f), s, c);
+  const Mask near = less(abs(x), broadcast(longest_reduction));
+  if (__builtin_expect(!all(near), 0)) {
+    const SineCosine far = sincos_in_double(x);
+    *sine = select(near, *sine, far.sine);
+    *cosine = select(near, *cosine, far.cosine);
+  }
 }
 
 template <Activation kind>
@@ -184,6 +245,86 @@ struct ActivationFunction<Activation::mish> {
     // mish'(x) = t + 4 x e (1 + e) / (n + 2)^2
     *slope = fma(limited * r * broadcast(4.0f), fma(e, e, e) * r, t);
     return x * t;
+  }
+};
+
+// square - x x, the rounding error of square = x x.
+DIFFCORE_INLINE Vec rounding_of_square(Vec x, Vec square) {
+  if constexpr (fma_rounds_once) {
+    return fnma(x, x, square);
+  } else {  // by halves of x whose products are exact
+    const Vec high = round_to_bf16(x), low = x - high;
+    return ((square - high * high) - (high + high) * low) - low * low;
+  }
+}
+
+// gelu(x) = x Phi(x), Phi the normal distribution function. Its tail Phi(-|x|) is exp(-x^2 / 2) times
+// a function that is smooth over the whole range, so that small values aren't differences of large
+// ones. Beyond 13.19 the exponential is below float32's normal numbers.
+template <>
+struct ActivationFunction<Activation::gelu> {
+  struct Parts {
+    Vec limited, exponential, distribution;
+  };
+  DIFFCORE_INLINE Parts parts(Vec x) {
+    const Vec limit = broadcast(13.19f);
+    const Vec limited = clamp(x, zero() - limit, limit);
+    const Vec magnitude = abs(limited);
+    // The rounding error of x^2, which the exponential would magnify, is put right afterwards.
+    const Vec square = limited * limited;
+    Vec e = exp(broadcast(-0.5f) * square);
+    e = fma(e * broadcast(0.5f), rounding_of_square(limited, square), e);
+    // (|x| + 3) Phi(-|x|) / exp(-x^2 / 2) as a polynomial in (|x| - 3) / (|x| + 3), to 4e-8.
+    const Vec inverse = reciprocal(magnitude + broadcast(3.0f));
+    const Vec q = fnma(broadcast(6.0f), inverse, broadcast(1.0f));
+    Vec p = broadcast(-2.725993400e-4f);
+    p = fma(p, q, broadcast(-9.120256291e-4f));
+    p = fma(p, q, broadcast(1.077569788e-3f));
+    p = fma(p, q, broadcast(6.929901894e-3f));
+    p = fma(p, q, broadcast(-1.047948003e-2f));
+    p = fma(p, q, broadcast(-4.725730047e-2f));
+    p = fma(p, q, broadcast(2.300192565e-1f));
+    p = fma(p, q, broadcast(-5.093322396e-1f));
+    p = fma(p, q, broadcast(7.290836573e-1f));
+    const Vec tail = e * (p * inverse);
+    return {limited, e, select(less(x, zero()), tail, broadcast(1.0f) - tail)};
+  }
+  DIFFCORE_INLINE Vec value(Vec x) {
+    return at_least(broadcast(-13.19f), x) * parts(x).distribution;
+  }
+  DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
+    const Parts p = parts(x);
+    // 1 / sqrt(2 pi)
+    *slope = fma(p.limited * broadcast(0.398942280f), p.exponential, p.distribution);
+    return at_least(broadcast(-13.19f), x) * p.distribution;
+  }
+};
+
+template <>
+struct ActivationFunction<Activation::sin> {
+  DIFFCORE_INLINE Vec value(Vec x) {
+    Vec slope;
+    return value_and_slope(x, &slope);
+  }
+  DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
+    Vec sine;
+    sincos(x, &sine, slope);
+    return sine;
+  }
+};
+
+template <>
+struct ActivationFunction<Activation::cos> {
+  DIFFCORE_INLINE Vec value(Vec x) {
+    Vec sine, cosine;
+    sincos(x, &sine, &cosine);
+    return cosine;
+  }
+  DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
+    Vec sine, cosine;
+    sincos(x, &sine, &cosine);
+    *slope = zero() - sine;
+    return cosine;
   }
 };
 

@@ -7,7 +7,7 @@
 
 namespace diffcore {
 
-enum class Activation : int { identity, relu, elu, silu, tanh, mish };
+enum class Activation : int { identity, relu, elu, silu, tanh, mish, gelu, sin, cos };
 enum class Precision : int { float32, bfloat16 };
 
 constexpr int max_layers = 16;

@@ -43,6 +43,9 @@ DIFFCORE_INLINE ActivateFunction<Operand> activate_function(Activation kind) {
     case Activation::silu: return activate<Operand, ActivationFunction<Activation::silu>>;
     case Activation::tanh: return activate<Operand, ActivationFunction<Activation::tanh>>;
     case Activation::mish: return activate<Operand, ActivationFunction<Activation::mish>>;
+    case Activation::gelu: return activate<Operand, ActivationFunction<Activation::gelu>>;
+    case Activation::sin: return activate<Operand, ActivationFunction<Activation::sin>>;
+    case Activation::cos: return activate<Operand, ActivationFunction<Activation::cos>>;
   }
   return nullptr;
 }

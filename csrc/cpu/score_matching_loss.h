@@ -55,20 +55,28 @@ static void pack_lanes(const float* rows, ptrdiff_t stride, int count, int in,
 template <class Operand>
 static void pack_columns(const float* rows, ptrdiff_t stride, int in, int columns,
                          typename Operand::Weight* panels) {
-  const ptrdiff_t panel_size = static_cast<ptrdiff_t>(Operand::depth(in)) * panel_width;
-  for (int k = 0; k < in; k += step_of<Operand>) {
-    typename Operand::Weight* to =
-        panels + static_cast<ptrdiff_t>(k / step_of<Operand>) * panel_width;
-    const float* first = rows + k * stride;
-    for (int n = 0; n < columns; n += panel_width, to += panel_size) {
-      const int present = columns - n < panel_width ? columns - n : panel_width;
-      if (k + 1 < in) {
-        const float* second = first + stride;
-        for (int c = 0; c < present; ++c) to[c] = Operand::weight(first[n + c], second[n + c]);
+  using Weight = typename Operand::Weight;
+  const int depth = Operand::depth(in), whole = columns / panel_width;
+  const ptrdiff_t panel_size = static_cast<ptrdiff_t>(depth) * panel_width;
+  for (int k = 0; k < depth; ++k) {
+    const float* first = rows + k * step_of<Operand> * stride;
+    const bool alone = step_of<Operand> * k + 1 == in;
+    Weight* to = panels + static_cast<ptrdiff_t>(k) * panel_width;
+    for (int n = 0; n < whole; ++n, first += panel_width, to += panel_size) {
+      if constexpr (Operand::precision == Precision::float32) {
+        memcpy(to, first, sizeof(float) * panel_width);
+      } else if (alone) {
+        for (int c = 0; c < panel_width; ++c) to[c] = Operand::weight(first[c], 0.0f);
       } else {
-        for (int c = 0; c < present; ++c) to[c] = Operand::weight(first[n + c], 0.0f);
+        for (int c = 0; c < panel_width; ++c) to[c] = Operand::weight(first[c], first[stride + c]);
       }
-      for (int c = present; c < panel_width; ++c) to[c] = typename Operand::Weight(0);
+    }
+    const int present = columns % panel_width;
+    if (present == 0) continue;
+    for (int c = 0; c < panel_width; ++c) {
+      const bool single = step_of<Operand> == 1 || alone;
+      to[c] =
+          c < present ? Operand::weight(first[c], single ? 0.0f : first[stride + c]) : Weight(0);
     }
   }
 }
@@ -92,30 +100,65 @@ static void convert_rows(const float* from, ptrdiff_t from_stride, int64_t rows,
 
 constexpr float no_offset[panel_width] = {};
 
-// out = x panel for `rows` rows, in register blocks that are as even as they come.
-template <class Operand>
+// Fetches a block of rows into L2, a few lines at every call: the weights come from memory, in pieces
+// too short for the hardware to see a stream. Each product fetches what the next one reads.
+struct Prefetcher {
+  const float* row;
+  ptrdiff_t stride;
+  int rows;
+  int columns;
+  int lines_per_call;
+  int column = 0;
+
+  Prefetcher(const float* first, ptrdiff_t row_stride, int row_count, int column_count, int calls)
+      : row(first), stride(row_stride), rows(row_count), columns(column_count) {
+    const int64_t lines = ceil_div(columns, line) * rows;
+    lines_per_call = static_cast<int>(ceil_div(lines, calls));
+  }
+  void operator()() {
+    for (int i = 0; i < lines_per_call && rows > 0; ++i) {
+      __builtin_prefetch(row + column, 0, 2);
+      column += line;
+      if (column < columns) continue;
+      column = 0;
+      row += stride;
+      --rows;
+    }
+  }
+  static constexpr int line = 16;  // floats
+};
+
+DIFFCORE_INLINE int register_blocks(int rows) { return (rows + max_tile_rows - 1) / max_tile_rows; }
+
+// out = x panel for `rows` rows, in register blocks that are as even as they come; `between` is
+// called after each.
+template <class Operand, class Between>
 DIFFCORE_INLINE void store_product(const typename Operand::Input* x, ptrdiff_t x_stride, int rows,
                                    const typename Operand::Weight* panel, int depth, float* out,
-                                   ptrdiff_t out_stride) {
-  const int blocks = (rows + max_tile_rows - 1) / max_tile_rows;
+                                   ptrdiff_t out_stride, Between& between) {
+  const int blocks = register_blocks(rows);
   for (int b = 0, row = 0; b < blocks; ++b) {
     const int count = rows / blocks + (b < rows % blocks);
     tile_function<Operand>(count)(x + row * x_stride, x_stride, depth, panel, panel_width,
                                   {no_offset, nullptr, 0}, out + row * out_stride, out_stride);
+    between();
     row += count;
   }
 }
 
 // out += factor x panel, with one factor a row, or none where it is null.
-template <class Operand>
+template <class Operand, class Between>
 DIFFCORE_INLINE void add_product(const typename Operand::Input* x, ptrdiff_t x_stride, int rows,
                                  const typename Operand::Weight* panel, int depth,
-                                 const float* factor, float* out, ptrdiff_t out_stride) {
+                                 const float* factor, float* out, ptrdiff_t out_stride,
+                                 Between& between) {
   alignas(64) float sums[max_tile_rows * panel_width];
-  const int blocks = (rows + max_tile_rows - 1) / max_tile_rows;
+  const int blocks = register_blocks(rows);
   for (int b = 0, row = 0; b < blocks; ++b) {
     const int count = rows / blocks + (b < rows % blocks);
-    store_product<Operand>(x + row * x_stride, x_stride, count, panel, depth, sums, panel_width);
+    tile_function<Operand>(count)(x + row * x_stride, x_stride, depth, panel, panel_width,
+                                  {no_offset, nullptr, 0}, sums, panel_width);
+    between();
     for (int i = 0; i < count; ++i) {
       const Vec f = broadcast(factor ? factor[row + i] : 1.0f);
       float* to = out + (row + i) * out_stride;
@@ -254,6 +297,12 @@ static void score_tile(const ScoreMatchingLossCall& call, const ScoreMatching<Op
         x = b.weight.data;
         x_stride = b.weight.stride;
       }
+      const int next_d = d + feature_block < D ? d + feature_block : 0;
+      const int next_s = next_d > 0 ? s : s + 1;
+      const int next_count = D - next_d < feature_block ? D - next_d : feature_block;
+      Prefetcher fetch(call.weight + next_d * feature_stride + static_cast<ptrdiff_t>(next_s) * H,
+                       feature_stride, next_s < S ? next_count : 0, H,
+                       panels.rows * static_cast<int>(chunks) * register_blocks(count));
       for (int p = 0; p < panels.rows; ++p) {
         const int64_t first = (panels.first + p) * panel_width;
         float* zeta = b.zeta + (static_cast<ptrdiff_t>(p) * D + d) * panel_width;
@@ -262,9 +311,10 @@ static void score_tile(const ScoreMatchingLossCall& call, const ScoreMatching<Op
           const auto* part = x + k.first * step_of<Operand>;
           const auto* panel = m.hidden_lanes + first * depth + k.first * panel_width;
           if (c == 0) {
-            store_product<Operand>(part, x_stride, count, panel, k.rows, zeta, panel_width);
+            store_product<Operand>(part, x_stride, count, panel, k.rows, zeta, panel_width, fetch);
           } else {
-            add_product<Operand>(part, x_stride, count, panel, k.rows, nullptr, zeta, panel_width);
+            add_product<Operand>(part, x_stride, count, panel, k.rows, nullptr, zeta, panel_width,
+                                 fetch);
           }
         }
         contract_features(m.psi_lanes + first * D + static_cast<ptrdiff_t>(d) * panel_width,
@@ -337,13 +387,16 @@ static void hidden_gradient(const ScoreMatchingLossCall& call, const ScoreMatchi
     pack_columns<Operand>(call.weight + static_cast<ptrdiff_t>(s) * H + column,
                           static_cast<ptrdiff_t>(S) * H, D, columns, b.weight);
     const float* slope = m.slope + s * m.rows() + rows.first;
+    Prefetcher fetch(call.weight + static_cast<ptrdiff_t>(s + 1) * H + column,
+                     static_cast<ptrdiff_t>(S) * H, s + 1 < S ? D : 0, columns,
+                     panels.rows * static_cast<int>(chunks) * register_blocks(rows.rows));
     for (int n = 0; n < panels.rows; ++n) {
       for (int64_t c = 0; c < chunks; ++c) {
         const Span k = tile_span(depth, chunks, c);
         add_product<Operand>(
             m.psi.row(rows.first) + k.first * step_of<Operand>, m.psi.stride, rows.rows,
             b.weight + (static_cast<ptrdiff_t>(n) * depth + k.first) * panel_width, k.rows, slope,
-            b.total + static_cast<ptrdiff_t>(n) * rows.rows * panel_width, panel_width);
+            b.total + static_cast<ptrdiff_t>(n) * rows.rows * panel_width, panel_width, fetch);
       }
     }
   }
@@ -377,6 +430,7 @@ static void zeta_weight_gradient(const ScoreMatchingLossCall& call, const ScoreM
   const int depth = Operand::depth(static_cast<int>(call.batch));
   const ptrdiff_t first = static_cast<ptrdiff_t>(d) * S + s;
   alignas(64) float sums[feature_block * panel_width];
+  const auto nothing = [] {};
   for (int start = 0; start < depth; start += chunk_depth) {
     const int part = depth - start < chunk_depth ? depth - start : chunk_depth;
     const int row = start * step_of<Operand>;
@@ -407,10 +461,12 @@ static void zeta_weight_gradient(const ScoreMatchingLossCall& call, const ScoreM
       float* to = call.grad_weight + first * H + n * panel_width;
       const ptrdiff_t stride = static_cast<ptrdiff_t>(S) * H;
       if (start == 0 && left >= panel_width) {
-        store_product<Operand>(b.scaled.data, b.scaled.stride, count, panel, part, to, stride);
+        store_product<Operand>(b.scaled.data, b.scaled.stride, count, panel, part, to, stride,
+                               nothing);
         continue;
       }
-      store_product<Operand>(b.scaled.data, b.scaled.stride, count, panel, part, sums, panel_width);
+      store_product<Operand>(b.scaled.data, b.scaled.stride, count, panel, part, sums, panel_width,
+                             nothing);
       const int columns = left < panel_width ? left : panel_width;
       for (int i = 0; i < count; ++i)
         for (int c = 0; c < columns; ++c) {

@@ -28,6 +28,7 @@ struct Vec {
 };
 using Mask = __mmask16;
 
+constexpr bool fma_rounds_once = true;
 // Rows of the register tile: 12 rows x 2 vectors + 2 weights + 1 input = 27 of 32 registers.
 constexpr int max_tile_rows = 12;
 constexpr int max_narrow_rows = 6;
@@ -50,6 +51,16 @@ DIFFCORE_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 DIFFCORE_INLINE Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 DIFFCORE_INLINE Vec select(Mask m, Vec yes, Vec no) {
   return {_mm512_mask_blend_ps(m, no.v, yes.v)};
+}
+DIFFCORE_INLINE bool all(Mask m) { return m == 0xffff; }
+// Where the lowest bit of a's mantissa is set, and a's sign flipped where bit 1 of another's is.
+DIFFCORE_INLINE Mask bit_0(Vec a) {
+  return _mm512_test_epi32_mask(_mm512_castps_si512(a.v), _mm512_set1_epi32(1));
+}
+DIFFCORE_INLINE Vec flip_by_bit_1(Vec a, Vec by) {
+  const __m512i bit = _mm512_and_si512(_mm512_castps_si512(by.v), _mm512_set1_epi32(2));
+  return {
+      _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a.v), _mm512_slli_epi32(bit, 30)))};
 }
 // 1/a for positive normal a, to about 1 ulp: one Newton step on the 14-bit estimate.
 DIFFCORE_INLINE Vec reciprocal(Vec a) {
@@ -95,6 +106,7 @@ struct Mask {
   __m256 v;
 };
 
+constexpr bool fma_rounds_once = true;
 // 6 rows x 2 vectors + 2 weights + 1 input = 15 of 16 registers.
 constexpr int max_tile_rows = 6;
 constexpr int max_narrow_rows = 3;
@@ -117,6 +129,14 @@ DIFFCORE_INLINE Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 DIFFCORE_INLINE Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 DIFFCORE_INLINE Mask less(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 DIFFCORE_INLINE Vec select(Mask m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, m.v)}; }
+DIFFCORE_INLINE bool all(Mask m) { return _mm256_movemask_ps(m.v) == 0xff; }
+DIFFCORE_INLINE Mask bit_0(Vec a) {  // in the sign, which is all that select and all look at
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 31))};
+}
+DIFFCORE_INLINE Vec flip_by_bit_1(Vec a, Vec by) {
+  const __m256i bit = _mm256_and_si256(_mm256_castps_si256(by.v), _mm256_set1_epi32(2));
+  return {_mm256_xor_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(bit, 30)))};
+}
 DIFFCORE_INLINE Vec reciprocal(Vec a) { return broadcast(1.0f) / a; }
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   // In two halves, so that the scale itself neither overflows nor turns subnormal.
@@ -164,6 +184,7 @@ struct Mask {
   uint32x4_t v;
 };
 
+constexpr bool fma_rounds_once = true;
 constexpr int max_tile_rows = 8;
 constexpr int max_narrow_rows = 6;
 
@@ -183,6 +204,14 @@ DIFFCORE_INLINE Vec sqrt(Vec a) { return {vsqrtq_f32(a.v)}; }
 DIFFCORE_INLINE Vec abs(Vec a) { return {vabsq_f32(a.v)}; }
 DIFFCORE_INLINE Mask less(Vec a, Vec b) { return {vcltq_f32(a.v, b.v)}; }
 DIFFCORE_INLINE Vec select(Mask m, Vec yes, Vec no) { return {vbslq_f32(m.v, yes.v, no.v)}; }
+DIFFCORE_INLINE bool all(Mask m) { return vminvq_u32(m.v) != 0; }
+DIFFCORE_INLINE Mask bit_0(Vec a) {
+  return {vtstq_u32(vreinterpretq_u32_f32(a.v), vdupq_n_u32(1))};
+}
+DIFFCORE_INLINE Vec flip_by_bit_1(Vec a, Vec by) {
+  const uint32x4_t bit = vandq_u32(vreinterpretq_u32_f32(by.v), vdupq_n_u32(2));
+  return {vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(a.v), vshlq_n_u32(bit, 30)))};
+}
 DIFFCORE_INLINE Vec reciprocal(Vec a) { return broadcast(1.0f) / a; }
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   const int32x4_t k = vcvtnq_s32_f32(n.v);
@@ -226,6 +255,7 @@ struct Mask {
   Int4 v;
 };
 
+constexpr bool fma_rounds_once = false;
 constexpr int max_tile_rows = 4;
 constexpr int max_narrow_rows = 3;
 
@@ -246,6 +276,11 @@ DIFFCORE_INLINE Vec select(Mask m, Vec yes, Vec no) {
   return {(Float4)(((Int4)yes.v & m.v) | ((Int4)no.v & ~m.v))};
 }
 DIFFCORE_INLINE Mask less(Vec a, Vec b) { return {a.v < b.v}; }
+DIFFCORE_INLINE bool all(Mask m) { return (m.v[0] & m.v[1] & m.v[2] & m.v[3]) != 0; }
+DIFFCORE_INLINE Mask bit_0(Vec a) { return {((Int4)a.v & 1) != 0}; }
+DIFFCORE_INLINE Vec flip_by_bit_1(Vec a, Vec by) {
+  return {(Float4)((Word4)a.v ^ ((Word4)by.v & 2u) << 30)};
+}
 DIFFCORE_INLINE Vec at_least(Vec lower, Vec x) { return select(less(x, lower), lower, x); }
 DIFFCORE_INLINE Vec at_most(Vec upper, Vec x) { return select(less(upper, x), upper, x); }
 DIFFCORE_INLINE Vec abs(Vec a) { return {(Float4)((Int4)a.v & 0x7fffffff)}; }

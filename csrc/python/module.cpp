@@ -219,7 +219,10 @@ PYBIND11_MODULE(_core, m) {
       .value("elu", Activation::elu)
       .value("silu", Activation::silu)
       .value("tanh", Activation::tanh)
-      .value("mish", Activation::mish);
+      .value("mish", Activation::mish)
+      .value("gelu", Activation::gelu)
+      .value("sin", Activation::sin)
+      .value("cos", Activation::cos);
   py::enum_<Precision>(m, "Precision")
       .value("float32", Precision::float32)
       .value("bfloat16", Precision::bfloat16);

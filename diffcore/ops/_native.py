@@ -20,7 +20,7 @@ except ImportError as error:  # a source tree without a build; the reference run
     _core = None
     unavailable = f"the compiled module can't be imported ({error})"
 
-NATIVE_ACTIVATIONS = ("identity", "relu", "elu", "silu", "tanh", "mish")
+NATIVE_ACTIVATIONS = ("identity", "relu", "elu", "silu", "tanh", "mish", "gelu", "sin", "cos")
 
 Layer = tuple[int, int, int, int]
 

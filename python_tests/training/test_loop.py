@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import json
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 from tiny import CountingEnv, TinyAgent, TinyConfig
 
-from diffcore.agents import DIPOConfig
+from diffcore.agents import DiffSRConfig, DIPOConfig
 from diffcore.training import (
     CheckpointError,
     ConfigError,
@@ -45,6 +46,18 @@ DIPO = DIPOConfig(
     start_steps=20,
     buffer_size=500,
 )
+DIFFSR = DiffSRConfig(
+    feature_dim=8,
+    psi_hidden_dim=8,
+    zeta_hidden_dim=8,
+    hidden_dim=16,
+    noise_steps=5,
+    extra_feature_steps=1,
+    batch_size=8,
+    start_steps=20,
+    buffer_size=500,
+)
+both_agents = pytest.mark.parametrize("agent_config", [DIPO, DIFFSR], ids=["dipo", "diffsr"])
 MakeConfig = Callable[..., TrainConfig]
 SignalAt = Callable[..., None]
 
@@ -135,11 +148,12 @@ def test_namespaced_ids_make_one_directory(tmp_path: Path, tiny_run: MakeConfig)
     assert run.path.parent == tmp_path / "diffcore-MultiGoal-v0"
 
 
+@both_agents
 def test_equal_seeds_give_equal_runs_and_others_do_not(
-    tiny_run: MakeConfig, console: Console
+    tiny_run: MakeConfig, console: Console, agent_config: Any
 ) -> None:
     runs = [
-        train(tiny_run(str(i), seed=seed), DIPO, console=console).run
+        train(tiny_run(str(i), seed=seed), agent_config, console=console).run
         for i, seed in enumerate([1, 1, 2])
     ]
     assert_equal_runs(runs[0], runs[1])
@@ -234,13 +248,14 @@ def test_diverged_actions_stop_the_run(
 # Evaluations and checkpoints on the side
 
 
+@both_agents
 def test_evaluations_and_checkpoints_do_not_touch_training(
-    tiny_run: MakeConfig, console: Console
+    tiny_run: MakeConfig, console: Console, agent_config: Any
 ) -> None:
-    quiet = train(tiny_run("quiet", eval_interval=60), DIPO, console=console).run
+    quiet = train(tiny_run("quiet", eval_interval=60), agent_config, console=console).run
     busy = train(
         tiny_run("busy", eval_interval=3, eval_episodes=1, checkpoint_minutes=0.0),
-        DIPO,
+        agent_config,
         console=console,
     ).run
     assert (quiet / "progress.csv").read_bytes() == (busy / "progress.csv").read_bytes()
@@ -252,6 +267,7 @@ def test_evaluations_and_checkpoints_do_not_touch_training(
 # Interruption and resumption
 
 
+@both_agents
 @pytest.mark.parametrize("num_envs", [1, 2])
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "diffcore/MultiGoal-v0", "HalfCheetah-v5"])
 def test_interrupted_and_resumed_equals_uninterrupted(
@@ -261,15 +277,16 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     signal_at: SignalAt,
     env_id: str,
     num_envs: int,
+    agent_config: Any,
 ) -> None:
-    whole = train(tiny_run("whole", env=env_id, num_envs=num_envs), DIPO, console=console).run
+    whole = train(tiny_run("whole", env=env_id, num_envs=num_envs), agent_config, console=console).run
 
     # In the random start, in mid-episode after it, and right at an evaluation.
     for step, number in ((14, signal.SIGINT), (38, signal.SIGTERM), (40, signal.SIGINT)):
         signal_at(step, number)
         if step == 14:
             config = tiny_run("parts", env=env_id, num_envs=num_envs)
-            result = train(config, DIPO, console=console)
+            result = train(config, agent_config, console=console)
         else:
             result = resume(result.run, console=console)
         assert (result.step, result.interrupted) == (step, True)
@@ -280,14 +297,26 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert "warning" not in output.getvalue()
 
 
-@pytest.mark.parametrize("mode", ["official", "paper"])
-@pytest.mark.parametrize("policy", ["mlp", "vae"])
-def test_every_kind_of_dipo_resumes(
-    tiny_run: MakeConfig, console: Console, signal_at: SignalAt, mode: Any, policy: Any
+@pytest.mark.parametrize(
+    ("agent_config", "changes"),
+    [
+        *((DIPO, {"policy": p, "mode": m}) for p in ("mlp", "vae") for m in ("official", "paper")),
+        (DIFFSR, {"mode": "official", "gram_weight": 0.1}),
+        (DIFFSR, {"mode": "paper", "conditioning": "time_embedding"}),
+        (DIFFSR, {"bonus": "elliptical"}),
+        (DIFFSR, {"bonus": "kernel", "bonus_samples": 4}),
+        (DIFFSR, {"compute_dtype": "bfloat16", "update_target_every": 3}),
+        (DIFFSR, {"freeze_representation": True}),
+    ],
+)
+def test_every_kind_of_agent_resumes(
+    tiny_run: MakeConfig,
+    console: Console,
+    signal_at: SignalAt,
+    agent_config: Any,
+    changes: dict[str, Any],
 ) -> None:
-    import dataclasses
-
-    agent_config = dataclasses.replace(DIPO, mode=mode, policy=policy)
+    agent_config = dataclasses.replace(agent_config, **changes)
     whole = train(tiny_run("whole"), agent_config, console=console).run
     signal_at(33)
     parts = train(tiny_run("parts"), agent_config, console=console).run

@@ -74,7 +74,6 @@ def _(
 @_native.vmap("score_matching_loss")
 def _(info: Any, in_dims: Any, *args: Any) -> Any:
     """One by one: every element has a loss of its own."""
-    in_dims = (*in_dims[:-1], None)
     results = _native.one_by_one(loss_and_gradients, info.batch_size, in_dims, args)
     return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * 5
 
