@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -229,6 +230,20 @@ def diffsr_update_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> 
             lambda: as_one(moved(agent_to_check(**fields))),
         )
 
+    def in_jax() -> Variant | None:
+        if not (jax := rivals.jax_baselines()):
+            return None
+        module = importlib.import_module("jax_diffsr")
+        jax_agent, start = module.JaxDiffSR(agent()), module.JaxDiffSR(agent_to_check())
+        arrays = jax.replay_arrays(replay)
+        given = (batches, levels, noises, policy_noise)
+        return Variant(
+            JAX,
+            lambda: jax_agent.update(arrays),
+            lambda: as_one(start.moved(*given)),
+            before=jax.rest,
+        )
+
     def exact() -> Tensor:
         double = agent_to_check()
         for part in (double.representation, double.critic, double.actor, double.temperature):
@@ -241,6 +256,7 @@ def diffsr_update_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> 
             lambda: as_written.update(replay, generator),
             lambda: as_one(moved(eager_diffsr.EagerDiffSR(agent_to_check()))),
         ),
+        in_jax(),
         ours(OURS),
         ours(OURS_BF16, compute_dtype="bfloat16"),
     ]

@@ -54,7 +54,7 @@ def test_all_sections_are_measured_and_checked(stored: Path) -> None:
 def test_jax_computes_the_same() -> None:
     pytest.importorskip("jax")
     ops = ["reverse_diffusion", "action_gradient", "critic_update", "denoising_update"]
-    ops += ["rff_features", "score_matching_loss"]
+    ops += ["rff_features", "score_matching_loss", "diffsr_update"]
     done = bench("--quick", "--no-compile", "--no-save", "--brief", "--only", *ops)
     assert done.returncode == 0, done.stderr
     assert all("JAX" in line for line in done.stdout.splitlines())
@@ -64,7 +64,7 @@ def test_overhead_is_measured_for_every_op(tmp_path: Path) -> None:
     done = bench("--overhead", "--quick", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "overhead.md").read_text()
-    for op in ("reverse_diffusion", "action_gradient", "mlp"):
+    for op in ("reverse_diffusion", "action_gradient", "mlp", "rff_features", "score_matching"):
         assert op in table
     assert table.strip() in done.stdout
 
@@ -84,7 +84,7 @@ def test_memory_counts_calls_and_peaks() -> None:
     done = bench("--memory", "--quick", "--env", "Pendulum-v1", "--no-save")
     assert done.returncode == 0, done.stderr
     assert "calls" in done.stdout
-    assert "DIPO update, diffcore" in done.stdout
+    assert "update of DIPO, diffcore" in done.stdout
 
 
 def test_profile_adds_up_to_a_step(tmp_path: Path) -> None:
