@@ -26,7 +26,6 @@ from diffcore.nn import Denoiser, TwinCritic
 
 MOST_CALLS = 1_000_000
 NEW_WEIGHTS_EVERY, NEW_NETWORK_EVERY = 16, 1024
-CHECKS = 20
 STEPS = 3
 MIB = 2**20
 
@@ -101,11 +100,12 @@ def resident() -> int:
 
 
 def growth(
-    make: Callable[[], nn.Module], call: Callable[[nn.Module], object], seconds: float
-) -> tuple[int, list[int]]:
-    """(calls made, growth of resident memory in bytes at CHECKS points in time).
+    make: Callable[[], nn.Module], call: Callable[[nn.Module], object], seconds: float, every: int
+) -> tuple[int, int, int]:
+    """(calls made, bytes by which resident memory grew until half time, and until the end).
 
-    The weights change now and then, and so does the network: what is kept for one must go.
+    The weights change now and then, and the network ``every`` so many calls: what is kept for one
+    must go.
     """
     module = make()
     calls = 0
@@ -113,11 +113,11 @@ def growth(
     def go_on(until: float, most: int) -> None:
         nonlocal module, calls
         while True:
-            for _ in range(NEW_NETWORK_EVERY // NEW_WEIGHTS_EVERY):
+            for _ in range(every // NEW_WEIGHTS_EVERY):
                 for _ in range(NEW_WEIGHTS_EVERY):
                     call(module)
                 change_weights(module)
-            calls += NEW_NETWORK_EVERY
+            calls += every
             module = make()
             if calls >= most or time.perf_counter() > until:
                 break
@@ -125,12 +125,12 @@ def growth(
     go_on(time.perf_counter() + 0.2 * seconds, MOST_CALLS // 5)  # until the caches are full
     gc.collect()
     before, calls, started = resident(), 0, time.perf_counter()
-    grown = []
-    for i in range(1, CHECKS + 1):
-        go_on(started + seconds * i / CHECKS, MOST_CALLS * i // CHECKS)
-        gc.collect()
-        grown.append(resident() - before)
-    return calls, grown
+    go_on(started + seconds / 2, MOST_CALLS // 2)
+    gc.collect()
+    half = resident() - before
+    go_on(started + seconds, MOST_CALLS)
+    gc.collect()
+    return calls, half, resident() - before
 
 
 # -- peak -----------------------------------------------------------------------------------------
@@ -219,13 +219,14 @@ def peak_in_child(name: str, env: str) -> tuple[int, int]:
 
 def run(options: argparse.Namespace) -> str:
     """Both tables, as Markdown."""
+    every = NEW_NETWORK_EVERY // 16 if options.quick else NEW_NETWORK_EVERY
     leaks = []
     for name, (make, call) in tiny_calls().items():
-        calls, grown = growth(make, call, options.seconds)
-        # What a leak would show in the second half too, when every cache is as full as it gets.
-        late = grown[-1] - grown[CHECKS // 2 - 1]
-        per_million = late / (calls / 2) * 1e6 / MIB
-        figures = (f"{g:.2f} MiB" for g in (grown[-1] / MIB, late / MIB, per_million))
+        calls, half, grown = growth(make, call, options.seconds, every)
+        # A leak would show in the second half too, when every cache is as full as it gets.
+        late = (grown - half) / MIB
+        per_million = late / (calls / 2) * 1e6
+        figures = (f"{g:.2f} MiB" for g in (grown / MIB, late, per_million))
         leaks.append([name, f"{calls:,}", *figures])
     peaks = []
     for name in list(PEAKS)[: 1 if options.quick else None]:
@@ -240,7 +241,7 @@ def run(options: argparse.Namespace) -> str:
                 ["op", "calls", "growth", "in the second half", "that is, per million calls"], leaks
             ),
             "Growth of the process's resident memory, at batch 1 on tiny networks. Weights change "
-            f"every {NEW_WEIGHTS_EVERY} calls,\nthe network every {NEW_NETWORK_EVERY:,}. The last "
+            f"every {NEW_WEIGHTS_EVERY} calls,\nthe network every {every:,}. The last "
             "column carries the second half on to a million calls: a single page\ncounts for "
             "much there when the calls were few.",
             "## Peak of a training step",

@@ -23,7 +23,7 @@ from workloads import SEED
 from diffcore.agents import DIPO, DIPOConfig
 from diffcore.training import ReplayBuffer
 
-START_STEPS = 1_000
+START_STEPS = 300
 PARTS = (
     "environment step",
     "action for the environment",
@@ -168,7 +168,7 @@ def profiles(env_id: str, rounds: int, steps: int) -> dict[str, list[dict[str, f
 
 def run(options: argparse.Namespace) -> str:
     """The table, as Markdown."""
-    rounds, steps = (1, 2) if options.quick else (3, 20)
+    rounds, steps = (1, 2) if options.quick else (3, 15)
     found = profiles(options.env, rounds, steps)
     medians = {
         name: {part: statistics.median(r[part] for r in profile) for part in PARTS}

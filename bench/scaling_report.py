@@ -170,7 +170,7 @@ def sweep(op: Op, quick: bool, seconds: float) -> list[Point]:
     started = time.perf_counter()
     shuffled = list(points)
     done = 0
-    while done < 3 or (done < 50 and time.perf_counter() - started < seconds):
+    while done < (1 if quick else 3) or (done < 50 and time.perf_counter() - started < seconds):
         random.Random(done).shuffle(shuffled)
         for point in shuffled:
             _, shape, n = point
