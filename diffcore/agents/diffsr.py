@@ -377,11 +377,11 @@ class DiffSR(BaseAgent):
             raise ValueError(
                 "deterministic=True needs explore=False: exploring draws random actions"
             )
-        source = {"generator": self.generator if generator is None else generator}
+        source = self.generator if generator is None else generator
         rows = observation.shape[0]
-        noise = observation.new_empty(rows, self.action_dim).normal_(**source)
-        uniform = observation.new_empty(rows, self.action_dim).uniform_(-1.0, 1.0, **source)
-        chance = observation.new_empty(rows, 1).uniform_(**source)
+        noise = observation.new_empty(rows, self.action_dim).normal_(generator=source)
+        uniform = observation.new_empty(rows, self.action_dim).uniform_(-1, 1, generator=source)
+        chance = observation.new_empty(rows, 1).uniform_(generator=source)
         action, _ = self.actor.sample(observation, noise)
         return torch.where(chance < self.config.random_action_rate, uniform, action)
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from diffcore.nn.fourier import RandomFourierFeatures
 from diffcore.nn.modules import MLP, time_embedding
-from diffcore.ops import mlp_ensemble
 from diffcore.ops._checks import check_choice, check_features, check_positive_int
+from diffcore.ops.mlp_ensemble import mlp_ensemble
 from diffcore.ops.rff_features import KINDS
 
 CONDITIONING = ("alpha_bar", "time_embedding")
