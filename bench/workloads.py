@@ -17,7 +17,6 @@ from torch.nn.functional import mse_loss
 
 from diffcore import DiffusionSchedule, ops
 from diffcore.agents import DIPO, DIPOConfig
-from diffcore.agents.policies import denoising_loss
 from diffcore.nn import Denoiser, TwinCritic
 from diffcore.training import ReplayBuffer
 
@@ -445,8 +444,7 @@ def denoising_update_case(
         s, a = state.to(dtype), action.to(dtype)
 
         def loss() -> Tensor:
-            drawn = fixed or {"t": torch.randint(steps, (batch,)), "noise": torch.randn_like(a)}
-            return denoising_loss(denoiser, schedule, s, a, **drawn)
+            return ops.denoising_loss(denoiser, schedule, s, a, **fixed)
 
         return Update(denoiser, loss, fused=True)
 

@@ -1,8 +1,8 @@
 """What Diff-SR's exploration bonuses do on a task whose reward is far away.
 
 A point in the square [-1, 1]^2 starts in one corner and moves by 0.05 times the action, for 100
-steps; only the opposite corner is rewarded. Counted is how much of the square was visited, in cells of
-20 x 20, and how many episodes reached the reward, without a bonus and with each.
+steps; only the opposite corner is rewarded. Counted is how much of the square was visited, in cells
+of 20 x 20, and how many episodes reached the reward, without a bonus and with each.
 
     python docs/results/diffsr_exploration.py --seeds 3       # writes the table
 """
