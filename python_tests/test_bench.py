@@ -92,7 +92,7 @@ def test_profile_adds_up_to_a_step(tmp_path: Path) -> None:
     lines = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in (tmp_path / "profile.md").read_text().splitlines()
-        if " ms |" in line
+        if line.startswith("|") and " ms " in line
     ]
     *parts, total = [float(line[1].removesuffix(" ms")) for line in lines]
     assert total > 0
