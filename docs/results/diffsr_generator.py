@@ -1,6 +1,6 @@
 """Diff-SR's model of the transition as a generator, on a map with two possible outcomes.
 
-``s' = s / 2 + a / 2 + b n(s) + 0.1 z`` in the plane, with n(s) the direction at angle pi s_1, b = 1
+``s' = (s + a) / 4 + b n(s) + 0.15 z`` in the plane, with n(s) the direction at angle pi s_1 / 4, b = 1
 with probability 0.7 and -1 with 0.3, z ~ N(0, I). The representation is trained on random
 transitions; then next states are drawn by its reverse chain at states and actions of a grid and
 compared with fresh ones of the map itself, by the energy distance
@@ -31,11 +31,11 @@ PLACES = torch.tensor(
 
 def outcome(state: Tensor, action: Tensor, generator: torch.Generator) -> Tensor:
     """A next state of the map for each row."""
-    angle = math.pi * state[:, :1]
+    angle = math.pi / 4 * state[:, :1]
     direction = torch.cat([angle.cos(), angle.sin()], dim=1)
     sign = torch.where(torch.rand(len(state), 1, generator=generator) < 0.7, 1.0, -1.0)
     noise = torch.randn(len(state), 2, generator=generator)
-    return state / 2 + action / 2 + sign * direction + 0.1 * noise
+    return (state + action) / 4 + sign * direction + 0.15 * noise
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
@@ -58,14 +58,14 @@ def train(mode: str, steps: int, seed: int) -> DiffSR:
     next_state = outcome(state, action, generator)
     replay.add(state, action, nothing, next_state, nothing, nothing)
     config = DiffSRConfig(
-        mode=mode, feature_dim=64, psi_hidden_dim=256, zeta_hidden_dim=256, representation_lr=1e-3
+        mode=mode, feature_dim=128, conditioning="time_embedding" if mode == "paper" else "alpha_bar"
     )
     agent = DiffSR(2, 2, config, seed=seed)
     for step in range(steps):
         metrics = agent.update_representation(agent.sample(replay))
-        if step == steps // 2:  # Adam's steps are too long for the last digits
+        if step in (steps // 2, 3 * steps // 4):  # Adam's steps are too long for the last digits
             for group in agent.representation_optimizer.param_groups:
-                group["lr"] *= 0.1
+                group["lr"] /= 5
         if (step + 1) % 1000 == 0:
             print(f"{mode}: step {step + 1}, loss {float(metrics['score_loss']):.4f}", flush=True)
     return agent
@@ -73,7 +73,7 @@ def train(mode: str, steps: int, seed: int) -> DiffSR:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=8000, help="representation steps")
+    parser.add_argument("--steps", type=int, default=6000, help="representation steps")
     parser.add_argument("--samples", type=int, default=1000, help="next states at each place")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".png"))
