@@ -1,8 +1,9 @@
 """Diff-SR: diffusion spectral representation for reinforcement learning (arXiv 2406.16121).
 
-If the transition factorises as ``P(s'|s, a) = <psi(s, a), mu(s')>``-like energy, its score does as
-``psi(s, a)^T zeta(s~', beta)``. Fitting that score by denoising, as a diffusion model is trained,
-gives features psi that are enough to represent Q, without ever running the diffusion. One update is
+Write the transition as an energy model whose exponent factorises, ``P(s'|s, a) ~ exp(psi(s, a)^T
+nu(s'))``. Then so does its score, and that of the perturbed next state s~, into ``psi(s, a)^T
+zeta(s~, beta)``. Fitting the score by denoising, as a diffusion model is trained, gives features psi
+that Q can be represented on, and no chain is ever run to act or to learn. One update is
 
 1. representation (Algorithm 1): steps on the score-matching loss (Eq. 18) in psi and zeta;
 2. critic: ``Q(s, a) <- r + gamma mask (min(Q1', Q2') - alpha log pi)(s', a')``, a' from the policy
@@ -581,7 +582,7 @@ class DiffSR(BaseAgent):
 def gram_distance(phi: Tensor) -> Tensor:
     """``mean over pairs i != j of (x_i . x_j)^2 - 2 mean |x_i|^2 / F + 1 / F``.
 
-    The squared distance, to a constant, of the rows' Gram matrix from the identity's share.
+    Smallest where the rows of phi are orthogonal and of a length that F decides.
 
     Args:
         phi: ``[B, F]``, B at least 2.
