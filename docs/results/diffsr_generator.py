@@ -1,7 +1,7 @@
 """Diff-SR's model of the transition as a generator, on a map with two possible outcomes.
 
-``s' = (s + a) / 4 + b n(s) + 0.15 z`` in the plane, with n(s) the direction at angle pi s_1 / 4, b = 1 with
-probability 0.7 and -1 with 0.3, z ~ N(0, I). The representation is trained on random
+``s' = (s + a) / 4 + b n(s) + 0.15 z`` in the plane, with n(s) the direction at angle pi s_1 / 4,
+b = 1 with probability 0.7 and -1 with 0.3, z ~ N(0, I). The representation is trained on random
 transitions; then next states are drawn by its reverse chain at states and actions of a grid and
 compared with fresh ones of the map itself, by the energy distance
 ``2 E|x - y| - E|x - x'| - E|y - y'|``. Beside it stand the same distance between two fresh samples of
