@@ -1,4 +1,4 @@
-"""Compare diffcore with eager PyTorch and torch.compile: ``python bench``.
+"""Compare diffcore with eager PyTorch, torch.compile and JAX: ``python bench``.
 
 Results are checked first. Then all variants of a case are timed in turns, in this one process; run
 it on a quiet machine. Ends with the tables and with a JSON file under bench/results/.
@@ -7,6 +7,7 @@ it on a quiet machine. Ends with the tables and with a JSON file under bench/res
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -19,8 +20,17 @@ from diffcore.ops import _native
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = (
-    "reverse_diffusion", "action_gradient", "mlp", "dipo_step", "latency", "contention"
+    "reverse_diffusion", "action_gradient", "mlp", "critic_update", "denoising_update",
+    "rff_features", "score_matching_loss", "dipo_step", "diffsr_update", "latency", "contention",
 )  # fmt: skip
+REPORTS = {
+    "overhead": "what a call costs beside its kernel",
+    "scaling": "time against batch, width, depth, steps and threads; CSV and PNG",
+    "memory": "leaks over many calls, and the peak of a training step",
+    "profile": "where the time of a training step goes",
+}
+UPDATE_BATCH = 256
+"""Rows in what only training does."""
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -34,13 +44,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--latency-calls", type=int, default=10_000)
     add("--threads", type=int, help="torch's threads; default: torch's own choice")
     add("--no-compile", action="store_true", help="leave out torch.compile: minutes of compiling")
+    add("--no-jax", action="store_true", help="leave out JAX, even where it is installed")
     add("--quick", action="store_true", help="tiny sizes, to see that all works; not for numbers")
     add("--brief", action="store_true", help="print one line for each case, no tables")
     add("--from", dest="stored", type=Path, metavar="FILE", help="show stored results instead")
     add("--check", type=Path, metavar="FILE", help="fail if a ratio is 10%% below these results'")
     add("--markdown", action="store_true", help="put the tables into README.md")
-    add("--output", type=Path, default=ROOT / "bench" / "results", help="where the JSON file goes")
-    add("--no-save", action="store_true", help="write no JSON file")
+    add("--output", type=Path, help="directory of what is stored")
+    add("--no-save", action="store_true", help="store nothing")
+    reports = parser.add_mutually_exclusive_group()
+    for name, about in REPORTS.items():
+        reports.add_argument(
+            f"--{name}", dest="report", action="store_const", const=name, help=about
+        )
     options = parser.parse_args(arguments)
     if options.quick:
         options.batches, options.steps = [1, 16], [5]
@@ -50,6 +66,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Check and measure everything that was asked for."""
+    import diffsr_workloads
     import measure
     import workloads
 
@@ -57,8 +74,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"--env: expected one of {', '.join(workloads.SIZES)}, got {options.env}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    compiled = not options.no_compile
     threads = torch.get_num_threads()
+    installed = workloads.ALL_RIVALS.jax
+    if not installed:
+        say("JAX isn't installed (the extra 'bench'): left out")
+    rivals = workloads.Rivals(not options.no_compile, installed and not options.no_jax)
+    if jax := rivals.jax_baselines():
+        jax.use_threads(threads)
     results: dict[str, Any] = {
         "environment": {**measure.environment(), "env": options.env},
         "peak_flops": {str(n): measure.fma_peak(n) for n in {1, threads}},
@@ -68,30 +90,40 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
     def cases() -> Iterable[workloads.Case]:
-        for steps in options.steps:
+        env, only = options.env, options.only
+        for steps in options.steps if "reverse_diffusion" in only else ():
             for batch in options.batches:
-                if "reverse_diffusion" in options.only:
-                    yield workloads.reverse_diffusion_case(
-                        options.env, batch, steps, compiled=compiled
-                    )
-        for batch in options.batches:
-            if "action_gradient" in options.only:
-                yield workloads.action_gradient_case(options.env, batch, compiled=compiled)
-        for batch in options.batches:
-            if "mlp" in options.only:
-                yield workloads.mlp_case(options.env, batch, compiled=compiled)
-        for steps in options.steps:
-            if "dipo_step" in options.only:
-                yield workloads.dipo_step_case(options.env, steps)
+                yield workloads.reverse_diffusion_case(env, batch, steps, rivals=rivals)
+        for name, case in (
+            ("action_gradient", workloads.action_gradient_case),
+            ("mlp", workloads.mlp_case),
+        ):
+            for batch in options.batches if name in only else ():
+                yield case(env, batch, rivals=rivals)
+        if "critic_update" in only:
+            yield workloads.critic_update_case(env, UPDATE_BATCH, rivals=rivals)
+        if "denoising_update" in only:
+            steps = max(options.steps)
+            yield workloads.denoising_update_case(env, UPDATE_BATCH, steps, rivals=rivals)
+        if "rff_features" in only:
+            yield diffsr_workloads.rff_features_case(UPDATE_BATCH, rivals=rivals)
+        if "score_matching_loss" in only:
+            yield diffsr_workloads.score_matching_loss_case(env, UPDATE_BATCH, rivals=rivals)
+        for steps in options.steps if "dipo_step" in only else ():
+            yield workloads.dipo_step_case(env, steps, rivals=rivals)
+        sizes = (("Pendulum-v1", 16),) if options.quick else diffsr_workloads.UPDATE_SIZES
+        for name, batch in sizes if "diffsr_update" in only else ():
+            yield diffsr_workloads.diffsr_update_case(name, batch, rivals=rivals)
 
     for case in cases():
-        say(f"{case.op}, batch {case.batch}, {case.steps} steps")
+        say(str(case))
         errors = {v.name: case.check(v.name) for v in case.variants}
         timings = measure.interleave(case.variants, seconds=options.seconds)
         for name, timing in timings.items():
             results["rows"].append(
                 {
                     "op": case.op,
+                    "state_dim": case.state_dim,
                     "batch": case.batch,
                     "steps": case.steps,
                     "variant": name,
@@ -102,15 +134,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 }
             )
 
-    chain = max(options.steps)
+    chain, none = max(options.steps), workloads.NO_RIVALS
     if "latency" in options.only:
         say("latency")
-        case = workloads.reverse_diffusion_case(options.env, 1, chain, compiled=False)
+        case = workloads.reverse_diffusion_case(options.env, 1, chain, rivals=none)
         with_threads(1, lambda: results["latency"].extend(latencies(case, options.latency_calls)))
     if "contention" in options.only:
         for batch in sorted({min(options.batches), min(256, max(options.batches))}):
             say(f"contention, batch {batch}")
-            case = workloads.reverse_diffusion_case(options.env, batch, chain, compiled=False)
+            case = workloads.reverse_diffusion_case(options.env, batch, chain, rivals=none)
             ours = case.variant(workloads.OURS).call
             timings = measure.contention(ours, seconds=options.seconds)
             results["contention"] += [
@@ -157,6 +189,8 @@ def main(arguments: list[str] | None = None) -> int:
     if _native.unavailable is not None:
         print(f"error: nothing to measure: {_native.unavailable}", file=sys.stderr)
         return 1
+    if options.report is not None:
+        return write_report(options)
     import report
     from workloads import WrongResultError
 
@@ -167,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(report.brief(results) if options.brief else report.tables(results))
     if options.stored is None and not options.no_save:
-        print(f"stored: {report.save(results, options.output)}")
+        print(f"stored: {report.save(results, options.output or ROOT / 'bench' / 'results')}")
     if options.markdown:
         report.fill_readme(ROOT / "README.md", results)
     if options.check is not None:
@@ -178,6 +212,21 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         print("\n".join(slower) or "nothing is slower than recorded")
         return 1 if slower else 0
+    return 0
+
+
+def write_report(options: argparse.Namespace) -> int:
+    """Print one of the REPORTS, and put it into docs/."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    text = importlib.import_module(f"{options.report}_report").run(options)
+    print(text)
+    if not options.no_save:
+        directory = options.output or ROOT / "docs"
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"{options.report}.md"
+        path.write_text(text + "\n")
+        print(f"stored: {path}")
     return 0
 
 

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 from conftest import TimeVariant
-from workloads import OPTIMISED_BF16, VARIANTS, Case, action_gradient_case
+from workloads import VARIANTS, Case, action_gradient_case
 
 
 @functools.cache
@@ -15,6 +15,6 @@ def case(batch: int) -> Case:
 
 
 @pytest.mark.parametrize("batch", [1, 16, 256, 4096])
-@pytest.mark.parametrize("name", [v for v in VARIANTS if v != OPTIMISED_BF16])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_action_gradient(time_variant: TimeVariant, name: str, batch: int) -> None:
     time_variant(case(batch), name)

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 from conftest import TimeVariant
-from workloads import BASELINE, COMPILED, OURS, OURS_NEW_WEIGHTS, Case, mlp_case
+from workloads import VARIANTS, Case, mlp_case
 
 
 @functools.cache
@@ -15,6 +15,6 @@ def case(batch: int) -> Case:
 
 
 @pytest.mark.parametrize("batch", [1, 16, 256, 4096])
-@pytest.mark.parametrize("name", [BASELINE, COMPILED, OURS, OURS_NEW_WEIGHTS])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_mlp(time_variant: TimeVariant, name: str, batch: int) -> None:
     time_variant(case(batch), name)

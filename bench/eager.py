@@ -43,12 +43,20 @@ class SinusoidalPosEmb(nn.Module):
         return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 
+class Sin(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x)
+
+
+MODULES = {"mish": nn.Mish, "elu": nn.ELU, "sin": Sin, "identity": nn.Identity}
+
+
 def sequential(mlp: MLP) -> nn.Sequential:
-    """The layers of a mish MLP as one ``nn.Sequential`` that shares its parameters."""
+    """The layers of an MLP as one ``nn.Sequential`` that shares its parameters."""
     modules: list[nn.Module] = []
-    for layer in mlp.layers[:-1]:
-        modules += [layer, nn.Mish()]
-    return nn.Sequential(*modules, mlp.layers[-1])
+    for layer, activation in zip(mlp.layers, mlp.activations, strict=True):
+        modules += [layer, MODULES[activation]()]
+    return nn.Sequential(*modules[:-1])
 
 
 class NoiseModel(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.metadata
 import platform
 import random
 import statistics
@@ -22,6 +23,8 @@ import diffcore
 from diffcore.ops._native import _core
 
 WARM_UP_CALLS = 3
+SLOW = 4.0
+"""Seconds of warming up, or of a round, that are a lot."""
 
 
 @dataclass(frozen=True)
@@ -61,20 +64,26 @@ def interleave(
     """Time variants in turns, so that whatever the machine does meanwhile meets all of them.
 
     Args:
-        variants: each is called a few times untimed first.
+        variants: each is called a few times untimed first, or for SLOW seconds at most.
         seconds: how long to go on, within ``least`` to ``most`` rounds of all variants in a random
-            order.
+            order. Where a round takes longer than SLOW, 3 rounds are enough.
     """
     samples: dict[str, list[float]] = {v.name: [] for v in variants}
     order = list(variants)
     shuffle = random.Random(0).shuffle
     for variant in variants:
+        until = time.perf_counter() + SLOW
         for _ in range(WARM_UP_CALLS):
             variant.call()
+            if time.perf_counter() > until:
+                break
     started = time.perf_counter()
     with no_garbage_collection():
         for done in range(most):
-            if done >= least and time.perf_counter() - started > seconds:
+            elapsed = time.perf_counter() - started
+            if done == 3 and elapsed > 3 * SLOW:
+                least = 3
+            if done >= least and elapsed > seconds:
                 break
             shuffle(order)
             for variant in order:
@@ -148,11 +157,19 @@ def environment() -> dict[str, object]:
         "native_bf16": _core.native_bf16(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "jax": _version("jax"),
         "python": platform.python_version(),
         "diffcore": diffcore.__version__,
         "commit": git_commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def git_commit() -> str:

@@ -6,9 +6,9 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from workloads import BASELINE, OURS, VARIANTS
+from workloads import BASELINE, OURS, SIZES, VARIANTS
 
 MARKERS = ("<!-- bench:start -->", "<!-- bench:end -->")
 SLOWER_BY = 0.10
@@ -19,7 +19,9 @@ LEGEND = """\
 Medians of calls made in turns in one process. *New weights*: all parameters were changed in place
 before each call. *Of peak*: diffcore's share, in float32, of the multiply-add peak of the cores it
 used, measured in the same run and counting matrix products only. *torch.compile* runs the
-hand-optimised code, 10 steps to a graph. *dipo_step*: one action and one whole update."""
+hand-optimised code, 10 steps to a graph. *JAX*: jit, and scan over the steps, on a thread pool of
+its own of the same size. *dipo_step*: one action and one whole update. *diffsr_update*: 4
+representation steps, then critic and actor."""
 
 
 def duration(seconds: float) -> str:
@@ -29,45 +31,69 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e9:.3g} ns"
 
 
-def ratios(results: Results) -> dict[tuple[str, int, int, str], float]:
-    """(op, batch, steps, variant) -> how many times faster than eager PyTorch as written."""
+class Key(NamedTuple):
+    """A case, and with a variant's name a row."""
 
-    base = {_key(r)[:3]: r["median"] for r in results["rows"] if r["variant"] == BASELINE}
-    return {_key(r): base[_key(r)[:3]] / r["median"] for r in results["rows"]}
+    op: str
+    state_dim: int
+    batch: int
+    steps: int
+    variant: str = ""
+
+    def __str__(self) -> str:
+        case = f"{self.op}, state {self.state_dim}, batch {self.batch}, {self.steps} steps"
+        return f"{case}, {self.variant}" if self.variant else case
 
 
-def _key(row: dict[str, Any]) -> tuple[str, int, int, str]:
-    return row["op"], row["batch"], row["steps"], row["variant"]
+def rows_by_case(results: Results) -> dict[Key, dict[str, dict[str, Any]]]:
+    """Case -> variant -> row."""
+    # Older records have networks of one environment's sizes only.
+    state_dim = SIZES[results["environment"]["env"]][0]
+    by_case: dict[Key, dict[str, dict[str, Any]]] = {}
+    for row in results["rows"]:
+        case = Key(row["op"], row.get("state_dim", state_dim), row["batch"], row["steps"])
+        by_case.setdefault(case, {})[row["variant"]] = row
+    return by_case
+
+
+def ratios(results: Results) -> dict[Key, float]:
+    """How many times faster than eager PyTorch as written every variant of every case is."""
+    return {
+        case._replace(variant=variant): rows[BASELINE]["median"] / row["median"]
+        for case, rows in rows_by_case(results).items()
+        for variant, row in rows.items()
+    }
 
 
 def tables(results: Results) -> str:
     """Everything in ``results``, as Markdown that reads well in a terminal too."""
     speed_up = ratios(results)
+    by_case = rows_by_case(results)
     parts = []
-    for op in dict.fromkeys(row["op"] for row in results["rows"]):
+    for op in dict.fromkeys(case.op for case in by_case):
         rows = [
             [
-                str(row["batch"]),
-                str(row["steps"]),
-                row["variant"],
+                *map(str, case[1:4]),
+                variant,
                 duration(row["median"]),
                 _middle_half(row),
-                f"{speed_up[_key(row)]:.2f}x",
+                f"{speed_up[case._replace(variant=variant)]:.2f}x",
                 _peak_fraction(row, results["peak_flops"]),
                 _error(row["error"]),
             ]
-            for row in results["rows"]
-            if row["op"] == op
+            for case, variants in by_case.items()
+            for variant, row in variants.items()
+            if case.op == op
         ]
-        header = ["batch", "steps", "variant", "median", "middle half"]
+        header = ["state", "batch", "steps", "variant", "median", "middle half"]
         header += ["speed-up", "of peak", "error"]
-        parts += [f"**{op}**", _table(header, rows)]
+        parts += [f"**{op}**", table(header, rows)]
     return "\n\n".join([*parts, summary(results)])
 
 
 def summary(results: Results) -> str:
     """One line for each case, latency and contention: what README shows."""
-    parts = [_environment_line(results["environment"])]
+    parts = [environment_line(results["environment"])]
     if results["rows"]:
         parts += ["**Speed-up over eager PyTorch as written**", _speed_ups(results), LEGEND]
     if results["latency"]:
@@ -77,7 +103,7 @@ def summary(results: Results) -> str:
             for r in results["latency"]
         ]
         header = ["steps", "variant", "calls", "p50", "p99", "worst"]
-        parts += ["**Latency of one action, on one thread**", _table(header, rows)]
+        parts += ["**Latency of one action, on one thread**", table(header, rows)]
     if results["contention"]:
         rows = [
             [str(r["batch"]), str(r["steps"]), r["call"], duration(r["median"]), _middle_half(r)]
@@ -85,26 +111,27 @@ def summary(results: Results) -> str:
         ]
         header = ["batch", "steps", "call", "median", "middle half"]
         parts += ["**`reverse_diffusion` in turns with a torch training step**"]
-        parts += [_table(header, rows)]
+        parts += [table(header, rows)]
     return "\n\n".join(parts)
 
 
 def _speed_ups(results: Results) -> str:
     speed_up = ratios(results)
-    by_case: dict[tuple[str, int, int], dict[str, dict[str, Any]]] = {}
-    for row in results["rows"]:
-        by_case.setdefault(_key(row)[:3], {})[row["variant"]] = row
+    by_case = rows_by_case(results)
     names = [v for v in VARIANTS if any(v in rows for rows in by_case.values())]
     names.remove(BASELINE)
     lines = []
     for case, rows in by_case.items():
-        ratio = [f"{speed_up[(*case, v)]:.2f}x" if v in rows else "" for v in names]
+        ratio = [
+            f"{speed_up[case._replace(variant=v)]:.2f}x" if v in rows else "" for v in names
+        ]
         fraction = _peak_fraction(rows[OURS], results["peak_flops"])
-        lines.append([*map(str, case), duration(rows[BASELINE]["median"]), *ratio, fraction])
-    return _table(["op", "batch", "steps", BASELINE, *names, "of peak"], lines)
+        lines.append([*map(str, case[:4]), duration(rows[BASELINE]["median"]), *ratio, fraction])
+    return table(["op", "state", "batch", "steps", BASELINE, *names, "of peak"], lines)
 
 
-def _environment_line(environment: dict[str, Any]) -> str:
+def environment_line(environment: dict[str, Any]) -> str:
+    """Machine, versions and commit, in one line."""
     return (
         f"{environment['cpu']}, {environment['isa']}"
         f"{'' if environment['native_bf16'] else ' without bf16 instructions'}, "
@@ -130,17 +157,18 @@ def _peak_fraction(row: dict[str, Any], peak: dict[str, float]) -> str:
 def brief(results: Results) -> str:
     """One line for each case."""
     speed_up = ratios(results)
-    lines: dict[str, list[str]] = {}
-    for row in results["rows"]:
-        case = f"{row['op']}, batch {row['batch']}, {row['steps']} steps"
-        shown = f"{row['variant']} {duration(row['median'])}"
-        if row["variant"] != BASELINE:
-            shown += f" ({speed_up[_key(row)]:.2f}x)"
-        lines.setdefault(case, []).append(shown)
-    return "\n".join(f"{case}: {'; '.join(shown)}" for case, shown in lines.items())
+    lines = []
+    for case, rows in rows_by_case(results).items():
+        shown = [
+            f"{variant} {duration(row['median'])}"
+            + ("" if variant == BASELINE else f" ({speed_up[case._replace(variant=variant)]:.2f}x)")
+            for variant, row in rows.items()
+        ]
+        lines.append(f"{case}: {'; '.join(shown)}")
+    return "\n".join(lines)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     used = [i for i in range(len(header)) if any(row[i] for row in rows)]
     lines = [[line[i] for i in used] for line in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -176,12 +204,11 @@ def slower_than(recorded: Results, now: Results) -> list[str]:
         if then != here:
             raise ValueError(f"recorded with {name} {then!r}, this is {here!r}")
     before, after = ratios(recorded), ratios(now)
-    ours = sorted(key for key in before.keys() & after.keys() if key[3].startswith(OURS))
+    ours = sorted(key for key in before.keys() & after.keys() if key.variant.startswith(OURS))
     if not ours:
         raise ValueError("no case of the recorded results was measured")
     return [
-        f"{key[0]}, batch {key[1]}, {key[2]} steps, {key[3]}: "
-        f"{after[key]:.2f}x, recorded {before[key]:.2f}x"
+        f"{key}: {after[key]:.2f}x, recorded {before[key]:.2f}x"
         for key in ours
         if after[key] < (1 - SLOWER_BY) * before[key]
     ]

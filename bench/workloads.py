@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import eager
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from diffcore import DiffusionSchedule, ops
 from diffcore.agents import DIPO, DIPOConfig
@@ -21,10 +24,13 @@ BASELINE = "eager, as written"
 OPTIMISED = "eager, hand-optimised"
 OPTIMISED_BF16 = "eager, hand-optimised, bf16"
 COMPILED = "torch.compile"
+JAX = "JAX"
 OURS = "diffcore"
 OURS_NEW_WEIGHTS = "diffcore, new weights"
 OURS_BF16 = "diffcore, bf16"
-VARIANTS = (BASELINE, OPTIMISED, OPTIMISED_BF16, COMPILED, OURS, OURS_NEW_WEIGHTS, OURS_BF16)
+VARIANTS = (
+    BASELINE, OPTIMISED, OPTIMISED_BF16, COMPILED, JAX, OURS, OURS_NEW_WEIGHTS, OURS_BF16
+)  # fmt: skip
 
 #: observation and action sizes of some environments
 SIZES = {
@@ -32,6 +38,7 @@ SIZES = {
     "Hopper-v5": (11, 3),
     "HalfCheetah-v5": (17, 6),
     "Humanoid-v5": (348, 17),
+    "Humanoid-v4": (376, 17),
 }
 ACTION_GRADIENT_STEPS = 20
 SEED = 0
@@ -40,6 +47,25 @@ SEED = 0
 #: Allowed in a single action. Rounding alone comes far below, but where two critics' values all but
 #: tie a row may rightly take either's gradient, and Adam makes a full step of a tiny one.
 LARGEST_ERROR = 0.05
+
+
+class Rivals(NamedTuple):
+    """Which of the competitors that take long to compile, or may be missing, take part."""
+
+    compiled: bool = True
+    jax: bool = importlib.util.find_spec("jax") is not None
+
+    def jax_baselines(self) -> Any:
+        """The module, None if JAX doesn't take part."""
+        return importlib.import_module("jax_baselines") if self.jax else None
+
+    def admit(self, variants: Iterable[Variant | None]) -> tuple[Variant, ...]:
+        """The variants that take part; None stands for one that couldn't be made."""
+        return tuple(v for v in variants if v and (self.compiled or v.name != COMPILED))
+
+
+ALL_RIVALS = Rivals()
+NO_RIVALS = Rivals(compiled=False, jax=False)
 
 
 class WrongResultError(Exception):
@@ -71,6 +97,7 @@ class Case:
     """An op at one size."""
 
     op: str
+    state_dim: int
     batch: int
     steps: int
     variants: tuple[Variant, ...]
@@ -86,6 +113,9 @@ class Case:
     def cores(self) -> int:
         """Cores that diffcore uses here: it wakes no second thread for less than 8 rows."""
         return torch.get_num_threads() if self.batch >= 8 else 1
+
+    def __str__(self) -> str:
+        return f"{self.op}, state {self.state_dim}, batch {self.batch}, {self.steps} steps"
 
     def variant(self, name: str) -> Variant:
         return next(v for v in self.variants if v.name == name)
@@ -120,13 +150,12 @@ class Case:
             bound = self.bfloat16_bound
         if not (error.median <= bound.median and error.largest <= bound.largest):
             raise WrongResultError(
-                f"{self.op}, batch {self.batch}, {self.steps} steps: {name!r} has the "
-                f"error {error}, allowed is {bound}"
+                f"{self}: {name!r} has the error {error}, allowed is {bound}"
             )
         return error
 
 
-def reverse_diffusion_case(env: str, batch: int, steps: int, *, compiled: bool = True) -> Case:
+def reverse_diffusion_case(env: str, batch: int, steps: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
     """The whole chain of a diffusion policy, noise drawn inside the call."""
     torch.manual_seed(SEED)
     state_dim, action_dim = SIZES[env]
@@ -166,6 +195,8 @@ def reverse_diffusion_case(env: str, batch: int, steps: int, *, compiled: bool =
             )
 
     given = {"x_init": x_init, "noise": noise}
+    if jax := rivals.jax_baselines():
+        jax_sampler = jax.Sampler(denoiser, schedule, state)
     variants = [
         Variant(BASELINE, lambda: as_written.sample(state), as_written_given),
         Variant(OPTIMISED, lambda: optimised(state), lambda: optimised(state, **given)),
@@ -175,6 +206,7 @@ def reverse_diffusion_case(env: str, batch: int, steps: int, *, compiled: bool =
             lambda: compiled_sampler(state),
             lambda: compiled_sampler(state, **given),
         ),
+        jax and Variant(JAX, jax_sampler, lambda: jax_sampler.on(**given), before=jax.rest),
         Variant(OURS, ours, lambda: ours(**given)),
         Variant(
             OURS_NEW_WEIGHTS,
@@ -189,9 +221,10 @@ def reverse_diffusion_case(env: str, batch: int, steps: int, *, compiled: bool =
     per_row = 2 * hidden * action_dim + (denoiser.trunk.hidden_layers - 1) * hidden**2
     return Case(
         "reverse_diffusion",
+        state_dim,
         batch,
         steps,
-        tuple(v for v in variants if compiled or v.name != COMPILED),
+        rivals.admit(variants),
         exact,
         bfloat16_bound=Error(1e-3, 1e-2),
         flops=2.0 * batch * steps * per_row,
@@ -199,7 +232,7 @@ def reverse_diffusion_case(env: str, batch: int, steps: int, *, compiled: bool =
 
 
 def action_gradient_case(
-    env: str, batch: int, steps: int = ACTION_GRADIENT_STEPS, *, compiled: bool = True
+    env: str, batch: int, steps: int = ACTION_GRADIENT_STEPS, *, rivals: Rivals = ALL_RIVALS
 ) -> Case:
     """All steps of the ascent of a batch of actions on min(Q1, Q2)."""
     torch.manual_seed(SEED)
@@ -231,10 +264,13 @@ def action_gradient_case(
     def same(name: str, call: Callable[[], Tensor], **more) -> Variant:
         return Variant(name, call, call, **more)  # nothing is drawn here
 
+    if jax := rivals.jax_baselines():
+        jax_ascent = jax.ActionGradient(critic, state, action, **options)
     variants = [
         same(BASELINE, as_written),
         same(OPTIMISED, lambda: optimised(state, action)),
         same(COMPILED, lambda: compiled_ascent(state, action)),
+        jax and Variant(JAX, jax_ascent, jax_ascent.on, before=jax.rest),
         same(OURS, ours),
         same(
             OURS_NEW_WEIGHTS,
@@ -249,16 +285,17 @@ def action_gradient_case(
     backward = inner * hidden**2 + hidden * action_dim
     return Case(
         "action_gradient",
+        state_dim,
         batch,
         steps,
-        tuple(v for v in variants if compiled or v.name != COMPILED),
+        rivals.admit(variants),
         exact,
         bfloat16_bound=Error(1e-2, 0.5),
         flops=2.0 * batch * steps * (2 * forward + backward),
     )
 
 
-def mlp_case(env: str, batch: int, *, compiled: bool = True) -> Case:
+def mlp_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
     """Forward and backward of one critic, gradients of its parameters and input included."""
     torch.manual_seed(SEED)
     model = TwinCritic(*SIZES[env]).q1
@@ -295,15 +332,144 @@ def mlp_case(env: str, batch: int, *, compiled: bool = True) -> Case:
     products += (model.hidden_layers - 1) * model.hidden_dim**2
     return Case(
         "mlp",
+        SIZES[env][0],
         batch,
         1,
-        tuple(v for v in variants if compiled or v.name != COMPILED),
+        rivals.admit(variants),
         exact,
         flops=2.0 * 3 * batch * products,
     )
 
 
-def dipo_step_case(env: str, steps: int) -> Case:
+class Update:
+    """One optimiser step after another on a loss, the first with fresh moments."""
+
+    lr, eps = 3e-4, 1e-5
+
+    def __init__(self, module: nn.Module, loss: Callable[[], Tensor], *, fused: bool) -> None:
+        self.module, self.loss = module, loss
+        self.optimizer = torch.optim.Adam(
+            module.parameters(), lr=self.lr, eps=self.eps, fused=fused
+        )
+
+    def __call__(self) -> None:
+        loss = self.loss()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def moved(self) -> Tensor:
+        """By how many learning rates the next step moves every parameter, 1 where the gradient
+        isn't tiny."""
+        before = flat(self.module.parameters())
+        self()
+        return (flat(self.module.parameters()) - before) / self.lr
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """A detached copy of all of them, as one vector."""
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def critic_update_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
+    """Forward, backward and Adam of a twin critic on given targets."""
+    torch.manual_seed(SEED)
+    state_dim, action_dim = SIZES[env]
+    start = TwinCritic(state_dim, action_dim)
+    state, action = torch.randn(batch, state_dim), torch.rand(batch, action_dim) * 2 - 1
+    target = torch.randn(batch, 1)
+
+    def update(
+        form: Callable[[TwinCritic], Any], *, fused: bool, dtype: torch.dtype = torch.float32
+    ) -> Update:
+        critic = form(copy.deepcopy(start)).to(dtype)
+        s, a, y = (x.to(dtype) for x in (state, action, target))
+
+        def loss() -> Tensor:
+            q1, q2 = critic(s, a)
+            return mse_loss(q1, y) + mse_loss(q2, y)
+
+        return Update(critic, loss, fused=fused)
+
+    def variant(name: str, form: Callable[[TwinCritic], Any], *, fused: bool = True) -> Variant:
+        return Variant(
+            name, update(form, fused=fused), lambda: update(form, fused=fused).moved()
+        )
+
+    def compiled(critic: TwinCritic) -> Any:
+        return torch.compile(eager.Critic(critic), dynamic=False)
+
+    jax = rivals.jax_baselines()
+    in_jax = jax and jax.critic_update(start, state, action, target, Update.lr, Update.eps)
+    variants = [
+        variant(BASELINE, eager.Critic, fused=False),
+        variant(OPTIMISED, eager.Critic),
+        variant(COMPILED, compiled),
+        jax and Variant(JAX, in_jax, in_jax.moved, before=jax.rest),
+        variant(OURS, lambda critic: critic),
+    ]
+    return Case(
+        "critic_update",
+        state_dim,
+        batch,
+        1,
+        rivals.admit(variants),
+        lambda: update(eager.Critic, fused=False, dtype=torch.float64).moved(),
+    )
+
+
+def denoising_update_case(
+    env: str, batch: int, steps: int, *, rivals: Rivals = ALL_RIVALS
+) -> Case:
+    """Forward, backward and Adam of the denoising loss; levels and noise drawn in the call."""
+    torch.manual_seed(SEED)
+    state_dim, action_dim = SIZES[env]
+    start = Denoiser(state_dim, action_dim)
+    schedule = DiffusionSchedule.cosine(steps)
+    state, action = torch.randn(batch, state_dim), torch.rand(batch, action_dim) * 2 - 1
+    t, noise = torch.randint(steps, (batch,)), torch.randn(batch, action_dim)
+    given = {"t": t, "noise": noise}
+
+    def as_written(*, fused: bool, **fixed: Tensor) -> Update:
+        diffusion = eager.GaussianDiffusion(copy.deepcopy(start), schedule)
+        return Update(diffusion, lambda: diffusion.loss(state, action, **fixed), fused=fused)
+
+    def compiled(**fixed: Tensor) -> Update:
+        diffusion = eager.GaussianDiffusion(copy.deepcopy(start), schedule)
+        diffusion.model = torch.compile(diffusion.model, dynamic=False)
+        return Update(diffusion, lambda: diffusion.loss(state, action, **fixed), fused=True)
+
+    def ours(*, dtype: torch.dtype = torch.float32, **fixed: Tensor) -> Update:
+        denoiser = copy.deepcopy(start).to(dtype)
+        s, a = state.to(dtype), action.to(dtype)
+
+        def loss() -> Tensor:
+            return ops.denoising_loss(denoiser, schedule, s, a, **fixed)
+
+        return Update(denoiser, loss, fused=True)
+
+    jax = rivals.jax_baselines()
+    in_jax = jax and jax.denoising_update(
+        start, schedule, state, action, t, noise, Update.lr, Update.eps
+    )
+    variants = [
+        Variant(BASELINE, as_written(fused=False), as_written(fused=False, **given).moved),
+        Variant(OPTIMISED, as_written(fused=True), as_written(fused=True, **given).moved),
+        Variant(COMPILED, compiled(), compiled(**given).moved),
+        jax and Variant(JAX, in_jax, in_jax.moved, before=jax.rest),
+        Variant(OURS, ours(), ours(**given).moved),
+    ]
+    return Case(
+        "denoising_update",
+        state_dim,
+        batch,
+        steps,
+        rivals.admit(variants),
+        lambda: ours(dtype=torch.float64, t=t, noise=noise.double()).moved(),
+    )
+
+
+def dipo_step_case(env: str, steps: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
     """What one environment step costs DIPO: an action, and an update on a batch of 256."""
     state_dim, action_dim = SIZES[env]
     replay = random_replay(state_dim, action_dim)
@@ -323,6 +489,20 @@ def dipo_step_case(env: str, steps: int) -> Case:
             eager_agent.update(replay, generator)
 
         return Variant(BASELINE, step, lambda: given_update(eager.EagerDIPO(agent("float32"))))
+
+    def in_jax() -> Variant | None:
+        if not (jax := rivals.jax_baselines()):
+            return None
+        jax_agent, start = (jax.JaxDIPO(agent("float32")) for _ in range(2))
+        arrays, jax_observation = jax.replay_arrays(replay), jax.to_jax(observation)
+
+        def step() -> None:
+            nonlocal arrays
+            jax_agent.act(jax_observation)
+            arrays = jax_agent.update(arrays)
+
+        given = (batch, next_action, t, noise)
+        return Variant(JAX, step, lambda: start.moved(*given), before=jax.rest)
 
     def ours(name: str, compute_dtype: str) -> Variant:
         our_agent = agent(compute_dtype)
@@ -344,13 +524,13 @@ def dipo_step_case(env: str, steps: int) -> Case:
         floats = {n: v.to(dtype) for n, v in vars(batch).items() if n != "index"}
         cast = replace(batch, **floats)
         networks = (an_agent.critic, an_agent.critic_target, an_agent.actor, an_agent.actor_target)
-        parameters = [p.detach() for n in networks for p in n.parameters()]
-        before = torch.cat([p.flatten() for p in parameters])
+        parameters = [p for n in networks for p in n.parameters()]
+        before = flat(parameters)
         an_agent.update_critic(cast, next_action.to(dtype))
         improved = an_agent.improve_actions(cast)
         an_agent.update_actor(an_agent.actor.loss(cast.state, improved, t=t, noise=noise.to(dtype)))
         an_agent.update_targets()
-        return (torch.cat([p.flatten() for p in parameters]) - before) / an_agent.config.lr
+        return (flat(parameters) - before) / an_agent.config.lr
 
     def exact() -> Tensor:
         double = eager.EagerDIPO(agent("float32"))
@@ -364,9 +544,12 @@ def dipo_step_case(env: str, steps: int) -> Case:
 
     return Case(
         "dipo_step",
+        state_dim,
         rows,
         steps,
-        (as_written(), ours(OURS, "float32"), ours(OURS_BF16, "bfloat16")),
+        rivals.admit(
+            [as_written(), in_jax(), ours(OURS, "float32"), ours(OURS_BF16, "bfloat16")]
+        ),
         exact,
         bfloat16_bound=Error(1e-4, 2.0),
     )

@@ -1,5 +1,6 @@
 """The benchmarks run, check what they time, and notice when something got slower."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -18,9 +19,9 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The JSON file of a quick run of everything but torch.compile."""
+    """The JSON file of a quick run of everything but torch.compile and JAX."""
     directory = tmp_path_factory.mktemp("results")
-    done = bench("--quick", "--no-compile", "--output", str(directory))
+    done = bench("--quick", "--no-compile", "--no-jax", "--output", str(directory))
     assert done.returncode == 0, done.stderr
     assert "speed-up" in done.stdout
     (file,) = directory.glob("*.json")
@@ -30,7 +31,17 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_sections_are_measured_and_checked(stored: Path) -> None:
     results = json.loads(stored.read_text())
     ops = {row["op"] for row in results["rows"]}
-    assert ops == {"reverse_diffusion", "action_gradient", "mlp", "dipo_step"}
+    assert ops == {
+        "reverse_diffusion",
+        "action_gradient",
+        "mlp",
+        "critic_update",
+        "denoising_update",
+        "rff_features",
+        "score_matching_loss",
+        "dipo_step",
+        "diffsr_update",
+    }
     assert results["latency"]
     assert results["contention"]
     assert results["environment"]["cpu"]
@@ -38,6 +49,54 @@ def test_all_sections_are_measured_and_checked(stored: Path) -> None:
         assert row["q25"] <= row["median"] <= row["q75"]
         assert row["error"] is not None
         assert row["error"][0] < 1e-2
+
+
+def test_jax_computes_the_same() -> None:
+    pytest.importorskip("jax")
+    ops = ("reverse_diffusion", "action_gradient", "denoising_update", "diffsr_update")
+    done = bench("--quick", "--no-compile", "--no-save", "--brief", "--only", *ops)
+    assert done.returncode == 0, done.stderr
+    assert all("JAX" in line for line in done.stdout.splitlines())
+
+
+def test_overhead_is_measured_for_every_op(tmp_path: Path) -> None:
+    done = bench("--overhead", "--quick", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "overhead.md").read_text()
+    for op in ("reverse_diffusion", "action_gradient", "mlp", "rff_features", "score_matching"):
+        assert op in table
+    assert table.strip() in done.stdout
+
+
+def test_scaling_writes_curves_and_pictures(tmp_path: Path) -> None:
+    done = bench("--scaling", "--quick", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "scaling.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["varies"] for row in rows} == {"batch", "width", "depth", "steps"}
+    assert all(float(row["seconds"]) > 0 for row in rows)
+    for op in ("reverse_diffusion", "action_gradient"):
+        assert (tmp_path / f"scaling-{op}.png").stat().st_size > 10_000
+
+
+def test_memory_counts_calls_and_peaks() -> None:
+    done = bench("--memory", "--quick", "--env", "Pendulum-v1", "--no-save")
+    assert done.returncode == 0, done.stderr
+    assert "calls" in done.stdout
+    assert "update of DIPO, diffcore" in done.stdout
+
+
+def test_profile_adds_up_to_a_step(tmp_path: Path) -> None:
+    done = bench("--profile", "--quick", "--env", "Pendulum-v1", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (tmp_path / "profile.md").read_text().splitlines()
+        if line.startswith("|") and " ms " in line
+    ]
+    *parts, total = [float(line[1].removesuffix(" ms")) for line in lines]
+    assert total > 0
+    assert sum(parts) == pytest.approx(total, abs=0.1)
 
 
 def test_check_fails_when_a_ratio_fell(stored: Path, tmp_path: Path) -> None:

@@ -304,6 +304,12 @@ void normals(uint64_t seed, uint32_t step, int64_t first_row, int64_t rows, int 
   active_kernels().normals({seed, step, first_row, rows, columns, pointer<float>(out)});
 }
 
+void fingerprint(Address values, int64_t count) {
+  const py::gil_scoped_release unlocked;
+  uint32_t lanes[64] = {};
+  active_kernels().fingerprint(pointer<const float>(values), count, lanes);
+}
+
 double fma_peak(int threads, double seconds) {
   const py::gil_scoped_release unlocked;
   return active_kernels().fma_peak(usable_threads(threads), seconds);
@@ -344,6 +350,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("available_isas", &available_isas);
   m.def("use_isa", &use_isa);
   m.def("packs_built", &packs_built);
+  m.def("fingerprint", &fingerprint);  // what every call does to its weights, for benchmarks
   m.def("reverse_diffusion", &reverse_diffusion);
   m.def("reverse_step", &reverse_step);
   m.def("action_gradient", &action_gradient);

@@ -51,33 +51,6 @@ class Policy(nn.Module, ABC):
         """How badly the policy reproduces ``action`` at ``observation``: 0-d, differentiable."""
 
 
-def denoising_loss(
-    denoiser: Denoiser,
-    schedule: DiffusionSchedule,
-    observation: Tensor,
-    action: Tensor,
-    t: Tensor,
-    noise: Tensor,
-) -> Tensor:
-    """Mean over all entries of ``(z - eps(sqrt(abar_t) a + sqrt(1 - abar_t) z, s, t))^2``.
-
-    DDPM's loss (Ho et al. 2020, Eq. 14), conditioned on the observation.
-
-    Args:
-        denoiser: ``eps``.
-        schedule: the noise levels ``abar``.
-        observation: ``s``, ``[B, observation_dim]``.
-        action: ``a``, ``[B, A]``.
-        t: ``[B]`` int64 in 0..K-1.
-        noise: ``z``, ``[B, A]``.
-
-    Returns:
-        0-d, differentiable in the denoiser's parameters.
-    """
-    noisy_action = ops.q_sample(action, t, noise, schedule)
-    return nn.functional.mse_loss(denoiser(noisy_action, observation, t), noise)
-
-
 class DiffusionPolicy(Policy):
     """A diffusion model over actions, conditioned on the observation.
 
@@ -162,19 +135,21 @@ class DiffusionPolicy(Policy):
         t: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """The denoising loss at one random noise level a row; see :func:`denoising_loss`.
+        """The denoising loss at one random noise level a row; see :func:`ops.denoising_loss`.
 
         Args:
             t: ``[B]`` int64 in 0..K-1; None draws it uniformly.
             noise: ``[B, A]``; None draws it from N(0, I).
         """
-        if t is None:
-            t = torch.randint(
-                self.schedule.K, action.shape[:1], generator=generator, device=action.device
-            )
-        if noise is None:
-            noise = _randn_like(action, generator)
-        return denoising_loss(self.denoiser, self.schedule, observation, action, t, noise)
+        return ops.denoising_loss(
+            self.denoiser,
+            self.schedule,
+            observation,
+            action,
+            t=t,
+            noise=noise,
+            generator=generator,
+        )
 
 
 class MLPPolicy(Policy):

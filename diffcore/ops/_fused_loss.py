@@ -7,7 +7,6 @@ forward pass spares keeping, or computing again, all that they need.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,14 +25,15 @@ def scaled(
         grads: what the op computed.
         inputs: what the op's gradients depend on, so that differentiating them is noticed.
     """
-    if torch.compiler.is_compiling():  # where no second derivative exists anyway
-        return [grad_loss * grad for grad in grads]
-    if _is_last_use(grad_loss):
-        return list(grads)
-    results: Sequence[Tensor] = _native.apply(
-        ScaledGradients, op, len(grads), grad_loss, *grads, *inputs
-    )
-    return results
+    if not torch.compiler.is_compiling() and _is_last_use(grad_loss):
+        return grads
+
+    count = len(grads)
+
+    def scale(grad_loss: Tensor, *tensors: Tensor) -> list[Tensor]:
+        return [grad_loss * grad for grad in tensors[:count]]
+
+    return _native.gradients(op, scale, grad_loss, *grads, *inputs)
 
 
 def _is_last_use(grad_loss: Tensor) -> bool:
@@ -48,24 +48,3 @@ def _is_last_use(grad_loss: Tensor) -> bool:
         or torch._C._autograd._get_current_graph_task_keep_graph()
         or grad_loss.item() != 1.0
     )
-
-
-class ScaledGradients(torch.autograd.Function):
-    """The gradient as a Function, so that differentiating it again says that it can't be done."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(op: str, count: int, grad_loss: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad_loss * grad for grad in tensors[:count])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.op = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            f"{ctx.op}: the CPU kernel has no second derivative; "
-            "pass backend='reference' to differentiate twice"
-        )

@@ -80,6 +80,37 @@ def _eager_twin(function: Any) -> Any:
     return Twin
 
 
+def gradients(op: str, compute: Callable[..., Sequence[Tensor]], *args: Any) -> Sequence[Tensor]:
+    """``compute(*args)``, the gradients of an op, such that differentiating them is refused.
+
+    `args` must name every tensor that the gradients depend on, or a second derivative would be
+    silently wrong instead.
+    """
+    if torch.compiler.is_compiling():  # where no second derivative exists anyway
+        return compute(*args)
+    results: Sequence[Tensor] = apply(_FirstDerivative, op, compute, *args)
+    return results
+
+
+class _FirstDerivative(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: str, compute: Callable[..., Sequence[Tensor]], *args: Any) -> Any:
+        return tuple(compute(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            f"{ctx.op}: the CPU kernel has no second derivative; "
+            "pass backend='reference' to differentiate twice"
+        )
+
+
 def cannot_run(tensors: list[Tensor], activations: Sequence[str], layers: int) -> str | None:
     """Why the CPU kernels can't take networks of this kind, or None."""
     if unavailable is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,6 +79,10 @@ def _mean_and_deviation(values: Array) -> tuple[Array, Array, Array]:
 STANDARD_DEVIATION = Band("mean, one standard deviation", _mean_and_deviation)
 
 
+LABEL_WIDTH = 48
+"""Characters in a line of the legend; a longer one would push the curves out of the picture."""
+
+
 def plot_learning_curves(
     runs: list[Path], output: Path, *, band: Band = STANDARD_DEVIATION
 ) -> None:
@@ -106,6 +111,7 @@ def plot_learning_curves(
             steps, returns = common_steps([curve.series for curve in seeds])
             middle, low, high = band.of(returns)
             name = label if len(seeds) == 1 else f"{label} ({len(seeds)} seeds)"
+            name = "\n".join(textwrap.wrap(name, LABEL_WIDTH))
             (line,) = axes.plot(steps, middle, label=name, marker="." if len(steps) == 1 else None)
             if len(seeds) > 1:
                 axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.25, lw=0)
@@ -113,7 +119,7 @@ def plot_learning_curves(
         ylabel = f"evaluation return\n({band.name})" if several else "evaluation return"
         axes.set(title=environment, xlabel="environment steps", ylabel=ylabel)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize="small")
     _save(figure, output)
 
 
@@ -167,18 +173,22 @@ def _read_curve(path: Path) -> _Curve:
 
 
 def _labelled(curves: list[_Curve]) -> list[_Curve]:
-    """Add to labels the settings in which curves of one panel and one label differ."""
+    """Add to labels the settings in which curves of one panel and one label differ.
+
+    A setting that some of them don't have, since they were made before there was such a one, doesn't
+    count.
+    """
     alike: dict[tuple[str, str], list[_Curve]] = defaultdict(list)
     for curve in curves:
         alike[curve.environment, curve.label].append(curve)
     labelled = []
     for curve in curves:
         group = alike[curve.environment, curve.label]
-        names = sorted({name for other in group for name in other.settings})
+        names = sorted(set.intersection(*(set(other.settings) for other in group)))
         differing = [
-            f"{name}={curve.settings.get(name)}"
+            f"{name}={curve.settings[name]}"
             for name in names
-            if any(other.settings.get(name) != curve.settings.get(name) for other in group)
+            if any(other.settings[name] != curve.settings[name] for other in group)
         ]
         label = " ".join([curve.label, *differing])
         labelled.append(dataclasses.replace(curve, label=label))

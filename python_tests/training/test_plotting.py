@@ -89,7 +89,7 @@ def test_runs_with_other_settings_are_no_seeds_of_one_curve(
     ]
     (axes,) = draw(runs, tmp_path / "plot.png", monkeypatch).axes
     assert [line.get_label() for line in axes.get_lines()] == [
-        "dipo (fixed) diffusion_steps=100 num_envs=1 (2 seeds)",
+        "dipo (fixed) diffusion_steps=100 num_envs=1 (2\nseeds)",
         "dipo (fixed) diffusion_steps=100 num_envs=2",
         "dipo (fixed) diffusion_steps=20 num_envs=1",
         "sb3-sac",

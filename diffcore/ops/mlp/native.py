@@ -147,10 +147,7 @@ class MLP(torch.autograd.Function):
         x, saved, *parameters = ctx.saved_tensors
         wants_x, wants_parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:])
         settings = (ctx.activations, wants_x, wants_parameters)
-        if torch.compiler.is_compiling():  # where no second derivative exists anyway
-            grads = backward(grad_y, x, saved, parameters, *settings)
-        else:
-            grads = _native.apply(MLPBackward, grad_y, x, saved, *settings, *parameters)
+        grads = _native.gradients("mlp", _gradients, grad_y, x, saved, *settings, *parameters)
         grad_x, *grad_parameters = grads
         return (
             grad_x if wants_x else None,
@@ -159,31 +156,14 @@ class MLP(torch.autograd.Function):
         )
 
 
-class MLPBackward(torch.autograd.Function):
-    """The gradient as a Function, so that differentiating it again says that it can't be done."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        grad_y: Tensor,
-        x: Tensor,
-        saved: Tensor,
-        activations: str,
-        wants_x: bool,
-        wants_parameters: bool,
-        *parameters: Tensor,
-    ) -> tuple[Tensor, ...]:
-        settings = (activations, wants_x, wants_parameters)
-        return tuple(backward(grad_y, x, saved, list(parameters), *settings))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "mlp: the CPU kernel has no second derivative; "
-            "pass backend='reference' to differentiate twice"
-        )
+def _gradients(
+    grad_y: Tensor,
+    x: Tensor,
+    saved: Tensor,
+    activations: str,
+    wants_x: bool,
+    wants_parameters: bool,
+    *parameters: Tensor,
+) -> list[Tensor]:
+    settings = (activations, wants_x, wants_parameters)
+    return backward(grad_y, x, saved, list(parameters), *settings)

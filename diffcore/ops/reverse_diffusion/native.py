@@ -242,12 +242,9 @@ class Chain(torch.autograd.Function):
         trajectory, state, x_init, noise, coefficients, embedding, *parameters = ctx.saved_tensors
         wants_noise = ctx.has_noise and ctx.needs_input_grad[2]
         settings = (coefficients, embedding, ctx.noise_scale, ctx.clip, ctx.activation, wants_noise)
-        if torch.compiler.is_compiling():  # where no second derivative exists anyway
-            grads = chain_backward(grad_actions, trajectory, state, parameters, *settings)
-        else:
-            start = (state, x_init, noise)
-            arguments = (grad_actions, trajectory, *start, *settings, *parameters)
-            grads = _native.apply(ChainBackward, *arguments)
+        # x_init and noise: the gradients depend on them through the trajectory.
+        arguments = (grad_actions, trajectory, state, x_init, noise, *settings, *parameters)
+        grads = _native.gradients("reverse_diffusion", _gradients, *arguments)
         grad_state, grad_x, grad_noise, *grad_parameters = grads
         return (
             grad_state,
@@ -258,43 +255,22 @@ class Chain(torch.autograd.Function):
         )
 
 
-class ChainBackward(torch.autograd.Function):
-    """The gradient as a Function, so that differentiating it again says that it can't be done.
-
-    It takes `x_init` and `noise` for that alone: its result depends on them, though it is computed
-    from `trajectory`.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        grad_actions: Tensor,
-        trajectory: Tensor,
-        state: Tensor,
-        x_init: Tensor | None,
-        noise: Tensor | None,
-        coefficients: Tensor,
-        embedding: Tensor,
-        noise_scale: float,
-        clip: float,
-        activation: str,
-        wants_noise: bool,
-        *parameters: Tensor,
-    ) -> tuple[Tensor, ...]:
-        settings = (coefficients, embedding, noise_scale, clip, activation, wants_noise)
-        return tuple(chain_backward(grad_actions, trajectory, state, list(parameters), *settings))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "reverse_diffusion: the CPU kernel has no second derivative; "
-            "pass backend='reference' to differentiate twice"
-        )
+def _gradients(
+    grad_actions: Tensor,
+    trajectory: Tensor,
+    state: Tensor,
+    x_init: Tensor | None,
+    noise: Tensor | None,
+    coefficients: Tensor,
+    embedding: Tensor,
+    noise_scale: float,
+    clip: float,
+    activation: str,
+    wants_noise: bool,
+    *parameters: Tensor,
+) -> list[Tensor]:
+    settings = (coefficients, embedding, noise_scale, clip, activation, wants_noise)
+    return chain_backward(grad_actions, trajectory, state, list(parameters), *settings)
 
 
 @_native.vmap("reverse_diffusion")

@@ -157,40 +157,7 @@ class RffFeatures(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> Any:
         settings = (ctx.kind, *ctx.needs_input_grad[:3])
-        if torch.compiler.is_compiling():  # where no second derivative exists anyway
-            grads = backward(grad_y, *ctx.saved_tensors, *settings)
-        else:
-            arguments = (grad_y, *ctx.saved_tensors, *settings)
-            grads = _native.apply(RffFeaturesBackward, *arguments)
+        arguments = (grad_y, *ctx.saved_tensors, *settings)
+        grads = _native.gradients("rff_features", backward, *arguments)
         wanted = zip(grads, ctx.needs_input_grad[:3], strict=True)
         return (*(grad if wants else None for grad, wants in wanted), None, None)
-
-
-class RffFeaturesBackward(torch.autograd.Function):
-    """The gradient as a Function, so that differentiating it again says that it can't be done."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        grad_y: Tensor,
-        x: Tensor,
-        omega: Tensor,
-        saved: Tensor,
-        kind: str,
-        wants_x: bool,
-        wants_omega: bool,
-        wants_bias: bool,
-    ) -> tuple[Tensor, ...]:
-        return tuple(backward(grad_y, x, omega, saved, kind, wants_x, wants_omega, wants_bias))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "rff_features: the CPU kernel has no second derivative; "
-            "pass backend='reference' to differentiate twice"
-        )

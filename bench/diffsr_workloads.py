@@ -1,0 +1,289 @@
+"""What is compared for Diff-SR: its two ops, and a whole update."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import eager_diffsr
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from workloads import (
+    ALL_RIVALS,
+    BASELINE,
+    COMPILED,
+    JAX,
+    OURS,
+    OURS_BF16,
+    OURS_NEW_WEIGHTS,
+    SEED,
+    SIZES,
+    Case,
+    Error,
+    Rivals,
+    Variant,
+    change_weights,
+    flat,
+    random_replay,
+)
+
+from diffcore import ops
+from diffcore.agents import Batch, DiffSR, DiffSRConfig
+
+FEATURES, RANDOM_FEATURES, ZETA_HIDDEN = 256, 1024, 512
+UPDATE_SIZES = (
+    ("Pendulum-v1", 256),
+    ("HalfCheetah-v5", 256),
+    ("HalfCheetah-v5", 1024),
+    ("Humanoid-v4", 256),
+)
+"""Environment and batch of the updates that a whole run compares; the larger ones take minutes and
+are for pytest bench/bench_diffsr_update.py."""
+CHECK_EPS = 1e-3
+"""Adam's epsilon in checks of an update: with 1e-8 it makes a full step of a gradient that is all
+rounding."""
+
+Result = Sequence[Tensor]
+"""What an op returns, then its gradients."""
+
+
+def in_scale(result: Result, scales: Sequence[float]) -> Tensor:
+    """The result as one vector, each tensor divided by its scale: errors become relative."""
+    return flat(r / scale for r, scale in zip(result, scales, strict=True))
+
+
+def scales_of(result: Result) -> list[float]:
+    """Each tensor's root mean square."""
+    return [r.detach().square().mean().sqrt().item() for r in result]
+
+
+def forward_and_backward(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
+) -> Result:
+    """The function's value and its gradients at all inputs."""
+    y = function(*inputs)
+    return y, *torch.autograd.grad(y, inputs, grad.to(y.dtype))
+
+
+def rff_features_case(batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
+    """Random Fourier features, gradients of input, frequencies and phases included."""
+    torch.manual_seed(SEED)
+    x = torch.randn(batch, FEATURES)
+    layer = nn.Linear(FEATURES, RANDOM_FEATURES)
+    retrained = copy.deepcopy(layer)
+    inputs = [x.requires_grad_(), layer.weight, layer.bias]
+    grad = torch.randn(batch, RANDOM_FEATURES)
+
+    def as_written(x: Tensor, omega: Tensor, bias: Tensor) -> Tensor:
+        return torch.sin(linear(x, omega, bias))
+
+    def run(function: Callable[..., Tensor], layer: nn.Linear = layer) -> Result:
+        return forward_and_backward(function, [x, layer.weight, layer.bias], grad)
+
+    scales = scales_of(run(as_written))
+
+    def variant(name: str, function: Callable[..., Tensor]) -> Variant:
+        return Variant(name, lambda: run(function), lambda: in_scale(run(function), scales))
+
+    jax = rivals.jax_baselines()
+    in_jax = jax and jax.ForwardAndBackward(jax.rff_features, inputs, grad)
+    variants = [
+        variant(BASELINE, as_written),
+        variant(COMPILED, torch.compile(as_written, dynamic=False)),
+        jax and Variant(JAX, in_jax, lambda: in_scale(in_jax.on(), scales), before=jax.rest),
+        variant(OURS, ops.rff_features),
+        Variant(
+            OURS_NEW_WEIGHTS,
+            lambda: run(ops.rff_features, retrained),
+            lambda: in_scale(run(ops.rff_features, retrained), scales),
+            before=lambda: change_weights(retrained),
+        ),
+    ]
+
+    def exact() -> Tensor:
+        double = [i.detach().double().requires_grad_() for i in inputs]
+        return in_scale(forward_and_backward(as_written, double, grad), scales)
+
+    return Case(
+        "rff_features",
+        FEATURES,
+        batch,
+        1,
+        rivals.admit(variants),
+        exact,
+        flops=2.0 * 3 * batch * FEATURES * RANDOM_FEATURES,
+    )
+
+
+def score_matching_loss_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
+    """Diff-SR's loss from psi and zeta's last hidden layer on, with all gradients."""
+    torch.manual_seed(SEED)
+    state_dim, _ = SIZES[env]
+    psi, hidden = torch.randn(batch, FEATURES), torch.randn(batch, ZETA_HIDDEN)
+    last = nn.Linear(ZETA_HIDDEN, FEATURES * state_dim)
+    inputs = [psi.requires_grad_(), hidden.requires_grad_(), last.weight, last.bias]
+    # As in the released code: alpha-bar between 0.391 and 0.967, noise of 0.449.
+    level = 0.391 + 0.576 * torch.rand(batch)
+    offset = -(1 - level).sqrt()[:, None] * 0.449 * torch.randn(batch, state_dim)
+    score_weight = -(1 - level) * 0.449
+
+    def run(loss: Callable[..., Tensor], **options: torch.dtype) -> Result:
+        def of_inputs(*inputs: Tensor) -> Tensor:
+            dtype = inputs[0].dtype
+            return loss(*inputs, offset.to(dtype), score_weight.to(dtype), **options)
+
+        return forward_and_backward(of_inputs, inputs, torch.ones(()))
+
+    scales = scales_of(run(eager_diffsr.score_matching_loss))
+
+    def variant(name: str, loss: Callable[..., Tensor], **options: torch.dtype) -> Variant:
+        return Variant(
+            name, lambda: run(loss, **options), lambda: in_scale(run(loss, **options), scales)
+        )
+
+    jax = rivals.jax_baselines()
+    in_jax = jax and jax.ForwardAndBackward(
+        jax.score_matching_loss, inputs, torch.ones(()), offset, score_weight
+    )
+    variants = [
+        variant(BASELINE, eager_diffsr.score_matching_loss),
+        variant(COMPILED, torch.compile(eager_diffsr.score_matching_loss, dynamic=False)),
+        jax and Variant(JAX, in_jax, lambda: in_scale(in_jax.on(), scales), before=jax.rest),
+        variant(OURS, ops.score_matching_loss),
+        variant(OURS_BF16, ops.score_matching_loss, compute_dtype=torch.bfloat16),
+    ]
+
+    def exact() -> Tensor:
+        double = [i.detach().double().requires_grad_() for i in inputs]
+
+        def loss(*inputs: Tensor) -> Tensor:
+            return eager_diffsr.score_matching_loss(*inputs, offset.double(), score_weight.double())
+
+        return in_scale(forward_and_backward(loss, double, torch.ones(())), scales)
+
+    # The products with the last layer's weight, forward and twice backward, and those with psi.
+    products = FEATURES * state_dim * (3 * ZETA_HIDDEN + 3)
+    return Case(
+        "score_matching_loss",
+        state_dim,
+        batch,
+        1,
+        rivals.admit(variants),
+        exact,
+        bfloat16_bound=Error(1e-2, 1.0),
+        flops=2.0 * batch * products,
+    )
+
+
+def diffsr_update_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
+    """One whole update of Diff-SR: four representation steps, critic, actor, temperature, target."""
+    torch.manual_seed(SEED)
+    sizes = SIZES[env]
+    replay = random_replay(*sizes)
+    generator = torch.Generator().manual_seed(SEED)
+    defaults = DiffSRConfig.for_env(env)
+    steps = defaults.extra_feature_steps + 1
+
+    def agent(**fields: Any) -> DiffSR:
+        config = dataclasses.replace(defaults, batch_size=batch, **fields)
+        return DiffSR(*sizes, config, seed=SEED)
+
+    def agent_to_check(**fields: Any) -> DiffSR:
+        return agent(adam_eps=CHECK_EPS, update_target_every=1, **fields)
+
+    batches = [replay.sample(batch, generator) for _ in range(steps)]
+    levels = [torch.randint(defaults.noise_steps, (batch,)) for _ in range(steps)]
+    noises = [torch.randn(batch, sizes[0]) for _ in range(steps)]
+    policy_noise = [torch.randn(batch, sizes[1]) for _ in range(2)]
+
+    def moved(an_agent: Any, dtype: torch.dtype = torch.float32) -> Result:
+        """What one update on given batches and draws adds to the parameters."""
+        draws = iter([noise.to(dtype) for noise in policy_noise])
+        an_agent._policy_noise = lambda _: next(draws)
+        parameters = list(parameters_of(an_agent))
+        before = [p.detach().clone() for p in parameters]
+        for some, level, noise in zip(batches, levels, noises, strict=True):
+            an_agent.update_representation(cast(some, dtype), level=level, noise=noise.to(dtype))
+        an_agent.update_critic(cast(batches[-1], dtype))
+        an_agent.update_actor(cast(batches[-1], dtype))
+        an_agent.update_target()
+        return [p.detach() - b for p, b in zip(parameters, before, strict=True)]
+
+    scales: list[float] = []
+
+    def as_one(result: Result) -> Tensor:
+        if not scales:
+            scales.extend(scales_of(moved(eager_diffsr.EagerDiffSR(agent_to_check()))))
+        return in_scale(result, scales)
+
+    as_written = eager_diffsr.EagerDiffSR(agent())
+
+    def ours(name: str, **fields: Any) -> Variant:
+        our_agent = agent(**fields)
+        return Variant(
+            name,
+            lambda: our_agent.update(replay),
+            lambda: as_one(moved(agent_to_check(**fields))),
+        )
+
+    def in_jax() -> Variant | None:
+        if not (jax := rivals.jax_baselines()):
+            return None
+        module = importlib.import_module("jax_diffsr")
+        jax_agent, start = module.JaxDiffSR(agent()), module.JaxDiffSR(agent_to_check())
+        arrays = jax.replay_arrays(replay)
+        given = (batches, levels, noises, policy_noise)
+        return Variant(
+            JAX,
+            lambda: jax_agent.update(arrays),
+            lambda: as_one(start.moved(*given)),
+            before=jax.rest,
+        )
+
+    def exact() -> Tensor:
+        double = agent_to_check()
+        for part in (double.representation, double.critic, double.actor, double.temperature):
+            part.double()
+        return as_one(moved(eager_diffsr.EagerDiffSR(double), torch.float64))
+
+    variants = [
+        Variant(
+            BASELINE,
+            lambda: as_written.update(replay, generator),
+            lambda: as_one(moved(eager_diffsr.EagerDiffSR(agent_to_check()))),
+        ),
+        in_jax(),
+        ours(OURS),
+        ours(OURS_BF16, compute_dtype="bfloat16"),
+    ]
+    return Case(
+        "diffsr_update",
+        sizes[0],
+        batch,
+        steps,
+        rivals.admit(variants),
+        exact,
+        bfloat16_bound=Error(1e-2, 10.0),
+    )
+
+
+def cast(batch: Batch, dtype: torch.dtype) -> Batch:
+    floats = {name: v.to(dtype) for name, v in vars(batch).items() if name != "index"}
+    return dataclasses.replace(batch, **floats)
+
+
+def parameters_of(agent: DiffSR | eager_diffsr.EagerDiffSR) -> Iterator[Tensor]:
+    """All that an update changes, in the same order for both agents."""
+    if isinstance(agent, DiffSR):
+        modules = [agent.representation.psi, agent.representation.zeta, agent.critic, agent.actor]
+        temperature = agent.temperature.log
+    else:
+        modules = [agent.psi, agent.zeta, agent.critic, agent.actor]
+        temperature = agent.log_alpha
+    for module in (*modules, agent.critic_target):
+        yield from module.parameters()
+    yield temperature

@@ -1,0 +1,176 @@
+"""Diff-SR in eager PyTorch as research code is usually released, and as Diff-SR's is.
+
+zeta is a tensor ``[B, features, state]`` multiplied by psi with ``bmm``; the policy is a
+``torch.distributions`` object; every step has its own optimisers and reads its loss back with
+``item()``. It differs from the released code in two things, both of which would make that slower or
+worse: the critic that is used is also the one that is trained, and the regulariser of weight 0 isn't
+computed.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from eager import sequential
+from torch import Tensor, nn
+from torch import distributions as pyd
+from torch.nn.functional import linear, mse_loss
+
+from diffcore.agents import Batch, DiffSR, Replay
+
+
+def score_matching_loss(
+    psi: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, offset: Tensor, score_weight: Tensor
+) -> Tensor:
+    """From psi and zeta's last hidden layer on, as :meth:`EagerDiffSR.update_representation`."""
+    batch, features = psi.shape
+    zeta = linear(hidden, weight, bias).reshape(batch, features, offset.shape[1])
+    score = torch.bmm(psi.unsqueeze(1), zeta).squeeze(1)
+    difference = offset + score_weight[:, None] * score
+    return (1 / batch) * torch.sum(difference**2, dim=1).sum()
+
+
+class SquashedNormal(pyd.TransformedDistribution):
+    """tanh of a normal; what was last drawn is remembered for its log density."""
+
+    def __init__(self, loc: Tensor, scale: Tensor) -> None:
+        super().__init__(
+            pyd.Normal(loc, scale), [pyd.TanhTransform(cache_size=1)], validate_args=False
+        )
+
+
+class Actor(nn.Module):
+    """A squashed Gaussian policy, on a :class:`diffcore.nn.SquashedGaussian`'s parameters."""
+
+    def __init__(self, trunk: nn.Sequential, log_std_bounds: tuple[float, float]) -> None:
+        super().__init__()
+        self.trunk, self.log_std_bounds = trunk, log_std_bounds
+
+    def forward(self, state: Tensor) -> SquashedNormal:
+        mu, log_std = self.trunk(state).chunk(2, dim=-1)
+        low, high = self.log_std_bounds
+        log_std = low + 0.5 * (high - low) * (torch.tanh(log_std) + 1)
+        return SquashedNormal(mu, log_std.exp())
+
+
+class RFFCritic(nn.Module):
+    """Twin Q on sines of psi, on a :class:`diffcore.nn.TwinRFFCritic`'s parameters."""
+
+    def __init__(self, q1: nn.Sequential, q2: nn.Sequential) -> None:
+        super().__init__()
+        self.q1, self.q2 = q1, q2
+
+    def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        return self.q1(feature), self.q2(feature)
+
+
+class EagerDiffSR:
+    """Diff-SR's update as written, starting from the weights of a diffcore agent."""
+
+    def __init__(self, agent: DiffSR) -> None:
+        self.config, self.action_dim = agent.config, agent.action_dim
+        representation = copy.deepcopy(agent.representation)
+        self.alpha_bar, self.noise_scale = representation.alpha_bar, representation.noise_scale
+        self.psi = sequential(representation.psi.trunk)
+        self.zeta = sequential(representation.zeta.trunk)
+        critic, actor = copy.deepcopy(agent.critic), copy.deepcopy(agent.actor)
+        self.critic = RFFCritic(sequential(critic.q1), sequential(critic.q2))
+        self.critic_target = copy.deepcopy(self.critic)
+        self.actor = Actor(sequential(actor.trunk), actor.log_std_bounds)
+        self.log_alpha = agent.temperature.log.detach().clone().requires_grad_()
+
+        eps, config = agent.config.adam_eps, agent.config
+        rate = {"lr": config.representation_lr, "eps": eps}
+        self.psi_optimizer = torch.optim.Adam(self.psi.parameters(), **rate)
+        self.zeta_optimizer = torch.optim.Adam(self.zeta.parameters(), **rate)
+        rate = {"lr": config.lr, "eps": eps}
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), **rate)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), **rate)
+        self.log_alpha_optimizer = torch.optim.Adam([self.log_alpha], **rate)
+        self.updates = 0
+
+    @property
+    def alpha(self) -> Tensor:
+        return self.log_alpha.exp()
+
+    def update(self, replay: Replay, generator: torch.Generator) -> dict[str, float]:
+        for _ in range(self.config.extra_feature_steps + 1):
+            batch = replay.sample(self.config.batch_size, generator)
+            info = self.update_representation(batch)
+        info |= self.update_critic(batch)
+        info |= self.update_actor(batch)
+        self.update_target()
+        return info
+
+    def update_representation(
+        self, batch: Batch, *, level: Tensor | None = None, noise: Tensor | None = None
+    ) -> dict[str, float]:
+        rows, state_dim = batch.next_state.shape
+        if level is None:
+            level = torch.randint(0, len(self.alpha_bar), (rows,))
+        if noise is None:
+            noise = torch.randn_like(batch.next_state)
+        abar = torch.index_select(self.alpha_bar, 0, level).reshape(rows, 1)
+        noise = self.noise_scale * noise
+        perturbed = torch.sqrt(abar) * batch.next_state + torch.sqrt(1.0 - abar) * noise
+        target = -(perturbed - torch.sqrt(abar) * batch.next_state)
+
+        psi = self.psi(torch.cat([batch.state, batch.action], dim=-1))
+        zeta = self.zeta(torch.cat([perturbed, abar], dim=-1)).reshape(rows, -1, state_dim)
+        score = torch.bmm(psi.unsqueeze(1), zeta).squeeze(1)
+        difference = target - (1.0 - abar) * self.noise_scale * score
+        loss = ((1 / rows) * torch.sum(difference**2, dim=1)).sum()
+
+        self.zeta_optimizer.zero_grad()
+        self.psi_optimizer.zero_grad()
+        loss.backward()
+        self.zeta_optimizer.step()
+        self.psi_optimizer.step()
+        return {"score_loss": loss.item()}
+
+    def draw(self, state: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions ``[B, A]`` and their log densities ``[B, 1]``."""
+        dist = self.actor(state)
+        u = dist.base_dist.loc + dist.base_dist.scale * self._policy_noise(like)
+        action = dist.transforms[0](u)
+        return action, dist.log_prob(action).sum(-1, keepdim=True)
+
+    def _policy_noise(self, like: Tensor) -> Tensor:
+        return torch.randn_like(like)
+
+    def update_critic(self, batch: Batch) -> dict[str, float]:
+        next_action, log_prob = self.draw(batch.next_state, batch.action)
+        next_feature = self.psi(torch.cat([batch.next_state, next_action], dim=-1))
+        target_q1, target_q2 = self.critic_target(next_feature)
+        target_v = torch.min(target_q1, target_q2) - self.alpha.detach() * log_prob
+        target_q = (batch.reward + batch.mask * self.config.gamma * target_v).detach()
+
+        q1, q2 = self.critic(self.psi(torch.cat([batch.state, batch.action], dim=-1)))
+        loss = mse_loss(q1, target_q) + mse_loss(q2, target_q)
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+        return {"q_loss": loss.item(), "q1": q1.mean().item(), "q2": q2.mean().item()}
+
+    def update_actor(self, batch: Batch) -> dict[str, float]:
+        action, log_prob = self.draw(batch.state, batch.action)
+        q = torch.min(*self.critic(self.psi(torch.cat([batch.state, action], dim=-1))))
+        loss = (self.alpha.detach() * log_prob - q).mean()
+        self.actor_optimizer.zero_grad()
+        loss.backward()
+        self.actor_optimizer.step()
+
+        alpha_loss = (self.alpha * (-log_prob + self.action_dim).detach()).mean()
+        self.log_alpha_optimizer.zero_grad()
+        alpha_loss.backward()
+        self.log_alpha_optimizer.step()
+        return {"actor_loss": loss.item(), "alpha": self.alpha.item()}
+
+    def update_target(self) -> None:
+        self.updates += 1
+        if self.updates % self.config.update_target_every == 0:
+            tau = self.config.tau
+            pairs = zip(self.critic.parameters(), self.critic_target.parameters(), strict=True)
+            for p, target_p in pairs:
+                target_p.data.copy_(tau * p.data + (1 - tau) * target_p.data)
