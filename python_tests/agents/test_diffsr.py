@@ -416,7 +416,7 @@ def test_learns_a_bandit_whose_best_action_depends_on_the_state(
         feature_dim=32,
         psi_hidden_dim=64,
     )
-    for _ in range(500):
+    for _ in range(800):
         agent.update(replay)
     error = float((agent.act(state, explore=False) - best).abs().mean())
     without_a_clue = float(best.abs().mean())  # of an action of 0
