@@ -75,7 +75,7 @@ class EagerDiffSR:
         self.psi = sequential(representation.psi.trunk)
         self.zeta = sequential(representation.zeta.trunk)
         critic, actor = copy.deepcopy(agent.critic), copy.deepcopy(agent.actor)
-        self.critic = RFFCritic(sequential(critic.q1), sequential(critic.q2))
+        self.critic = RFFCritic(sequential(critic.q1.head), sequential(critic.q2.head))
         self.critic_target = copy.deepcopy(self.critic)
         self.actor = Actor(sequential(actor.trunk), actor.log_std_bounds)
         self.log_alpha = agent.temperature.log.detach().clone().requires_grad_()

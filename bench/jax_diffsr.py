@@ -79,7 +79,7 @@ class JaxDiffSR:
         representation = Representation(
             layers(agent.representation.psi), layers(agent.representation.zeta)
         )
-        critic = RFFCritic(layers(agent.critic.q1), layers(agent.critic.q2))
+        critic = RFFCritic(layers(agent.critic.q1.head), layers(agent.critic.q2.head))
         actor, log_alpha = layers(agent.actor), to_jax(agent.temperature.log)
         trained = (representation, critic, actor, log_alpha)
         moments = map(Moments.of, trained)

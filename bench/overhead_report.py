@@ -22,7 +22,7 @@ from typing import Any
 import measure
 import report
 import torch
-from diffsr_workloads import FEATURES, RANDOM_FEATURES, ZETA_HIDDEN
+from diffsr_workloads import FEATURES, RANDOM_FEATURES
 from torch import nn
 from workloads import SEED, SIZES, change_weights
 
@@ -82,8 +82,7 @@ def calls(env: str) -> list[Call]:
     denoiser, critic = Denoiser(state_dim, action_dim), TwinCritic(state_dim, action_dim)
     state, action = torch.randn(1, state_dim), torch.rand(1, action_dim) * 2 - 1
     x = torch.cat([state, action], dim=1)
-    psi, hidden = torch.randn(1, FEATURES), torch.randn(1, ZETA_HIDDEN)
-    noise = torch.randn(1, state_dim), torch.rand(1)
+    psi = torch.randn(1, FEATURES)
 
     def chain(steps: int) -> Call:
         schedule = DiffusionSchedule.cosine(steps)
@@ -107,11 +106,6 @@ def calls(env: str) -> list[Call]:
             "rff_features, forward",
             lambda layer: ops.rff_features(psi, layer.weight, layer.bias),
             nn.Linear(FEATURES, RANDOM_FEATURES),
-        ),
-        Call(
-            "score_matching_loss, forward",
-            lambda layer: ops.score_matching_loss(psi, hidden, layer.weight, layer.bias, *noise),
-            nn.Linear(ZETA_HIDDEN, FEATURES * state_dim),
         ),
     ]
 

@@ -37,8 +37,8 @@ Reacher-MBBL             ``-|fingertip - target| - |a|^2``
 
 Definitions are those of the benchmark's code, which the paper's tables abridge. Two need a word.
 Pendulum counts theta from the upright position, so its reward is highest where the pendulum
-HANGS, at 1 a step: a task of coming to rest, not of swinging up, and the returns near 170 that are
-reported on it are of that task. CartPole sees a continuous action by its sign only.
+HANGS, at 1 a step: a task of coming to rest, not of swinging up. CartPole sees a continuous action by
+its sign only.
 
 What differs from the benchmark as published, which ran MuJoCo 1.5 under Gym 0.9:
 

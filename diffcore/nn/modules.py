@@ -47,6 +47,8 @@ class MLP(nn.Module):
         check_positive_int("out_dim", out_dim)
         check_positive_int("hidden_layers", hidden_layers)
         check_choice("init", init, _INITS)
+        if not isinstance(activation, (str, Sequence)):
+            check_choice("activation", activation, ACTIVATIONS)
         hidden = [activation] * hidden_layers if isinstance(activation, str) else [*activation]
         if len(hidden) != hidden_layers:
             raise ValueError(f"activation: expected {hidden_layers}, one a layer, got {hidden}")

@@ -106,7 +106,10 @@ def float32_table(schedule: DiffusionSchedule) -> SolverTable:
 def test_golden_chain(backend: str, name: str, action: str) -> None:
     r = recorded(name)
     sample = r.sample(action, solver=r.float32_table, backend=backend)
-    torch.testing.assert_close(sample, r.golden[action], rtol=0, atol=1e-5)
+    # The reference rounds as torch's matrix product does, which is not the same on every processor,
+    # and a chain without noise magnifies that.
+    atol = 1e-4 if backend == "reference" else 1e-5
+    torch.testing.assert_close(sample, r.golden[action], rtol=0, atol=atol)
 
 
 @torch.no_grad()
