@@ -78,7 +78,7 @@ def compile_op(op: str) -> list[Compiled]:
     results = []
     for target in TARGETS:
         driver.set_active(Driver(target))
-        for case in CASES[op]:
+        for case in CASES[op]():
             if case.precision == "tf32" and not target.startswith("sm_"):
                 continue  # a format of NVIDIA's
             launched.clear()
