@@ -123,6 +123,18 @@ def test_gpu_kernels_are_not_for_cpu_tensors() -> None:
                 ops.rff_features(x, omega, backend=backend)
 
 
+def test_autocast_on_a_gpu_chooses_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.empty(2, device="cuda")
+    assert _backends.precision(None, x) == "float32"
+    # torch.autocast itself turns "cuda" off where there is none.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    assert _backends.precision(None, x) == "bfloat16"
+    assert _backends.precision(torch.float16, x) == "float16"
+    assert _backends.precision(torch.float32, x) == "float32"
+    assert _backends.precision(None, torch.empty(2)) == "float32"
+
+
 def test_tf32_only_where_torch_allows_it() -> None:
     x = torch.empty(2, device="cuda")
     before = torch.get_float32_matmul_precision()
