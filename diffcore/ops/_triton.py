@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -64,6 +64,44 @@ def seed_arguments(seed: Tensor | None) -> tuple[int, Tensor | None]:
     if seed is None:
         return 0, None
     return (int(seed), None) if seed.is_cpu else (0, seed)
+
+
+# -- hidden layers of equal width ------------------------------------------------------------------
+
+
+class HiddenLayout(NamedTuple):
+    """How layers of one width are cut into blocks of outputs and of inputs."""
+
+    width: int  # padded, so that nothing inside has to be masked
+    block_n: int
+    block_k: int
+    stages: int  # blocks of weights on their way at a time
+
+
+def hidden_layout(hidden: int, precision: str) -> HiddenLayout:
+    width = max(16, triton.next_power_of_2(hidden)) if hidden <= 64 else round_up(hidden, 64)
+    block_n = min(256, width & -width)  # the largest power of 2 that divides it
+    block_k = {"float32": 16, "tf32": 32}.get(precision, 64)
+    return HiddenLayout(width, block_n, min(block_k, width & -width), 3)
+
+
+def pack_hidden(
+    parameters: list[Tensor], width: int, precision: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(weights ``[layers, width, width]``, biases ``[layers, width]``) of [weight, bias, ...].
+
+    Padded with zeros, the weights in what they are multiplied in.
+    """
+    weights, biases = parameters[::2], parameters[1::2]
+    dtype = OPERAND_DTYPES[precision]
+    if weights and len(biases[0]) == width:
+        return torch.stack(weights).to(dtype), torch.stack(biases)
+    packed_weights = torch.zeros(len(weights), width, width, dtype=dtype, device=device)
+    packed_biases = torch.zeros(len(weights), width, device=device)
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        packed_weights[i, : weight.shape[0], : weight.shape[1]] = weight
+        packed_biases[i, : len(bias)] = bias
+    return packed_weights, packed_biases
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -451,7 +489,7 @@ def normals(seed, row, step, column):
         seed,
         block,
         (row & 0xFFFFFFFF).to(tl.uint32),
-        zero + step.to(tl.uint32),
+        (zero + step).to(tl.uint32),
         (row >> 32).to(tl.uint32),
     )
     second = (column & 2) == 2

@@ -28,7 +28,6 @@ def chain(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(actions ``[B, A]``, x before every step and at the end ``[steps + 1, B, A]`` or empty)."""
-    core = _native._core
     parameters = [p.contiguous() for p in parameters]
     state = state.contiguous()
     x_init = None if x_init is None else x_init.contiguous()
@@ -37,7 +36,28 @@ def chain(
     action_dim = len(parameters[-1])
     actions = state.new_empty(batch, action_dim)
     trajectory = state.new_empty(steps + 1 if keep_trajectory else 0, batch, action_dim)
-    if batch:
+    if batch == 0:
+        return actions, trajectory
+    if backend == "triton":
+        from diffcore.ops.reverse_diffusion import triton
+
+        triton.reverse_diffusion(
+            state,
+            x_init,
+            noise,
+            seed,
+            parameters,
+            coefficients,
+            embedding,
+            noise_scale,
+            clip,
+            activation,
+            precision,
+            trajectory if keep_trajectory else None,
+            actions,
+        )
+    else:
+        core = _native._core
         core.reverse_diffusion(
             _native.addresses(parameters),
             action_dim,

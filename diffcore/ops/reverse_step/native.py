@@ -26,18 +26,25 @@ def step(
     noise = None if noise is None else noise.contiguous()
     x0_previous = None if x0_previous is None else x0_previous.contiguous()
     next_x, x0 = torch.empty_like(x), torch.empty_like(x)
-    _native._core.reverse_step(
-        x.numel(),
-        x.data_ptr(),
-        eps.data_ptr(),
-        _native.address(noise),
-        _native.address(x0_previous),
-        coefficients.tolist(),
-        noise_scale,
-        clip,
-        next_x.data_ptr(),
-        x0.data_ptr(),
-    )
+    if backend == "triton":
+        from diffcore.ops.reverse_step import triton
+
+        if x.numel():
+            settings = (coefficients, noise, x0_previous, noise_scale, clip)
+            triton.reverse_step(x, eps, *settings, next_x, x0)
+    else:
+        _native._core.reverse_step(
+            x.numel(),
+            x.data_ptr(),
+            eps.data_ptr(),
+            _native.address(noise),
+            _native.address(x0_previous),
+            coefficients.tolist(),
+            noise_scale,
+            clip,
+            next_x.data_ptr(),
+            x0.data_ptr(),
+        )
     return next_x, x0
 
 
