@@ -78,7 +78,7 @@ def delta_columns(widths: tuple[int, ...]) -> tuple[int, ...]:
 
 def widths_of(parameters: list[Tensor], layers: int) -> tuple[int, ...]:
     """Widths from input to output of the first network's `layers` layers."""
-    return (parameters[0].shape[1], *(len(bias) for bias in parameters[1 : 2 * layers : 2]))
+    return (parameters[0].shape[1], *(bias.shape[0] for bias in parameters[1 : 2 * layers : 2]))
 
 
 def depth_of_blocks(precision: str) -> int:
@@ -532,9 +532,9 @@ def add_parts_kernel(
 
 
 def saved_width(parameters: list[Tensor], activations: str, keep: bool) -> int:
-    """Floats a row of what `forward` saves."""
+    """Floats a row of what `forward` saves. Widths may be symbols, which no cache takes."""
     names = tuple(activations.split(","))
-    return layout(widths_of(parameters, len(names)), names, keep).width
+    return layout.__wrapped__(widths_of(parameters, len(names)), names, keep).width
 
 
 def forward(
