@@ -32,8 +32,11 @@ _LEAST_CAPABILITY = (8, 0)  # of the CUDA and Triton kernels: Ampere
 def precision(compute_dtype: torch.dtype | None, like: Tensor) -> str:
     """What a kernel multiplies in.
 
-    float32 becomes TF32 on a GPU only where ``torch.set_float32_matmul_precision`` allows it.
+    On a GPU None is autocast's dtype where that is on, as it is for torch's own products, and float32
+    becomes TF32 only where ``torch.set_float32_matmul_precision`` allows it.
     """
+    if compute_dtype is None and like.is_cuda and torch.is_autocast_enabled("cuda"):
+        compute_dtype = torch.get_autocast_dtype("cuda")
     if compute_dtype in _LOWER_PRECISIONS:
         return _LOWER_PRECISIONS[compute_dtype]
     if like.is_cuda and torch.get_float32_matmul_precision() != "highest":

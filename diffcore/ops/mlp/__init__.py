@@ -26,7 +26,8 @@ def mlp(
     """``f_L(W_L ... f_1(W_1 x + b_1) ... + b_L)``.
 
     Differentiable in ``x``, the weights and the biases. The fused kernel can't be differentiated
-    twice and says so; the reference can.
+    twice and says so; the reference can. On a GPU under autocast it multiplies in autocast's dtype,
+    with float32 sums and results.
 
     Args:
         x: ``[..., in]``.

@@ -1,0 +1,58 @@
+"""What users launch on the Triton backend, for the tests that compile it ahead of time.
+
+A case calls an op's Triton functions as the op does, on tensors of the sizes that the agents here
+have by default (networks 256 wide). Their values don't matter: nothing runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Case(NamedTuple):
+    name: str
+    #: "float32", "tf32", "bfloat16" or "float16".
+    precision: str
+    launch: Callable[[], object]
+    #: Kernels that must use the tensor cores in any precision but float32.
+    matrix_kernels: tuple[str, ...] = ()
+
+
+def parameters(*widths: int) -> list[Tensor]:
+    """Weight, bias, weight, bias, ... of an MLP."""
+    shapes = (((o, i), (o,)) for i, o in itertools.pairwise(widths))
+    return [torch.empty(shape) for pair in shapes for shape in pair]
+
+
+def mlp_cases() -> list[Case]:
+    from diffcore.ops.mlp import triton
+
+    def case(
+        name: str, precision: str, batch: int, networks: int, activations: str, *widths: int
+    ) -> Case:
+        def launch() -> None:
+            network = parameters(*widths)
+            x = torch.empty(batch, widths[0])
+            _, saved = triton.forward(x, network * networks, activations, True, precision)
+            grad_y = torch.empty(networks, batch, widths[-1])
+            triton.backward(
+                grad_y, saved, network * networks, activations, True, True, precision
+            )
+
+        kernels = ("forward_kernel", "backward_kernel", "weight_gradient_kernel")
+        return Case(name, precision, launch, kernels)
+
+    critics = (2, "mish,mish,identity", 23, 256, 256, 1)
+    return [
+        case("critics, float32", "float32", 256, *critics),
+        case("critics, tf32", "tf32", 256, *critics),
+        case("critics, large batch", "bfloat16", 8192, *critics),
+    ]
+
+
+CASES: dict[str, Callable[[], list[Case]]] = {"mlp": mlp_cases}
