@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 
@@ -11,6 +12,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+
+# Without a GPU, Triton's kernels run in its interpreter. Triton decides for that where a kernel is
+# defined, its own included: so here, before anything else imports it, and in the fixture `device`,
+# since ops import their kernels at the first call.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETS = HAS_TRITON and not torch.cuda.is_available()
+if INTERPRETS:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import triton.language
+
 from helpers import ISAS
 from hypothesis import HealthCheck, settings
 
@@ -62,3 +74,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
             yield name
     else:
         yield name
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where Triton's kernels take their tensors in a test."""
+    if not HAS_TRITON:
+        pytest.skip("Triton isn't installed")
+    if INTERPRETS:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return "cpu" if INTERPRETS else "cuda"

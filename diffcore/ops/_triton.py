@@ -66,6 +66,23 @@ def seed_arguments(seed: Tensor | None) -> tuple[int, Tensor | None]:
     return (int(seed), None) if seed.is_cpu else (0, seed)
 
 
+# -- matrix products -------------------------------------------------------------------------------
+
+
+@triton.jit
+def dot(a, b, sums, PRECISION: tl.constexpr):
+    """sums + a b, with float32 sums.
+
+    float32 is multiplied as such ("float32") or as TF32; half-precision operands as they come.
+    """
+    if PRECISION == "float32":
+        return tl.dot(a, b, sums, input_precision="ieee")
+    elif PRECISION == "tf32":
+        return tl.dot(a, b, sums, input_precision="tf32")
+    else:
+        return tl.dot(a, b, sums)
+
+
 # -- hidden layers of equal width ------------------------------------------------------------------
 
 
@@ -75,14 +92,29 @@ class HiddenLayout(NamedTuple):
     width: int  # padded, so that nothing inside has to be masked
     block_n: int
     block_k: int
-    stages: int  # blocks of weights on their way at a time
 
 
-def hidden_layout(hidden: int, precision: str) -> HiddenLayout:
+def hidden_layout(hidden: int, rows: int, precision: str) -> HiddenLayout:
+    """For products of `rows` rows at a time: sums and a block of weights must fit in registers."""
     width = max(16, triton.next_power_of_2(hidden)) if hidden <= 64 else round_up(hidden, 64)
-    block_n = min(256, width & -width)  # the largest power of 2 that divides it
+    power = width & -width  # the largest power of 2 that divides it
     block_k = {"float32": 16, "tf32": 32}.get(precision, 64)
-    return HiddenLayout(width, block_n, min(block_k, width & -width), 3)
+    return HiddenLayout(width, min(power, 128 if rows >= 64 else 256), min(power, block_k))
+
+
+def rows_per_program(batch: int, precision: str, processors: int) -> int:
+    """Rows of a program that keeps them through a whole chain of layers.
+
+    The smallest power of 2 that fills the device in one wave, up to 32 in float32; for tensor cores,
+    which need 16, up to 64 and half as many programs as processors. The arithmetic for it is in
+    reverse_diffusion/triton.py.
+    """
+    if precision == "float32":
+        least, most, wanted = 8, 32, processors
+    else:
+        least, most, wanted = 16, 64, max(1, processors // 2)
+    rows: int = triton.next_power_of_2(triton.cdiv(batch, wanted))
+    return max(least, min(most, rows))
 
 
 def pack_hidden(
@@ -108,21 +140,46 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-# -- matrix products -------------------------------------------------------------------------------
+@triton.jit
+def add_hidden(
+    sums,
+    source,
+    weight,
+    column,
+    TRANSPOSED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """sums + source weight^T, or source weight if TRANSPOSED, for a block of columns ``[1, N]``.
+
+    source: addresses ``[R, 1]`` of the rows of a ``[R, WIDTH]`` scratch in the precision's dtype;
+    weight: address of a ``[WIDTH, WIDTH]`` matrix in it. Nothing is masked.
+    """
+    for k in range(0, WIDTH, BLOCK_K):
+        inner = k + tl.arange(0, BLOCK_K)
+        h = tl.load(source + inner[None, :])
+        if TRANSPOSED:
+            w = tl.load(weight + inner[:, None] * WIDTH + column)
+        else:
+            w = tl.load(weight + column * WIDTH + inner[:, None])
+        sums = dot(h, w, sums, PRECISION)
+    return sums
 
 
 @triton.jit
-def dot(a, b, sums, PRECISION: tl.constexpr):
-    """sums + a b, with float32 sums.
+def add_thin(sums, x, weight, inputs, here, real):
+    """sums + x w^T for few inputs, in float32 whatever the precision.
 
-    float32 is multiplied as such ("float32") or as TF32; half-precision operands as they come.
+    x: addresses ``[R, 1]`` of the rows, read where `here`; weight: addresses ``[1, N]`` of the
+    outputs' rows of weights, read where `real`. One input at a time: `dot` would pad them to 16, and
+    its operands take registers that wide blocks don't have.
     """
-    if PRECISION == "float32":
-        return tl.dot(a, b, sums, input_precision="ieee")
-    elif PRECISION == "tf32":
-        return tl.dot(a, b, sums, input_precision="tf32")
-    else:
-        return tl.dot(a, b, sums)
+    for k in range(inputs):
+        part = tl.load(x + k, mask=here, other=0.0)
+        w = tl.load(weight + k, mask=real, other=0.0)
+        sums += part * w
+    return sums
 
 
 # -- elementwise functions on float32 --------------------------------------------------------------

@@ -30,11 +30,33 @@ def ascend(
     backend: str,
 ) -> Tensor:
     """Improved actions ``[B, A]``."""
-    core = _native._core
     state, action = state.contiguous(), action.contiguous()
     q1, q2 = [p.contiguous() for p in q1], [p.contiguous() for p in q2]
     improved = torch.empty_like(action)
-    if len(action):
+    if len(action) == 0:
+        return improved
+    if backend == "triton":
+        from diffcore.ops.action_gradient import triton
+
+        triton.action_gradient(
+            state,
+            action,
+            q1,
+            q2,
+            activation,
+            precision,
+            steps,
+            lr,
+            max_norm,
+            clip_mode,
+            optimizer,
+            eps,
+            low,
+            high,
+            improved,
+        )
+    else:
+        core = _native._core
         core.action_gradient(
             _native.addresses(q1),
             _native.addresses(q2),

@@ -39,7 +39,16 @@ from torch import Tensor
 
 from diffcore.ops import _triton
 from diffcore.ops._activations import ACTIVATIONS
-from diffcore.ops._triton import activate, at_least, at_most, dot, load_seed, normals
+from diffcore.ops._triton import (
+    activate,
+    add_hidden,
+    add_thin,
+    at_least,
+    at_most,
+    dot,
+    load_seed,
+    normals,
+)
 
 
 def reverse_diffusion(
@@ -61,8 +70,8 @@ def reverse_diffusion(
     batch, state_dim = state.shape
     hidden, action_dim = parameters[4].shape[0], actions.shape[1]
     first, inner, last = parameters[4:6], parameters[6:-2], parameters[-2:]
-    layout = _triton.hidden_layout(hidden, precision)
-    rows = _rows_per_program(batch, precision, _triton.processors(state.device))
+    rows = _triton.rows_per_program(batch, precision, _triton.processors(state.device))
+    layout = _triton.hidden_layout(hidden, rows, precision)
     programs = triton.cdiv(batch, rows)
     step_bias = _step_bias(parameters, embedding, activation, action_dim, state_dim)
     weights, biases = _triton.pack_hidden(inner, layout.width, precision, state.device)
@@ -106,22 +115,11 @@ def reverse_diffusion(
         WIDTH=layout.width,
         COLUMNS=columns,
         BLOCK_A=min(columns, 32),
-        BLOCK_IN=min(layout.block_n, 64),
         BLOCK_N=layout.block_n,
         BLOCK_K=layout.block_k,
         num_warps=4 if rows <= 16 else 8,
-        num_stages=layout.stages,
+        num_stages=3,
     )
-
-
-def _rows_per_program(batch: int, precision: str, processors: int) -> int:
-    """The arithmetic for it is at the top."""
-    if precision == "float32":
-        least, most, wanted = 8, 32, processors
-    else:
-        least, most, wanted = 16, 64, max(1, processors // 2)
-    rows = triton.next_power_of_2(triton.cdiv(batch, wanted))
-    return max(least, min(most, rows))
 
 
 def _step_bias(
@@ -169,7 +167,6 @@ def chain_kernel(
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_A: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -184,26 +181,15 @@ def chain_kernel(
     # The program's own memory: state_part [ROWS, WIDTH], x and x0 [ROWS, COLUMNS]; hidden twice.
     scratch += program * ROWS * (WIDTH + 2 * COLUMNS)
     state_part = scratch + local * WIDTH
-    x_part = scratch + ROWS * WIDTH
-    x0_part = x_part + ROWS * COLUMNS
+    x_rows = scratch + ROWS * WIDTH + local * COLUMNS
+    x0_rows = x_rows + ROWS * COLUMNS
     hidden_scratch += program * 2 * ROWS * WIDTH
 
-    for n in range(0, WIDTH, BLOCK_IN):
-        column = n + tl.arange(0, BLOCK_IN)[None, :]
-        sums = tl.zeros((ROWS, BLOCK_IN), tl.float32)
-        for k in range(0, state_dim, 16):
-            inner = k + tl.arange(0, 16)
-            s = tl.load(
-                state + row * state_dim + inner[None, :],
-                mask=here & (inner[None, :] < state_dim),
-                other=0.0,
-            )
-            w = tl.load(
-                first_weight + column * first_inputs + first_inputs - state_dim + inner[:, None],
-                mask=(column < hidden) & (inner[:, None] < state_dim),
-                other=0.0,
-            )
-            sums = dot(s, w, sums, "float32")
+    for n in range(0, WIDTH, BLOCK_N):
+        column = n + tl.arange(0, BLOCK_N)[None, :]
+        sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
+        w = first_weight + column * first_inputs + (first_inputs - state_dim)
+        sums = add_thin(sums, state + row * state_dim, w, state_dim, here, column < hidden)
         tl.store(state_part + column, sums)
 
     for a in range(0, COLUMNS, BLOCK_A):
@@ -213,8 +199,8 @@ def chain_kernel(
             x = tl.where(there, normals(seed, row, 0, column), 0.0)
         else:
             x = tl.load(x_init + row * action_dim + column, mask=there, other=0.0)
-        tl.store(x_part + local * COLUMNS + column, x)
-        tl.store(x0_part + local * COLUMNS + column, tl.zeros((ROWS, BLOCK_A), tl.float32))
+        tl.store(x_rows + column, x)
+        tl.store(x0_rows + column, tl.zeros((ROWS, BLOCK_A), tl.float32))
         if trajectory is not None:
             tl.store(trajectory + row * action_dim + column, x, mask=there)
     tl.debug_barrier()
@@ -222,25 +208,15 @@ def chain_kernel(
     for step in range(steps):
         # x and state meet float32 weights in any precision: the layer is thin, and x is what the
         # chain refines.
-        for n in range(0, WIDTH, BLOCK_IN):
-            column = n + tl.arange(0, BLOCK_IN)[None, :]
+        for n in range(0, WIDTH, BLOCK_N):
+            column = n + tl.arange(0, BLOCK_N)[None, :]
             real = column < hidden
             sums = tl.load(state_part + column)
             sums += tl.load(step_bias + step * hidden + column, mask=real, other=0.0)
-            for k in range(0, COLUMNS, 16):
-                inner = k + tl.arange(0, 16)
-                x = tl.load(x_part + local * COLUMNS + inner[None, :])
-                w = tl.load(
-                    first_weight + column * first_inputs + inner[:, None],
-                    mask=real & (inner[:, None] < action_dim),
-                    other=0.0,
-                )
-                sums = dot(x, w, sums, "float32")
-            h = activate(sums, ACTIVATION, FAST)
-            tl.store(
-                hidden_scratch + local * WIDTH + column,
-                h.to(hidden_scratch.dtype.element_ty),
-            )
+            w = first_weight + column * first_inputs
+            sums = add_thin(sums, x_rows, w, action_dim, here, real)
+            h = activate(sums, ACTIVATION, FAST).to(weights.dtype.element_ty)
+            tl.store(hidden_scratch + local * WIDTH + column, h)
         tl.debug_barrier()
 
         source = hidden_scratch
@@ -250,13 +226,10 @@ def chain_kernel(
                 column = n + tl.arange(0, BLOCK_N)[None, :]
                 sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
                 sums += tl.load(biases + layer * WIDTH + column)
-                for k in range(0, WIDTH, BLOCK_K):
-                    inner = k + tl.arange(0, BLOCK_K)
-                    h = tl.load(source + local * WIDTH + inner[None, :])
-                    w = tl.load(weights + (layer * WIDTH + column) * WIDTH + inner[:, None])
-                    sums = dot(h, w, sums, PRECISION)
-                h = activate(sums, ACTIVATION, FAST)
-                tl.store(target + local * WIDTH + column, h.to(target.dtype.element_ty))
+                h_rows, w = source + local * WIDTH, weights + layer * WIDTH * WIDTH
+                sums = add_hidden(sums, h_rows, w, column, False, WIDTH, BLOCK_K, PRECISION)
+                h = activate(sums, ACTIVATION, FAST).to(weights.dtype.element_ty)
+                tl.store(target + local * WIDTH + column, h)
             tl.debug_barrier()
             source = target
 
@@ -283,8 +256,8 @@ def chain_kernel(
                 )
                 eps = dot(h, w.to(h.dtype), eps, PRECISION)
 
-            x = tl.load(x_part + local * COLUMNS + column)
-            x0_previous = tl.load(x0_part + local * COLUMNS + column)
+            x = tl.load(x_rows + column)
+            x0_previous = tl.load(x0_rows + column)
             x0 = at_most(at_least(c0 * x - c1 * eps, -clip), clip)
             x = c2 * x0 + c3 * x + c4 * eps + c6 * x0_previous
             if noise is not None:
@@ -292,8 +265,8 @@ def chain_kernel(
                 x += c5 * noise_scale * tl.load(noise + at, mask=there, other=0.0)
             elif DRAWS:
                 x += c5 * noise_scale * normals(seed, row, step + 1, column)
-            tl.store(x_part + local * COLUMNS + column, x)
-            tl.store(x0_part + local * COLUMNS + column, x0)
+            tl.store(x_rows + column, x)
+            tl.store(x0_rows + column, x0)
             if trajectory is not None:
                 at = ((step + 1) * batch + row) * action_dim + column
                 tl.store(trajectory + at, x, mask=there)
@@ -301,6 +274,6 @@ def chain_kernel(
 
     for a in range(0, COLUMNS, BLOCK_A):
         column = a + tl.arange(0, BLOCK_A)[None, :]
-        x = tl.load(x_part + local * COLUMNS + column)
+        x = tl.load(x_rows + column)
         x = at_most(at_least(x, -clip), clip)
         tl.store(actions + row * action_dim + column, x, mask=here & (column < action_dim))
