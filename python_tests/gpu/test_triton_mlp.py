@@ -15,8 +15,6 @@ from torch import Tensor
 from diffcore import explain, ops
 from diffcore.ops.mlp import native
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-
 
 def make_networks(
     widths: list[int], activation: str = "mish", networks: int = 1

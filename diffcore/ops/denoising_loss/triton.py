@@ -93,14 +93,16 @@ def rows_kernel(
     trunk_deltas += row * TRUNK_DELTAS[len(TRUNK_ACTIVATIONS)]
     grad_input += row * GRAD_INPUT
 
+    TIME_PADDED: tl.constexpr = (TIME + 15) // 16 * 16
     # The trunk's input: [corrupted action, time features, state].
-    copy_rows(embedding + level * TIME, time_saved, present, TIME, COLUMNS)
+    copy_rows(embedding + level * TIME, time_saved, present, TIME, TIME_PADDED, COLUMNS)
     forward_layers(
         time_parameters,
         0,
         time_saved,
         trunk_saved + ACTION,
         present,
+        False,
         1,
         TIME_WIDTHS,
         TIME_ACTIVATIONS,
@@ -116,7 +118,8 @@ def rows_kernel(
         clean = tl.load(action[:, None] + column, mask=inside, other=0.0)
         z = tl.load(noise[:, None] + column, mask=inside, other=0.0)
         tl.store(trunk_saved[:, None] + column, signal * clean + spread * z, mask=inside)
-    copy_rows(state + row * STATE, trunk_saved + ACTION + TIME, present, STATE, COLUMNS)
+    REST: tl.constexpr = (ACTION + TIME + STATE + 15) // 16 * 16 - ACTION - TIME
+    copy_rows(state + row * STATE, trunk_saved + ACTION + TIME, present, STATE, REST, COLUMNS)
 
     # eps takes the place of the last layer's delta, and then becomes it.
     LAST: tl.constexpr = len(TRUNK_ACTIVATIONS) - 1
@@ -127,6 +130,7 @@ def rows_kernel(
         trunk_saved,
         eps,
         present,
+        True,
         1,
         TRUNK_WIDTHS,
         TRUNK_ACTIVATIONS,
@@ -174,9 +178,10 @@ def rows_kernel(
                 tl.store(grad_action[:, None] + column, signal * grad, mask=inside)
         if WANTS_STATE:
             of_state = grad_input + ACTION + TIME
-            copy_rows(of_state, grad_state + row * STATE, present, STATE, COLUMNS)
+            copy_rows(of_state, grad_state + row * STATE, present, STATE, STATE, COLUMNS)
         OF_FEATURES: tl.constexpr = TIME_DELTAS[len(TIME_ACTIVATIONS) - 1]
-        copy_rows(grad_input + ACTION, time_deltas + OF_FEATURES, present, TIME, COLUMNS)
+        of_features = time_deltas + OF_FEATURES
+        copy_rows(grad_input + ACTION, of_features, present, TIME, TIME_PADDED, COLUMNS)
         backward_layers(
             time_parameters,
             0,

@@ -48,7 +48,8 @@ PART_BLOCK = 1024
 class Layout(NamedTuple):
     """Where a row of ``saved`` has what: columns of each layer's input and of its slope.
 
-    Every part begins at a multiple of 16 floats. An identity has no slope, told by -1.
+    Every part begins at a multiple of 16 floats and is padded up to the next, so that reads are
+    aligned. An identity has no slope, told by -1.
     """
 
     inputs: tuple[int, ...]
@@ -155,11 +156,15 @@ def existing(column, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def copy_rows(source, target, present, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    for first in range(0, WIDTH, COLUMNS):
+def copy_rows(
+    source, target, present, WIDTH: tl.constexpr, STORED: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """WIDTH columns of rows, and zeros from there up to STORED."""
+    for first in range(0, STORED, COLUMNS):
         column = first + tl.arange(0, COLUMNS)[None, :]
-        inside = present[:, None] & (column < WIDTH)
-        tl.store(target[:, None] + column, tl.load(source[:, None] + column, mask=inside), inside)
+        copied = present[:, None] & (column < WIDTH)
+        values = tl.load(source[:, None] + column, mask=copied, other=0.0)
+        tl.store(target[:, None] + column, values, mask=present[:, None] & (column < STORED))
 
 
 @triton.jit
@@ -173,22 +178,27 @@ def forward_layer(
     IN: tl.constexpr,
     OUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    STORED: tl.constexpr,
     KEEP_SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """target = f(source W^T + b), and f' to `slopes`. All three point to rows, ``[ROWS]``."""
+    """target = f(source W^T + b), and f' to `slopes`. All three point to rows, ``[ROWS]``.
+
+    Rows of the target take STORED columns, those of slopes `padded`; the last repeats itself.
+    """
     BLOCK: tl.constexpr = 16 if OUT <= 16 else COLUMNS
     for first in range(0, OUT, BLOCK):
         column = first + tl.arange(0, BLOCK)
         readable = existing(column, OUT, BLOCK)
         z = product(source, weight, readable, IN, 1, IN, PRECISION, DEPTH)
         z += tl.load(bias + readable)[None, :]
-        inside = present[:, None] & (column < OUT)[None, :]
         value, slope = activate_with_slope(z, ACTIVATION, PRECISION != "float32")
         if KEEP_SLOPE:
+            inside = present[:, None] & (column < (OUT + 15) // 16 * 16)[None, :]
             tl.store(slopes[:, None] + column[None, :], slope, mask=inside)
+        inside = present[:, None] & (column < STORED)[None, :]
         tl.store(target[:, None] + column[None, :], value, mask=inside)
 
 
@@ -199,6 +209,7 @@ def forward_layers(
     saved,
     y,
     present,
+    PADS_Y: tl.constexpr,
     NETWORKS: tl.constexpr,
     WIDTHS: tl.constexpr,
     ACTIVATIONS: tl.constexpr,
@@ -211,7 +222,7 @@ def forward_layers(
     """From the input, in its place in `saved`, through all layers to `y`.
 
     saved, y: pointers to this program's rows, ``[ROWS]``; present: which of them exist. The others
-    may repeat one that does.
+    may repeat one that does. PADS_Y: whether rows of y are padded too.
     """
     LAYERS: tl.constexpr = len(ACTIVATIONS)
     for layer in tl.static_range(LAYERS):
@@ -226,6 +237,9 @@ def forward_layers(
             WIDTHS[layer],
             WIDTHS[layer + 1],
             ACTIVATIONS[layer],
+            (WIDTHS[layer + 1] + 15) // 16 * 16
+            if layer + 1 < LAYERS or PADS_Y
+            else WIDTHS[layer + 1],
             SLOPES[layer] >= 0,
             PRECISION,
             COLUMNS,
@@ -242,18 +256,22 @@ def backward_layer(
     present,
     IN: tl.constexpr,
     OUT: tl.constexpr,
+    STORED: tl.constexpr,
     HAS_SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """target = source W, times `slopes` if there are any. All three point to rows, ``[ROWS]``."""
+    """target = source W, times `slopes` if there are any. All three point to rows, ``[ROWS]``.
+
+    Rows of the target take STORED columns; the last of IN repeats itself.
+    """
     BLOCK: tl.constexpr = 16 if IN <= 16 else COLUMNS
     for first in range(0, IN, BLOCK):
         column = first + tl.arange(0, BLOCK)
         readable = existing(column, IN, BLOCK)
         delta = product(source, weight, readable, OUT, IN, 1, PRECISION, DEPTH)
-        inside = present[:, None] & (column < IN)[None, :]
+        inside = present[:, None] & (column < STORED)[None, :]
         if HAS_SLOPE:
             delta *= tl.load(slopes[:, None] + column[None, :], mask=inside, other=0.0)
         tl.store(target[:, None] + column[None, :], delta, mask=inside)
@@ -291,6 +309,7 @@ def backward_layers(
             present,
             WIDTHS[LAYERS - i],
             WIDTHS[LAYERS - i + 1],
+            (WIDTHS[LAYERS - i] + 15) // 16 * 16,
             SLOPES[LAYERS - i - 1] >= 0,
             PRECISION,
             COLUMNS,
@@ -306,6 +325,7 @@ def backward_layers(
             present,
             WIDTHS[0],
             WIDTHS[1],
+            WIDTHS[0],
             False,
             PRECISION,
             COLUMNS,
@@ -342,7 +362,8 @@ def forward_kernel(
     network = tl.program_id(1)
     of_network = network.to(tl.int64) * batch + row
     saved += of_network * SAVED
-    copy_rows(x + row * WIDTHS[0], saved, present, WIDTHS[0], COLUMNS)
+    PADDED: tl.constexpr = (WIDTHS[0] + 15) // 16 * 16
+    copy_rows(x + row * WIDTHS[0], saved, present, WIDTHS[0], PADDED, COLUMNS)
     y += of_network * WIDTHS[len(ACTIVATIONS)]
     forward_layers(
         parameters,
@@ -350,6 +371,7 @@ def forward_kernel(
         saved,
         y,
         present,
+        False,
         NETWORKS,
         WIDTHS,
         ACTIVATIONS,
@@ -390,10 +412,10 @@ def backward_kernel(
     grad_y += of_network * OUT
     for first in range(0, OUT, COLUMNS):
         column = first + tl.arange(0, COLUMNS)[None, :]
-        inside = present[:, None] & (column < OUT)
-        delta = tl.load(grad_y[:, None] + column, mask=inside)
+        inside = present[:, None] & (column < (OUT + 15) // 16 * 16)
+        delta = tl.load(grad_y[:, None] + column, mask=inside & (column < OUT), other=0.0)
         if SLOPES[LAST] >= 0:
-            delta *= tl.load((saved + SLOPES[LAST])[:, None] + column, mask=inside)
+            delta *= tl.load((saved + SLOPES[LAST])[:, None] + column, mask=inside, other=0.0)
         tl.store((deltas + DELTAS[LAST])[:, None] + column, delta, mask=inside)
     if WANTS_X:
         grad_x += of_network * WIDTHS[0]
@@ -470,7 +492,7 @@ def weight_gradient_kernel(
     blocks_in = tl.maximum(tl.cdiv(fan_in, COLUMNS), 1)
     output = (block - first_block) // blocks_in * OUTPUTS + tl.arange(0, OUTPUTS)
     column = (block - first_block) % blocks_in * COLUMNS + tl.arange(0, COLUMNS)
-    # Padding up to a multiple of 16 may be read, whatever it holds: it isn't stored.
+    # Up to a multiple of 16 there is padding, which may be read: what comes of it isn't stored.
     readable_output = output < tl.multiple_of((fan_out + 15) // 16 * 16, 16)
     readable_column = column < tl.multiple_of((fan_in + 15) // 16 * 16, 16)
     row_of_network = network.to(tl.int64) * batch

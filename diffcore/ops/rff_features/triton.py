@@ -109,17 +109,17 @@ def backward_kernel(
     for first in range(0, FEATURES, COLUMNS):
         column = first + tl.arange(0, COLUMNS)[None, :]
         inside = present[:, None] & (column < FEATURES)
-        of_first = tl.load(grad_y[:, None] + column, mask=inside)
-        saved_first = tl.load(saved[:, None] + column, mask=inside)
+        of_first = tl.load(grad_y[:, None] + column, mask=inside, other=0.0)
+        saved_first = tl.load(saved[:, None] + column, mask=inside, other=0.0)
         if KIND == "cos_sin":
-            of_sine = tl.load(grad_y[:, None] + FEATURES + column, mask=inside)
-            sine = tl.load(saved[:, None] + FEATURES + column, mask=inside)
+            of_sine = tl.load(grad_y[:, None] + FEATURES + column, mask=inside, other=0.0)
+            sine = tl.load(saved[:, None] + FEATURES + column, mask=inside, other=0.0)
             delta = of_sine * saved_first - of_first * sine
         else:
             delta = of_first * saved_first
-        tl.store(deltas[:, None] + column, delta, mask=inside)
+        tl.store(deltas[:, None] + column, delta, mask=present[:, None] & (column < DELTAS))
     if WANTS_OMEGA:
-        copy_rows(x + row * IN, inputs + row * INPUTS, present, IN, COLUMNS)
+        copy_rows(x + row * IN, inputs + row * INPUTS, present, IN, INPUTS, COLUMNS)
     if WANTS_X:
         tl.debug_barrier()  # the rows that other threads of this program wrote
         backward_layer(
@@ -130,6 +130,7 @@ def backward_kernel(
             present,
             IN,
             FEATURES,
+            IN,
             False,
             PRECISION,
             COLUMNS,
