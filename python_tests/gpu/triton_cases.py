@@ -49,8 +49,7 @@ def mlp_cases() -> list[Case]:
 
     critics = (2, "mish,mish,identity", 23, 256, 256, 1)
     return [
-        case("critics, float32", "float32", 256, *critics),
-        case("critics, tf32", "tf32", 256, *critics),
+        case("critics", "float32", 256, *critics),
         case("critics, large batch", "bfloat16", 8192, *critics),
     ]
 
@@ -58,7 +57,7 @@ def mlp_cases() -> list[Case]:
 def rff_cases() -> list[Case]:
     from diffcore.ops.rff_features import triton
 
-    def case(name: str, kind: str, precision: str, batch: int, fan_in: int) -> Case:
+    def case(kind: str, precision: str, batch: int, fan_in: int) -> Case:
         def launch() -> None:
             x, omega, bias = torch.empty(batch, fan_in), torch.empty(512, fan_in), torch.empty(512)
             y, slopes = triton.forward(x, omega, bias, kind, 1.0, True, precision)
@@ -67,12 +66,9 @@ def rff_cases() -> list[Case]:
             triton.backward(torch.empty_like(y), x, omega, saved, kind, *wanted, precision)
 
         kernels = ("forward_kernel", "backward_kernel", "weight_gradient_kernel")
-        return Case(name, precision, launch, kernels)
+        return Case(f"{kind}, {precision}", precision, launch, kernels)
 
-    return [
-        case("features of a representation", "sin", "float32", 256, 256),
-        case("large batch", "cos_sin", "float16", 8192, 256),
-    ]
+    return [case("sin", "float32", 256, 256), case("cos_sin", "tf32", 8192, 23)]
 
 
 def score_matching_cases() -> list[Case]:
@@ -81,24 +77,41 @@ def score_matching_cases() -> list[Case]:
     def case(precision: str, batch: int) -> Case:
         def launch() -> None:
             features, state, hidden = 256, 17, 512
-            triton.loss_and_gradients(
-                torch.empty(batch, features),
-                torch.empty(batch, hidden),
-                torch.empty(features * state, hidden),
-                torch.empty(features * state),
-                torch.empty(batch, state),
-                torch.empty(batch),
-                [True] * 4,
-                precision,
-            )
+            shapes = [(batch, features), (batch, hidden), (features * state, hidden)]
+            sources = [torch.empty(shape) for shape in (*shapes, (features * state,))]
+            others = torch.empty(batch, state), torch.empty(batch)
+            grads = [torch.empty_like(t) for t in sources]
+            loss, wanted = torch.empty(()), [True] * 4
+            triton.loss_and_gradients(*sources, *others, loss, *grads, wanted, precision)
 
         kernels = ("score_kernel", "hidden_kernel", "weight_kernel")
         return Case(f"{precision}, batch {batch}", precision, launch, kernels)
 
-    return [case("float32", 256), case("tf32", 256), case("bfloat16", 2048)]
+    return [case("float32", 256), case("bfloat16", 2048)]
+
+
+def denoising_cases() -> list[Case]:
+    from diffcore import nn
+    from diffcore.ops.denoising_loss import triton
+
+    batch, state, action = 256, 17, 6
+
+    def launch() -> None:
+        denoiser = nn.Denoiser(state, action, hidden_layers=2)
+        inputs = [torch.empty(batch, state), *(torch.empty(batch, action) for _ in range(2))]
+        levels = torch.empty(batch, dtype=torch.int64), torch.empty(100, 2), torch.empty(100, 32)
+        parameters = [p.detach() for p in denoiser.weights_and_biases()]
+        grads = [torch.empty_like(t) for t in (*inputs[:2], *parameters)]
+        wanted = [True] * len(grads)
+        settings = (grads, wanted, parameters, "tf32")
+        triton.loss_and_gradients(*inputs, *levels, "mish", *settings)
+        triton.normals(torch.tensor(1), inputs[1])
+
+    return [Case("update", "tf32", launch, ("rows_kernel", "weight_gradient_kernel"))]
 
 
 CASES: dict[str, Callable[[], list[Case]]] = {
+    "denoising_loss": denoising_cases,
     "mlp": mlp_cases,
     "rff_features": rff_cases,
     "score_matching_loss": score_matching_cases,

@@ -34,7 +34,7 @@ from diffcore.ops.mlp.triton import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "level_count"])
 def rows_kernel(
     state,
     action,
@@ -200,7 +200,7 @@ def rows_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["seed_value"])
+@triton.jit(do_not_specialize=["seed_value", "rows", "columns"])
 def normals_kernel(
     z, seed_value, seed_pointer, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):

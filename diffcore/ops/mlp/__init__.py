@@ -35,7 +35,7 @@ def mlp(
         biases: one ``[out]`` a layer.
         activations: one a layer, the last often "identity": identity, relu, elu, silu, gelu, mish,
             tanh, sin or cos.
-        backend: "cpu" or "reference"; the fastest that can run the call if None.
+        backend: "triton", "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
         ``[..., out of the last layer]``.

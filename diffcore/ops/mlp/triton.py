@@ -340,7 +340,7 @@ def rows_of_program(batch, ROWS: tl.constexpr):
     return tl.minimum(row, batch - 1).to(tl.int64), row < batch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def forward_kernel(
     x,
     parameters,
@@ -383,7 +383,7 @@ def forward_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def backward_kernel(
     grad_y,
     parameters,
@@ -440,7 +440,7 @@ def backward_kernel(
 # -- sums over the batch ---------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "part_rows"])
 def weight_gradient_kernel(
     deltas,
     saved,

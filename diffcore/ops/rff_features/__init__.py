@@ -33,8 +33,9 @@ def rff_features(
     Differentiable in ``x``, ``omega`` and ``bias``. The fused kernel can't be differentiated twice
     and says so; the reference can.
 
-    The kernel's sines and cosines are within 1 ulp of those of the argument as rounded to float32,
-    whatever its size; beyond 12,867 they take about a hundred times as long.
+    The kernels' sines and cosines are within 1 ulp of those of the argument as rounded to float32,
+    whatever its size; beyond 12,867 they take several times as long, on the CPU about a hundred
+    times.
 
     Args:
         x: ``[..., in]``.
@@ -42,7 +43,7 @@ def rff_features(
         bias: ``[features]``, the phases, in radians; none if None.
         kind: "sin", "cos" or "cos_sin", which is all cosines, then all sines.
         scale: a number that every feature is multiplied by.
-        backend: "cpu" or "reference"; the fastest that can run the call if None.
+        backend: "triton", "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
         ``[..., features]``, for "cos_sin" ``[..., 2 * features]``.

@@ -38,7 +38,7 @@ from diffcore.ops.mlp.triton import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def forward_kernel(
     x,
     omega,
@@ -75,7 +75,7 @@ def forward_kernel(
             tl.store(slopes + at, scale * (cosine if KIND == "sin" else -sine), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def backward_kernel(
     grad_y,
     x,

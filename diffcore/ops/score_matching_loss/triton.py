@@ -72,7 +72,7 @@ def zeta_block(
     return zeta + tl.load(bias + (FIRST + feature) * STATE + s)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def score_kernel(
     psi,
     hidden,
@@ -153,7 +153,7 @@ def score_kernel(
     tl.store(losses + part, tl.sum(tl.where(present, loss, 0.0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def hidden_kernel(
     psi,
     weight,
@@ -199,7 +199,7 @@ def hidden_kernel(
     tl.store(target[:, None] + column[None, :], scale * sums, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def weight_kernel(
     psi,
     hidden,
@@ -265,7 +265,7 @@ def add_parts(parts, target, first, size, COUNT: tl.constexpr, BLOCK: tl.constex
     tl.store(target + element, sums, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["loss_parts", "batch", "psi_size", "hidden_size"])
 def add_kernel(
     losses,
     loss,
