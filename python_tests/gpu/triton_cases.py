@@ -55,4 +55,51 @@ def mlp_cases() -> list[Case]:
     ]
 
 
-CASES: dict[str, Callable[[], list[Case]]] = {"mlp": mlp_cases}
+def rff_cases() -> list[Case]:
+    from diffcore.ops.rff_features import triton
+
+    def case(name: str, kind: str, precision: str, batch: int, fan_in: int) -> Case:
+        def launch() -> None:
+            x, omega, bias = torch.empty(batch, fan_in), torch.empty(512, fan_in), torch.empty(512)
+            y, slopes = triton.forward(x, omega, bias, kind, 1.0, True, precision)
+            saved = y if kind == "cos_sin" else slopes
+            wanted = (True, True, True)
+            triton.backward(torch.empty_like(y), x, omega, saved, kind, *wanted, precision)
+
+        kernels = ("forward_kernel", "backward_kernel", "weight_gradient_kernel")
+        return Case(name, precision, launch, kernels)
+
+    return [
+        case("features of a representation", "sin", "float32", 256, 256),
+        case("large batch", "cos_sin", "float16", 8192, 256),
+    ]
+
+
+def score_matching_cases() -> list[Case]:
+    from diffcore.ops.score_matching_loss import triton
+
+    def case(precision: str, batch: int) -> Case:
+        def launch() -> None:
+            features, state, hidden = 256, 17, 512
+            triton.loss_and_gradients(
+                torch.empty(batch, features),
+                torch.empty(batch, hidden),
+                torch.empty(features * state, hidden),
+                torch.empty(features * state),
+                torch.empty(batch, state),
+                torch.empty(batch),
+                [True] * 4,
+                precision,
+            )
+
+        kernels = ("score_kernel", "hidden_kernel", "weight_kernel")
+        return Case(f"{precision}, batch {batch}", precision, launch, kernels)
+
+    return [case("float32", 256), case("tf32", 256), case("bfloat16", 2048)]
+
+
+CASES: dict[str, Callable[[], list[Case]]] = {
+    "mlp": mlp_cases,
+    "rff_features": rff_cases,
+    "score_matching_loss": score_matching_cases,
+}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     AnyDenoiser: TypeAlias = Denoiser | Callable[[Tensor, Tensor, Tensor], Tensor]
 
-KERNELS = ("cpu",)
+KERNELS = ("triton", "cpu")
 
 
 def denoising_loss(

@@ -12,7 +12,7 @@ from diffcore.ops._activations import ACTIVATIONS
 from diffcore.ops._checks import check_choice, check_like, check_tensor, out_of_autocast
 from diffcore.ops.mlp import native, reference
 
-KERNELS = ("cpu",)
+KERNELS = ("triton", "cpu")
 
 
 def mlp(

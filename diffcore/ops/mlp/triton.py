@@ -78,7 +78,7 @@ def delta_columns(widths: tuple[int, ...]) -> tuple[int, ...]:
 
 def widths_of(parameters: list[Tensor], layers: int) -> tuple[int, ...]:
     """Widths from input to output of the first network's `layers` layers."""
-    return (parameters[0].shape[1], *(len(bias) for bias in parameters[1 : 2 * layers : 2]))
+    return (parameters[0].shape[1], *(bias.shape[0] for bias in parameters[1 : 2 * layers : 2]))
 
 
 def depth_of_blocks(precision: str) -> int:
@@ -186,7 +186,7 @@ def forward_layer(
         z = product(source, weight, readable, IN, 1, IN, PRECISION, DEPTH)
         z += tl.load(bias + readable)[None, :]
         inside = present[:, None] & (column < OUT)[None, :]
-        value, slope = activate_with_slope(z, ACTIVATION)
+        value, slope = activate_with_slope(z, ACTIVATION, PRECISION != "float32")
         if KEEP_SLOPE:
             tl.store(slopes[:, None] + column[None, :], slope, mask=inside)
         tl.store(target[:, None] + column[None, :], value, mask=inside)
@@ -467,7 +467,7 @@ def weight_gradient_kernel(
         weight_gradient = tl.where(here, weight, weight_gradient)
         bias_gradient = tl.where(here, bias, bias_gradient)
 
-    blocks_in = tl.cdiv(fan_in, COLUMNS)
+    blocks_in = tl.maximum(tl.cdiv(fan_in, COLUMNS), 1)
     output = (block - first_block) // blocks_in * OUTPUTS + tl.arange(0, OUTPUTS)
     column = (block - first_block) % blocks_in * COLUMNS + tl.arange(0, COLUMNS)
     # Padding up to a multiple of 16 may be read, whatever it holds: it isn't stored.
@@ -532,9 +532,9 @@ def add_parts_kernel(
 
 
 def saved_width(parameters: list[Tensor], activations: str, keep: bool) -> int:
-    """Floats a row of what `forward` saves."""
+    """Floats a row of what `forward` saves. Widths may be symbols, which no cache takes."""
     names = tuple(activations.split(","))
-    return layout(widths_of(parameters, len(names)), names, keep).width
+    return layout.__wrapped__(widths_of(parameters, len(names)), names, keep).width
 
 
 def forward(
@@ -622,7 +622,7 @@ def weight_gradients(
     """Fills `gradients`, of weight, bias, weight, bias, ..., network after network."""
     networks, batch = deltas.shape[:2]
     pairs = list(itertools.pairwise(widths))
-    blocks = [triton.cdiv(o, BLOCK) * triton.cdiv(i, BLOCK) for i, o in pairs]
+    blocks = [triton.cdiv(o, BLOCK) * max(1, triton.cdiv(i, BLOCK)) for i, o in pairs]
     first_blocks = tuple(itertools.accumulate(blocks[:-1], initial=0))
     sizes = tuple(size for i, o in pairs for size in (i * o, o))
     offsets = tuple(

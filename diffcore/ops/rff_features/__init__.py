@@ -16,7 +16,7 @@ from diffcore.ops._checks import (
 from diffcore.ops.rff_features import native, reference
 
 KINDS = ("sin", "cos", "cos_sin")
-KERNELS = ("cpu",)
+KERNELS = ("triton", "cpu")
 
 
 def rff_features(

@@ -14,7 +14,7 @@ from diffcore.ops._checks import (
 )
 from diffcore.ops.score_matching_loss import native, reference
 
-KERNELS = ("cpu",)
+KERNELS = ("triton", "cpu")
 
 
 def score_matching_loss(
