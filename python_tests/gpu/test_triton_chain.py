@@ -49,7 +49,7 @@ def spread(denoiser: nn.Denoiser) -> nn.Denoiser:
 
 
 @torch.no_grad()
-def test_golden_chain(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_golden_chain(device: str, large_tiles: None) -> None:
     """The released code's chain, the first rows of it."""
     g = load_golden("dipo_sampler_pendulum_k20")
     denoiser = golden_denoiser(g).to(device)
@@ -92,9 +92,7 @@ def test_accuracy(device: str, activation: str) -> None:
 def test_solvers(device: str, solver: str) -> None:
     """Noise, x0 of the step before and clipping, each where the solver has them."""
     denoiser = spread(nn.Denoiser(5, 3, 16, 2)).to(device)
-    state, x_init, noise = on(
-        device, torch.randn(17, 5), torch.randn(17, 3), torch.randn(4, 17, 3)
-    )
+    state, x_init, noise = on(device, torch.randn(17, 5), torch.randn(17, 3), torch.randn(4, 17, 3))
     options: dict[str, Any] = {"noise_scale": 0.7, "clip": 0.8}
     options["solver"] = rounded(SCHEDULE.solver(solver))
     sample = ops.reverse_diffusion(
@@ -193,9 +191,7 @@ def test_float16(device: str) -> None:
     state = torch.randn(40, 5, device=device)
     arguments = (denoiser, SCHEDULE, state)
     full, half = (
-        ops.reverse_diffusion(
-            *arguments, generator=seeded(), compute_dtype=dtype, backend="triton"
-        )
+        ops.reverse_diffusion(*arguments, generator=seeded(), compute_dtype=dtype, backend="triton")
         for dtype in (None, torch.float16)
     )
     torch.testing.assert_close(half, full, rtol=0, atol=2e-3)
@@ -258,9 +254,7 @@ def test_gradients(device: str) -> None:
 @torch.no_grad()
 def test_trajectory(device: str) -> None:
     denoiser = nn.Denoiser(5, 3, 16, 2).to(device)
-    state, x_init, noise = on(
-        device, torch.randn(9, 5), torch.randn(9, 3), torch.randn(4, 9, 3)
-    )
+    state, x_init, noise = on(device, torch.randn(9, 5), torch.randn(9, 3), torch.randn(4, 9, 3))
     table = SCHEDULE.solver("dpmpp_2m")
     inputs = (state, x_init, noise, None, denoiser.weights_and_biases())
     coefficients, embedding = on(device, table.coefficients.float(), torch.randn(4, 32))
