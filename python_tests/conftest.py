@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 # Before torch brings OpenMP in: its idle threads spin, and where another process wants the cores
 # thousands of small calls then wait for their turns, ten times as long as they compute.
@@ -21,12 +22,12 @@ INTERPRETS = HAS_TRITON and not torch.cuda.is_available()
 if INTERPRETS:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        import triton.language
+        import triton.language  # noqa: F401
 
-from helpers import ISAS
-from hypothesis import HealthCheck, settings
+from helpers import ISAS  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
-from diffcore.ops import _native
+from diffcore.ops import _native  # noqa: E402
 
 # The same examples on every run: a failure is a fault, never bad luck.
 settings.register_profile(
@@ -84,3 +85,16 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
     if INTERPRETS:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     return "cpu" if INTERPRETS else "cuda"
+
+
+@pytest.fixture
+def large_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in few large blocks, where a GPU would spill and the interpreter gets faster."""
+    if device == "cpu":
+        from diffcore.ops import _triton
+
+        def layout(hidden: int, *_: Any) -> Any:
+            width = max(16, -(-hidden // 64) * 64)
+            return _triton.HiddenLayout(width, width & -width, width & -width)
+
+        monkeypatch.setattr(_triton, "hidden_layout", layout)

@@ -94,12 +94,12 @@ class HiddenLayout(NamedTuple):
     block_k: int
 
 
-def hidden_layout(hidden: int, rows: int, precision: str) -> HiddenLayout:
-    """For products of `rows` rows at a time: sums and a block of weights must fit in registers."""
+def hidden_layout(hidden: int, most_columns: int, precision: str) -> HiddenLayout:
+    """With blocks of at most so many outputs, of whatever else a kernel has to keep in registers."""
     width = max(16, triton.next_power_of_2(hidden)) if hidden <= 64 else round_up(hidden, 64)
     power = width & -width  # the largest power of 2 that divides it
     block_k = {"float32": 16, "tf32": 32}.get(precision, 64)
-    return HiddenLayout(width, min(power, 128 if rows >= 64 else 256), min(power, block_k))
+    return HiddenLayout(width, min(power, most_columns), min(power, block_k))
 
 
 def rows_per_program(batch: int, precision: str, processors: int) -> int:

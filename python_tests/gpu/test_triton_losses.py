@@ -24,7 +24,11 @@ class Data:
     """A denoiser and one batch for it."""
 
     def __init__(self, batch: int, state_dim: int = 7, action_dim: int = 3, **options: Any) -> None:
-        self.options = {"state_dim": state_dim, "action_dim": action_dim, "hidden_dim": 20} | options
+        self.options = {
+            "state_dim": state_dim,
+            "action_dim": action_dim,
+            "hidden_dim": 20,
+        } | options
         self.denoiser = nn.Denoiser(**self.options)
         for parameter in self.denoiser.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
@@ -37,9 +41,7 @@ class Data:
         """[loss, gradients of state, action and the parameters], everything in `dtype`."""
         denoiser = nn.Denoiser(**self.options).to(device, dtype)
         denoiser.load_state_dict(self.denoiser.state_dict())
-        state, action = (
-            x.to(device, dtype).requires_grad_() for x in (self.state, self.action)
-        )
+        state, action = (x.to(device, dtype).requires_grad_() for x in (self.state, self.action))
         loss = ops.denoising_loss(
             denoiser,
             SCHEDULE,
@@ -136,9 +138,7 @@ def test_float16_denoising_is_within_a_percent(device: str) -> None:
     inputs, parameters = denoising_arguments(data, device)
     wanted = [True] * (2 + len(parameters))
     loss, grads = denoising.loss_and_gradients(*inputs, wanted, parameters, "float16", "triton")
-    for a, b in zip(
-        (loss, *grads), data.run("reference", dtype=torch.float64), strict=True
-    ):
+    for a, b in zip((loss, *grads), data.run("reference", dtype=torch.float64), strict=True):
         assert root_mean_square(a.cpu() - b) <= 0.01 * root_mean_square(b)
 
 

@@ -93,9 +93,7 @@ def test_networks_of_an_ensemble(device: str, networks: int) -> None:
 
 
 @pytest.mark.parametrize("programs", [1, 2])
-def test_every_block_of_rows(
-    device: str, programs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_block_of_rows(device: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 64 rows, and of 32, as large batches have them."""
     from diffcore.ops.mlp import triton
 
@@ -113,7 +111,9 @@ def test_gradients_in_parts(device: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(triton, "MOST_SUMMED_ROWS", 16)
     for parameters in (make_networks([6, 70, 2], "tanh", 2), make_networks([40, 30])):
         networks, activations = parameters
-        assert_close_to_exact(torch.randn(50, len(networks[0][0][0])), networks, activations, device)
+        assert_close_to_exact(
+            torch.randn(50, len(networks[0][0][0])), networks, activations, device
+        )
 
 
 def test_errors_do_not_grow_along_the_batch(device: str) -> None:

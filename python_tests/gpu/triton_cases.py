@@ -6,9 +6,11 @@ have by default (networks 256 wide). Their values don't matter: nothing runs.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -40,9 +42,7 @@ def mlp_cases() -> list[Case]:
             x = torch.empty(batch, widths[0])
             _, saved = triton.forward(x, network * networks, activations, True, precision)
             grad_y = torch.empty(networks, batch, widths[-1])
-            triton.backward(
-                grad_y, saved, network * networks, activations, True, True, precision
-            )
+            triton.backward(grad_y, saved, network * networks, activations, True, True, precision)
 
         kernels = ("forward_kernel", "backward_kernel", "weight_gradient_kernel")
         return Case(name, precision, launch, kernels)
@@ -110,9 +110,108 @@ def denoising_cases() -> list[Case]:
     return [Case("update", "tf32", launch, ("rows_kernel", "weight_gradient_kernel"))]
 
 
+def on_132_processors(launch: Callable[[], object]) -> Callable[[], object]:
+    """As on an H100: block sizes depend on it."""
+
+    def launch_there() -> None:
+        with mock.patch("diffcore.ops._triton.processors", return_value=132):
+            launch()
+
+    return launch_there
+
+
+def reverse_diffusion_cases() -> list[Case]:
+    from diffcore.ops.reverse_diffusion import triton
+
+    def case(precision: str, batch: int, *, drawn: bool = True) -> Case:
+        def launch() -> None:
+            state, action, steps = 17, 6, 100
+            trunk = parameters(action + 32 + state, 256, 256, 256, action)
+            triton.reverse_diffusion(
+                torch.empty(batch, state),
+                None if drawn else torch.empty(batch, action),
+                None if drawn else torch.empty(steps, batch, action),
+                torch.tensor(2**40) if drawn else None,
+                [*parameters(32, 64, 32), *trunk],
+                torch.empty(steps, 7),
+                torch.empty(steps, 32),
+                1.0,
+                1.0,
+                "mish",
+                precision,
+                None if drawn else torch.empty(steps + 1, batch, action),
+                torch.empty(batch, action),
+            )
+
+        name = f"{precision}, batch {batch}"
+        return Case(name, precision, on_132_processors(launch), ("chain_kernel",))
+
+    return [
+        case("float32", 256),
+        case("bfloat16", 256, drawn=False),
+        case("float32", 4096, drawn=False),
+        case("tf32", 4096),
+        case("float16", 4096),
+    ]
+
+
+def action_gradient_cases() -> list[Case]:
+    from diffcore.ops.action_gradient import triton
+
+    def case(precision: str, batch: int, clip_mode: str = "batch") -> Case:
+        def launch() -> None:
+            state, action = 17, 6
+            triton.action_gradient(
+                torch.empty(batch, state),
+                torch.empty(batch, action),
+                *(parameters(state + action, 256, 256, 256, 1) for _ in range(2)),
+                "mish",
+                precision,
+                20,
+                0.03,
+                0.1,
+                clip_mode,
+                "adam",
+                1e-5,
+                -1.0,
+                1.0,
+                torch.empty(batch, action),
+            )
+
+        name = f"{precision}, batch {batch}"
+        return Case(name, precision, on_132_processors(launch), ("ascent_kernel",))
+
+    return [
+        case("float32", 256),
+        case("tf32", 256),
+        case("float32", 4096, "row"),
+        case("bfloat16", 4096),
+    ]
+
+
+def elementwise_cases(op: str) -> list[Case]:
+    def step() -> None:
+        from diffcore.ops.reverse_step import triton
+
+        x = torch.empty(256, 6)
+        triton.reverse_step(x, x, torch.rand(7), x, x, 1.0, 1.0, x, x)
+
+    def corruption() -> None:
+        from diffcore.ops.q_sample import triton
+
+        x, t = torch.empty(256, 6), torch.zeros(256, dtype=torch.int64)
+        triton.q_sample(x, t, x, torch.empty(100, 2), x)
+
+    return [Case("batch 256", "float32", step if op == "reverse_step" else corruption)]
+
+
 CASES: dict[str, Callable[[], list[Case]]] = {
+    "action_gradient": action_gradient_cases,
     "denoising_loss": denoising_cases,
     "mlp": mlp_cases,
+    "q_sample": functools.partial(elementwise_cases, "q_sample"),
+    "reverse_diffusion": reverse_diffusion_cases,
+    "reverse_step": functools.partial(elementwise_cases, "reverse_step"),
     "rff_features": rff_cases,
     "score_matching_loss": score_matching_cases,
 }

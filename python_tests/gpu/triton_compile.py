@@ -48,7 +48,9 @@ class Driver:
         from triton.backends.compiler import GPUTarget
 
         is_cuda = target.startswith("sm_")
-        self.target = GPUTarget("cuda", int(target[3:]), 32) if is_cuda else GPUTarget("hip", target, 64)
+        self.target = (
+            GPUTarget("cuda", int(target[3:]), 32) if is_cuda else GPUTarget("hip", target, 64)
+        )
 
     def get_current_target(self) -> Any:
         return self.target
@@ -108,7 +110,12 @@ def look_at(kernel: Any, target: str) -> tuple[int, int, int, int]:
     private = _number(r"\.private_segment_fixed_size:\s*(\d+)", code)
     spills = _number(r"\.vgpr_spill_count:\s*(\d+)", code)
     registers = _number(r"\.vgpr_count:\s*(\d+)", code)
-    return registers, private + 4 * spills, kernel.metadata.shared, len(re.findall("v_s?mfma", code))
+    return (
+        registers,
+        private + 4 * spills,
+        kernel.metadata.shared,
+        len(re.findall("v_s?mfma", code)),
+    )
 
 
 def _number(pattern: str, text: str) -> int:

@@ -63,9 +63,7 @@ def denoising_loss(
     from diffcore.nn import Denoiser
 
     state, action, noise = out_of_autocast(denoiser, state, action, noise)
-    available = support(
-        denoiser, schedule, state, action, t=t, noise=noise, generator=generator
-    )
+    available = support(denoiser, schedule, state, action, t=t, noise=noise, generator=generator)
     chosen = _dispatch.choose("denoising_loss", available, backend)
     if t is None:
         t = torch.randint(schedule.K, (len(action),), generator=generator, device=action.device)

@@ -647,14 +647,10 @@ def weight_gradients(
     blocks = [triton.cdiv(o, BLOCK) * max(1, triton.cdiv(i, BLOCK)) for i, o in pairs]
     first_blocks = tuple(itertools.accumulate(blocks[:-1], initial=0))
     sizes = tuple(size for i, o in pairs for size in (i * o, o))
-    offsets = tuple(
-        itertools.accumulate((round_up(size, PART_BLOCK) for size in sizes), initial=0)
-    )
+    offsets = tuple(itertools.accumulate((round_up(size, PART_BLOCK) for size in sizes), initial=0))
     # Enough parts for every SM, but none of few rows, and none of so many that rounding errors pile up.
     wanted = triton.cdiv(2 * PROGRAMS, sum(blocks) * networks)
-    parts = max(
-        min(wanted, triton.cdiv(batch, 512)), triton.cdiv(batch, MOST_SUMMED_ROWS)
-    )
+    parts = max(min(wanted, triton.cdiv(batch, 512)), triton.cdiv(batch, MOST_SUMMED_ROWS))
     depth = depth_of_blocks(precision)
     part_rows = round_up(triton.cdiv(batch, parts), depth)
     partial = deltas.new_empty(parts if parts > 1 else 0, networks, offsets[-1])

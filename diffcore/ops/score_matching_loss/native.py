@@ -102,4 +102,3 @@ class ScoreMatchingLoss(torch.autograd.Function):
         scaled = _fused_loss.scaled("score_matching_loss", grad_loss, grads, tensors)
         pairs = zip(scaled, ctx.wanted, strict=True)
         return *(g if want else None for g, want in pairs), *[None] * 5
-
