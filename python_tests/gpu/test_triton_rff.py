@@ -102,7 +102,7 @@ def test_float16_is_within_a_percent(device: str) -> None:
 
 def test_without_phases_and_only_wanted_gradients(device: str) -> None:
     inputs, grad_y = draw(6, 5, 9), torch.randn(6, 9)
-    x, omega, bias = inputs
+    x, omega, _ = inputs
     without = ops.rff_features(x.to(device), omega.to(device), backend="triton")
     exact = ops.rff_features(x.double(), omega.double(), backend="reference")
     assert (without.cpu() - exact).abs().max() <= 1e-6

@@ -1,9 +1,9 @@
 """Compiles what an op's Triton backend launches, for GPUs that needn't be there.
 
-``python triton_compile.py OP`` runs every case of an op (triton_cases.py) on tensors of the CPU with
-a driver that names a target instead of a device. Every kernel that would be launched is compiled for
-it, with the block sizes, warps and alignments of that launch, and looked at instead of run. One line
-of JSON a kernel goes to standard output.
+``python triton_compile.py OP`` runs every case of an op (triton_cases.py) on tensors of the CPU
+with a driver that names a target instead of a device. Every kernel that would be launched is
+compiled for it, with the block sizes, warps and alignments of that launch, and looked at instead of
+run. One line of JSON a kernel goes to standard output.
 
 A process of its own, since kernels imported for the interpreter can't be compiled.
 """
@@ -47,10 +47,10 @@ class Driver:
     def __init__(self, target: str) -> None:
         from triton.backends.compiler import GPUTarget
 
-        is_cuda = target.startswith("sm_")
-        self.target = (
-            GPUTarget("cuda", int(target[3:]), 32) if is_cuda else GPUTarget("hip", target, 64)
-        )
+        if target.startswith("sm_"):
+            self.target = GPUTarget("cuda", int(target[3:]), 32)
+        else:
+            self.target = GPUTarget("hip", target, 64)
 
     def get_current_target(self) -> Any:
         return self.target
@@ -107,15 +107,12 @@ def look_at(kernel: Any, target: str) -> tuple[int, int, int, int]:
         return registers, stack, kernel.metadata.shared, matrix
     code = kernel.asm["amdgcn"]
     # Both kinds of spills end in the private segment, or in lanes of further registers.
-    private = _number(r"\.private_segment_fixed_size:\s*(\d+)", code)
-    spills = _number(r"\.vgpr_spill_count:\s*(\d+)", code)
-    registers = _number(r"\.vgpr_count:\s*(\d+)", code)
-    return (
-        registers,
-        private + 4 * spills,
-        kernel.metadata.shared,
-        len(re.findall("v_s?mfma", code)),
+    private, spills, registers = (
+        _number(rf"\.{name}:\s*(\d+)", code)
+        for name in ("private_segment_fixed_size", "vgpr_spill_count", "vgpr_count")
     )
+    matrix = len(re.findall("v_s?mfma", code))
+    return registers, private + 4 * spills, kernel.metadata.shared, matrix
 
 
 def _number(pattern: str, text: str) -> int:

@@ -46,8 +46,8 @@ def denoising_loss(
         schedule: the noise levels ``abar``.
         state: ``s``, ``[B, S]``.
         action: ``a``, ``[B, A]``.
-        t: integer ``[B]``, levels in 0 .. K-1; drawn uniformly if None. On a GPU others aren't looked
-            for, which would wait for the device: they make the loss and their rows' gradients NaN.
+        t: integer ``[B]``, levels in 0 .. K-1; drawn uniformly if None. On a GPU others aren't
+            looked for, which would wait for the device: they make the loss and its gradients NaN.
         noise: ``z``, ``[B, A]``; drawn from N(0, I) if None, the same for the same generator on any
             backend.
         generator: source of ``t`` and ``noise``. The default generator if None.

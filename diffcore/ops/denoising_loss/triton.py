@@ -1,16 +1,17 @@
 """The denoising loss with its gradients on Triton kernels, and the noise that it draws.
 
-Layout. One launch takes blocks of rows from the level's embedding through the time MLP, the corrupted
-action and the trunk to the loss, and straight back again; what the layers need on the way lies in
-memory that only the block's own program reads back, from L1 or L2. Two launches sum the weights'
-gradients of both MLPs over the batch, one the loss. See ``ops/mlp/triton.py``, whose parts these are.
+Layout. One launch takes blocks of rows from the level's embedding through the time MLP, the
+corrupted action and the trunk to the loss, and straight back again; what the layers need on the way
+lies in memory that only the block's own program reads back, from L1 or L2. Two launches sum the
+weights' gradients of both MLPs over the batch, one the loss. See ``ops/mlp/triton.py``, whose parts
+these are.
 
 Roofline on H100 for batch 256, hidden 256, 3 hidden layers, state 17, action 6: a row takes 162e3
 FMAs forward, as many back and as many for the weights' gradients. 16 programs of 16 rows on as many
-SMs: 256 * 324e3 / (16 * 128) = 40,500 cycles or 24 us in float32; weights of 650 KB twice from L2 at
-some 50 B a cycle: 26,000 cycles or 15 us, the limit with tensor cores. The same work launched layer
-by layer would use all SMs but takes 25 launches of 2.5 us and more. From batch 2,112 on, every SM has
-work.
+SMs: 256 * 324e3 / (16 * 128) = 40,500 cycles or 24 us in float32; weights of 650 KB twice from L2
+at some 50 B a cycle: 26,000 cycles or 15 us, the limit with tensor cores. The same work launched
+layer by layer would use all SMs but takes 25 launches of 2.5 us and more. From batch 2,112 on,
+every SM has work.
 """
 
 from __future__ import annotations
@@ -235,8 +236,8 @@ def loss_and_gradients(
 ) -> Tensor:
     """The loss; fills `grads`, those of [state, action, *parameters] that are wanted.
 
-    A row whose level doesn't exist can't raise an error without waiting for the device: it makes the
-    loss and its gradients NaN.
+    A row whose level doesn't exist can't raise an error without waiting for the device: it makes
+    the loss, its own gradients and the parameters' NaN.
     """
     (batch, state_dim), action_dim = state.shape, action.shape[1]
     backward, wants_parameters = any(wanted), any(wanted[2:])

@@ -3,19 +3,20 @@
 Layout. A program takes a block of rows through all layers of one network, so that a forward pass of
 any depth and any number of networks is one launch, and so is the way back to the input. Activations
 go from layer to layer through ``saved``, where the backward pass wants them anyway: a program reads
-back only what it wrote itself, from L1 or L2. Weights come from L2. A weight's gradient is a sum over
-the batch, so there the work is cut by weights: one launch for all layers and networks, in which a
-program owns a block of one weight and sums over the batch in a fixed order. Batches that are too long
-for that are cut into parts of fixed sizes whose sums a last launch adds up. There are no atomics: the
-same call gives the same bits.
+back only what it wrote itself, from L1 or L2. Weights come from L2. A weight's gradient is a sum
+over the batch, so there the work is cut by weights: one launch for all layers and networks, in
+which a program owns a block of one weight and sums over the batch in a fixed order. Batches that
+are too long for that are cut into parts of fixed sizes whose sums a last launch adds up. There are
+no atomics: the same call gives the same bits.
 
 Roofline on H100 (132 SMs of 128 FMAs a cycle, some 50 B a cycle each from L2, 1.7 GHz), for twin
-critics with 3 hidden layers of 256 at batch 256: forward 256 * 2 * 140e3 = 72 MFMA. 32 programs of 16
-rows use 32 SMs: 72e6 / (32 * 128) = 17,500 cycles or 10 us in float32. A program reads its network's
-560 KB of weights: 11,200 cycles or 7 us. So float32 is bound by arithmetic, tensor cores by L2 from
-few SMs; what one launch saves beside a launch a layer, 3 * 2.5 us or more, is of the same order. From
-batch 1,056 on all SMs have work. Backward to the input costs the same, the weights' gradient the same
-arithmetic spread over 80 programs: 72e6 / (80 * 128) = 7,000 cycles or 4 us.
+critics with 3 hidden layers of 256 at batch 256: forward 256 * 2 * 140e3 = 72 MFMA. 32 programs of
+16 rows use 32 SMs: 72e6 / (32 * 128) = 17,500 cycles or 10 us in float32. A program reads its
+network's 560 KB of weights: 11,200 cycles or 7 us. So float32 is bound by arithmetic, tensor cores
+by L2 from few SMs; what one launch saves beside a launch a layer, 3 * 2.5 us or more, is of the
+same order. From batch 1,056 on all SMs have work. Backward to the input costs the same, the
+weights' gradient the same arithmetic spread over 80 programs: 72e6 / (80 * 128) = 7,000 cycles or 4
+us.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def layout(widths: tuple[int, ...], activations: tuple[str, ...], keep: bool) ->
 
 @functools.cache
 def delta_columns(widths: tuple[int, ...]) -> tuple[int, ...]:
-    """Where a row of the deltas, the gradients before activations, has each layer's; then its width."""
+    """Where a row of deltas, gradients before activations, has each layer's; then its width."""
     return tuple(itertools.accumulate((round_up(w, 16) for w in widths[1:]), initial=0))
 
 
@@ -469,8 +470,8 @@ def weight_gradient_kernel(
     """
     LAYERS: tl.constexpr = len(FIRST_BLOCKS)
     block, part, network = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    # The layer and what depends on it are numbers here, not constants, so that the code below exists
-    # once.
+    # The layer and what depends on it are numbers here, not constants, so that what follows is
+    # compiled once.
     first_block, fan_in, fan_out = 0, WIDTHS[0], WIDTHS[1]
     input_column, delta_column, offset, bias_offset = INPUTS[0], DELTAS[0], OFFSETS[0], OFFSETS[1]
     weight_gradient = pick(gradients, network, 0, 2 * LAYERS, NETWORKS)
@@ -530,7 +531,7 @@ def add_parts_kernel(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A block of one parameter's gradient from its parts, in their order. OFFSETS: in whole blocks."""
+    """A block of one parameter's gradient from its parts, in order. OFFSETS: in whole blocks."""
     COUNT: tl.constexpr = len(SIZES)
     first = tl.program_id(0) * BLOCK
     network = tl.program_id(1)
@@ -648,7 +649,7 @@ def weight_gradients(
     first_blocks = tuple(itertools.accumulate(blocks[:-1], initial=0))
     sizes = tuple(size for i, o in pairs for size in (i * o, o))
     offsets = tuple(itertools.accumulate((round_up(size, PART_BLOCK) for size in sizes), initial=0))
-    # Enough parts for every SM, but none of few rows, and none of so many that rounding errors pile up.
+    # Enough parts for every SM, but none of few rows, nor of so many that rounding errors pile up.
     wanted = triton.cdiv(2 * PROGRAMS, sum(blocks) * networks)
     parts = max(min(wanted, triton.cdiv(batch, 512)), triton.cdiv(batch, MOST_SUMMED_ROWS))
     depth = depth_of_blocks(precision)

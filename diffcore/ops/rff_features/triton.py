@@ -7,14 +7,14 @@ gradients of an MLP of one layer. What the way back needs is the slope, scale * 
 "cos_sin" the features are each other's slopes.
 
 The sines and cosines are within 1 ulp of those of the argument as rounded to float32, whatever its
-size: `sincos` reduces arguments below 12,867 by four parts of pi / 2 and larger ones by as many bits
-of 1 / (2 pi) as they need. A block with such an argument takes several times as long.
+size: `sincos` reduces arguments below 12,867 by four parts of pi / 2 and larger ones by as many
+bits of 1 / (2 pi) as they need. A block with such an argument takes several times as long.
 
 Roofline on H100 (67 TFLOP/s in float32, 3.35 TB/s) for 256 inputs and 512 features at batch 4,096:
-4096 * 512 * 256 * 2 = 1.1 GFLOP and some 40 * 4096 * 512 = 84 MFLOP of sines and cosines, 17 us; 4.2
-MB in, 8.4 MB out and as much for the slopes, 6 us. Arithmetic bounds it in float32, memory with tensor
-cores, where sines and cosines, 2 us, are in the shade of either. With 23 inputs, as from a state, the
-product shrinks to 100 MFLOP and memory bounds all precisions: 17 MB, 5 us.
+4096 * 512 * 256 * 2 = 1.1 GFLOP and some 40 * 4096 * 512 = 84 MFLOP of sines and cosines, 17 us;
+4.2 MB in, 8.4 MB out and as much for the slopes, 6 us. Arithmetic bounds it in float32, memory with
+tensor cores, where sines and cosines, 2 us, are in the shade of either. With 23 inputs, as from a
+state, the product shrinks to 100 MFLOP and memory bounds all precisions: 17 MB, 5 us.
 """
 
 from __future__ import annotations

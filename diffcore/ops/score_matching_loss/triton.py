@@ -1,25 +1,27 @@
 """Diff-SR's score matching loss with its gradients on Triton kernels.
 
-With W_s the rows d * S + s of the weight, [features, hidden], and g_s the loss's slope at coordinate
-s of the score, one number a row, four launches:
+With W_s the rows d * S + s of the weight, [features, hidden], and g_s the loss's slope at
+coordinate s of the score, one number a row, four launches:
 
   score   Z_s = hidden W_s^T + b_s    score_s = sum_d psi Z_s    grad psi = sum_s g_s Z_s
   hidden  grad hidden = sum_s (g_s psi) W_s
   weight  dW_s = (g_s psi)^T hidden   db_s = sum of g_s psi over the batch
   add     what the first two summed over groups of coordinates; the loss
 
-zeta, [batch, features, state], never exists. A program of `score` holds Z_s of a block of rows and all
-features in registers: score_s is a sum along its rows, after which g_s is known and Z_s joins psi's
-gradient before the next coordinate replaces it. Features beyond one block are passed over twice. In
-the other two g_s psi is made from its factors as the product reads it. Each is a matrix product of
-the same size; sums that would leave SMs idle are cut into at most MOST_GROUPS groups of coordinates,
-and all are made in a fixed order, without atomics.
+zeta, [batch, features, state], never exists. A program of `score` holds Z_s of a block of rows and
+all features in registers: score_s is a sum along its rows, after which g_s is known and Z_s joins
+psi's gradient before the next coordinate replaces it. Features beyond one block are passed over
+twice. In the other two g_s psi is made from its factors as the product reads it. Each is a matrix
+product of the same size. Sums that would leave SMs idle are cut into at most MOST_GROUPS groups of
+coordinates. All sums are made in a fixed order, without atomics.
 
 Roofline on H100 for batch 256, 256 features, 17 coordinates, 512 hidden: 256 * 256 * 17 * 512 = 570
-MFMA a product; at 132 * 128 FMAs a cycle 34,000 cycles or 20 us each in float32, 60 in all (a fourth
-product, Z_s once more, would be needed if scores were made first). W is 8.9 MB and read by each of 8
-blocks of 32 rows: 71 MB from L2 at some 5.5 TB/s, 13 us a product, with tensor cores by 4 blocks of 64,
-6.5 us, which then is the limit: 20 us in all, where their 1.1 GFLOP take 3 to 5.
+MFMA a product; at 132 * 128 FMAs a cycle 34,000 cycles or 20 us each in float32, 60 us in all. (A
+fourth product would be needed if zeta were made again for psi's gradient.) W, 8.9 MB, is read by
+each of 8 blocks of 32 rows: 71 MB from L2 at some 5.5 TB/s, 13 us for `score` and for `hidden`.
+That is the limit with tensor cores, whose 1.1 GFLOP a product take 3 us and less; blocks of 64
+rows, which would halve it, need more registers than there are. `weight` reads little and writes 8.9
+MB: 3 us.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ from diffcore.ops.mlp.triton import (
     rows_of_program,
 )
 
-#: Groups of coordinates whose gradients of psi and hidden are summed apart, each [batch, features] and
-#: [batch, hidden] floats of memory.
+#: Groups of coordinates whose gradients of psi and hidden are summed apart; each takes batch *
+#: (features + hidden) floats of memory.
 MOST_GROUPS = 8
 
 #: Features whose part of zeta one program holds.
@@ -64,7 +66,7 @@ def zeta_block(
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Z_s of rows and of BLOCK features from FIRST on; where there are no more the last one again."""
+    """Z_s of rows and of BLOCK features from FIRST on, of the last one again where there are none."""
     feature = existing(tl.arange(0, BLOCK), FEATURES - FIRST, BLOCK)
     weight += FIRST * STATE * HIDDEN + s * HIDDEN
     stride: tl.constexpr = STATE * HIDDEN
@@ -219,9 +221,9 @@ def weight_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """A block of dW_s and, with the first columns, of db_s: sums over the batch, PART rows at a time.
+    """A block of dW_s and, with the first columns, of db_s: sums over the batch.
 
-    Sums of parts, lest rounding errors pile up along the batch.
+    PART rows are summed at a time, lest rounding errors pile up along the batch.
     """
     s = tl.program_id(0)
     feature = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -249,9 +251,8 @@ def weight_kernel(
         inside = (feature < FEATURES)[:, None] & (column < HIDDEN)[None, :]
         tl.store(grad_weight + output[:, None] * HIDDEN + column[None, :], scale * total, inside)
     if WANTS_BIAS:
-        if tl.program_id(2) == 0:
-            of_bias = scale * tl.sum(bias_sums, axis=0)
-            tl.store(grad_bias + output, of_bias, mask=feature < FEATURES)
+        inside = (feature < FEATURES) & (tl.program_id(2) == 0)
+        tl.store(grad_bias + output, scale * tl.sum(bias_sums, axis=0), mask=inside)
 
 
 @triton.jit
