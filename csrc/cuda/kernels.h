@@ -117,7 +117,6 @@ struct RffCall {
   LinearParameters omega;  // weight [features, in], bias: the phases or null
   int64_t batch;
   RffKind kind;
-  Precision precision;
   float scale;
   const float* x;  // [batch, in]
   float* y;        // [batch, features], of cos_sin twice as many
@@ -129,12 +128,11 @@ struct RffBackwardCall {
   LinearParameters omega;
   int64_t batch;
   RffKind kind;
-  Precision precision;
   const float* x;       // [batch, in]
   const float* saved;   // slope, or of cos_sin y
   const float* grad_y;  // like y
   float* grad_x;        // [batch, in] or null
-  float* grad_omega;    // [features, in] or null
+  float* grad_omega;    // [features, in] or null: neither this nor grad_bias
   float* grad_bias;     // [features] or null
   void* workspace;
   void* stream;
