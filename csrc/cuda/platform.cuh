@@ -34,9 +34,9 @@ struct Device {
 
 #ifdef DIFFCORE_CUDA_ON_CPU
 
-#define DIFFCORE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)            \
-  ((void)(stream), cuda_on_cpu::launch({dim3(grid), dim3(block), (shared_bytes)}, \
-                                       [&] { kernel(__VA_ARGS__); }))
+#define DIFFCORE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ((void)(stream),                                                      \
+   cuda_on_cpu::launch({dim3(grid), dim3(block), (shared_bytes)}, [&] { kernel(__VA_ARGS__); }))
 #define DIFFCORE_DYNAMIC_SHARED(name) char* const name = cuda_on_cpu::dynamic_shared()
 
 inline const char* launch_error() { return nullptr; }
@@ -71,6 +71,8 @@ inline uint32_t fp16_pair(float low, float high) {
   return cuda_on_cpu::fp16_of(low) | static_cast<uint32_t>(cuda_on_cpu::fp16_of(high)) << 16;
 }
 inline uint32_t tf32_bits(float x) { return cuda_on_cpu::tf32_of(x); }
+
+inline float reciprocal(float x) { return 1.0f / x; }
 
 inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                      CUDA_ON_CPU_SITE) {
@@ -121,9 +123,8 @@ template <class Arguments>
 const char* launch(const Launch& how, void (*kernel)(Arguments), const Arguments& arguments) {
   const auto function = reinterpret_cast<const void*>(kernel);
   if (how.shared_bytes > 48 << 10) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(how.shared_bytes));
+    const cudaError_t error = cudaFuncSetAttribute(
+        function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes));
     if (error != cudaSuccess) return error_text(error);
   }
   cudaLaunchConfig_t config{};
@@ -193,6 +194,13 @@ __device__ __forceinline__ uint32_t tf32_bits(float x) {
   return bits;
 }
 
+// 1 / x within 1 ulp for |x| in [2^-126, 2^126].
+__device__ __forceinline__ float reciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
 // D = A B + D of a warp: A [16, 16] by rows, B [16, 8] by columns. Where a lane's registers lie in
 // them: PTX ISA, "Matrix Fragments for mma.m16n8k16"; tile.cuh has it in words.
 __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4],
@@ -243,15 +251,14 @@ __device__ __forceinline__ void store_in_cluster(void* shared, int rank, uint32_
 __device__ __forceinline__ void store_in_cluster(void* shared, int rank, float2 value) {
   const uint32_t to = address_in_cluster(shared, rank);
   DIFFCORE_CLUSTER_ASM("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(value.x),
-                       "f"(value.y)
-                       : "memory");
+                       "f"(value.y) : "memory");
 }
 // The cluster's barrier in two halves: what was written before the one is seen after the other.
 __device__ __forceinline__ void arrive_at_cluster() {
-  DIFFCORE_CLUSTER_ASM("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  DIFFCORE_CLUSTER_ASM("barrier.cluster.arrive.release;" :: : "memory");
 }
 __device__ __forceinline__ void wait_for_cluster() {
-  DIFFCORE_CLUSTER_ASM("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  DIFFCORE_CLUSTER_ASM("barrier.cluster.wait.acquire;" :: : "memory");
 }
 
 __device__ __forceinline__ unsigned load_acquire(const unsigned* at) {
