@@ -391,8 +391,7 @@ inline void run_interleaved(const std::vector<std::unique_ptr<Block>>& blocks,
     Fiber& f = scheduler.fibers[static_cast<size_t>(i)];
     const unsigned t = static_cast<unsigned>(i % threads);
     f.block = blocks[static_cast<size_t>(i / threads)].get();
-    f.thread =
-        dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y));
+    f.thread = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y));
     f.block->warps.resize(static_cast<size_t>((threads + 31) / 32));
     f.block->barrier.expected = threads;
     f.warp = &f.block->warps[t / 32];
@@ -447,24 +446,25 @@ inline void launch(const LaunchShape& shape, const std::function<void()>& kernel
 
 // Hands `value` to the lanes in `mask` and returns what they handed over, by lane.
 template <class T>
-const char (*meet_lanes(unsigned mask, const T& value, const char* file, int line))[Meeting::bytes] {
-  static_assert(sizeof(T) <= Meeting::bytes);
-  Fiber& fiber = self();
-  if (!(mask >> fiber.lane & 1)) fail("a lane isn't in its own mask", file, line);
-  Meeting* meeting = nullptr;
-  for (const auto& m : fiber.warp->meetings)
-    if (m->mask == mask) meeting = m.get();
-  if (!meeting) {
-    fiber.warp->meetings.push_back(std::make_unique<Meeting>());
-    meeting = fiber.warp->meetings.back().get();
-    meeting->mask = mask;
-    meeting->barrier.expected = __builtin_popcount(mask);
-  }
-  auto& values = meeting->values[meeting->barrier.generation & 1];
-  memcpy(values[fiber.lane], &value, sizeof(T));
-  meet(meeting->barrier, file, line);
-  return values;
-}
+const char (*meet_lanes(unsigned mask, const T& value, const char* file, int line))
+    [Meeting::bytes] {
+      static_assert(sizeof(T) <= Meeting::bytes);
+      Fiber& fiber = self();
+      if (!(mask >> fiber.lane & 1)) fail("a lane isn't in its own mask", file, line);
+      Meeting* meeting = nullptr;
+      for (const auto& m : fiber.warp->meetings)
+        if (m->mask == mask) meeting = m.get();
+      if (!meeting) {
+        fiber.warp->meetings.push_back(std::make_unique<Meeting>());
+        meeting = fiber.warp->meetings.back().get();
+        meeting->mask = mask;
+        meeting->barrier.expected = __builtin_popcount(mask);
+      }
+      auto& values = meeting->values[meeting->barrier.generation & 1];
+      memcpy(values[fiber.lane], &value, sizeof(T));
+      meet(meeting->barrier, file, line);
+      return values;
+    }
 
 template <class T>
 T from_lane(unsigned mask, T value, int source, const char* file, int line) {
@@ -702,7 +702,5 @@ inline unsigned __umulhi(unsigned a, unsigned b) {
 }
 inline float __uint_as_float(unsigned bits) { return cuda_on_cpu::float_of(bits); }
 inline unsigned __float_as_uint(float x) { return cuda_on_cpu::bits_of(x); }
-inline float __int_as_float(int bits) {
-  return cuda_on_cpu::float_of(static_cast<uint32_t>(bits));
-}
+inline float __int_as_float(int bits) { return cuda_on_cpu::float_of(static_cast<uint32_t>(bits)); }
 inline int __float_as_int(float x) { return static_cast<int>(cuda_on_cpu::bits_of(x)); }
