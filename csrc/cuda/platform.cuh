@@ -9,6 +9,7 @@
 #ifdef DIFFCORE_CUDA_ON_CPU
 #include "testing/cuda_on_cpu.h"
 #else
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 #endif
 
@@ -102,6 +103,8 @@ inline void wait_for_cluster(CUDA_ON_CPU_SITE) {
   const cuda_on_cpu::Fiber& fiber = cuda_on_cpu::self();
   cuda_on_cpu::wait_for(fiber.block->cluster->barrier, fiber.cluster_generation, file, line);
 }
+
+inline void wait_for_grid(CUDA_ON_CPU_SITE) { cuda_on_cpu::meet_grid(file, line); }
 
 inline unsigned load_acquire(const unsigned* at) { return *at; }
 inline void poll(CUDA_ON_CPU_SITE) { cuda_on_cpu::poll(file, line); }
@@ -260,6 +263,9 @@ __device__ __forceinline__ void arrive_at_cluster() {
 __device__ __forceinline__ void wait_for_cluster() {
   DIFFCORE_CLUSTER_ASM("barrier.cluster.wait.acquire;" :: : "memory");
 }
+
+// The barrier of all threads of a cooperative launch: what was written before is seen after.
+__device__ __forceinline__ void wait_for_grid() { cooperative_groups::this_grid().sync(); }
 
 __device__ __forceinline__ unsigned load_acquire(const unsigned* at) {
   unsigned value;

@@ -269,6 +269,7 @@ struct Scheduler {
   int alive = 0;
   int64_t idle_turns = 0;  // turns taken by threads that poll, since anybody got on
   const std::function<void()>* kernel = nullptr;
+  Barrier grid;  // of a cooperative launch
   void* main_stack_pointer = nullptr;
   void* main_fake_stack = nullptr;
   const void* main_stack = nullptr;
@@ -347,6 +348,11 @@ inline void wait_for(const Barrier& barrier, unsigned generation, const char* fi
 
 inline void meet(Barrier& barrier, const char* file, int line) {
   wait_for(barrier, barrier.arrive(file, line), file, line);
+}
+
+inline void meet_grid(const char* file, int line) {
+  if (scheduler.grid.expected == 0) fail("the launch isn't cooperative", file, line);
+  meet(scheduler.grid, file, line);
 }
 
 // Called in a loop that polls memory until another thread has written there.
@@ -440,6 +446,9 @@ inline void launch(const LaunchShape& shape, const std::function<void()>& kernel
       block.cluster->blocks.push_back(&block);
       block.cluster->barrier.expected += static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
     }
+    scheduler.grid = Barrier{};
+    if (shape.cooperative)
+      scheduler.grid.expected = static_cast<int>(blocks * blockDim.x * blockDim.y * blockDim.z);
     run_interleaved(running, kernel);
   }
 }
