@@ -255,77 +255,69 @@ class CriticPass {
         slopes_(plan.slopes +
                 static_cast<int64_t>(blockIdx.x) * (critic_.layer_count - 1) * rows * plan.width) {}
 
-  // The part of the first layer that the steps share: weight's state columns times state, and bias.
-  __device__ void state_part() const {
+  // The first layer, thin and in float32, on rows of states or of actions. What states make of it, with
+  // the bias, is kept for all steps; actions add their part and are activated.
+  __device__ void first_layer(bool of_states, const float* input) const {
     const SharedLayout& s = plan_.shared;
     const LinearParameters& layer = critic_.layers[0];
-    const auto state = reinterpret_cast<float*>(memory_ + s.hidden);
-    stage_rows(plan_.call.state + item_.first * critic_.state_dim, item_.rows, critic_.state_dim,
-               state, s.state_stride);
+    const int width = of_states ? critic_.state_dim : critic_.action_dim;
+    const int stride = of_states ? s.state_stride : s.action_stride;
+    const auto staged = reinterpret_cast<float*>(memory_ + (of_states ? s.hidden : s.action));
+    stage_rows(input, item_.rows, width, staged, stride);
     __syncthreads();
-    const auto weights = streamed<Float32Math>(packed_.state_input, critic_.state_dim, layer.out);
-    linear<Float32Math, rows>(state, s.state_stride, item_.rows, weights, memory_ + s.warps,
+    const float* packed = of_states ? packed_.state_input : packed_.action_input;
+    linear<Float32Math, rows>(staged, stride, item_.rows,
+                              streamed<Float32Math>(packed, width, layer.out), memory_ + s.warps,
                               s.warp_bytes, [&](int row, int column, float2 sum) {
-                                const float2 bias = bias_of(layer, column);
-                                *state_part_at(row, column) =
-                                    make_float2(sum.x + bias.x, sum.y + bias.y);
+                                float2* part = state_part_at(row, column);
+                                const float2 other = of_states ? bias_of(layer, column) : *part;
+                                sum = make_float2(sum.x + other.x, sum.y + other.y);
+                                if (of_states) {
+                                  *part = sum;
+                                } else {
+                                  activate_pair(0, row, column, sum, 0);
+                                }
                               });
     __syncthreads();
   }
 
-  // The critic's value and its gradient at `actions` [rows, action_dim], where all blocks see them.
-  __device__ void value_and_gradient(const float* actions, float* values, float* gradients) const {
+  // All that comes after the first layer: the tile's values [rows] and, back through all layers, the
+  // gradients at its actions [rows, action_dim]. One loop over all products and one call of `linear`:
+  // each is a thousand instructions.
+  __device__ void rest(float* values, float* gradients) const {
     const SharedLayout& s = plan_.shared;
     const int action_dim = critic_.action_dim, last = critic_.layer_count - 1;
-    const auto action = reinterpret_cast<float*>(memory_ + s.action);
-    stage_rows(actions, item_.rows, action_dim, action, s.action_stride);
-    __syncthreads();
-
-    int current = 0;
-    linear<Float32Math, rows>(
-        action, s.action_stride, item_.rows,
-        streamed<Float32Math>(packed_.action_input, action_dim, critic_.layers[0].out),
-        memory_ + s.warps, s.warp_bytes, [&](int row, int column, float2 sum) {
-          const float2 part = *state_part_at(row, column);
-          activate_pair(0, row, column, make_float2(sum.x + part.x, sum.y + part.y), current);
-        });
-    for (int l = 1; l < last; ++l, current ^= 1) {
-      const LinearParameters& layer = critic_.layers[l];
-      through(
-          current, layer.in, packed_.forward[l], layer.out, [&](int row, int column, float2 sum) {
-            const float2 bias = bias_of(layer, column);
-            activate_pair(l, row, column, make_float2(sum.x + bias.x, sum.y + bias.y), current ^ 1);
-          });
-    }
     const LinearParameters& output = critic_.layers[last];
-    through(current, output.in, packed_.forward[last], 1, [&](int row, int column, float2 sum) {
-      if (column == 0) values[row] = sum.x + (output.bias ? output.bias[0] : 0.0f);
-    });
-
-    // Back: the gradient at a layer's sums, from the last hidden layer to the first.
-    current ^= 1;
-    const int pairs = round_up(output.in, 8) / 2;
-    for (int p = static_cast<int>(threadIdx.x); p < item_.rows * pairs; p += block_threads) {
-      const int row = p / pairs, column = p % pairs * 2;
-      const float2 slope = *slope_at(last - 1, row, column);
-      const float w0 = column < output.in ? output.weight[column] : 0.0f;
-      const float w1 = column + 1 < output.in ? output.weight[column + 1] : 0.0f;
-      *hidden_pair(current, row, column) = Math::pair(w0 * slope.x, w1 * slope.y);
-    }
-    for (int l = last - 1; l >= 1; --l, current ^= 1) {
+    int current = 0;
+    for (int product = 1; product <= 2 * last; ++product, current ^= 1) {
+      const bool forward = product <= last;
+      const int l = forward ? product : 2 * last - product;
       const LinearParameters& layer = critic_.layers[l];
-      through(
-          current, layer.out, packed_.backward[l], layer.in, [&](int row, int column, float2 sum) {
-            const float2 slope = *slope_at(l - 1, row, column);
-            *hidden_pair(current ^ 1, row, column) = Math::pair(sum.x * slope.x, sum.y * slope.y);
-          });
-    }
-    through(current, critic_.layers[0].out, packed_.backward[0], action_dim,
-            [&](int row, int column, float2 sum) {
+      const int k = forward ? layer.in : layer.out;
+      const int columns = forward ? layer.out : l > 0 ? layer.in : action_dim;
+      const int next = current ^ 1;
+      clear_padding<Math>(hidden(current), s.hidden_stride, item_.rows, k);
+      __syncthreads();
+      linear<Math, rows>(
+          hidden(current), s.hidden_stride, item_.rows,
+          streamed<Math>(forward ? packed_.forward[l] : packed_.backward[l], k, columns),
+          memory_ + s.warps, s.warp_bytes, [&](int row, int column, float2 sum) {
+            if (product < last) {
+              const float2 bias = bias_of(layer, column);
+              activate_pair(l, row, column, make_float2(sum.x + bias.x, sum.y + bias.y), next);
+            } else if (product == last) {
+              if (column == 0) values[row] = sum.x + bias_of(output, 0).x;
+            } else if (l > 0) {
+              const float2 slope = *slope_at(l - 1, row, column);
+              *hidden_pair(next, row, column) = Math::pair(sum.x * slope.x, sum.y * slope.y);
+            } else {
               float* g = gradients + row * action_dim + column;
               if (column < action_dim) g[0] = sum.x;
               if (column + 1 < action_dim) g[1] = sum.y;
-            });
+            }
+          });
+      if (product == last) turn_back(output, last - 1, next);
+    }
     __syncthreads();
   }
 
@@ -351,15 +343,16 @@ class CriticPass {
                        column + 1 < layer.out ? layer.bias[column + 1] : 0.0f);
   }
 
-  // Hidden buffer `from`, of `k` columns, through a packed matrix.
-  template <class Finish>
-  __device__ void through(int from, int k, const void* packed, int columns,
-                          const Finish& finish) const {
-    const SharedLayout& s = plan_.shared;
-    clear_padding<Math>(hidden(from), s.hidden_stride, item_.rows, k);
-    __syncthreads();
-    linear<Math, rows>(hidden(from), s.hidden_stride, item_.rows,
-                       streamed<Math>(packed, k, columns), memory_ + s.warps, s.warp_bytes, finish);
+  // The gradient of the value at the sums of the last hidden layer.
+  __device__ void turn_back(const LinearParameters& output, int layer, int to) const {
+    const int pairs = round_up(output.in, 8) / 2;
+    for (int p = static_cast<int>(threadIdx.x); p < item_.rows * pairs; p += block_threads) {
+      const int row = p / pairs, column = p % pairs * 2;
+      const float2 slope = *slope_at(layer, row, column);
+      const float w0 = column < output.in ? output.weight[column] : 0.0f;
+      const float w1 = column + 1 < output.in ? output.weight[column + 1] : 0.0f;
+      *hidden_pair(to, row, column) = Math::pair(w0 * slope.x, w1 * slope.y);
+    }
   }
 
   __device__ void activate_pair(int layer, int row, int column, float2 sum, int to) const {
@@ -462,6 +455,17 @@ __device__ void update_actions(const AscentPlan& plan, const Item& item, const P
   }
 }
 
+// The block's own copy of a tile's actions, and Adam's moments at 0.
+__device__ void start(const AscentPlan& plan, const Item& item) {
+  const int action_dim = plan.call.critics[0].action_dim;
+  const int64_t from = item.first * action_dim;
+  const int64_t to = item.critic * plan.call.batch * action_dim + from;
+  for (int i = static_cast<int>(threadIdx.x); i < item.rows * action_dim; i += block_threads) {
+    plan.actions[to + i] = plan.call.action[from + i];
+    plan.first_moment[to + i] = plan.second_moment[to + i] = 0.0f;
+  }
+}
+
 // -- the kernel ------------------------------------------------------------------------------------
 
 template <class Math, int rows>
@@ -476,29 +480,23 @@ __global__ void __launch_bounds__(block_threads, 1)
 
   pack_critics<Math>(plan);
   wait_for_grid();
-  for (int64_t i = blockIdx.x; i < items; i += gridDim.x) {
-    const Item item = item_at<rows>(plan, i);
-    CriticPass<Math, rows>(plan, item, memory).state_part();
-    const int64_t own = (item.critic * call.batch + item.first) * action_dim;
-    for (int e = static_cast<int>(threadIdx.x); e < item.rows * action_dim; e += block_threads) {
-      plan.actions[own + e] = call.action[item.first * action_dim + e];
-      plan.first_moment[own + e] = 0.0f;
-      plan.second_moment[own + e] = 0.0f;
-    }
-  }
-  __syncthreads();
-
   double power1 = 1.0, power2 = 1.0;
-  for (int step = 0; step < call.steps; ++step) {
-    float* values = plan.values + step % 2 * 2 * call.batch;
-    float* gradients = plan.gradients + step % 2 * 2 * elements;
+  for (int step = -1; step < call.steps; ++step) {  // the first time round, what the steps share
+    float* values = plan.values + (step & 1) * 2 * call.batch;
+    float* gradients = plan.gradients + (step & 1) * 2 * elements;
     for (int64_t i = blockIdx.x; i < items; i += gridDim.x) {
       const Item item = item_at<rows>(plan, i);
+      const CriticPass<Math, rows> pass(plan, item, memory);
       const int64_t row = item.critic * call.batch + item.first;
-      CriticPass<Math, rows>(plan, item, memory)
-          .value_and_gradient(plan.actions + row * action_dim, values + row,
-                              gradients + row * action_dim);
+      if (step < 0) {
+        start(plan, item);
+        pass.first_layer(true, call.state + item.first * call.critics[0].state_dim);
+      } else {
+        pass.first_layer(false, plan.actions + row * action_dim);
+        pass.rest(values + row, gradients + row * action_dim);
+      }
     }
+    if (step < 0) continue;
     // Bias corrections of Adam, computed as torch does, in double, by one thread.
     if (threadIdx.x == 0) {
       power1 *= 0.9;
