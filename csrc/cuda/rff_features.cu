@@ -76,14 +76,15 @@ struct GradientByColumn : ArgumentGradient<pair> {
 };
 
 __global__ void __launch_bounds__(gemm::threads, 2) rff_forward(RffCall call) {
-  __shared__ gemm::Shared shared;
+  DIFFCORE_DYNAMIC_SHARED(memory);
+  const auto shared = reinterpret_cast<gemm::Shared*>(memory);
   const int64_t in = call.omega.in, features = call.omega.out;
   const int64_t tiles = gemm::tiles_of(features);
   const int64_t row_tile = blockIdx.x / tiles * gemm::tile;
   const int64_t column_tile = blockIdx.x % tiles * gemm::tile;
   float sums[gemm::square][gemm::square], unused[gemm::square];
   gemm::multiply(ByRow{call.x, call.batch, in}, row_tile, ByRow{call.omega.weight, features, in},
-                 column_tile, 0, in, &shared, sums, unused);
+                 column_tile, 0, in, shared, sums, unused);
 
   const bool pair = call.kind == RffKind::cos_sin;
   const int64_t width = pair ? 2 * features : features;
@@ -179,11 +180,12 @@ __device__ __forceinline__ void grad_omega_tile(const BackwardPlan& plan, gemm::
 
 template <bool pair>
 __global__ void __launch_bounds__(gemm::threads, 2) rff_backward(BackwardPlan plan) {
-  __shared__ gemm::Shared shared;
+  DIFFCORE_DYNAMIC_SHARED(memory);
+  const auto shared = reinterpret_cast<gemm::Shared*>(memory);
   if (static_cast<int64_t>(blockIdx.x) < plan.x_blocks) {
-    grad_x_tile<pair>(plan, &shared);
+    grad_x_tile<pair>(plan, shared);
   } else {
-    grad_omega_tile<pair>(plan, &shared);
+    grad_omega_tile<pair>(plan, shared);
   }
 }
 
@@ -209,7 +211,7 @@ const char* add_pieces(const float* pieces, int64_t count, int64_t size, float* 
 
 const char* rff_features(const RffCall& call) {
   const int64_t blocks = gemm::tiles_of(call.batch) * gemm::tiles_of(call.omega.out);
-  DIFFCORE_LAUNCH(rff_forward, static_cast<unsigned>(blocks), gemm::threads, 0,
+  DIFFCORE_LAUNCH(rff_forward, static_cast<unsigned>(blocks), gemm::threads, sizeof(gemm::Shared),
                   static_cast<cudaStream_t>(call.stream), call);
   return launch_error();
 }
@@ -235,9 +237,9 @@ const char* rff_features_backward(const RffBackwardCall& call) {
   if (call.grad_omega) plan.omega_blocks = gemm::tiles_of(features) * gemm::tiles_of(in);
   const auto blocks = static_cast<unsigned>(plan.x_blocks + pieces * plan.omega_blocks);
   if (call.kind == RffKind::cos_sin) {
-    DIFFCORE_LAUNCH(rff_backward<true>, blocks, gemm::threads, 0, stream, plan);
+    DIFFCORE_LAUNCH(rff_backward<true>, blocks, gemm::threads, sizeof(gemm::Shared), stream, plan);
   } else {
-    DIFFCORE_LAUNCH(rff_backward<false>, blocks, gemm::threads, 0, stream, plan);
+    DIFFCORE_LAUNCH(rff_backward<false>, blocks, gemm::threads, sizeof(gemm::Shared), stream, plan);
   }
   if (const char* error = launch_error()) return error;
   if (pieces == 1 || !call.grad_omega) return nullptr;
