@@ -138,6 +138,8 @@ struct RffBackwardCall {
   void* stream;
 };
 
+// Why the current device can't run the call (its shapes), or nullptr; pointers may be missing.
+const char* reverse_diffusion_cannot_run(const ReverseDiffusionCall&);
 int64_t reverse_diffusion_workspace(const ReverseDiffusionCall&);
 const char* reverse_diffusion(const ReverseDiffusionCall&);
 const char* reverse_step(const ReverseStepCall&);

@@ -51,7 +51,7 @@ struct Float32Math {
   using Pair = float2;
   static constexpr int k_step = 4;
   static constexpr int least_rows = 4;
-  static constexpr int stages = 3;
+  static constexpr int stages = 2;
 
   static __device__ __forceinline__ Pair pair(float a, float b) { return make_float2(a, b); }
 
@@ -176,7 +176,7 @@ struct TensorMath {
 
 struct Tf32Math : TensorMath<Tf32Math, float> {
   using Pair = float2;
-  static constexpr int stages = 3;
+  static constexpr int stages = 2;
   static __device__ __forceinline__ Pair pair(float a, float b) {
     return make_float2(__uint_as_float(tf32_bits(a)), __uint_as_float(tf32_bits(b)));
   }

@@ -91,9 +91,10 @@ def check_levels(t: Any, other_name: str, other: Tensor) -> None:
 
 
 def check_compute_dtype(value: Any) -> None:
-    if value not in (None, torch.float32, torch.bfloat16):
+    if value not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
-            f"compute_dtype: expected None, torch.float32 or torch.bfloat16, got {value!r}"
+            "compute_dtype: expected None, torch.float32, torch.bfloat16 or torch.float16, "
+            f"got {value!r}"
         )
 
 

@@ -16,7 +16,7 @@ Support = dict[str, str | None]
 
 @dataclass(frozen=True)
 class Explanation:
-    """The answer of :func:`diffcore.explain`."""
+    """The answer of :func:`diffcore.explain`: the backend, and why none preferred to it runs."""
 
     op: str
     backend: str
@@ -57,5 +57,6 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     module = importlib.import_module(f"diffcore.ops.{op}")
     support: Support = module.support(*args, **kwargs)
     backend = choose(op, support, kwargs.get("backend"))
-    passed_over = {name: reason for name, reason in support.items() if reason is not None}
+    preferred = list(support)[: list(support).index(backend)]
+    passed_over = {name: reason for name in preferred if (reason := support[name]) is not None}
     return Explanation(op, backend, passed_over)

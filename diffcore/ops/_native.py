@@ -11,7 +11,6 @@ from typing import Any
 # and its threads instead of starting a second pool.
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 _core: Any
 unavailable: str | None = None
@@ -21,6 +20,19 @@ except ImportError as error:  # a source tree without a build; the reference run
     _core = None
     unavailable = f"the compiled module can't be imported ({error})"
 
+_cuda: Any
+cuda_unavailable: str | None = None
+try:
+    _cuda = importlib.import_module("diffcore._cuda")
+except ModuleNotFoundError:
+    _cuda = None
+    cuda_unavailable = "the CUDA kernels weren't built (no nvcc when diffcore was installed)"
+except ImportError as error:
+    _cuda = None
+    cuda_unavailable = f"the CUDA kernels can't be imported ({error})"
+
+max_layers = 16
+
 NATIVE_ACTIVATIONS = ("identity", "relu", "elu", "silu", "tanh", "mish", "gelu", "sin", "cos")
 
 Layer = tuple[int, int, int, int]
@@ -28,17 +40,19 @@ Layer = tuple[int, int, int, int]
 _LIBRARY = torch.library.Library("diffcore", "DEF")
 
 
-def cpu_op(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Registers a function as the CPU kernel of the op ``torch.ops.diffcore.<name>``.
+def op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Registers a function as the op ``torch.ops.diffcore.<name>``, for tensors on CPU and GPU.
 
-    The same as ``torch.library.custom_op``, without the layers of Python that this puts around every
-    call; they took longer than a small network does.
+    Its argument ``backend`` names the kernel that is to run. The same as
+    ``torch.library.custom_op``, without the layers of Python that this puts around every call; they
+    took longer than a small network does.
     """
 
     def register(function: Callable[..., Any]) -> Any:
         schema = torch.library.infer_schema(function, mutates_args=())
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, function, "CPU")
+        _LIBRARY.impl(name, function, "CUDA")
         return getattr(torch.ops.diffcore, name).default
 
     return register
@@ -106,29 +120,9 @@ class _FirstDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(
-            f"{ctx.op}: the CPU kernel has no second derivative; "
+            f"{ctx.op}: the fused kernel has no second derivative; "
             "pass backend='reference' to differentiate twice"
         )
-
-
-def cannot_run(tensors: list[Tensor], activations: Sequence[str], layers: int) -> str | None:
-    """Why the CPU kernels can't take networks of this kind, or None."""
-    if unavailable is not None:
-        return unavailable
-    if forward_ad._current_level >= 0:
-        return "forward-mode derivatives are being taken, which the CPU kernels don't have"
-    for tensor in tensors:
-        if tensor.is_cpu and tensor.dtype is torch.float32:
-            continue
-        if not tensor.is_cpu:
-            return f"a tensor is on {tensor.device}"
-        return f"a tensor is {tensor.dtype}, the CPU kernels take float32"
-    for activation in activations:
-        if activation not in NATIVE_ACTIVATIONS:
-            return f"activation {activation!r} has no CPU kernel"
-    if layers > _core.max_layers:
-        return f"{layers} layers, the CPU kernels take at most {_core.max_layers}"
-    return None
 
 
 def addresses(parameters: list[Tensor]) -> list[Layer]:
@@ -142,6 +136,17 @@ def addresses(parameters: list[Tensor]) -> list[Layer]:
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def seed_words(seed: Tensor | None) -> tuple[int, int]:
+    """(value, device address) of a seed for a GPU kernel, one of them 0.
+
+    A seed on the device is read by the kernel: nothing waits for it here, and a captured CUDA graph
+    reads the next one at every replay.
+    """
+    if seed is None:
+        return 0, 0
+    return (int(seed), 0) if seed.is_cpu else (0, seed.data_ptr())
 
 
 def one_by_one(op: Any, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:

@@ -15,9 +15,12 @@ from torch import Tensor
 _LOW = 0xFFFFFFFF
 
 
-def draw_seed(generator: torch.Generator | None) -> Tensor:
-    """A key for one call: int64 ``[]`` drawn from the generator, which moves on by one draw."""
-    device = "cpu" if generator is None else generator.device
+def draw_seed(generator: torch.Generator | None, device: torch.device | str = "cpu") -> Tensor:
+    """A key for one call: int64 ``[]`` drawn from the generator, which moves on by one draw.
+
+    It lies where the generator draws; without one, on `device`, from its default generator.
+    """
+    device = device if generator is None else generator.device
     return torch.randint(2**63 - 1, (), generator=generator, dtype=torch.int64, device=device)
 
 

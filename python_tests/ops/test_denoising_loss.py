@@ -185,7 +185,7 @@ def test_second_derivative_is_refused() -> None:
     data = Data(6)
     loss = ops.denoising_loss(data.denoiser, SCHEDULE, data.state, data.action)
     grads = torch.autograd.grad(loss, list(data.denoiser.parameters()), create_graph=True)
-    with pytest.raises(RuntimeError, match="denoising_loss: the CPU kernel has no second"):
+    with pytest.raises(RuntimeError, match="denoising_loss: the fused kernel has no second"):
         grads[0].sum().backward()
 
 
@@ -236,13 +236,14 @@ def test_any_callable_and_float64_run_on_the_reference() -> None:
 
 def test_opcheck() -> None:
     data = Data(5)
-    levels, embedding = _tables(SCHEDULE, 32)
+    levels, embedding = _tables(SCHEDULE, 32, torch.device("cpu"))
     parameters = [p.detach() for p in data.denoiser.parameters()]
     inputs = (data.state, data.action, data.noise, data.t, levels, embedding, "mish")
     for wanted in (True, False):
         flags = [wanted] * (2 + len(parameters))
-        torch.library.opcheck(native.loss_and_gradients, (*inputs, flags, parameters))
-    torch.library.opcheck(native.normals, (torch.tensor(3), data.action))
+        arguments = (*inputs, flags, parameters, "float32", "cpu")
+        torch.library.opcheck(native.loss_and_gradients, arguments)
+    torch.library.opcheck(native.normals, (torch.tensor(3), data.action, "cpu"))
 
 
 def test_compiles_whole() -> None:

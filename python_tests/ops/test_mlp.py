@@ -261,11 +261,12 @@ def test_opcheck() -> None:
     weights, biases, _ = make_layers([4, 8, 3])
     parameters = [p for pair in zip(weights, biases, strict=True) for p in pair]
     x = torch.randn(5, 4)
-    _, saved = native.forward(x, parameters, "mish,identity", True)
-    torch.library.opcheck(native.forward, (x, parameters, "mish,identity", True))
-    torch.library.opcheck(
-        native.backward, (torch.randn(1, 5, 3), x, saved, parameters, "mish,identity", True, True)
-    )
+    settings = ("float32", "cpu")
+    arguments = (x, parameters, "mish,identity", True, *settings)
+    _, saved = native.forward(*arguments)
+    torch.library.opcheck(native.forward, arguments)
+    arguments = (torch.randn(1, 5, 3), x, saved, parameters, "mish,identity", True, True, *settings)
+    torch.library.opcheck(native.backward, arguments)
 
 
 def test_errors_do_not_grow_along_the_batch() -> None:

@@ -85,9 +85,10 @@ def test_second_derivative_is_refused() -> None:
 def test_opcheck_and_compile() -> None:
     networks = [[p.detach() for p in network] for network in make_networks(2)]
     x, flat = torch.randn(5, 23), [*itertools.chain(*networks)]
-    y, saved = native.forward(x, flat, "mish,sin,identity", True)
-    torch.library.opcheck(native.forward, (x, flat, "mish,sin,identity", True))
-    settings = (flat, "mish,sin,identity", True, True)
+    arguments = (x, flat, "mish,sin,identity", True, "float32", "cpu")
+    y, saved = native.forward(*arguments)
+    torch.library.opcheck(native.forward, arguments)
+    settings = (flat, "mish,sin,identity", True, True, "float32", "cpu")
     torch.library.opcheck(native.backward, (torch.randn_like(y), x, saved, *settings))
 
     compiled = torch.compile(

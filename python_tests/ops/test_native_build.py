@@ -41,6 +41,7 @@ def test_the_module_is_built() -> None:
     assert _native.unavailable is None
     assert ISAS[-1] == "baseline"
     assert _native._core.isa() in ISAS
+    assert _native._core.max_layers == _native.max_layers
 
 
 # -- instruction sets ------------------------------------------------------------------------------

@@ -334,14 +334,14 @@ def op_arguments(rows: int, given: bool) -> tuple[list[Any], list[Any]]:
 @pytest.mark.parametrize("keep_trajectory", [True, False])
 def test_opcheck_of_the_chain(given: bool, keep_trajectory: bool) -> None:
     tensors, settings = op_arguments(4, given)
-    arguments = (*tensors, *settings, False, keep_trajectory)
+    arguments = (*tensors, *settings, "float32", keep_trajectory, "cpu")
     torch.library.opcheck(torch.ops.diffcore.reverse_diffusion.default, arguments)
 
 
 @pytest.mark.parametrize("wants_noise", [True, False])
 def test_opcheck_of_its_gradient(wants_noise: bool) -> None:
     (state, *rest), settings = op_arguments(4, True)
-    _, trajectory = chain(state, *rest, *settings, False, True)
+    _, trajectory = chain(state, *rest, *settings, "float32", True, "cpu")
     arguments = (torch.randn(4, 3), trajectory, state, rest[-1], *settings, wants_noise)
     torch.library.opcheck(torch.ops.diffcore.reverse_diffusion_backward.default, arguments)
     assert len(chain_backward(*arguments)) == 3 + len(rest[-1])

@@ -109,7 +109,7 @@ def test_first_and_second_gradients_are_the_reference_s(isa: str) -> None:
 def test_opcheck(isa: str) -> None:
     x, eps, noise, x0_previous = inputs().values()
     for optional in ((noise, x0_previous), (None, None)):
-        arguments = (x, eps, COEFFICIENTS, *optional, 0.8, 0.9)
+        arguments = (x, eps, COEFFICIENTS, *optional, 0.8, 0.9, "cpu")
         torch.library.opcheck(torch.ops.diffcore.reverse_step.default, arguments)
 
 

@@ -201,13 +201,13 @@ def test_torch_func_and_compile(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(kind: str) -> None:
     x, omega, bias = draw(6, 5, 9)
-    arguments = (x, omega, bias, kind, 0.5, True)
+    settings = ("float32", "cpu")
+    arguments = (x, omega, bias, kind, 0.5, True, *settings)
     torch.library.opcheck(native.forward, arguments)
     y, slope = native.forward(*arguments)
     saved = y if kind == "cos_sin" else slope
-    torch.library.opcheck(
-        native.backward, (torch.randn_like(y), x, omega, saved, kind, True, True, True)
-    )
+    arguments = (torch.randn_like(y), x, omega, saved, kind, True, True, True, *settings)
+    torch.library.opcheck(native.backward, arguments)
 
 
 @pytest.mark.parametrize("how", ["features and mlp", "mlp"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from diffcore.ops import _dispatch, _native
+from diffcore.ops import _backends, _dispatch
 from diffcore.ops._checks import (
     check_choice,
     check_compute_dtype,
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from diffcore.nn import TwinCritic
 
     AnyCritic: TypeAlias = TwinCritic | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+KERNELS = ("cpu",)
 
 
 def action_gradient(
@@ -64,8 +66,8 @@ def action_gradient(
             in one row reaches all); "row" limits every row's own.
         compute_dtype: ``torch.bfloat16`` multiplies hidden layers in bfloat16 with float32 sums:
             the gradient is then within 1% of its root mean square (relu, whose slope jumps: 10%).
-            None or ``torch.float32``: float32 throughout. The reference keeps to the critic's own
-            precision.
+            ``torch.float16`` likewise, on GPUs only. None or ``torch.float32``: float32 throughout.
+            The reference keeps to the critic's own precision.
         backend: "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
@@ -93,7 +95,8 @@ def action_gradient(
         compute_dtype=compute_dtype,
     )
     max_norm = None if max_norm is None else float(max_norm)
-    if _dispatch.choose("action_gradient", available, backend) == "cpu":
+    chosen = _dispatch.choose("action_gradient", available, backend)
+    if chosen != "reference":
         assert isinstance(critic, TwinCritic)
         return native.ascend(
             state.detach(),
@@ -101,7 +104,7 @@ def action_gradient(
             [p.detach() for p in critic.q1.weights_and_biases()],
             [p.detach() for p in critic.q2.weights_and_biases()],
             critic.activation,
-            compute_dtype == torch.bfloat16,
+            _backends.precision(compute_dtype, state),
             steps,
             float(lr),
             max_norm,
@@ -110,6 +113,7 @@ def action_gradient(
             float(eps),
             float(low),
             float(high),
+            chosen,
         )
     if isinstance(critic, TwinCritic):
         critic = partial(critic, backend="reference")
@@ -156,9 +160,14 @@ def support(
     check_compute_dtype(compute_dtype)
 
     if ours is None:
-        return {"cpu": "the critic isn't a diffcore.nn.TwinCritic", "reference": None}
+        refused = "the critic isn't a diffcore.nn.TwinCritic"
+        return _backends.support(KERNELS, [state], refused=refused)
     parameters = ours.weights_and_biases()
     check_like("state", state, "the critic", parameters[0])
-    layers = ours.q1.hidden_layers + 1
-    reason = _native.cannot_run([state, *parameters], [ours.activation], layers)
-    return {"cpu": reason, "reference": None}
+    return _backends.support(
+        KERNELS,
+        [state, *parameters],
+        [ours.activation],
+        ours.q1.hidden_layers + 1,
+        compute_dtype=compute_dtype,
+    )

@@ -1,4 +1,4 @@
-"""The ascent on min(Q1, Q2) on the CPU kernels, as a torch op."""
+"""The ascent on min(Q1, Q2) on the kernels, as a torch op."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from diffcore.ops import _native
 
 
-@_native.cpu_op("action_gradient")
+@_native.op("action_gradient")
 def ascend(
     state: Tensor,
     action: Tensor,
     q1: list[Tensor],
     q2: list[Tensor],
     activation: str,
-    bfloat16: bool,
+    precision: str,
     steps: int,
     lr: float,
     max_norm: float | None,
@@ -27,6 +27,7 @@ def ascend(
     eps: float,
     low: float,
     high: float,
+    backend: str,
 ) -> Tensor:
     """Improved actions ``[B, A]``."""
     core = _native._core
@@ -40,7 +41,7 @@ def ascend(
             action.shape[1],
             state.shape[1],
             getattr(core.Activation, activation),
-            core.Precision.bfloat16 if bfloat16 else core.Precision.float32,
+            getattr(core.Precision, precision),
             len(action),
             state.data_ptr(),
             action.data_ptr(),

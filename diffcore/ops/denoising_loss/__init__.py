@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from diffcore.ops import _dispatch, _native, _philox
+from diffcore.ops import _backends, _dispatch, _native, _philox
 from diffcore.ops._checks import check_levels, check_like, check_tensor, out_of_autocast
 from diffcore.ops.denoising_loss import native, reference
 from diffcore.schedule import DiffusionSchedule
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from diffcore.nn import Denoiser
 
     AnyDenoiser: TypeAlias = Denoiser | Callable[[Tensor, Tensor, Tensor], Tensor]
+
+KERNELS = ("cpu",)
 
 
 def denoising_loss(
@@ -34,8 +36,8 @@ def denoising_loss(
     """Mean of ``(z - eps(sqrt(abar_t) a + sqrt(1 - abar_t) z, s, t))^2`` over all entries.
 
     DDPM's loss (Ho et al. 2020, Eq. 14), conditioned on a state. Differentiable in the denoiser's
-    parameters, ``state`` and ``action``; in ``noise`` too on the reference. The CPU kernel computes
-    the gradients in the forward pass. It can't be differentiated twice and says so; the reference
+    parameters, ``state`` and ``action``; in ``noise`` too on the reference. The kernels compute
+    the gradients in the forward pass. They can't be differentiated twice and say so; the reference
     can. As a mean over nothing, the loss of an empty batch is NaN.
 
     Args:
@@ -67,8 +69,11 @@ def denoising_loss(
     if t is None:
         t = torch.randint(schedule.K, (len(action),), generator=generator, device=action.device)
     if noise is None:
-        seed = _philox.draw_seed(generator)
-        noise = native.normals(seed, action) if chosen == "cpu" else _reference_noise(seed, action)
+        seed = _philox.draw_seed(generator, action.device)
+        if chosen == "reference":
+            noise = _reference_noise(seed, action)
+        else:
+            noise = native.normals(seed, action, chosen)
     if chosen == "reference":
         eps: Callable[[Tensor, Tensor, Tensor], Tensor] = denoiser
         if isinstance(denoiser, Denoiser):
@@ -77,13 +82,15 @@ def denoising_loss(
 
     assert isinstance(denoiser, Denoiser)
     parameters = denoiser.weights_and_biases()
-    levels, embedding = _tables(schedule, denoiser.time_dim)
+    levels, embedding = _tables(schedule, denoiser.time_dim, action.device)
     inputs = (state, action, noise, t, levels, embedding, denoiser.activation)
     differentiable = (state, action, *parameters)
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in differentiable]
+    settings = (_backends.precision(None, action), chosen)
     if any(wanted):
-        return _native.apply(native.DenoisingLoss, *inputs, wanted, *parameters)[0]
-    return native.loss_and_gradients(*inputs, wanted, parameters)[0]
+        arguments = (*inputs, wanted, *settings, *parameters)
+        return _native.apply(native.DenoisingLoss, *arguments)[0]
+    return native.loss_and_gradients(*inputs, wanted, parameters, *settings)[0]
 
 
 def _reference_noise(seed: Tensor, action: Tensor) -> Tensor:
@@ -91,19 +98,24 @@ def _reference_noise(seed: Tensor, action: Tensor) -> Tensor:
 
 
 @torch.compiler.assume_constant_result
-def _tables(schedule: DiffusionSchedule, time_dim: int) -> tuple[Tensor, Tensor]:
+def _tables(
+    schedule: DiffusionSchedule, time_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """By level: sqrt(abar) and sqrt(1 - abar) ``[K, 2]``, the time embedding ``[K, time_dim]``."""
-    return _cached_tables(schedule, time_dim)
+    return _cached_tables(schedule, time_dim, device)
 
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)  # what is kept must serve training too
-def _cached_tables(schedule: DiffusionSchedule, time_dim: int) -> tuple[Tensor, Tensor]:
+def _cached_tables(
+    schedule: DiffusionSchedule, time_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     from diffcore.nn import time_embedding
 
     abar = schedule.alphas_cumprod
     levels = torch.stack([abar.sqrt(), (1 - abar).sqrt()], dim=1)
-    return levels.float(), time_embedding(torch.arange(schedule.K), time_dim).float()
+    embedding = time_embedding(torch.arange(schedule.K), time_dim)
+    return levels.to(device, torch.float32), embedding.to(device, torch.float32)
 
 
 def support(
@@ -140,11 +152,17 @@ def support(
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
 
     if ours is None:
-        return {"cpu": "the denoiser isn't a diffcore.nn.Denoiser", "reference": None}
+        not_ours = "the denoiser isn't a diffcore.nn.Denoiser"
+        return _backends.support(KERNELS, [state], refused=not_ours)
     parameters = ours.weights_and_biases()
     check_like("state", state, "the denoiser", parameters[0])
-    layers = ours.trunk.hidden_layers + 1
-    reason = _native.cannot_run([state, *parameters], [ours.activation], layers)
-    if reason is None and noise is not None and noise.requires_grad:
-        reason = "noise requires a gradient, which the CPU kernel doesn't compute"
-    return {"cpu": reason, "reference": None}
+    refused = None
+    if noise is not None and noise.requires_grad:
+        refused = "noise requires a gradient, which the kernels don't compute"
+    return _backends.support(
+        KERNELS,
+        [state, *parameters],
+        [ours.activation],
+        ours.trunk.hidden_layers + 1,
+        refused=refused,
+    )

@@ -1,4 +1,4 @@
-"""The denoising loss on the CPU kernel, which computes the gradients together with the loss."""
+"""The denoising loss on the kernels, which computes the gradients together with the loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from diffcore.ops import _fused_loss, _native
 
 
-@_native.cpu_op("denoising_loss")
+@_native.op("denoising_loss")
 def loss_and_gradients(
     state: Tensor,
     action: Tensor,
@@ -21,6 +21,8 @@ def loss_and_gradients(
     activation: str,
     wanted: list[bool],
     parameters: list[Tensor],
+    precision: str,
+    backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
     """(loss, its gradients with respect to [state, action, *parameters]).
 
@@ -70,6 +72,8 @@ def _(
     activation: str,
     wanted: list[bool],
     parameters: list[Tensor],
+    precision: str,
+    backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
     all_wanted = wanted[:2] + [any(wanted[2:])] * len(parameters)
     return action.new_empty(()), [
@@ -89,8 +93,8 @@ def _(info: Any, in_dims: Any, *args: Any) -> Any:
     return (torch.stack(losses), stacked), (0, [0] * len(stacked))
 
 
-@_native.cpu_op("normals")
-def normals(seed: Tensor, like: Tensor) -> Tensor:
+@_native.op("normals")
+def normals(seed: Tensor, like: Tensor, backend: str) -> Tensor:
     """Standard normals of the shape ``[rows, columns]`` of `like`: step 0 of the seed's noise."""
     z = torch.empty_like(like, memory_format=torch.contiguous_format)
     _native._core.normals(int(seed), 0, 0, *like.shape, z.data_ptr())
@@ -98,7 +102,7 @@ def normals(seed: Tensor, like: Tensor) -> Tensor:
 
 
 @_native.fake("normals")
-def _(seed: Tensor, like: Tensor) -> Tensor:
+def _(seed: Tensor, like: Tensor, backend: str) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
@@ -117,23 +121,27 @@ class DenoisingLoss(torch.autograd.Function):
         embedding: Tensor,
         activation: str,
         wanted: list[bool],
+        precision: str,
+        backend: str,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         tables = (t, levels, embedding, activation, wanted)
-        loss, grads = loss_and_gradients(state, action, noise, *tables, list(parameters))
+        loss, grads = loss_and_gradients(
+            state, action, noise, *tables, list(parameters), precision, backend
+        )
         return loss, *grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        state, action, noise, *_, wanted = inputs[:8]
+        state, action, noise, *_, wanted, _precision, _backend = inputs[:10]
         ctx.wanted, ctx.count = wanted, len(output) - 1
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # no zeros as large as what is kept
-        ctx.save_for_backward(*output[1:], state, action, noise, *inputs[8:])
+        ctx.save_for_backward(*output[1:], state, action, noise, *inputs[10:])
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
         grads, inputs = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         scaled = _fused_loss.scaled("denoising_loss", grad_loss, grads, inputs)
         wanted = [g if want else None for g, want in zip(scaled, ctx.wanted, strict=True)]
-        return *wanted[:2], *[None] * 6, *wanted[2:]
+        return *wanted[:2], *[None] * 8, *wanted[2:]

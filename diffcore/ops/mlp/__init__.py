@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffcore.ops import _dispatch, _native
+from diffcore.ops import _backends, _dispatch, _native
 from diffcore.ops._activations import ACTIVATIONS
 from diffcore.ops._checks import check_choice, check_like, check_tensor, out_of_autocast
 from diffcore.ops.mlp import native, reference
+
+KERNELS = ("cpu",)
 
 
 def mlp(
@@ -24,7 +26,8 @@ def mlp(
     """``f_L(W_L ... f_1(W_1 x + b_1) ... + b_L)``.
 
     Differentiable in ``x``, the weights and the biases. The fused kernel can't be differentiated
-    twice and says so; the reference can.
+    twice and says so; the reference can. On a GPU under autocast it multiplies in autocast's dtype,
+    with float32 sums and results.
 
     Args:
         x: ``[..., in]``.
@@ -43,20 +46,23 @@ def mlp(
     """
     [x] = out_of_autocast(weights[0] if weights else None, x)
     available = support(x, weights, biases, activations)
-    if _dispatch.choose("mlp", available, backend) == "reference":
+    chosen = _dispatch.choose("mlp", available, backend)
+    if chosen == "reference":
         return reference.mlp(x, weights, biases, activations)
     parameters = [p for pair in zip(weights, biases, strict=True) for p in pair]
-    y = run_native(x, parameters, activations)
+    y = run_native(x, parameters, activations, chosen)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def run_native(x: Tensor, parameters: list[Tensor], activations: Sequence[str]) -> Tensor:
+def run_native(
+    x: Tensor, parameters: list[Tensor], activations: Sequence[str], backend: str
+) -> Tensor:
     """``[N, rows of x, out]``: N networks, whose parameters come one network after the other."""
-    names = ",".join(activations)
+    names, settings = ",".join(activations), (_backends.precision(None, x), backend)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
-        return _native.apply(native.MLP, rows, names, *parameters)[0]
-    return native.forward(rows, parameters, names, False)[0]
+        return _native.apply(native.MLP, rows, names, *settings, *parameters)[0]
+    return native.forward(rows, parameters, names, False, *settings)[0]
 
 
 def support(
@@ -78,7 +84,7 @@ def support(
     for i, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
         _check_layer(i, weight, bias, activation, width, x)
         width = weight.shape[0]
-    return {"cpu": _native.cannot_run([x], activations, len(weights)), "reference": None}
+    return _backends.support(KERNELS, [x], activations, len(weights))
 
 
 def _check_layer(

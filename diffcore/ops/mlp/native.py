@@ -1,4 +1,4 @@
-"""MLPs on the CPU kernels: forward and backward as torch ops, joined by a Function."""
+"""MLPs on the kernels: forward and backward as torch ops, joined by a Function."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def _kinds(activations: str) -> list[Any]:
     return [getattr(_native._core.Activation, name) for name in activations.split(",")]
 
 
-@_native.cpu_op("mlp")
+@_native.op("mlp")
 def forward(
-    x: Tensor, parameters: list[Tensor], activations: str, keep: bool
+    x: Tensor, parameters: list[Tensor], activations: str, keep: bool, precision: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(y ``[N, B, out]``, what the backward pass needs, without rows unless `keep`).
 
@@ -46,7 +46,9 @@ def forward(
 
 
 @_native.fake("mlp")
-def _(x: Tensor, parameters: list[Tensor], activations: str, keep: bool) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, parameters: list[Tensor], activations: str, keep: bool, precision: str, backend: str
+) -> tuple[Tensor, Tensor]:
     shapes = [(0, 0, w.shape[1], w.shape[0]) for w in parameters[::2]]
     kinds = _kinds(activations)
     networks = len(shapes) // len(kinds)
@@ -57,7 +59,7 @@ def _(x: Tensor, parameters: list[Tensor], activations: str, keep: bool) -> tupl
     )
 
 
-@_native.cpu_op("mlp_backward")
+@_native.op("mlp_backward")
 def backward(
     grad_y: Tensor,
     x: Tensor,
@@ -66,6 +68,8 @@ def backward(
     activations: str,
     wants_x: bool,
     wants_parameters: bool,
+    precision: str,
+    backend: str,
 ) -> list[Tensor]:
     """[gradient of x (empty unless wanted), then, if wanted, of every parameter]."""
     core = _native._core
@@ -100,6 +104,8 @@ def _(
     activations: str,
     wants_x: bool,
     wants_parameters: bool,
+    precision: str,
+    backend: str,
 ) -> list[Tensor]:
     grad_x = x.new_empty(len(x) if wants_x else 0, x.shape[1])
     return [grad_x, *([torch.empty_like(p) for p in parameters] if wants_parameters else [])]
@@ -109,12 +115,13 @@ def _(
 def _(info: Any, in_dims: Any, *args: Any) -> Any:
     """A batched x is more rows, unless rows are to be saved, which lie layer by layer."""
     x_dim, parameter_dims, *_ = in_dims
-    x, parameters, activations, keep = args
+    x, parameters, activations, keep, *settings = args
     if keep or any(d is not None for d in parameter_dims):
         results = _native.one_by_one(forward, info.batch_size, in_dims, args)
         y, saved = (torch.stack(column) for column in zip(*results, strict=True))
         return (y, saved), (0, 0)
-    y, saved = forward(x.movedim(x_dim, 0).flatten(0, 1), parameters, activations, False)
+    rows = x.movedim(x_dim, 0).flatten(0, 1)
+    y, saved = forward(rows, parameters, activations, False, *settings)
     return (y.unflatten(1, (info.batch_size, -1)), saved), (1, None)
 
 
@@ -132,12 +139,14 @@ class MLP(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, activations: str, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        return forward(x, list(parameters), activations, True)
+    def forward(
+        x: Tensor, activations: str, precision: str, backend: str, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return forward(x, list(parameters), activations, True, precision, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, ctx.activations, *parameters = inputs
+        x, ctx.activations, ctx.precision, ctx.backend, *parameters = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)  # no zeros as large as what is kept
         ctx.save_for_backward(x, output[1], *parameters)
@@ -145,13 +154,13 @@ class MLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> Any:
         x, saved, *parameters = ctx.saved_tensors
-        wants_x, wants_parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:])
-        settings = (ctx.activations, wants_x, wants_parameters)
+        wants_x, wants_parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
+        settings = (ctx.activations, wants_x, wants_parameters, ctx.precision, ctx.backend)
         grads = _native.gradients("mlp", _gradients, grad_y, x, saved, *settings, *parameters)
         grad_x, *grad_parameters = grads
         return (
             grad_x if wants_x else None,
-            None,
+            *[None] * 3,
             *(grad_parameters if wants_parameters else [None] * len(parameters)),
         )
 
@@ -163,7 +172,9 @@ def _gradients(
     activations: str,
     wants_x: bool,
     wants_parameters: bool,
+    precision: str,
+    backend: str,
     *parameters: Tensor,
 ) -> list[Tensor]:
-    settings = (activations, wants_x, wants_parameters)
+    settings = (activations, wants_x, wants_parameters, precision, backend)
     return backward(grad_y, x, saved, list(parameters), *settings)

@@ -40,9 +40,10 @@ def mlp_ensemble(
     """
     [x] = out_of_autocast(networks[0][0] if networks and networks[0] else None, x)
     available = support(x, networks, activations)
-    if _dispatch.choose("mlp_ensemble", available, backend) == "reference":
+    chosen = _dispatch.choose("mlp_ensemble", available, backend)
+    if chosen == "reference":
         return reference.mlp_ensemble(x, networks, activations)
-    y = run_native(x, [p for network in networks for p in network], activations)
+    y = run_native(x, [p for network in networks for p in network], activations, chosen)
     return y.reshape(len(networks), *x.shape[:-1], y.shape[-1])
 
 

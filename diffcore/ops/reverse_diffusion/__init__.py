@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from diffcore.ops import _dispatch, _native, _philox
+from diffcore.ops import _backends, _dispatch, _native, _philox
 from diffcore.ops._checks import (
     check_choice,
     check_compute_dtype,
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from diffcore.nn import Denoiser
 
     AnyDenoiser: TypeAlias = Denoiser | Callable[[Tensor, Tensor, Tensor], Tensor]
+
+KERNELS = ("cpu",)
 
 
 def reverse_diffusion(
@@ -61,8 +63,8 @@ def reverse_diffusion(
             row r gets the same noise in any batch and on any backend. The default generator if None.
         compute_dtype: ``torch.bfloat16`` multiplies hidden layers in bfloat16 with float32 sums
             (states, x and the noise schedule stay float32); about 1e-2 from float32 over a whole
-            chain. None or ``torch.float32``: float32 throughout. The reference keeps to the
-            denoiser's own precision.
+            chain. ``torch.float16`` likewise, on GPUs only. None or ``torch.float32``: float32
+            throughout. The reference keeps to the denoiser's own precision.
         backend: "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
@@ -88,11 +90,14 @@ def reverse_diffusion(
         compute_dtype=compute_dtype,
     )
     draws = x_init is None or (noise is None and noise_scale != 0)
-    seed = _philox.draw_seed(generator) if draws else None
-    if _dispatch.choose("reverse_diffusion", available, backend) == "cpu":
+    seed = _philox.draw_seed(generator, state.device) if draws else None
+    chosen = _dispatch.choose("reverse_diffusion", available, backend)
+    if chosen != "reference":
         assert isinstance(denoiser, Denoiser)
+        inputs = (state, x_init, noise, seed)
+        precision = _backends.precision(compute_dtype, state)
         return _run_native(
-            denoiser, schedule, solver, state, x_init, noise, seed, noise_scale, clip, compute_dtype
+            denoiser, schedule, solver, *inputs, noise_scale, clip, precision, chosen
         )
     eps: Callable[[Tensor, Tensor, Tensor], Tensor] = denoiser
     if isinstance(denoiser, Denoiser):
@@ -116,22 +121,23 @@ def _run_native(
     seed: Tensor | None,
     noise_scale: float,
     clip: float,
-    compute_dtype: torch.dtype | None,
+    precision: str,
+    backend: str,
 ) -> Tensor:
     parameters = denoiser.weights_and_biases()
     settings = (
-        _coefficients(schedule, solver),
-        _embedding(schedule, solver, denoiser.time_dim),
+        _coefficients(schedule, solver, state.device),
+        _embedding(schedule, solver, denoiser.time_dim, state.device),
         float(noise_scale),
         float(clip),
         denoiser.activation,
-        compute_dtype == torch.bfloat16,
+        precision,
     )
     differentiable = [state, *parameters, *(t for t in (x_init, noise) if t is not None)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
-        arguments = (state, x_init, noise, seed, *settings, *parameters)
+        arguments = (state, x_init, noise, seed, *settings, backend, *parameters)
         return _native.apply(native.Chain, *arguments)[0]
-    return native.chain(state, x_init, noise, seed, parameters, *settings, False)[0]
+    return native.chain(state, x_init, noise, seed, parameters, *settings, False, backend)[0]
 
 
 # What follows from schedule and solver alone is computed once, and is a constant under
@@ -139,15 +145,19 @@ def _run_native(
 
 
 @torch.compiler.assume_constant_result
-def _coefficients(schedule: DiffusionSchedule, solver: str | SolverTable) -> Tensor:
+def _coefficients(
+    schedule: DiffusionSchedule, solver: str | SolverTable, device: torch.device
+) -> Tensor:
     """float32 ``[steps, 7]``."""
-    return _cached_coefficients(schedule, solver)
+    return _cached_coefficients(schedule, solver, device)
 
 
 @torch.compiler.assume_constant_result
-def _embedding(schedule: DiffusionSchedule, solver: str | SolverTable, dim: int) -> Tensor:
+def _embedding(
+    schedule: DiffusionSchedule, solver: str | SolverTable, dim: int, device: torch.device
+) -> Tensor:
     """float32 ``[steps, dim]``: the time embedding of every executed step."""
-    return _cached_embedding(schedule, solver, dim)
+    return _cached_embedding(schedule, solver, dim, device)
 
 
 def _table(schedule: DiffusionSchedule, solver: str | SolverTable) -> SolverTable:
@@ -156,16 +166,20 @@ def _table(schedule: DiffusionSchedule, solver: str | SolverTable) -> SolverTabl
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)  # what is kept must serve training too
-def _cached_coefficients(schedule: DiffusionSchedule, solver: str | SolverTable) -> Tensor:
-    return _table(schedule, solver).coefficients.to(torch.float32)
+def _cached_coefficients(
+    schedule: DiffusionSchedule, solver: str | SolverTable, device: torch.device
+) -> Tensor:
+    return _table(schedule, solver).coefficients.to(device, torch.float32)
 
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def _cached_embedding(schedule: DiffusionSchedule, solver: str | SolverTable, dim: int) -> Tensor:
+def _cached_embedding(
+    schedule: DiffusionSchedule, solver: str | SolverTable, dim: int, device: torch.device
+) -> Tensor:
     from diffcore.nn import time_embedding
 
-    return time_embedding(_table(schedule, solver).timesteps, dim).to(torch.float32)
+    return time_embedding(_table(schedule, solver).timesteps, dim).to(device, torch.float32)
 
 
 def support(
@@ -216,9 +230,14 @@ def support(
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
 
     if ours is None:
-        return {"cpu": "the denoiser isn't a diffcore.nn.Denoiser", "reference": None}
+        refused = "the denoiser isn't a diffcore.nn.Denoiser"
+        return _backends.support(KERNELS, [state], refused=refused)
     parameters = ours.weights_and_biases()
     check_like("state", state, "the denoiser", parameters[0])
-    layers = ours.trunk.hidden_layers + 1
-    reason = _native.cannot_run([state, *parameters], [ours.activation], layers)
-    return {"cpu": reason, "reference": None}
+    return _backends.support(
+        KERNELS,
+        [state, *parameters],
+        [ours.activation],
+        ours.trunk.hidden_layers + 1,
+        compute_dtype=compute_dtype,
+    )

@@ -1,4 +1,4 @@
-"""The reverse chain on the CPU kernels, as a torch op with a backward op of its own."""
+"""The reverse chain on the kernels, as a torch op with a backward op of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffcore.ops import _native
 from diffcore.ops._activations import ACTIVATIONS
 
 
-@_native.cpu_op("reverse_diffusion")
+@_native.op("reverse_diffusion")
 def chain(
     state: Tensor,
     x_init: Tensor | None,
@@ -23,8 +23,9 @@ def chain(
     noise_scale: float,
     clip: float,
     activation: str,
-    bfloat16: bool,
+    precision: str,
     keep_trajectory: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(actions ``[B, A]``, x before every step and at the end ``[steps + 1, B, A]`` or empty)."""
     core = _native._core
@@ -42,7 +43,7 @@ def chain(
             action_dim,
             state.shape[1],
             getattr(core.Activation, activation),
-            core.Precision.bfloat16 if bfloat16 else core.Precision.float32,
+            getattr(core.Precision, precision),
             embedding.data_ptr(),
             steps,
             coefficients.data_ptr(),
@@ -50,7 +51,7 @@ def chain(
             state.data_ptr(),
             _native.address(x_init),
             _native.address(noise),
-            0 if seed is None else int(seed),
+            _native.seed_words(seed)[0],
             noise_scale,
             clip,
             trajectory.data_ptr() if keep_trajectory else 0,
@@ -72,8 +73,9 @@ def _(
     noise_scale: float,
     clip: float,
     activation: str,
-    bfloat16: bool,
+    precision: str,
     keep_trajectory: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     action_dim = len(parameters[-1])
     steps = len(coefficients) + 1 if keep_trajectory else 0
@@ -83,7 +85,7 @@ def _(
     )
 
 
-@_native.cpu_op("reverse_diffusion_backward")
+@_native.op("reverse_diffusion_backward")
 def chain_backward(
     grad_actions: Tensor,
     trajectory: Tensor,
@@ -112,9 +114,9 @@ def chain_backward(
     grad_x = grad_actions * ((x_end >= -clip) & (x_end <= clip))
     grad_x0_of_previous = torch.zeros_like(grad_x)
     # Float32 like the way there, whatever autocast is on.
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(state.device.type, enabled=False):
         for i in range(steps - 1, -1, -1):
-            c0, c1, c2, c3, c4, c5, c6 = coefficients[i].tolist()
+            c0, c1, c2, c3, c4, c5, c6 = coefficients[i].unbind()
             x = trajectory[i]
 
             # eps = denoiser(x, state, t), keeping what the way back needs.
@@ -222,16 +224,17 @@ class Chain(torch.autograd.Function):
         noise_scale: float,
         clip: float,
         activation: str,
-        bfloat16: bool,
+        precision: str,
+        backend: str,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        settings = (coefficients, embedding, noise_scale, clip, activation, bfloat16)
-        return chain(state, x_init, noise, seed, list(parameters), *settings, True)
+        settings = (coefficients, embedding, noise_scale, clip, activation, precision)
+        return chain(state, x_init, noise, seed, list(parameters), *settings, True, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         state, x_init, noise, _seed, coefficients, embedding, *rest = inputs
-        ctx.noise_scale, ctx.clip, ctx.activation, _bfloat16, *parameters = rest
+        ctx.noise_scale, ctx.clip, ctx.activation, _precision, _backend, *parameters = rest
         ctx.has_x_init, ctx.has_noise = x_init is not None, noise is not None
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)  # no zeros as large as what is kept
@@ -250,7 +253,7 @@ class Chain(torch.autograd.Function):
             grad_state,
             grad_x if ctx.has_x_init else None,
             grad_noise if wants_noise else None,
-            *[None] * 7,
+            *[None] * 8,
             *grad_parameters,
         )
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffcore.ops import _dispatch, _native
+from diffcore.ops import _backends, _dispatch, _native
 from diffcore.ops._checks import check_like, check_number, check_tensor
 from diffcore.ops.reverse_step import native, reference
+
+KERNELS = ("cpu",)
 
 
 def reverse_step(
@@ -50,8 +52,9 @@ def reverse_step(
         noise_scale=noise_scale,
         clip=clip,
     )
-    if _dispatch.choose("reverse_step", available, backend) == "cpu":
-        settings = (coefficients, noise, x0_previous, float(noise_scale), float(clip))
+    chosen = _dispatch.choose("reverse_step", available, backend)
+    if chosen != "reference":
+        settings = (coefficients, noise, x0_previous, float(noise_scale), float(clip), chosen)
         differentiable = [t for t in (x, eps, noise, x0_previous) if t is not None]
         if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
             return _native.apply(native.ReverseStep, x, eps, *settings)
@@ -88,9 +91,4 @@ def support(
         )
     check_number("noise_scale", noise_scale)
     check_number("clip", clip, above=0.0, finite=False)
-    tensors = [*others.values(), x, coefficients]
-    if any(t.device.type != "cpu" for t in tensors):
-        reason: str | None = "a tensor isn't on the CPU"
-    else:
-        reason = _native.cannot_run([x], [], 0)
-    return {"cpu": reason, "reference": None}
+    return _backends.support(KERNELS, [x])

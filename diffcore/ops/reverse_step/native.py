@@ -1,4 +1,4 @@
-"""One step of a sampler on the CPU kernels, as a torch op with a gradient."""
+"""One step of a sampler on the kernels, as a torch op with a gradient."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from diffcore.ops import _native
 
 
-@_native.cpu_op("reverse_step")
+@_native.op("reverse_step")
 def step(
     x: Tensor,
     eps: Tensor,
@@ -19,6 +19,7 @@ def step(
     x0_previous: Tensor | None,
     noise_scale: float,
     clip: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(next x, x0), both of the shape of x."""
     x, eps = x.contiguous(), eps.contiguous()
@@ -49,7 +50,7 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 @_native.vmap("reverse_step")
 def _(info: Any, in_dims: Any, *args: Any) -> Any:
     """The step is elementwise: a batch of steps is one step of more rows."""
-    x, eps, coefficients, noise, x0_previous, *scalars = args
+    x, eps, coefficients, noise, x0_previous, *settings = args
     if in_dims[2] is not None:
         raise ValueError("reverse_step: vmap over the coefficients isn't supported")
 
@@ -63,7 +64,7 @@ def _(info: Any, in_dims: Any, *args: Any) -> Any:
     tensors = [
         rows(value, in_dims[i]) for i, value in ((0, x), (1, eps), (3, noise), (4, x0_previous))
     ]
-    results = step(tensors[0], tensors[1], coefficients, *tensors[2:], *scalars)
+    results = step(tensors[0], tensors[1], coefficients, *tensors[2:], *settings)
     return tuple(r.unflatten(0, (info.batch_size, -1)) for r in results), (0, 0)
 
 
@@ -81,19 +82,20 @@ class ReverseStep(torch.autograd.Function):
         x0_previous: Tensor | None,
         noise_scale: float,
         clip: float,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
-        return step(x, eps, coefficients, noise, x0_previous, noise_scale, clip)
+        return step(x, eps, coefficients, noise, x0_previous, noise_scale, clip, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, eps, coefficients, noise, x0_previous, ctx.noise_scale, ctx.clip = inputs
+        x, eps, coefficients, noise, x0_previous, ctx.noise_scale, ctx.clip, _ = inputs
         ctx.has_noise, ctx.has_x0_previous = noise is not None, x0_previous is not None
         ctx.save_for_backward(x, eps, coefficients)
 
     @staticmethod
     def backward(ctx: Any, grad_next: Tensor, grad_x0: Tensor) -> Any:
         x, eps, coefficients = ctx.saved_tensors
-        c0, c1, c2, c3, c4, c5, c6 = coefficients.to(x.dtype).unbind()
+        c0, c1, c2, c3, c4, c5, c6 = coefficients.to(x.dtype).unbind()  # on any device: 0-dim
         unclipped = c0 * x - c1 * eps
         inside = (unclipped >= -ctx.clip) & (unclipped <= ctx.clip)
         grad_unclipped = torch.where(inside, grad_x0 + c2 * grad_next, 0.0)
@@ -103,6 +105,7 @@ class ReverseStep(torch.autograd.Function):
             None,
             c5 * ctx.noise_scale * grad_next if ctx.has_noise else None,
             c6 * grad_next if ctx.has_x0_previous else None,
+            None,
             None,
             None,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffcore.ops import _dispatch, _native
+from diffcore.ops import _backends, _dispatch, _native
 from diffcore.ops._checks import (
     check_choice,
     check_like,
@@ -16,6 +16,7 @@ from diffcore.ops._checks import (
 from diffcore.ops.rff_features import native, reference
 
 KINDS = ("sin", "cos", "cos_sin")
+KERNELS = ("cpu",)
 
 
 def rff_features(
@@ -52,14 +53,16 @@ def rff_features(
     """
     [x] = out_of_autocast(omega, x)
     available = support(x, omega, bias, kind=kind, scale=scale)
-    if _dispatch.choose("rff_features", available, backend) == "reference":
+    chosen = _dispatch.choose("rff_features", available, backend)
+    if chosen == "reference":
         return reference.rff_features(x, omega, bias, kind=kind, scale=scale)
-    rows = x.reshape(-1, x.shape[-1])
+    rows, precision = x.reshape(-1, x.shape[-1]), _backends.precision(None, x)
     differentiable = any(t is not None and t.requires_grad for t in (x, omega, bias))
     if torch.is_grad_enabled() and differentiable:
-        y = _native.apply(native.RffFeatures, rows, omega, bias, kind, float(scale))[0]
+        arguments = (rows, omega, bias, kind, float(scale), precision, chosen)
+        y = _native.apply(native.RffFeatures, *arguments)[0]
     else:
-        y = native.forward(rows, omega, bias, kind, float(scale), False)[0]
+        y = native.forward(rows, omega, bias, kind, float(scale), False, precision, chosen)[0]
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -81,4 +84,4 @@ def support(
         check_like("bias", bias, "x", x)
     check_choice("kind", kind, KINDS)
     check_number("scale", scale)
-    return {"cpu": _native.cannot_run([x], (), 1), "reference": None}
+    return _backends.support(KERNELS, [x])

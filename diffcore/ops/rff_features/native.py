@@ -1,4 +1,4 @@
-"""Random Fourier features on the CPU kernels: forward and backward as torch ops."""
+"""Random Fourier features on the kernels: forward and backward as torch ops."""
 
 from __future__ import annotations
 
@@ -18,9 +18,16 @@ def _layer(omega: Tensor, bias: Tensor | None) -> _native.Layer:
     return omega.data_ptr(), _native.address(bias), omega.shape[1], omega.shape[0]
 
 
-@_native.cpu_op("rff_features")
+@_native.op("rff_features")
 def forward(
-    x: Tensor, omega: Tensor, bias: Tensor | None, kind: str, scale: float, keep: bool
+    x: Tensor,
+    omega: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    scale: float,
+    keep: bool,
+    precision: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(y ``[B, width]``, the slopes ``[B, features]``; without rows unless `keep` asks for them).
 
@@ -48,7 +55,14 @@ def forward(
 
 @_native.fake("rff_features")
 def _(
-    x: Tensor, omega: Tensor, bias: Tensor | None, kind: str, scale: float, keep: bool
+    x: Tensor,
+    omega: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    scale: float,
+    keep: bool,
+    precision: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     keep = keep and kind != "cos_sin"
     return (
@@ -57,7 +71,7 @@ def _(
     )
 
 
-@_native.cpu_op("rff_features_backward")
+@_native.op("rff_features_backward")
 def backward(
     grad_y: Tensor,
     x: Tensor,
@@ -67,6 +81,8 @@ def backward(
     wants_x: bool,
     wants_omega: bool,
     wants_bias: bool,
+    precision: str,
+    backend: str,
 ) -> list[Tensor]:
     """Gradients of x, omega and bias, those that aren't wanted empty.
 
@@ -105,6 +121,8 @@ def _(
     wants_x: bool,
     wants_omega: bool,
     wants_bias: bool,
+    precision: str,
+    backend: str,
 ) -> list[Tensor]:
     return [
         x.new_empty(len(x) if wants_x else 0, x.shape[1]),
@@ -142,13 +160,19 @@ class RffFeatures(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, omega: Tensor, bias: Tensor | None, kind: str, scale: float
+        x: Tensor,
+        omega: Tensor,
+        bias: Tensor | None,
+        kind: str,
+        scale: float,
+        precision: str,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
-        return forward(x, omega, bias, kind, scale, True)
+        return forward(x, omega, bias, kind, scale, True, precision, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, omega, _, ctx.kind, _ = inputs
+        x, omega, _, ctx.kind, _, ctx.precision, ctx.backend = inputs
         y, slope = output
         ctx.mark_non_differentiable(slope)
         ctx.set_materialize_grads(False)  # no zeros as large as what is kept
@@ -156,8 +180,8 @@ class RffFeatures(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> Any:
-        settings = (ctx.kind, *ctx.needs_input_grad[:3])
+        settings = (ctx.kind, *ctx.needs_input_grad[:3], ctx.precision, ctx.backend)
         arguments = (grad_y, *ctx.saved_tensors, *settings)
         grads = _native.gradients("rff_features", backward, *arguments)
         wanted = zip(grads, ctx.needs_input_grad[:3], strict=True)
-        return (*(grad if wants else None for grad, wants in wanted), None, None)
+        return (*(grad if wants else None for grad, wants in wanted), *[None] * 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffcore.ops import _dispatch, _native
+from diffcore.ops import _backends, _dispatch, _native
 from diffcore.ops._checks import (
     check_compute_dtype,
     check_like,
@@ -13,6 +13,8 @@ from diffcore.ops._checks import (
     out_of_autocast,
 )
 from diffcore.ops.score_matching_loss import native, reference
+
+KERNELS = ("cpu",)
 
 
 def score_matching_loss(
@@ -34,8 +36,8 @@ def score_matching_loss(
     ``score_weight = -(1 - abar) 0.449`` and ``offset = -sqrt(1 - abar) 0.449 eps``.
 
     Differentiable in ``psi``, ``hidden``, ``weight`` and ``bias``; in ``offset`` and
-    ``score_weight`` too on the reference. The CPU kernel computes the gradients in the forward pass,
-    and never holds zeta, ``[B, D, S]``. It can't be differentiated twice and says so; the reference
+    ``score_weight`` too on the reference. The kernels compute the gradients in the forward pass
+    and never hold zeta, ``[B, D, S]``. They can't be differentiated twice and say so; the reference
     can. As a mean over nothing, the loss of an empty batch is NaN; its parameters' gradients are
     zero.
 
@@ -48,8 +50,9 @@ def score_matching_loss(
         score_weight: ``[B]``.
         compute_dtype: ``torch.bfloat16`` multiplies in bfloat16 with float32 sums: the loss is then
             within 1%, the root mean square of a gradient's error within 1% of the gradient's (more
-            where offsets all but cancel their scores). None or ``torch.float32``: float32
-            throughout. The reference keeps to its arguments' own precision.
+            where offsets all but cancel their scores). ``torch.float16`` likewise, on GPUs only.
+            None or ``torch.float32``: float32 throughout. The reference keeps to its arguments' own
+            precision.
         backend: "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
@@ -62,13 +65,14 @@ def score_matching_loss(
     psi, hidden, offset, score_weight = out_of_autocast(weight, psi, hidden, offset, score_weight)
     tensors = (psi, hidden, weight, bias, offset, score_weight)
     available = support(*tensors, compute_dtype=compute_dtype)
-    if _dispatch.choose("score_matching_loss", available, backend) == "reference":
+    chosen = _dispatch.choose("score_matching_loss", available, backend)
+    if chosen == "reference":
         return reference.score_matching_loss(*tensors)
-    bfloat16 = compute_dtype == torch.bfloat16
+    precision = _backends.precision(compute_dtype, psi)
     wanted = [torch.is_grad_enabled() and t.requires_grad for t in (psi, hidden, weight, bias)]
     if any(wanted):
-        return _native.apply(native.ScoreMatchingLoss, *tensors, bfloat16, wanted)[0]
-    return native.loss_and_gradients(*tensors, bfloat16, wanted)[0]
+        return _native.apply(native.ScoreMatchingLoss, *tensors, precision, wanted, chosen)[0]
+    return native.loss_and_gradients(*tensors, precision, wanted, chosen)[0]
 
 
 def support(
@@ -102,15 +106,19 @@ def support(
     for name, value in others.items():
         check_like(name, value, "psi", psi)
     check_compute_dtype(compute_dtype)
-    return {"cpu": _cannot_run(psi, *others.values()), "reference": None}
+    return _backends.support(
+        KERNELS,
+        [psi, *others.values()],
+        compute_dtype=compute_dtype,
+        refused=_refused(psi, hidden, offset, score_weight),
+    )
 
 
-def _cannot_run(*tensors: Tensor) -> str | None:
-    """Why the CPU kernel can't take these, or None."""
-    psi, hidden, _, _, offset, score_weight = tensors
+def _refused(psi: Tensor, hidden: Tensor, offset: Tensor, score_weight: Tensor) -> str | None:
+    """Why no kernel can take these, or None."""
     for name, value in (("offset", offset), ("score_weight", score_weight)):
         if torch.is_grad_enabled() and value.requires_grad:
-            return f"{name} requires a gradient, which the CPU kernel doesn't compute"
+            return f"{name} requires a gradient, which the kernels don't compute"
     if 0 in (psi.shape[1], hidden.shape[1], offset.shape[1]):
         return "features, hidden activations or state have no columns"
-    return _native.cannot_run(list(tensors), [], 1)
+    return None

@@ -1,4 +1,4 @@
-"""The score matching loss on the CPU kernel, which computes the gradients together with the loss."""
+"""The score matching loss on the kernels, which computes the gradients together with the loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from diffcore.ops import _fused_loss, _native
 
 
-@_native.cpu_op("score_matching_loss")
+@_native.op("score_matching_loss")
 def loss_and_gradients(
     psi: Tensor,
     hidden: Tensor,
@@ -18,8 +18,9 @@ def loss_and_gradients(
     bias: Tensor,
     offset: Tensor,
     score_weight: Tensor,
-    bfloat16: bool,
+    precision: str,
     wanted: list[bool],
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, its gradients with respect to psi, hidden, weight and bias).
 
@@ -40,7 +41,7 @@ def loss_and_gradients(
             psi.shape[1],
             offset.shape[1],
             hidden.shape[1],
-            core.Precision.bfloat16 if bfloat16 else core.Precision.float32,
+            getattr(core.Precision, precision),
             *[t.data_ptr() for t in (*sources, *others)],
             loss.data_ptr(),
             *[g.data_ptr() if want else 0 for g, want in zip(grads, wanted, strict=True)],
@@ -57,8 +58,9 @@ def _(
     bias: Tensor,
     offset: Tensor,
     score_weight: Tensor,
-    bfloat16: bool,
+    precision: str,
     wanted: list[bool],
+    backend: str,
 ) -> tuple[Tensor, ...]:
     sources = (psi, hidden, weight, bias)
     shapes = [
@@ -85,7 +87,7 @@ class ScoreMatchingLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.bfloat16, ctx.wanted = inputs
+        *tensors, _precision, ctx.wanted, _backend = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # else every call would fill zeros as large as the weight
         ctx.save_for_backward(*output[1:], *tensors)
@@ -95,5 +97,5 @@ class ScoreMatchingLoss(torch.autograd.Function):
         grads, tensors = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         scaled = _fused_loss.scaled("score_matching_loss", grad_loss, grads, tensors)
         pairs = zip(scaled, ctx.wanted, strict=True)
-        return *(g if want else None for g, want in pairs), *[None] * 4
+        return *(g if want else None for g, want in pairs), *[None] * 5
 

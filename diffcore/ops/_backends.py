@@ -1,0 +1,142 @@
+"""What the backends can take: device, dtype, activations and depth, the same for every op.
+
+Kernels run where their tensors are. Two exceptions serve tests and debugging on machines without a
+GPU: Triton's interpreter (``TRITON_INTERPRET=1`` in the environment) and a build of the CUDA sources
+for the CPU take CPU tensors, when they are asked for by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from diffcore.ops import _native
+from diffcore.ops._dispatch import Support
+
+_NAMES = {"cpu": "CPU", "cuda": "CUDA", "triton": "Triton"}
+_LOWER_PRECISIONS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_PRECISIONS = {
+    "cpu": ("float32", "bfloat16"),
+    "cuda": ("float32", "tf32", "bfloat16", "float16"),
+    "triton": ("float32", "tf32", "bfloat16", "float16"),
+}
+_LEAST_CAPABILITY = (8, 0)  # of the CUDA and Triton kernels: Ampere
+
+
+def precision(compute_dtype: torch.dtype | None, like: Tensor) -> str:
+    """What a kernel multiplies in.
+
+    On a GPU None is autocast's dtype where that is on, as it is for torch's own products, and float32
+    becomes TF32 only where ``torch.set_float32_matmul_precision`` allows it.
+    """
+    if compute_dtype is None and like.is_cuda and torch.is_autocast_enabled("cuda"):
+        compute_dtype = torch.get_autocast_dtype("cuda")
+    if compute_dtype in _LOWER_PRECISIONS:
+        return _LOWER_PRECISIONS[compute_dtype]
+    if like.is_cuda and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "float32"
+
+
+def support(
+    kernels: Sequence[str],
+    tensors: Sequence[Tensor],
+    activations: Sequence[str] = (),
+    layers: int = 1,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    refused: str | None = None,
+) -> Support:
+    """For every backend, in order of preference, why it can't take a call, or None.
+
+    Args:
+        kernels: the op's backends beside the reference, best first.
+        tensors: the call's, which a kernel takes on its own device in float32.
+        activations, layers: the network's.
+        compute_dtype: what to multiply in.
+        refused: why no kernel can take the call, whatever the above.
+    """
+    forward_mode = forward_ad._current_level >= 0
+    reasons: Support = {}
+    for name in kernels:
+        if refused is not None:
+            reasons[name] = refused
+        elif forward_mode:
+            reasons[name] = (
+                "forward-mode derivatives are being taken, "
+                f"which the {_NAMES[name]} kernels don't have"
+            )
+        else:
+            reasons[name] = _cannot_run(name, tensors, activations, layers, compute_dtype)
+    gpu = {name: reasons[name] for name in kernels if name != "cpu"}
+    cpu = {name: reasons[name] for name in kernels if name == "cpu"}
+    if any(tensor.is_cuda for tensor in tensors):
+        return {**gpu, "reference": None, **cpu}
+    return {**cpu, "reference": None, **gpu}
+
+
+def _cannot_run(
+    name: str,
+    tensors: Sequence[Tensor],
+    activations: Sequence[str],
+    layers: int,
+    compute_dtype: torch.dtype | None,
+) -> str | None:
+    kind = _NAMES[name]
+    reason = _not_here(name)
+    if reason is not None:
+        return reason
+    device = "cpu" if name == "cpu" or _runs_on_cpu(name) else "cuda"
+    for tensor in tensors:
+        if tensor.device.type != device:
+            return f"a tensor is on {tensor.device}"
+        if tensor.dtype is not torch.float32:
+            return f"a tensor is {tensor.dtype}, the {kind} kernels take float32"
+    if device == "cuda":
+        reason = _device_lacks(tensors[0].device)
+        if reason is not None:
+            return reason
+    if precision(compute_dtype, tensors[0]) not in _PRECISIONS[name]:
+        return f"compute_dtype {compute_dtype} has no {kind} kernel"
+    for activation in activations:
+        if activation not in _native.NATIVE_ACTIVATIONS:
+            return f"activation {activation!r} has no {kind} kernel"
+    if layers > _native.max_layers:
+        return f"{layers} layers, the {kind} kernels take at most {_native.max_layers}"
+    return None
+
+
+def _not_here(name: str) -> str | None:
+    """Why a backend can't run on this machine at all."""
+    if name == "cpu":
+        return _native.unavailable
+    if name == "cuda":
+        return _native.cuda_unavailable
+    return None if _has_triton() else "Triton isn't installed"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _runs_on_cpu(name: str) -> bool:
+    if name == "cuda":
+        return bool(_native._cuda.on_cpu)
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _device_lacks(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= _LEAST_CAPABILITY:
+        return None
+    return f"{device} has compute capability {capability[0]}.{capability[1]}, 8.0 is the least"
