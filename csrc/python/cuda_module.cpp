@@ -201,8 +201,7 @@ RffBackwardCall rff_backward_call(const Layer& omega, RffKind kind, int64_t batc
           pointer<void>(stream)};
 }
 
-int64_t rff_features_backward_bytes(const Layer& omega, RffKind kind, int64_t batch, int device) {
-  const CurrentDevice current({device, 0});
+int64_t rff_features_backward_bytes(const Layer& omega, RffKind kind, int64_t batch) {
   return rff_features_backward_workspace(
       rff_backward_call(omega, kind, batch, 0, 0, 0, 0, 0, 0, 0, 0));
 }

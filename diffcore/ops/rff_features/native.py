@@ -33,22 +33,22 @@ def forward(
 
     "cos_sin" never keeps any: cosines and sines are each other's slopes.
     """
-    core = _native._core
     x, omega = x.contiguous(), omega.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty(len(x), _width(omega, kind))
     keep = keep and kind != "cos_sin"
     slope = x.new_empty(len(x) if keep else 0, len(omega))
     if len(x):
-        core.rff_features(
+        module = _native._cuda if backend == "cuda" else _native._core
+        module.rff_features(
             _layer(omega, bias),
-            getattr(core.RffKind, kind),
+            getattr(module.RffKind, kind),
             scale,
             len(x),
             x.data_ptr(),
             y.data_ptr(),
             slope.data_ptr() if keep else 0,
-            torch.get_num_threads(),
+            _native.queue(x) if backend == "cuda" else torch.get_num_threads(),
         )
     return y, slope
 
@@ -88,7 +88,6 @@ def backward(
 
     `saved`: the slopes, for "cos_sin" y.
     """
-    core = _native._core
     grad_y, x, omega, saved = (t.contiguous() for t in (grad_y, x, omega, saved))
     wants_parameters = wants_omega or wants_bias
     empty = x.new_zeros if not len(x) else x.new_empty
@@ -96,9 +95,10 @@ def backward(
     grad_omega = empty(len(omega) if wants_parameters else 0, x.shape[1])
     grad_bias = empty(len(omega) if wants_bias else 0)
     if len(x):
-        core.rff_features_backward(
+        module = _native._cuda if backend == "cuda" else _native._core
+        call = (
             _layer(omega, None),
-            getattr(core.RffKind, kind),
+            getattr(module.RffKind, kind),
             len(x),
             x.data_ptr(),
             saved.data_ptr(),
@@ -106,8 +106,13 @@ def backward(
             grad_x.data_ptr() if wants_x else 0,
             grad_omega.data_ptr() if wants_parameters else 0,
             grad_bias.data_ptr() if wants_bias else 0,
-            torch.get_num_threads(),
         )
+        if backend == "cuda":
+            size = module.rff_features_backward_workspace(*call[:3])
+            workspace = _native.workspace(size, x)
+            module.rff_features_backward(*call, workspace.data_ptr(), _native.queue(x))
+        else:
+            module.rff_features_backward(*call, torch.get_num_threads())
     return [grad_x, grad_omega if wants_omega else grad_omega.new_empty(0, x.shape[1]), grad_bias]
 
 
