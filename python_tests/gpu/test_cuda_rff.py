@@ -80,9 +80,7 @@ def test_batches_summed_in_pieces(cuda: str, kind: str) -> None:
     """Parameter gradients of more rows than one block sums: the same bits at every call."""
     inputs, width = draw(2500, 5, 33), 66 if kind == "cos_sin" else 33
     grad_y = torch.randn(2500, width)
-    ours, again = (
-        with_gradients(inputs, grad_y, "cuda", device=cuda, kind=kind) for _ in range(2)
-    )
+    ours, again = (with_gradients(inputs, grad_y, "cuda", device=cuda, kind=kind) for _ in range(2))
     exact = with_gradients(inputs, grad_y, "reference", torch.float64, kind=kind)
     for a, b, c in zip(ours, exact, again, strict=True):
         assert (a - b).abs().max() <= 1e-6 * b.abs().max() + 1e-6
@@ -152,9 +150,7 @@ def test_opcheck(cuda: str, kind: str) -> None:
     y, slope = native.forward(*arguments)
     saved = y if kind == "cos_sin" else slope
     wanted = (True, True, True, "float32", "cuda")
-    torch.library.opcheck(
-        native.backward, (torch.randn_like(y), x, omega, saved, kind, *wanted)
-    )
+    torch.library.opcheck(native.backward, (torch.randn_like(y), x, omega, saved, kind, *wanted))
 
 
 def test_golden_critic(cuda: str) -> None:
@@ -171,7 +167,10 @@ def test_golden_critic(cuda: str) -> None:
         h = ops.rff_features(
             x, layers[f"l{first}_weight"], layers[f"l{first}_bias"], backend="cuda"
         )
-        for i, activation in ((first + 1, torch.nn.functional.elu), (first + 2, torch.nn.Identity())):
+        for i, activation in (
+            (first + 1, torch.nn.functional.elu),
+            (first + 2, torch.nn.Identity()),
+        ):
             h = torch.nn.functional.linear(h, layers[f"l{i}_weight"], layers[f"l{i}_bias"])
             h = activation(h)
         values.append(h)
