@@ -20,10 +20,13 @@ struct ValueAndSlope {
   float value, slope;
 };
 
-// x limited to where x times an exponential is right: below -87 the product is 0 to float32's last
-// normal digit, but an exponential that can't get any smaller times x would not be.
-__device__ __forceinline__ float sigmoid(float x) {
-  return reciprocal(1.0f + expf(at_most(-lowest_exponent, -x)));
+// Below -87 silu and mish are 0 to float32's last normal digit, but x times an exponential that can't
+// get any smaller would not be: x itself stops there.
+__device__ __forceinline__ ValueAndSlope silu(float x) {
+  x = at_least(lowest_exponent, x);
+  const float sigmoid = reciprocal(1.0f + expf(-x));
+  const float y = x * sigmoid;
+  return {y, fmaf(y, 1.0f - sigmoid, sigmoid)};
 }
 
 // mish(x) = x tanh(log(1 + e^x)). With e = exp(x) and n = e (e + 2), tanh(log(1 + e)) = n / (n + 2):
@@ -67,57 +70,48 @@ __device__ __forceinline__ ValueAndSlope gelu(float x) {
   return {at_least(-limit, x) * phi, fmaf(limited * 0.398942280f, e, phi)};  // 1 / sqrt(2 pi)
 }
 
-__device__ __forceinline__ ValueAndSlope value_and_slope(Activation kind, float x) {
+// The activations that are long or rare: not inlined, for each kernel would contain them many times.
+static __device__ __noinline__ ValueAndSlope uncommon_activation(Activation kind, float x) {
+  ValueAndSlope r = {x, 1.0f};
   switch (kind) {
-    case Activation::identity: return {x, 1.0f};
-    case Activation::relu: return {at_least(0.0f, x), x > 0.0f ? 1.0f : 0.0f};
-    case Activation::elu: return {x > 0.0f ? x : expm1f(x), x > 0.0f ? 1.0f : expf(x)};
-    case Activation::silu: {
-      const float s = sigmoid(x), y = at_least(lowest_exponent, x) * s;
-      return {y, fmaf(y, 1.0f - s, s)};
-    }
-    case Activation::tanh: {
-      const float y = tanhf(x);
-      return {y, fmaf(-y, y, 1.0f)};
-    }
-    case Activation::mish: return mish(x);
-    case Activation::gelu: return gelu(x);
-    case Activation::sin: {
-      ValueAndSlope r;
-      sine_cosine(x, &r.value, &r.slope);
-      return r;
-    }
-    case Activation::cos: {
-      ValueAndSlope r;
+    case Activation::elu: r = {x > 0.0f ? x : expm1f(x), x > 0.0f ? 1.0f : expf(x)}; break;
+    case Activation::tanh:
+      r.value = tanhf(x);
+      r.slope = fmaf(-r.value, r.value, 1.0f);
+      break;
+    case Activation::gelu: r = gelu(x); break;
+    case Activation::sin: sine_cosine(x, &r.value, &r.slope); break;
+    case Activation::cos:
       sine_cosine(x, &r.slope, &r.value);
       r.slope = -r.slope;
-      return r;
-    }
+      break;
+    default: break;
   }
-  return {x, 1.0f};
+  return r;
+}
+
+__device__ __forceinline__ ValueAndSlope value_and_slope(Activation kind, float x) {
+  switch (kind) {
+    case Activation::mish: return mish(x);
+    case Activation::silu: return silu(x);
+    case Activation::relu: return {at_least(0.0f, x), x > 0.0f ? 1.0f : 0.0f};
+    case Activation::identity: return {x, 1.0f};
+    default: return uncommon_activation(kind, x);
+  }
 }
 
 // The values alone; what only slopes need is left out by the compiler. Two at a time, so that the
 // branch is taken once.
 __device__ __forceinline__ float2 activate(Activation kind, float2 x) {
   switch (kind) {
-#define DIFFCORE_ACTIVATE(name)                         \
-  case Activation::name:                                \
-    x.x = value_and_slope(Activation::name, x.x).value; \
-    x.y = value_and_slope(Activation::name, x.y).value; \
-    break;
-    DIFFCORE_ACTIVATE(mish)
-    DIFFCORE_ACTIVATE(relu)
-    DIFFCORE_ACTIVATE(silu)
-    DIFFCORE_ACTIVATE(elu)
-    DIFFCORE_ACTIVATE(tanh)
-    DIFFCORE_ACTIVATE(gelu)
-    DIFFCORE_ACTIVATE(sin)
-    DIFFCORE_ACTIVATE(cos)
-#undef DIFFCORE_ACTIVATE
-    case Activation::identity: break;
+    case Activation::mish: return make_float2(mish(x.x).value, mish(x.y).value);
+    case Activation::silu: return make_float2(silu(x.x).value, silu(x.y).value);
+    case Activation::relu: return make_float2(at_least(0.0f, x.x), at_least(0.0f, x.y));
+    case Activation::identity: return x;
+    default:
+      return make_float2(uncommon_activation(kind, x.x).value,
+                         uncommon_activation(kind, x.y).value);
   }
-  return x;
 }
 
 }  // namespace cuda

@@ -138,7 +138,7 @@ struct RffBackwardCall {
   void* stream;
 };
 
-// Why the current device can't run the call (its shapes), or nullptr; pointers may be missing.
+// Why the current device can't take a call of these shapes, or nullptr.
 const char* reverse_diffusion_cannot_run(const ReverseDiffusionCall&);
 int64_t reverse_diffusion_workspace(const ReverseDiffusionCall&);
 const char* reverse_diffusion(const ReverseDiffusionCall&);

@@ -161,7 +161,8 @@ __device__ void prepare_state(const Chain& chain, int64_t first_row) {
         const float w = weight[k];
 #pragma unroll
         for (int i = 0; i < state_rows; ++i)
-          if (i < rows) sums[i] = fmaf(w, state[static_cast<int64_t>(i) * p.state_dim + k], sums[i]);
+          if (i < rows)
+            sums[i] = fmaf(w, state[static_cast<int64_t>(i) * p.state_dim + k], sums[i]);
       }
     }
 #pragma unroll
@@ -252,7 +253,7 @@ class Group {
   }
   __device__ __forceinline__ Operand* exchanged() const { return hidden(turn_); }
 
-  // Writes two neighbouring columns of a row, to be read by the whole group after `meet`.
+  // Writes two neighbouring columns of a row, to be read by the whole group after `wait`.
   __device__ __forceinline__ void put(int row, int column, typename Math::Pair pair) const {
     const int at = row * chain_.hidden_stride + column;
     switch (chain_.exchange) {
@@ -264,28 +265,24 @@ class Group {
     }
   }
 
-  // Ends an exchange of [row_count, columns]. `meanwhile` is done while others are on their way; what
-  // it writes can be read after the next barrier of the block.
-  template <class Meanwhile>
-  __device__ __forceinline__ void meet(int row_count, int columns, const Meanwhile& meanwhile) {
+  // An exchange ends in two halves, as its barrier does: what a thread writes between them can be read
+  // after the block's next barrier.
+  __device__ __forceinline__ void arrive() {
+    if (chain_.exchange == Exchange::cluster) arrive_at_cluster();
+    if (chain_.exchange != Exchange::grid) return;
+    __syncthreads();
+    arrivals_ += static_cast<unsigned>(chain_.group_size);
+    if (threadIdx.x == 0) {
+      __threadfence();
+      atomicAdd(&chain_.counters[index_], 1u);
+    }
+  }
+  // Then [row_count, columns] lies in `exchanged()` as it was before, and the turn passes on.
+  __device__ __forceinline__ void wait(int row_count, int columns) {
     switch (chain_.exchange) {
-      case Exchange::none:
-        meanwhile();
-        __syncthreads();
-        break;
-      case Exchange::cluster:
-        arrive_at_cluster();
-        meanwhile();
-        wait_for_cluster();
-        break;
+      case Exchange::none: __syncthreads(); break;
+      case Exchange::cluster: wait_for_cluster(); break;
       case Exchange::grid:
-        __syncthreads();
-        arrivals_ += chain_.group_size;
-        if (threadIdx.x == 0) {
-          __threadfence();
-          atomicAdd(&chain_.counters[index_], 1u);
-        }
-        meanwhile();
         if (threadIdx.x == 0) {
           while (load_acquire(&chain_.counters[index_]) < arrivals_) poll();
           __threadfence();
@@ -350,9 +347,9 @@ __device__ __forceinline__ Slice<Operand> slice_of(const Layer& layer, int rank,
   const int left = layer.columns - first;
   const int columns = left < layer.slice ? left : layer.slice;
   const auto* weight = static_cast<const Operand*>(layer.weight);
-  const auto* resident =
-      layer.shared_offset < 0 ? nullptr
-                              : reinterpret_cast<const Operand*>(shared + layer.shared_offset);
+  const auto* resident = layer.shared_offset < 0
+                             ? nullptr
+                             : reinterpret_cast<const Operand*>(shared + layer.shared_offset);
   return {{resident, weight + static_cast<int64_t>(first) * layer.k, layer.k, columns},
           layer.bias + first,
           first};
@@ -425,37 +422,34 @@ class ChainTile {
   // f(W_x x + what depends on the step + what depends on the state), in float32.
   __device__ __forceinline__ const Operand* first_layer(int step) {
     const Layer& layer = chain_.layers[0];
-    const Slice<float> slice = slice_of<float>(layer, chain_.share_first ? group_.rank() : 0, shared_);
+    const Slice<float> slice =
+        slice_of<float>(layer, chain_.share_first ? group_.rank() : 0, shared_);
     const float* step_bias = step_bias_of(step) + slice.first;
     const float* state_part = chain_.state_part + first_row_ * layer.columns + slice.first;
-    const auto activated = [&](int row, int column, float2 sum) {
-      const float2 bias = *reinterpret_cast<const float2*>(step_bias + column);
-      const float2 part = __ldg(reinterpret_cast<const float2*>(
-          state_part + static_cast<int64_t>(row) * layer.columns + column));
-      sum.x += bias.x + part.x;
-      sum.y += bias.y + part.y;
-      sum = activate(call_.denoiser.activation, sum);
-      return Math::pair(sum.x, sum.y);
-    };
-    const auto meanwhile = [&] { prepare_noise(step); };
-    if (chain_.share_first) {
-      Operand* out = group_.exchanged();
-      linear<Float32Math, rows>(x_, chain_.x_stride, row_count_, slice.weights, memory(),
-                                chain_.bytes_a_warp, [&](int row, int column, float2 sum) {
-                                  group_.put(row, slice.first + column, activated(row, column, sum));
-                                });
-      group_.meet(row_count_, layer.columns, meanwhile);
-      return out;
-    }
-    Operand* out = group_.hidden(2);
+    Operand* out = chain_.share_first ? group_.exchanged() : group_.hidden(2);
     linear<Float32Math, rows>(
         x_, chain_.x_stride, row_count_, slice.weights, memory(), chain_.bytes_a_warp,
         [&](int row, int column, float2 sum) {
-          *reinterpret_cast<typename Math::Pair*>(out + row * chain_.hidden_stride + column) =
-              activated(row, column, sum);
+          const float2 bias = *reinterpret_cast<const float2*>(step_bias + column);
+          const float2 part = __ldg(reinterpret_cast<const float2*>(
+              state_part + static_cast<int64_t>(row) * layer.columns + column));
+          sum = activate(call_.denoiser.activation,
+                         make_float2(sum.x + (bias.x + part.x), sum.y + (bias.y + part.y)));
+          const typename Math::Pair pair = Math::pair(sum.x, sum.y);
+          if (chain_.share_first) {
+            group_.put(row, slice.first + column, pair);
+          } else {
+            *reinterpret_cast<typename Math::Pair*>(out + row * chain_.hidden_stride + column) =
+                pair;
+          }
         });
-    meanwhile();
-    __syncthreads();
+    if (chain_.share_first) group_.arrive();
+    prepare_noise(step);
+    if (chain_.share_first) {
+      group_.wait(row_count_, layer.columns);
+    } else {
+      __syncthreads();
+    }
     return out;
   }
 
@@ -463,22 +457,23 @@ class ChainTile {
     const Layer& layer = chain_.layers[l];
     const Slice<Operand> slice = slice_of<Operand>(layer, group_.rank(), shared_);
     Operand* out = group_.exchanged();
-    linear<Math, rows>(in, chain_.hidden_stride, row_count_, slice.weights, memory(),
-                       chain_.bytes_a_warp, [&](int row, int column, float2 sum) {
-                         const float2 bias =
-                             __ldg(reinterpret_cast<const float2*>(slice.bias + column));
-                         sum = activate(call_.denoiser.activation,
-                                        make_float2(sum.x + bias.x, sum.y + bias.y));
-                         group_.put(row, slice.first + column, Math::pair(sum.x, sum.y));
-                       });
-    group_.meet(row_count_, layer.columns, [] {});
+    linear<Math, rows>(
+        in, chain_.hidden_stride, row_count_, slice.weights, memory(), chain_.bytes_a_warp,
+        [&](int row, int column, float2 sum) {
+          const float2 bias = __ldg(reinterpret_cast<const float2*>(slice.bias + column));
+          sum = activate(call_.denoiser.activation, make_float2(sum.x + bias.x, sum.y + bias.y));
+          group_.put(row, slice.first + column, Math::pair(sum.x, sum.y));
+        });
+    group_.arrive();
+    group_.wait(row_count_, layer.columns);
     return out;
   }
 
   // eps, and x and x0 moved on by it.
   __device__ __forceinline__ void last_layer(int step, const Operand* in,
                                              const SolverStep& solver) {
-    const Slice<Operand> slice = slice_of<Operand>(chain_.layers[chain_.layer_count - 1], 0, shared_);
+    const Slice<Operand> slice =
+        slice_of<Operand>(chain_.layers[chain_.layer_count - 1], 0, shared_);
     const int columns = call_.denoiser.action_dim;
     const bool writes = group_.rank() == 0;
     const bool last = step + 1 == call_.denoiser.steps;
@@ -488,12 +483,10 @@ class ChainTile {
     const auto move = [&](int row, int column, float eps) {
       float& x = x_[row * chain_.x_stride + column];
       float& x0 = x0_[row * chain_.x_stride + column];
-      const float next =
-          solver.next(x, eps, z_[row * chain_.z_stride + column], x0, &x0);
+      const float next = solver.next(x, eps, z_[row * chain_.z_stride + column], x0, &x0);
       x = next;
       if (trajectory) trajectory[row * columns + column] = next;
-      if (last && writes)
-        call_.actions[(first_row_ + row) * columns + column] = solver.clamp(next);
+      if (last && writes) call_.actions[(first_row_ + row) * columns + column] = solver.clamp(next);
     };
     linear<Math, rows>(in, chain_.hidden_stride, row_count_, slice.weights, memory(),
                        chain_.bytes_a_warp, [&](int row, int column, float2 sum) {
@@ -628,7 +621,7 @@ bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_s
   c.call = call;
   c.layer_count = p.trunk_layers;
   c.group_size = group_size;
-  c.exchange = group_size == 1 ? Exchange::none
+  c.exchange = group_size == 1     ? Exchange::none
                : device.major >= 9 ? Exchange::cluster
                                    : Exchange::grid;
   c.share_first = group_size == 1 || rows >= 16;
@@ -672,9 +665,9 @@ bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_s
   // The thin layers stay first, then as many of the others as there is room for.
   const auto weight_bytes = [&](int l) {
     const Precision precision = l == 0 ? Precision::float32 : p.precision;
-    return round_up(element_bytes(precision) * c.layers[l].slice *
-                        operand_stride_of(precision, c.layers[l].k),
-                    128);
+    return round_up(
+        element_bytes(precision) * c.layers[l].slice * operand_stride_of(precision, c.layers[l].k),
+        128);
   };
   const auto stay = [&](bool streams) {
     c.bytes_a_warp = round_up(bytes_for_warp(p.precision, rows, streams), 128);
@@ -695,7 +688,7 @@ bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_s
 }
 
 // Clocks of all steps, by the figures of an H100 at the top of this file.
-double estimate(const Plan& plan, const Device& device) {
+double estimate(const Plan& plan) {
   const Chain& c = plan.chain;
   const Precision precision = c.call.denoiser.precision;
   const double rate = precision == Precision::float32 ? 100
@@ -719,7 +712,6 @@ double estimate(const Plan& plan, const Device& device) {
     if (!last) clocks += 0.25 * plan.rows * layer.slice;
     if (!last && (!first || c.share_first)) clocks += meeting;
   }
-  (void)device;
   const double rounds = static_cast<double>((c.tiles + c.groups - 1) / c.groups);
   return rounds * clocks;
 }
@@ -747,7 +739,7 @@ const char* make_plan(const ReverseDiffusionCall& call, Plan* best) {
       if (rows == 4 && call.denoiser.precision != Precision::float32) continue;
       Plan plan;
       if (!lay_out(call, device, group_size, rows, &plan)) continue;
-      plan.clocks = estimate(plan, device);
+      plan.clocks = estimate(plan);
       if (found && plan.clocks >= best->clocks) continue;
       *best = plan;
       found = true;
@@ -815,7 +807,7 @@ const char* reverse_diffusion_cannot_run(const ReverseDiffusionCall& call) {
 
 int64_t reverse_diffusion_workspace(const ReverseDiffusionCall& call) {
   Plan plan;
-  return make_plan(call, &plan) ? 0 : lay_out_workspace(nullptr, &plan);
+  return make_plan(call, &plan) ? -1 : lay_out_workspace(nullptr, &plan);
 }
 
 const char* reverse_diffusion(const ReverseDiffusionCall& call) {

@@ -22,7 +22,9 @@ struct SolverStep {
         c6(__ldg(c + 6)),
         clip(clip_) {}
 
-  __device__ __forceinline__ float clamp(float x) const { return at_most(clip, at_least(-clip, x)); }
+  __device__ __forceinline__ float clamp(float x) const {
+    return at_most(clip, at_least(-clip, x));
+  }
 
   __device__ __forceinline__ float next(float x, float eps, float z, float x0_previous,
                                         float* x0) const {

@@ -308,47 +308,44 @@ __device__ __forceinline__ void linear(const typename Math::Operand* x, int x_st
   int splits = 1;
   while (2 * splits * tiles <= warps && 2 * splits <= chunks) splits *= 2;
 
+  // Either every warp finishes its own columns, 32 at a time, or the whole block finishes together
+  // what its warps have summed up in parts.
+  const bool alone = splits == 1;
+  constexpr int pairs = tile_columns / 2;
   const int warp = warp_index();
   char* own = memory + warp * bytes_a_warp;
-  auto* stages = reinterpret_cast<typename Math::Operand*>(own);
-  const auto make_sums = [&](int tile, int split) {
-    typename Math::template Sums<rows> sums = {};
-    multiply_columns<Math, rows>(sums, x, x_stride, w, tile * tile_columns, chunks * split / splits,
-                                 chunks * (split + 1) / splits, stages);
-    __syncwarp();  // the stages have been read
-    Math::template store<rows>(sums, reinterpret_cast<float*>(own));
-  };
-
-  constexpr int pairs = tile_columns / 2;
-  if (splits == 1) {
-    for (int tile = warp; tile < tiles; tile += warps) {
-      make_sums(tile, 0);
+  const int first = alone ? lane_index() : static_cast<int>(threadIdx.x);
+  const int threads = alone ? 32 : block_threads;
+  const int pairs_a_row = alone ? pairs : tiles * pairs;
+  for (int base = alone ? warp : 0; base < tiles; base += alone ? warps : tiles) {
+    const int tile = alone ? base : warp % tiles, split = alone ? 0 : warp / tiles;
+    if (split < splits) {
+      typename Math::template Sums<rows> sums = {};
+      multiply_columns<Math, rows>(sums, x, x_stride, w, tile * tile_columns,
+                                   chunks * split / splits, chunks * (split + 1) / splits,
+                                   reinterpret_cast<typename Math::Operand*>(own));
+      __syncwarp();  // the chunks have been read, where the sums go now
+      Math::template store<rows>(sums, reinterpret_cast<float*>(own));
+    }
+    if (alone) {
       __syncwarp();
-      for (int p = lane_index(); p < row_count * pairs; p += 32) {
-        const int row = p / pairs, column = p % pairs * 2;
-        if (tile * tile_columns + column >= w.columns) continue;
-        finish(row, tile * tile_columns + column,
-               *reinterpret_cast<const float2*>(reinterpret_cast<const float*>(own) +
-                                                row * sums_stride + column));
+    } else {
+      __syncthreads();
+    }
+    for (int p = first; p < row_count * pairs_a_row; p += threads) {
+      const int row = p / pairs_a_row, column = p % pairs_a_row * 2;
+      if (base * tile_columns + column >= w.columns) continue;
+      const char* from = (alone ? own : memory + column / tile_columns * bytes_a_warp) +
+                         (row * sums_stride + column % tile_columns) * sizeof(float);
+      float2 sum = *reinterpret_cast<const float2*>(from);
+      for (int s = 1; s < splits; ++s) {
+        const float2 part = *reinterpret_cast<const float2*>(from + s * tiles * bytes_a_warp);
+        sum.x += part.x;
+        sum.y += part.y;
       }
-      __syncwarp();
+      finish(row, base * tile_columns + column, sum);
     }
-    return;
-  }
-  if (warp < tiles * splits) make_sums(warp % tiles, warp / tiles);
-  __syncthreads();
-  for (int p = static_cast<int>(threadIdx.x); p < row_count * tiles * pairs; p += block_threads) {
-    const int row = p / (tiles * pairs), column = p % (tiles * pairs) * 2;
-    if (column >= w.columns) continue;
-    const char* from = memory + column / tile_columns * bytes_a_warp +
-                       (row * sums_stride + column % tile_columns) * sizeof(float);
-    float2 sum = make_float2(0.0f, 0.0f);
-    for (int s = 0; s < splits; ++s) {
-      const float2 part = *reinterpret_cast<const float2*>(from + s * tiles * bytes_a_warp);
-      sum.x += part.x;
-      sum.y += part.y;
-    }
-    finish(row, column, sum);
+    if (alone) __syncwarp();
   }
 }
 

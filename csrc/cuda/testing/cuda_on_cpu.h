@@ -44,6 +44,7 @@
 #define __constant__
 #define __shared__ static  // one copy: blocks that run interleaved need dynamic shared memory
 #define __grid_constant__
+#define __noinline__ __attribute__((noinline))
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
@@ -542,6 +543,7 @@ inline uint16_t fp16_of(float x) {
   if (x != x) return 0x7fff;
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
   const float magnitude = std::fabs(x);
+  if (magnitude == 0.0f) return sign;
   if (magnitude >= 65520.0f) return sign | 0x7c00;
   int exponent;
   std::frexp(magnitude, &exponent);  // magnitude = f 2^exponent, f in [0.5, 1)
