@@ -28,21 +28,63 @@ __device__ __forceinline__ float sine_from_quarter(unsigned n, float sine, float
   return __uint_as_float(__float_as_uint(magnitude) ^ (n & 2) << 30);
 }
 
-// 2^13 quarter turns.
+// x = n pi / 2 + r + low with |r| <= pi / 4, where low is what r rounds away, and n in the low bits of
+// `quarter`.
+struct ReducedAngle {
+  float r, low;
+  unsigned quarter;
+};
+
+// For |x| up to 2^13 quarter turns.
 constexpr float longest_reduction = 12867.0f;
 
-// sin and cos of x: within 1 ulp up to `longest_reduction`, as the CPU kernel has it; beyond, CUDA's
-// own, within 2 ulp by its documentation. NaN for infinities.
-__device__ __forceinline__ void sine_cosine(float x, float* sine, float* cosine) {
-  if (!(fabsf(x) < longest_reduction)) return sincosf(x, sine, cosine);
+__device__ __forceinline__ ReducedAngle reduce_angle(float x) {
   const float quarters = fmaf(x, 0.636619772f, integer_in_low_bits);
   const float n = quarters - integer_in_low_bits;
-  // x - n pi / 2 = r + low, where low is what r rounds away. pi / 2 is a sum of four parts, the first
-  // three of 11 bits: their products with n are exact, and so are the differences.
+  // pi / 2 is a sum of four parts, the first three of 11 bits: their products with n are exact, and so
+  // are the differences.
   const float nearly = fmaf(-n, 0x1.fb4p-12f, fmaf(-n, 0x1.92p+0f, x));
   const float third = n * 0x1.444p-24f;
   const float r = nearly - third;
-  const float low = fmaf(-n, 0x1.68c234p-39f, (nearly - r) - third);
+  return {r, fmaf(-n, 0x1.68c234p-39f, (nearly - r) - third), __float_as_uint(quarters)};
+}
+
+// 2 / pi after 32 zero bits.
+__constant__ const uint32_t two_over_pi[9] = {0,           0xa2f9836eu, 0x4e441529u,
+                                              0xfc2757d1u, 0xf534ddc0u, 0xdb629599u,
+                                              0x3c439041u, 0xfe5163abu, 0xdebbc561u};
+
+// For any larger x (Payne & Hanek, "Radian reduction for trigonometric functions", 1983): x is an
+// integer m of 24 bits times 2^s. Of 2 / pi, bits are left out that times 2^s are multiples of 4, whole
+// turns; the next 96 times m are the quarter, 2 bits, and its fraction to more than 60.
+__device__ __forceinline__ ReducedAngle reduce_long_angle(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  const int exponent = static_cast<int>(bits >> 23 & 255);
+  if (exponent == 255) return {x - x, x - x, 0};  // NaN
+  const uint64_t m = (bits & 0x7fffffu) | 0x800000u;
+  const int first = exponent - 120;  // s + 30, the place in the table
+  const uint32_t* words = two_over_pi + first / 32;
+  const auto window = [&](int i) {
+    const uint64_t both = static_cast<uint64_t>(words[i]) << 32 | words[i + 1];
+    return both << first % 32 >> 32;
+  };
+  const uint64_t lower = m * window(2);
+  const uint64_t middle = m * window(1) + (lower >> 32);
+  const uint64_t upper = m * window(0) + (middle >> 32);
+  const auto top = static_cast<uint32_t>(upper), next = static_cast<uint32_t>(middle);
+  const auto last = static_cast<uint32_t>(lower);
+  const uint64_t fraction = (static_cast<uint64_t>(top) << 32 | next) << 2 | last >> 30;
+  // To the nearest quarter: a fraction of a half or more is a negative number of the next one.
+  const unsigned quarter = (top >> 30) + static_cast<unsigned>(fraction >> 63);
+  const double angle = static_cast<double>(static_cast<int64_t>(fraction)) * 8.515303950216386e-20;
+  const auto r = static_cast<float>(angle), low = static_cast<float>(angle - r);
+  return x < 0.0f ? ReducedAngle{-r, -low, 0u - quarter} : ReducedAngle{r, low, quarter};
+}
+
+// sin and cos of x, within 1 ulp for every x; NaN for infinities.
+__device__ __forceinline__ void sine_cosine(float x, float* sine, float* cosine) {
+  const ReducedAngle angle = fabsf(x) < longest_reduction ? reduce_angle(x) : reduce_long_angle(x);
+  const float r = angle.r, low = angle.low;
   // sin(r + low) and cos(r + low), each a large term plus a small sum, so that only the last addition
   // rounds much: sin = r + (r^3 p + low cos r), cos = w + (what w = 1 - r^2 / 2 rounds away + ...).
   const float r2 = r * r, half = 0.5f * r;
@@ -50,9 +92,8 @@ __device__ __forceinline__ void sine_cosine(float x, float* sine, float* cosine)
   const float s = r + fmaf(sine_polynomial(r2) * r2, r, low * w);
   const float rounded_away = fmaf(-low, r, fmaf(-half, r, 1.0f - w));
   const float c = w + fmaf(cosine_polynomial(r2), r2 * r2, rounded_away);
-  const unsigned quarter = __float_as_uint(quarters);
-  *sine = sine_from_quarter(quarter, s, c);
-  *cosine = sine_from_quarter(quarter + 1, s, c);
+  *sine = sine_from_quarter(angle.quarter, s, c);
+  *cosine = sine_from_quarter(angle.quarter + 1, s, c);
 }
 
 }  // namespace cuda

@@ -26,7 +26,7 @@ BUILD = ROOT / "build"
 #: Kernels as g++ takes them; device.cu is replaced by testing/device.cpp. No contraction: an fma is
 #: one where the source says so, on every machine.
 CPU_FLAGS = (
-    "-std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Werror "
+    "-DDIFFCORE_CUDA_ON_CPU -std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Werror "
     "-Wno-unknown-pragmas -Wno-unused-function"
 ).split()
 
@@ -87,8 +87,7 @@ def build_for_cpu(directory: Path = CUDA, extra_flags: Sequence[str] = ()) -> Pa
     flags = [*CPU_FLAGS, *extra_flags]
     python = sysconfig.get_paths()
     includes = [f"-I{path}" for path in (python["include"], pybind11.get_include())]
-    # The module's own source includes ../cuda/kernels.h; of an altered copy its kernels.h counts.
-    defines = ["-DDIFFCORE_CUDA_ON_CPU", '-DDIFFCORE_CUDA_ARCHITECTURES="the CPU"']
+    architectures = '-DDIFFCORE_CUDA_ARCHITECTURES="the CPU"'
     sources = [*kernel_sources(directory), directory / "testing" / "device.cpp"]
     objects = [folder / f"{path.stem}.o" for path in sources]
     commands = [
@@ -97,7 +96,7 @@ def build_for_cpu(directory: Path = CUDA, extra_flags: Sequence[str] = ()) -> Pa
     ]
     binding = folder / "cuda_module.o"
     source = ROOT / "csrc" / "python" / "cuda_module.cpp"
-    commands.append([compiler, *flags, *defines, *includes, "-c", source, "-o", binding])
+    commands.append([compiler, *flags, architectures, *includes, "-c", source, "-o", binding])
     run_all(commands)
     unfinished = folder / "unfinished.so"
     run([compiler, "-shared", *extra_flags, *objects, binding, "-o", unfinished])

@@ -34,9 +34,9 @@ def rff_features(
     and says so; the reference can.
 
     The kernels' sines and cosines are within 1 ulp of those of the argument as rounded to float32,
-    whatever its size; beyond 12,867 they take about a hundred times as long (on GPUs: within 2 ulp
-    there). Arguments are computed in float32 by the CPU and CUDA kernels, whatever TF32 or autocast
-    would allow: the absolute error of a phase is the feature's.
+    whatever its size; beyond 12,867 they take about a hundred times as long on the CPU. Arguments are
+    computed in float32 by the CPU and CUDA kernels, whatever TF32 or autocast would allow: the
+    absolute error of a phase is the feature's.
 
     Args:
         x: ``[..., in]``.
