@@ -42,6 +42,8 @@ def show_config() -> str:
         bfloat16 = "native" if core.native_bf16() else "emulated in float32"
         lines["cpu kernels"] = f"{core.isa()} of {', '.join(core.available_isas())}"
         lines["bfloat16"] = bfloat16
-    lines["cuda kernels"] = "none in this build"
+    lines["cuda kernels"] = _native.cuda_unavailable or f"for {_native._cuda.architectures}"
+    if _native._cuda is not None and (reason := _native._cuda.unavailable(0)):
+        lines["cuda kernels"] += f"; can't run here: {reason}"
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())

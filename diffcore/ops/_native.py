@@ -138,6 +138,18 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def queue(tensor: Tensor) -> tuple[int, int]:
+    """(device index, stream) on which the work of a call with this tensor is queued."""
+    if tensor.is_cpu:  # the CUDA kernels' build for the CPU
+        return 0, 0
+    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def workspace(size: int, like: Tensor) -> Tensor:
+    """Memory of that many bytes on a tensor's device."""
+    return torch.empty(size, dtype=torch.uint8, device=like.device)
+
+
 def seed_words(seed: Tensor | None) -> tuple[int, int]:
     """(value, device address) of a seed for a GPU kernel, one of them 0.
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     AnyCritic: TypeAlias = TwinCritic | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-KERNELS = ("triton", "cpu")
+KERNELS = ("cuda", "triton", "cpu")
 
 
 def action_gradient(
@@ -68,7 +68,7 @@ def action_gradient(
             the gradient is then within 1% of its root mean square (relu, whose slope jumps: 10%).
             ``torch.float16`` likewise, on GPUs only. None or ``torch.float32``: float32 throughout.
             The reference keeps to the critic's own precision.
-        backend: "cpu" or "reference"; the fastest that can run the call if None.
+        backend: "cpu", "cuda" or "reference"; the fastest that can run the call if None.
 
     Returns:
         ``[B, A]``, detached.
@@ -164,10 +164,19 @@ def support(
         return _backends.support(KERNELS, [state], refused=refused)
     parameters = ours.weights_and_biases()
     check_like("state", state, "the critic", parameters[0])
-    return _backends.support(
+    reasons = _backends.support(
         KERNELS,
         [state, *parameters],
         [ours.activation],
         ours.q1.hidden_layers + 1,
         compute_dtype=compute_dtype,
     )
+    if reasons.get("cuda", "") is None and native.too_wide(
+        ours.state_dim,
+        ours.action_dim,
+        [ours.q1.hidden_dim] * ours.q1.hidden_layers,
+        _backends.precision(compute_dtype, state),
+        state.device.index or 0,
+    ):
+        reasons["cuda"] = "the critic is too wide for a multiprocessor's shared memory"
+    return reasons

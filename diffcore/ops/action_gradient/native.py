@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -30,10 +31,11 @@ def ascend(
     backend: str,
 ) -> Tensor:
     """Improved actions ``[B, A]``."""
+    module = _native._cuda if backend == "cuda" else _native._core
     state, action = state.contiguous(), action.contiguous()
     q1, q2 = [p.contiguous() for p in q1], [p.contiguous() for p in q2]
     improved = torch.empty_like(action)
-    if len(action) == 0:
+    if not len(action):
         return improved
     if backend == "triton":
         from diffcore.ops.action_gradient import triton
@@ -55,30 +57,52 @@ def ascend(
             high,
             improved,
         )
+        return improved
+    critics = (
+        _native.addresses(q1),
+        _native.addresses(q2),
+        action.shape[1],
+        state.shape[1],
+        getattr(module.Activation, activation),
+        getattr(module.Precision, precision),
+        len(action),
+    )
+    rest = (
+        state.data_ptr(),
+        action.data_ptr(),
+        improved.data_ptr(),
+        steps,
+        lr,
+        eps,
+        math.inf if max_norm is None else max_norm,
+        module.NormClip.none if max_norm is None else getattr(module.NormClip, clip_mode),
+        getattr(module.ActionOptimizer, optimizer),
+        low,
+        high,
+    )
+    if backend == "cuda":
+        queue = _native.queue(action)
+        size = module.action_gradient_workspace(*critics, queue[0])
+        workspace = _native.workspace(size, action)
+        module.action_gradient(*critics, *rest, workspace.data_ptr(), queue)
     else:
-        core = _native._core
-        core.action_gradient(
-            _native.addresses(q1),
-            _native.addresses(q2),
-            action.shape[1],
-            state.shape[1],
-            getattr(core.Activation, activation),
-            getattr(core.Precision, precision),
-            len(action),
-            state.data_ptr(),
-            action.data_ptr(),
-            improved.data_ptr(),
-            steps,
-            lr,
-            eps,
-            math.inf if max_norm is None else max_norm,
-            core.NormClip.none if max_norm is None else getattr(core.NormClip, clip_mode),
-            getattr(core.ActionOptimizer, optimizer),
-            low,
-            high,
-            torch.get_num_threads(),
-        )
+        module.action_gradient(*critics, *rest, torch.get_num_threads())
     return improved
+
+
+@torch.compiler.assume_constant_result
+def too_wide(
+    state_dim: int, action_dim: int, hidden: list[int], precision: str, device: int
+) -> bool:
+    """Whether a critic with these hidden widths exceeds what the CUDA kernel's blocks can hold."""
+    cuda = _native._cuda
+    widths = [state_dim + action_dim, *hidden, 1]
+    layers = [(0, 0, *sizes) for sizes in itertools.pairwise(widths)]
+    kinds = cuda.Activation.identity, getattr(cuda.Precision, precision)
+    size = cuda.action_gradient_workspace(
+        layers, layers, action_dim, state_dim, *kinds, 1, device
+    )
+    return bool(size < 0)
 
 
 @_native.fake("action_gradient")

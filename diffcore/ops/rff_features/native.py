@@ -39,20 +39,20 @@ def forward(
         from diffcore.ops.rff_features import triton
 
         return triton.forward(x, omega, bias, kind, scale, keep, precision)
-    core = _native._core
     y = x.new_empty(len(x), _width(omega, kind))
     keep = keep and kind != "cos_sin"
     slope = x.new_empty(len(x) if keep else 0, len(omega))
     if len(x):
-        core.rff_features(
+        module = _native._cuda if backend == "cuda" else _native._core
+        module.rff_features(
             _layer(omega, bias),
-            getattr(core.RffKind, kind),
+            getattr(module.RffKind, kind),
             scale,
             len(x),
             x.data_ptr(),
             y.data_ptr(),
             slope.data_ptr() if keep else 0,
-            torch.get_num_threads(),
+            _native.queue(x) if backend == "cuda" else torch.get_num_threads(),
         )
     return y, slope
 
@@ -98,16 +98,16 @@ def backward(
 
         wanted = (wants_x, wants_omega, wants_bias)
         return triton.backward(grad_y, x, omega, saved, kind, *wanted, precision)
-    core = _native._core
     wants_parameters = wants_omega or wants_bias
     empty = x.new_zeros if not len(x) else x.new_empty
     grad_x = empty(len(x) if wants_x else 0, x.shape[1])
     grad_omega = empty(len(omega) if wants_parameters else 0, x.shape[1])
     grad_bias = empty(len(omega) if wants_bias else 0)
     if len(x):
-        core.rff_features_backward(
+        module = _native._cuda if backend == "cuda" else _native._core
+        call = (
             _layer(omega, None),
-            getattr(core.RffKind, kind),
+            getattr(module.RffKind, kind),
             len(x),
             x.data_ptr(),
             saved.data_ptr(),
@@ -115,8 +115,13 @@ def backward(
             grad_x.data_ptr() if wants_x else 0,
             grad_omega.data_ptr() if wants_parameters else 0,
             grad_bias.data_ptr() if wants_bias else 0,
-            torch.get_num_threads(),
         )
+        if backend == "cuda":
+            size = module.rff_features_backward_workspace(*call[:3])
+            workspace = _native.workspace(size, x)
+            module.rff_features_backward(*call, workspace.data_ptr(), _native.queue(x))
+        else:
+            module.rff_features_backward(*call, torch.get_num_threads())
     return [grad_x, grad_omega if wants_omega else grad_omega.new_empty(0, x.shape[1]), grad_bias]
 
 

@@ -1,0 +1,134 @@
+// THE other primitive: a 64 x 64 tile of a matrix product, for ops that are one large product and not
+// a chain of layers. Sums are float32 throughout.
+//
+// A block of 256 threads walks along k in steps of 16. The next step's operands are on their way from
+// memory, in registers, while a thread multiplies this one's, from shared memory, into a 4 x 4 square
+// of the result. What an operand is, a matrix or something computed from several, is the caller's.
+#pragma once
+
+#include "platform.cuh"
+
+namespace diffcore {
+namespace cuda {
+namespace gemm {
+
+constexpr int tile = 64;   // of rows and of columns
+constexpr int depth = 16;  // of k in a step
+constexpr int threads = 256;
+constexpr int square = 4;  // a thread's rows and columns
+constexpr int across = tile / square;
+constexpr int loads = tile * depth / threads;  // of an operand, by a thread, in a step
+
+// Two steps of both operands, k by k. 4 columns of padding keep rows on 16 bytes and threads that
+// write the same column off each other's banks.
+struct Shared {
+  float a[2][depth][tile + 4];
+  float b[2][depth][tile + 4];
+};
+
+__device__ __forceinline__ int thread_row() { return static_cast<int>(threadIdx.x) / across; }
+__device__ __forceinline__ int thread_column() { return static_cast<int>(threadIdx.x) % across; }
+
+// The thread's i-th element of an operand's step: along k first where that is how memory lies.
+template <class Operand>
+__device__ __forceinline__ int element_k(int i) {
+  const int t = static_cast<int>(threadIdx.x);
+  return Operand::k_contiguous ? t % depth : t / tile + i * (threads / tile);
+}
+template <class Operand>
+__device__ __forceinline__ int element_index(int i) {
+  const int t = static_cast<int>(threadIdx.x);
+  return Operand::k_contiguous ? t / depth + i * (threads / depth) : t % tile;
+}
+
+template <class Operand>
+__device__ __forceinline__ void fetch(const Operand& operand, int64_t first, int64_t k,
+                                      float (&values)[loads]) {
+#pragma unroll
+  for (int i = 0; i < loads; ++i)
+    values[i] = operand(first + element_index<Operand>(i), k + element_k<Operand>(i));
+}
+
+template <class Operand>
+__device__ __forceinline__ void put(const float (&values)[loads], float (*step)[tile + 4]) {
+#pragma unroll
+  for (int i = 0; i < loads; ++i)
+    step[element_k<Operand>(i)][element_index<Operand>(i)] = values[i];
+}
+
+__device__ __forceinline__ void read_square(const float* p, float (&values)[square]) {
+  const float4 v = *reinterpret_cast<const float4*>(p);
+  values[0] = v.x;
+  values[1] = v.y;
+  values[2] = v.z;
+  values[3] = v.w;
+}
+
+// sums[i][j] = sum over k in [k_first, k_last) of a(row + i, k) b(column + j, k), for the thread's
+// square at (row, column) of the tile; row_sums[i] = sum over k of a(row + i, k).
+//
+// An operand is a function of (index, k) that is 0 outside of the matrix; `k_contiguous` says which
+// way memory lies. Sums of one step each are added to the total: rounding grows with the number of
+// steps, not of products. Their order depends on k alone.
+template <class A, class B>
+__device__ __forceinline__ void multiply(const A& a, int64_t a_first, const B& b, int64_t b_first,
+                                         int64_t k_first, int64_t k_last, Shared* shared,
+                                         float (&sums)[square][square], float (&row_sums)[square]) {
+  float a_next[loads], b_next[loads];
+#pragma unroll
+  for (int i = 0; i < square; ++i) {
+    row_sums[i] = 0.0f;
+#pragma unroll
+    for (int j = 0; j < square; ++j) sums[i][j] = 0.0f;
+  }
+  fetch(a, a_first, k_first, a_next);
+  fetch(b, b_first, k_first, b_next);
+  int current = 0;
+  for (int64_t k = k_first; k < k_last; k += depth, current ^= 1) {
+    put<A>(a_next, shared->a[current]);
+    put<B>(b_next, shared->b[current]);
+    // One barrier a step is enough: who writes this half again has passed the next step's barrier,
+    // which all reach after they have read it.
+    __syncthreads();
+    if (k + depth < k_last) {
+      fetch(a, a_first, k + depth, a_next);
+      fetch(b, b_first, k + depth, b_next);
+    }
+    float step[square][square] = {}, step_rows[square] = {};
+#pragma unroll
+    for (int d = 0; d < depth; ++d) {
+      float x[square], w[square];
+      read_square(&shared->a[current][d][square * thread_row()], x);
+      read_square(&shared->b[current][d][square * thread_column()], w);
+#pragma unroll
+      for (int i = 0; i < square; ++i) {
+        step_rows[i] += x[i];
+#pragma unroll
+        for (int j = 0; j < square; ++j) step[i][j] = fmaf(x[i], w[j], step[i][j]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < square; ++i) {
+      row_sums[i] += step_rows[i];
+#pragma unroll
+      for (int j = 0; j < square; ++j) sums[i][j] += step[i][j];
+    }
+  }
+}
+
+// The first `left` of a thread's four columns of a row.
+__device__ __forceinline__ void store(float* p, const float (&values)[square], int64_t left) {
+  if (left >= square && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+    *reinterpret_cast<float4*>(p) = float4{values[0], values[1], values[2], values[3]};
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < square; ++j)
+    if (j < left) p[j] = values[j];
+}
+
+__host__ __device__ constexpr int64_t tiles_of(int64_t size) { return (size + tile - 1) / tile; }
+
+}  // namespace gemm
+}  // namespace cuda
+}  // namespace diffcore

@@ -1,0 +1,833 @@
+// The whole reverse chain of a batch of actions: one launch that prepares, one that runs all steps.
+//
+// Preparing takes out of the loop what doesn't depend on x: the state's part of the first layer, once
+// per row, and the time embedding's, once per step. It also pads the weights to what the tile reads
+// and rounds them to the precision; so nothing outside has to know whether they changed.
+//
+// A group of 1, 2, 4 or 8 blocks takes a tile of rows through the whole chain. Every block holds x,
+// and makes a slice of each layer's columns for all rows. The slice's weights stay in its shared
+// memory for all steps, if they fit, or else pass by on their way from L2. After a layer the blocks
+// hand each other their columns: a block of a cluster (compute capability 9.0) writes them into the
+// others' shared memory; before 9.0 they go through L2 with a barrier in software, in a cooperative
+// launch. The last layer is thin; every block makes all of it, and the solver's step, so the group
+// meets only after hidden layers. Noise is drawn while waiting for the others.
+//
+// Roofline, on an H100 at 1.7 GHz (132 multiprocessors; of each: 128 FFMA or, through mma.sync, about
+// 500 tf32 and 1,000 bf16 multiply-adds a clock; shared memory 128 B a clock; L2 64 B a clock, and
+// 3,000 for all). Chain of K = 100 steps, hidden 256 x 3, state 17, action 6: 134 k multiply-adds and
+// 768 activations of some 30 instructions per row and step; weights 0.52 MB in float32.
+//
+//   batch 1     Weights cross some wires at every step. From L2 into one multiprocessor: 8,200 clocks
+//               in float32. Spread over the shared memory of 8: 512 clocks in each, and two exchanges
+//               of about 800 clocks (a cluster barrier and the trip through it). Some 2,500 clocks a
+//               step, 0.15 ms a chain: latency limits it, not bytes or FLOPs.
+//   batch 256   16 clusters of 8 with 16 rows each: 2,100 clocks of FFMA, 250 of activations, three
+//               exchanges: 5,000 clocks a step, 0.3 ms; in bf16 multiplications all but vanish, 0.2 ms.
+//               One block a tile would read 0.52 MB of weights in each of 128 multiprocessors at every
+//               step: 22,000 clocks.
+//   batch 4096  31 rows a multiprocessor. FFMA limits float32: 32,500 clocks a step, 1.9 ms at full
+//               rate. In bf16, 32 rows a block and streamed weights take 11,000 clocks a step from L2
+//               (0.65 ms), pairs of blocks that hold them two rounds of some 6,000 (0.7 ms).
+//
+// So the slices that stay win while there are few tiles and lose little later; `estimate` below does
+// this arithmetic for the call at hand, and picks group and rows by it. No GPU has measured it yet.
+//
+// Budget: 256 threads, up to 255 registers (one block a multiprocessor), no spills; shared memory as
+// the plan says, up to all of it.
+#include "kernels.h"
+#include "philox.cuh"
+#include "platform.cuh"
+#include "solver_step.cuh"
+#include "tile.cuh"
+
+namespace diffcore {
+namespace cuda {
+
+namespace {
+
+constexpr int max_width = 1024;
+constexpr int64_t alignment = 256;  // of what lies in the workspace
+
+// How the blocks of a group hand each other their columns.
+enum class Exchange : int { none, cluster, grid };
+
+// A layer as it was packed: weight [columns, k] of the Math's operands (of layer 0 floats), bias
+// [columns], both padded with zeros.
+struct Layer {
+  void* weight;
+  float* bias;
+  int k;
+  int columns;
+  int slice;          // columns of a block, from rank * slice on
+  int shared_offset;  // of the slice's weights in shared memory, or -1: streamed
+};
+
+struct Chain {
+  ReverseDiffusionCall call;
+  Layer layers[max_layers];
+  int layer_count;
+  float* state_part;   // [batch, layers[0].columns]
+  float* step_bias;    // [steps, layers[0].columns], the first layer's bias included
+  char* exchanged;     // of every group twice [rows, hidden_stride]
+  unsigned* counters;  // of every group, how many blocks came to its barriers
+  int64_t tiles;
+  int groups;
+  int group_size;
+  Exchange exchange;
+  bool share_first;  // the first layer too is made in slices
+
+  // In shared memory.
+  int x_stride;
+  int z_stride;
+  int hidden_stride;
+  int x_offset;
+  int x0_offset;
+  int z_offset;
+  int step_bias_offset;  // of this step and the next
+  int hidden_offset;     // buffers of hidden_bytes: two that are exchanged, one that isn't
+  int hidden_bytes;
+  int memory_offset;  // the warps' memory
+  int bytes_a_warp;
+};
+
+// -- preparing -------------------------------------------------------------------------------------
+
+// Which blocks of the preparing launch do what.
+struct Preparation {
+  Chain chain;
+  int step_blocks;
+  int state_blocks;
+  int pack_blocks;
+};
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int bits = 16; bits; bits /= 2) x += __shfl_xor_sync(all_lanes, x, bits);
+  return x;
+}
+
+// y[n] = weight[n, first .. first + in) x + bias[n] for the warp's share of n; finish(n, y[n]) is
+// called by one lane.
+template <class Finish>
+__device__ __forceinline__ void dense(const float* x, const float* weight, int row_stride, int in,
+                                      const float* bias, int out, const Finish& finish) {
+  for (int n = warp_index(); n < out; n += warps) {
+    const float* row = weight + static_cast<int64_t>(n) * row_stride;
+    float sum = 0.0f;
+    for (int k = lane_index(); k < in; k += 32) sum = fmaf(row[k], x[k], sum);
+    sum = warp_sum(sum);
+    if (lane_index() == 0) finish(n, sum + bias[n]);
+  }
+}
+
+// step_bias[step] = W_t time_mlp(embedding of the step) + b.
+__device__ void prepare_step(const Chain& chain, int step, float* shared) {
+  const DenoiserParameters& p = chain.call.denoiser;
+  float* hidden = shared;
+  float* time = shared + p.time_hidden.out;
+  dense(p.time_embedding + static_cast<int64_t>(step) * p.time_hidden.in, p.time_hidden.weight,
+        p.time_hidden.in, p.time_hidden.in, p.time_hidden.bias, p.time_hidden.out,
+        [&](int n, float y) { hidden[n] = activate(p.activation, make_float2(y, 0.0f)).x; });
+  __syncthreads();
+  dense(hidden, p.time_out.weight, p.time_out.in, p.time_out.in, p.time_out.bias, p.time_out.out,
+        [&](int n, float y) { time[n] = y; });
+  __syncthreads();
+  const LinearParameters& first = p.trunk[0];
+  const int columns = chain.layers[0].columns;
+  float* out = chain.step_bias + static_cast<int64_t>(step) * columns;
+  dense(time, first.weight + p.action_dim, first.in, p.time_out.out, first.bias, first.out,
+        [&](int n, float y) { out[n] = y; });
+  for (int n = first.out + static_cast<int>(threadIdx.x); n < columns; n += block_threads)
+    out[n] = 0.0f;
+  __syncthreads();  // before another step overwrites `shared`
+}
+
+constexpr int state_rows = 8;  // that a warp's weights are used for
+
+// state_part of rows from `first_row` on.
+__device__ void prepare_state(const Chain& chain, int64_t first_row) {
+  const DenoiserParameters& p = chain.call.denoiser;
+  const LinearParameters& first = p.trunk[0];
+  const int columns = chain.layers[0].columns;
+  const int64_t left = chain.call.batch - first_row;
+  const int rows = left < state_rows ? static_cast<int>(left) : state_rows;
+  const float* state = chain.call.state + first_row * p.state_dim;
+  for (int n = warp_index(); n < columns; n += warps) {
+    float sums[state_rows] = {};
+    if (n < first.out) {
+      const float* weight =
+          first.weight + static_cast<int64_t>(n) * first.in + p.action_dim + p.time_out.out;
+      for (int k = lane_index(); k < p.state_dim; k += 32) {
+        const float w = weight[k];
+#pragma unroll
+        for (int i = 0; i < state_rows; ++i)
+          if (i < rows)
+            sums[i] = fmaf(w, state[static_cast<int64_t>(i) * p.state_dim + k], sums[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < state_rows; ++i) {
+      const float sum = warp_sum(sums[i]);
+      if (i < rows && lane_index() == 0) chain.state_part[(first_row + i) * columns + n] = sum;
+    }
+  }
+}
+
+// Row n of a packed layer, by one warp.
+template <class Math>
+__device__ __forceinline__ void pack_row(const LinearParameters& from, int in, const Layer& to,
+                                         int n) {
+  using Operand = typename Math::Operand;
+  Operand* row = static_cast<Operand*>(to.weight) + static_cast<int64_t>(n) * to.k;
+  const float* weight = from.weight + static_cast<int64_t>(n) * from.in;
+  const auto read = [&](int k) { return n < from.out && k < in ? weight[k] : 0.0f; };
+  for (int k = 2 * lane_index(); k < to.k; k += 64)
+    *reinterpret_cast<typename Math::Pair*>(row + k) = Math::pair(read(k), read(k + 1));
+  if (lane_index() == 0) to.bias[n] = n < from.out ? from.bias[n] : 0.0f;
+}
+
+template <class Math>
+__device__ void pack_weights(const Chain& chain, int first_warp, int all_warps) {
+  const DenoiserParameters& p = chain.call.denoiser;
+  for (int l = 0; l < chain.layer_count; ++l) {
+    const Layer& layer = chain.layers[l];
+    for (int n = first_warp; n < layer.columns; n += all_warps) {
+      if (l == 0) {
+        pack_row<Float32Math>(p.trunk[0], p.action_dim, layer, n);
+      } else {
+        pack_row<Math>(p.trunk[l], p.trunk[l].in, layer, n);
+      }
+    }
+  }
+}
+
+template <class Math>
+__global__ void __launch_bounds__(block_threads) prepare(const __grid_constant__ Preparation p) {
+  DIFFCORE_DYNAMIC_SHARED(shared);
+  const Chain& chain = p.chain;
+  int block = static_cast<int>(blockIdx.x);
+  if (block < p.step_blocks) {
+    for (int step = block; step < chain.call.denoiser.steps; step += p.step_blocks)
+      prepare_step(chain, step, reinterpret_cast<float*>(shared));
+    return;
+  }
+  block -= p.step_blocks;
+  if (block < p.state_blocks) {
+    for (int64_t row = static_cast<int64_t>(block) * state_rows; row < chain.call.batch;
+         row += static_cast<int64_t>(p.state_blocks) * state_rows)
+      prepare_state(chain, row);
+    return;
+  }
+  block -= p.state_blocks;
+  if (block == 0 && chain.counters)
+    for (int g = static_cast<int>(threadIdx.x); g < chain.groups; g += block_threads)
+      chain.counters[g] = 0;
+  pack_weights<Math>(chain, block * warps + warp_index(), p.pack_blocks * warps);
+}
+
+// -- the blocks of a group -------------------------------------------------------------------------
+
+template <class Math, int rows>
+class Group {
+ public:
+  using Operand = typename Math::Operand;
+
+  __device__ __forceinline__ explicit Group(const Chain& chain, char* shared)
+      : chain_(chain), shared_(shared) {
+    const int block = static_cast<int>(blockIdx.x);
+    index_ = block / chain.group_size;
+    rank_ = block % chain.group_size;
+  }
+
+  __device__ __forceinline__ int index() const { return index_; }
+  __device__ __forceinline__ int rank() const { return rank_; }
+
+  // Hidden activations [rows, hidden_stride] in shared memory: 0 and 1 are exchanged by turns, 2
+  // belongs to this block alone.
+  //
+  // Turns make one barrier an exchange enough: whoever writes into the buffer of two exchanges ago has
+  // passed the barrier of the last one, where all others came after they had read it.
+  __device__ __forceinline__ Operand* hidden(int buffer) const {
+    return reinterpret_cast<Operand*>(shared_ + chain_.hidden_offset +
+                                      buffer * chain_.hidden_bytes);
+  }
+  __device__ __forceinline__ Operand* exchanged() const { return hidden(turn_); }
+
+  // Writes two neighbouring columns of a row, to be read by the whole group after `wait`.
+  __device__ __forceinline__ void put(int row, int column, typename Math::Pair pair) const {
+    const int at = row * chain_.hidden_stride + column;
+    switch (chain_.exchange) {
+      case Exchange::none: *reinterpret_cast<typename Math::Pair*>(exchanged() + at) = pair; break;
+      case Exchange::cluster:
+        for (int r = 0; r < chain_.group_size; ++r) store_in_cluster(exchanged() + at, r, pair);
+        break;
+      case Exchange::grid: *reinterpret_cast<typename Math::Pair*>(in_global() + at) = pair; break;
+    }
+  }
+
+  // An exchange ends in two halves, as its barrier does: what a thread writes between them can be read
+  // after the block's next barrier.
+  __device__ __forceinline__ void arrive() {
+    if (chain_.exchange == Exchange::cluster) arrive_at_cluster();
+    if (chain_.exchange != Exchange::grid) return;
+    __syncthreads();
+    arrivals_ += static_cast<unsigned>(chain_.group_size);
+    if (threadIdx.x == 0) {
+      __threadfence();
+      atomicAdd(&chain_.counters[index_], 1u);
+    }
+  }
+  // Then [row_count, columns] lies in `exchanged()` as it was before, and the turn passes on.
+  __device__ __forceinline__ void wait(int row_count, int columns) {
+    switch (chain_.exchange) {
+      case Exchange::none: __syncthreads(); break;
+      case Exchange::cluster: wait_for_cluster(); break;
+      case Exchange::grid:
+        if (threadIdx.x == 0) {
+          while (load_acquire(&chain_.counters[index_]) < arrivals_) poll();
+          __threadfence();
+        }
+        __syncthreads();
+        fetch(row_count, columns);
+        __syncthreads();
+        break;
+    }
+    turn_ ^= 1;
+  }
+
+  // Before the first exchange: no block writes to another that hasn't started.
+  __device__ __forceinline__ void start() {
+    if (chain_.exchange == Exchange::cluster) {
+      arrive_at_cluster();
+      wait_for_cluster();
+    } else {
+      __syncthreads();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ Operand* in_global() const {
+    return reinterpret_cast<Operand*>(chain_.exchanged) +
+           (static_cast<int64_t>(index_) * 2 + turn_) * rows * chain_.hidden_stride;
+  }
+
+  // From global memory, past L1, which may hold what lay there two exchanges ago.
+  __device__ __forceinline__ void fetch(int row_count, int columns) const {
+    constexpr int unit = 8 / sizeof(Operand);
+    const int units = columns / unit;
+    for (int i = static_cast<int>(threadIdx.x); i < row_count * units; i += block_threads) {
+      const int at = i / units * chain_.hidden_stride + i % units * unit;
+      *reinterpret_cast<float2*>(exchanged() + at) =
+          __ldcg(reinterpret_cast<const float2*>(in_global() + at));
+    }
+  }
+
+  const Chain& chain_;
+  char* shared_;
+  int index_;
+  int rank_;
+  int turn_ = 0;
+  unsigned arrivals_ = 0;
+};
+
+// -- the chain -------------------------------------------------------------------------------------
+
+// The block's columns of a layer: of those that every block makes, all.
+template <class Operand>
+struct Slice {
+  Weights<Operand> weights;
+  const float* bias;
+  int first;
+};
+
+template <class Operand>
+__device__ __forceinline__ Slice<Operand> slice_of(const Layer& layer, int rank, char* shared) {
+  const int begin = rank * layer.slice;
+  const int first = begin < layer.columns ? begin : layer.columns;
+  const int left = layer.columns - first;
+  const int columns = left < layer.slice ? left : layer.slice;
+  const auto* weight = static_cast<const Operand*>(layer.weight);
+  const auto* resident = layer.shared_offset < 0
+                             ? nullptr
+                             : reinterpret_cast<const Operand*>(shared + layer.shared_offset);
+  return {{resident, weight + static_cast<int64_t>(first) * layer.k, layer.k, columns},
+          layer.bias + first,
+          first};
+}
+
+// Copies the block's slice of a layer to where it stays.
+template <class Operand>
+__device__ __forceinline__ void load_slice(const Layer& layer, int rank, char* shared) {
+  if (layer.shared_offset < 0) return;
+  const Slice<Operand> slice = slice_of<Operand>(layer, rank, shared);
+  constexpr int unit = 16 / sizeof(Operand);
+  const int units = layer.k / unit, stride = operand_stride<Operand>(layer.k);
+  auto* to = reinterpret_cast<Operand*>(shared + layer.shared_offset);
+  for (int i = static_cast<int>(threadIdx.x); i < slice.weights.columns * units; i += block_threads)
+    copy_async_16(to + i / units * stride + i % units * unit,
+                  slice.weights.in_global + static_cast<int64_t>(i) * unit);
+}
+
+template <class Math, int rows>
+class ChainTile {
+ public:
+  using Operand = typename Math::Operand;
+
+  __device__ __forceinline__ ChainTile(const Chain& chain, char* shared, Group<Math, rows>& group)
+      : chain_(chain),
+        call_(chain.call),
+        group_(group),
+        shared_(shared),
+        x_(reinterpret_cast<float*>(shared + chain.x_offset)),
+        x0_(reinterpret_cast<float*>(shared + chain.x0_offset)),
+        z_(reinterpret_cast<float*>(shared + chain.z_offset)),
+        seed_(read_seed(chain.call.seed)) {}
+
+  __device__ __forceinline__ void run(int64_t tile) {
+    first_row_ = tile * rows;
+    const int64_t left = call_.batch - first_row_;
+    row_count_ = left < rows ? static_cast<int>(left) : rows;
+    begin();
+    __syncthreads();
+    for (int step = 0; step < call_.denoiser.steps; ++step) {
+      // Read now, so that they have arrived at the end of the step.
+      const float* coefficients = call_.coefficients + step * table_columns;
+      const SolverStep solver(coefficients, call_.noise_scale, call_.clip);
+      const Operand* hidden = first_layer(step);
+      for (int l = 1; l < chain_.layer_count - 1; ++l) hidden = hidden_layer(l, hidden);
+      __syncthreads();  // z is there
+      last_layer(step, hidden, solver);
+      __syncthreads();
+    }
+  }
+
+ private:
+  // Where the chain starts, and what the first step needs.
+  __device__ __forceinline__ void begin() {
+    const int columns = call_.denoiser.action_dim;
+    if (call_.x_init) {
+      read_rows(call_.x_init, x_, chain_.x_stride);
+    } else {
+      draw(0, x_, chain_.x_stride);
+    }
+    for (int i = static_cast<int>(threadIdx.x); i < row_count_ * columns; i += block_threads)
+      x0_[i / columns * chain_.x_stride + i % columns] = 0.0f;
+    load_step_bias(0);
+    if (!call_.trajectory || group_.rank() != 0) return;
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < row_count_ * columns; i += block_threads)
+      call_.trajectory[first_row_ * columns + i] = x_[i / columns * chain_.x_stride + i % columns];
+  }
+
+  // f(W_x x + what depends on the step + what depends on the state), in float32.
+  __device__ __forceinline__ const Operand* first_layer(int step) {
+    const Layer& layer = chain_.layers[0];
+    const Slice<float> slice =
+        slice_of<float>(layer, chain_.share_first ? group_.rank() : 0, shared_);
+    const float* step_bias = step_bias_of(step) + slice.first;
+    const float* state_part = chain_.state_part + first_row_ * layer.columns + slice.first;
+    Operand* out = chain_.share_first ? group_.exchanged() : group_.hidden(2);
+    linear<Float32Math, rows>(
+        x_, chain_.x_stride, row_count_, slice.weights, memory(), chain_.bytes_a_warp,
+        [&](int row, int column, float2 sum) {
+          const float2 bias = *reinterpret_cast<const float2*>(step_bias + column);
+          const float2 part = __ldg(reinterpret_cast<const float2*>(
+              state_part + static_cast<int64_t>(row) * layer.columns + column));
+          sum = activate(call_.denoiser.activation,
+                         make_float2(sum.x + (bias.x + part.x), sum.y + (bias.y + part.y)));
+          const typename Math::Pair pair = Math::pair(sum.x, sum.y);
+          if (chain_.share_first) {
+            group_.put(row, slice.first + column, pair);
+          } else {
+            *reinterpret_cast<typename Math::Pair*>(out + row * chain_.hidden_stride + column) =
+                pair;
+          }
+        });
+    if (chain_.share_first) group_.arrive();
+    prepare_noise(step);
+    if (chain_.share_first) {
+      group_.wait(row_count_, layer.columns);
+    } else {
+      __syncthreads();
+    }
+    return out;
+  }
+
+  __device__ __forceinline__ const Operand* hidden_layer(int l, const Operand* in) {
+    const Layer& layer = chain_.layers[l];
+    const Slice<Operand> slice = slice_of<Operand>(layer, group_.rank(), shared_);
+    Operand* out = group_.exchanged();
+    linear<Math, rows>(
+        in, chain_.hidden_stride, row_count_, slice.weights, memory(), chain_.bytes_a_warp,
+        [&](int row, int column, float2 sum) {
+          const float2 bias = __ldg(reinterpret_cast<const float2*>(slice.bias + column));
+          sum = activate(call_.denoiser.activation, make_float2(sum.x + bias.x, sum.y + bias.y));
+          group_.put(row, slice.first + column, Math::pair(sum.x, sum.y));
+        });
+    group_.arrive();
+    group_.wait(row_count_, layer.columns);
+    return out;
+  }
+
+  // eps, and x and x0 moved on by it.
+  __device__ __forceinline__ void last_layer(int step, const Operand* in,
+                                             const SolverStep& solver) {
+    const Slice<Operand> slice =
+        slice_of<Operand>(chain_.layers[chain_.layer_count - 1], 0, shared_);
+    const int columns = call_.denoiser.action_dim;
+    const bool writes = group_.rank() == 0;
+    const bool last = step + 1 == call_.denoiser.steps;
+    float* trajectory = nullptr;
+    if (call_.trajectory && writes)
+      trajectory = call_.trajectory + ((step + 1) * call_.batch + first_row_) * columns;
+    const auto move = [&](int row, int column, float eps) {
+      float& x = x_[row * chain_.x_stride + column];
+      float& x0 = x0_[row * chain_.x_stride + column];
+      const float next = solver.next(x, eps, z_[row * chain_.z_stride + column], x0, &x0);
+      x = next;
+      if (trajectory) trajectory[row * columns + column] = next;
+      if (last && writes) call_.actions[(first_row_ + row) * columns + column] = solver.clamp(next);
+    };
+    linear<Math, rows>(in, chain_.hidden_stride, row_count_, slice.weights, memory(),
+                       chain_.bytes_a_warp, [&](int row, int column, float2 sum) {
+                         const float2 bias =
+                             __ldg(reinterpret_cast<const float2*>(slice.bias + column));
+                         if (column < columns) move(row, column, sum.x + bias.x);
+                         if (column + 1 < columns) move(row, column + 1, sum.y + bias.y);
+                       });
+  }
+
+  // The noise of this step and the bias of the next.
+  __device__ __forceinline__ void prepare_noise(int step) {
+    if (call_.noise) {
+      const int64_t before = step * call_.batch * call_.denoiser.action_dim;
+      read_rows(call_.noise + before, z_, chain_.z_stride);
+    } else if (call_.noise_scale != 0.0f) {
+      draw(static_cast<uint32_t>(step) + 1, z_, chain_.z_stride);
+    }
+    if (step + 1 < call_.denoiser.steps) load_step_bias(step + 1);
+  }
+
+  // The tile's rows of [batch, action_dim].
+  __device__ __forceinline__ void read_rows(const float* from, float* to, int stride) {
+    const int columns = call_.denoiser.action_dim;
+    for (int i = static_cast<int>(threadIdx.x); i < row_count_ * columns; i += block_threads)
+      to[i / columns * stride + i % columns] = from[first_row_ * columns + i];
+  }
+
+  __device__ __forceinline__ void draw(uint32_t step, float* to, int stride) {
+    const int columns = call_.denoiser.action_dim, blocks = divide_up(columns, 4);
+    for (int i = static_cast<int>(threadIdx.x); i < row_count_ * blocks; i += block_threads) {
+      const int row = i / blocks, block = i % blocks;
+      const float4 z = normals(seed_, static_cast<uint32_t>(block), first_row_ + row, step);
+      float* out = to + row * stride + 4 * block;
+      const int here = columns - 4 * block;
+      out[0] = z.x;
+      if (here > 1) out[1] = z.y;
+      if (here > 2) out[2] = z.z;
+      if (here > 3) out[3] = z.w;
+    }
+  }
+
+  __device__ __forceinline__ float* step_bias_of(int step) const {
+    return reinterpret_cast<float*>(shared_ + chain_.step_bias_offset) +
+           step % 2 * chain_.layers[0].columns;
+  }
+  __device__ __forceinline__ void load_step_bias(int step) {
+    const int columns = chain_.layers[0].columns;
+    const float* from = chain_.step_bias + static_cast<int64_t>(step) * columns;
+    for (int n = static_cast<int>(threadIdx.x); n < columns; n += block_threads)
+      step_bias_of(step)[n] = __ldg(from + n);
+  }
+
+  __device__ __forceinline__ char* memory() const { return shared_ + chain_.memory_offset; }
+
+  const Chain& chain_;
+  const ReverseDiffusionCall& call_;
+  Group<Math, rows>& group_;
+  char* shared_;
+  float* x_;
+  float* x0_;
+  float* z_;
+  uint64_t seed_;
+  int64_t first_row_ = 0;
+  int row_count_ = 0;
+};
+
+template <class Math, int rows>
+__global__ void __launch_bounds__(block_threads, 1)
+    reverse_chain(const __grid_constant__ Chain chain) {
+  DIFFCORE_DYNAMIC_SHARED(shared);
+  Group<Math, rows> group(chain, shared);
+  for (int l = 0; l < chain.layer_count; ++l) {
+    const bool last = l == chain.layer_count - 1;
+    if (l == 0) {
+      load_slice<float>(chain.layers[l], chain.share_first ? group.rank() : 0, shared);
+    } else {
+      load_slice<typename Math::Operand>(chain.layers[l], last ? 0 : group.rank(), shared);
+    }
+  }
+  commit_copies();
+  // Padding is read: it must be numbers, and of x, z and hidden activations zeros.
+  for (int i = 4 * static_cast<int>(threadIdx.x); i < chain.memory_offset; i += 4 * block_threads)
+    *reinterpret_cast<float*>(shared + i) = 0.0f;
+  wait_for_copies<0>();
+  group.start();
+
+  ChainTile<Math, rows> tile(chain, shared, group);
+  for (int64_t t = group.index(); t < chain.tiles; t += chain.groups) tile.run(t);
+}
+
+// -- the plan --------------------------------------------------------------------------------------
+
+constexpr int element_bytes(Precision precision) {
+  return precision == Precision::bfloat16 || precision == Precision::float16 ? 2 : 4;
+}
+
+int operand_stride_of(Precision precision, int k) {
+  return element_bytes(precision) == 2 ? operand_stride<uint16_t>(k) : operand_stride<float>(k);
+}
+
+int k_step(Precision precision) {
+  switch (precision) {
+    case Precision::float32: return Float32Math::k_step;
+    case Precision::tf32: return Tf32Math::k_step;
+    default: return Bfloat16Math::k_step;
+  }
+}
+
+// The first layer's chunks are floats, so its streams need Float32Math's memory too.
+int bytes_for_warp(Precision precision, int rows, bool streams) {
+  const int first = warp_bytes<Float32Math>(rows, streams);
+  const int others = precision == Precision::bfloat16 || precision == Precision::float16
+                         ? warp_bytes<Bfloat16Math>(rows, streams)
+                         : warp_bytes<Tf32Math>(rows, streams);
+  return first > others ? first : others;
+}
+
+struct Plan {
+  Chain chain;
+  int rows;
+  int shared_bytes;
+  double clocks;  // of a step of all tiles, by `estimate`
+};
+
+// Widths, and what lies where in shared memory; false if it doesn't fit.
+bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_size, int rows,
+             Plan* plan) {
+  const DenoiserParameters& p = call.denoiser;
+  Chain& c = plan->chain;
+  c = Chain{};
+  c.call = call;
+  c.layer_count = p.trunk_layers;
+  c.group_size = group_size;
+  c.exchange = group_size == 1     ? Exchange::none
+               : device.major >= 9 ? Exchange::cluster
+                                   : Exchange::grid;
+  c.share_first = group_size == 1 || rows >= 16;
+  c.tiles = (call.batch + rows - 1) / rows;
+  const int64_t most = device.multiprocessors / group_size;
+  c.groups = static_cast<int>(c.tiles < most ? c.tiles : most);
+  if (c.groups == 0) return call.batch == 0;
+  plan->rows = rows;
+
+  int widest = 0;
+  for (int l = 0; l < c.layer_count; ++l) {
+    Layer& layer = c.layers[l];
+    const bool first = l == 0, last = l == c.layer_count - 1;
+    layer.k = first ? round_up(p.action_dim, Float32Math::k_step)
+                    : round_up(p.trunk[l].in, k_step(p.precision));
+    layer.columns = round_up(p.trunk[l].out, 8);
+    const bool sliced = !last && (!first || c.share_first);
+    layer.slice = sliced ? 8 * divide_up(layer.columns / 8, group_size) : layer.columns;
+    layer.shared_offset = -1;
+    if (!last && layer.columns > widest) widest = layer.columns;
+    if (!first && layer.k > widest) widest = layer.k;
+  }
+
+  int used = 0;
+  const auto take = [&](int bytes) {
+    const int offset = used;
+    used += round_up(bytes, 128);
+    return offset;
+  };
+  c.x_stride = operand_stride<float>(round_up(p.action_dim, Float32Math::k_step));
+  c.z_stride = round_up(p.action_dim, 4);
+  c.hidden_stride = operand_stride_of(p.precision, widest);
+  c.x_offset = take(4 * rows * c.x_stride);
+  c.x0_offset = take(4 * rows * c.x_stride);
+  c.z_offset = take(4 * rows * c.z_stride);
+  c.step_bias_offset = take(4 * 2 * c.layers[0].columns);
+  c.hidden_bytes = round_up(element_bytes(p.precision) * rows * c.hidden_stride, 128);
+  c.hidden_offset = take(c.hidden_bytes * (c.share_first ? 2 : 3));
+  c.memory_offset = used;
+
+  // The thin layers stay first, then as many of the others as there is room for.
+  const auto weight_bytes = [&](int l) {
+    const Precision precision = l == 0 ? Precision::float32 : p.precision;
+    return round_up(
+        element_bytes(precision) * c.layers[l].slice * operand_stride_of(precision, c.layers[l].k),
+        128);
+  };
+  const auto stay = [&](bool streams) {
+    c.bytes_a_warp = round_up(bytes_for_warp(p.precision, rows, streams), 128);
+    used = c.memory_offset + warps * c.bytes_a_warp;
+    int streamed = c.layer_count;
+    for (int i = 0; i < c.layer_count; ++i) {
+      const int l = i == 0 ? 0 : c.layer_count - i;  // first, last, then the inner ones
+      c.layers[l].shared_offset = -1;
+      if (used + weight_bytes(l) > device.shared_bytes) continue;
+      c.layers[l].shared_offset = take(weight_bytes(l));
+      --streamed;
+    }
+    return streamed == 0;
+  };
+  if (!stay(false)) stay(true);
+  plan->shared_bytes = used;
+  return used <= device.shared_bytes;
+}
+
+// Clocks of a step of all tiles, by the figures of an H100 at the top of this file.
+double estimate(const Plan& plan) {
+  const Chain& c = plan.chain;
+  const Precision precision = c.call.denoiser.precision;
+  const double rate = precision == Precision::float32 ? 100
+                      : precision == Precision::tf32  ? 400
+                                                      : 800;
+  const int bytes = element_bytes(precision);
+  const double blocks = static_cast<double>(c.groups) * c.group_size;
+  const double l2 = 3000 / blocks < 64 ? 3000 / blocks : 64;  // bytes a clock and block
+  const double meeting = c.exchange == Exchange::none      ? 100
+                         : c.exchange == Exchange::cluster ? 800
+                                                           : 2500;
+  double clocks = 600;  // the solver's step and the last layer's sums
+  for (int l = 0; l < c.layer_count; ++l) {
+    const Layer& layer = c.layers[l];
+    const double weights = static_cast<double>(layer.slice) * layer.k;
+    const bool first = l == 0, last = l == c.layer_count - 1;
+    double product = plan.rows * weights / (first ? 100 : rate);
+    const double read = weights * (first ? 4 : bytes) / (layer.shared_offset < 0 ? l2 : 128);
+    if (read > product) product = read;
+    clocks += product + 100;
+    if (!last) clocks += 0.25 * plan.rows * layer.slice;
+    if (!last && (!first || c.share_first)) clocks += meeting;
+  }
+  const double rounds = static_cast<double>((c.tiles + c.groups - 1) / c.groups);
+  return rounds * clocks;
+}
+
+// What can be planned for: nullptr, or why not.
+const char* check(const ReverseDiffusionCall& call) {
+  const DenoiserParameters& p = call.denoiser;
+  if (p.trunk_layers < 2) return "a denoiser without hidden layers";
+  if (p.trunk_layers > max_layers) return "more layers than the CUDA kernel takes";
+  if (p.action_dim > max_width || p.time_hidden.out > max_width || p.time_out.out > max_width)
+    return "a layer is wider than 1024, which the CUDA kernel doesn't take";
+  for (int l = 0; l < p.trunk_layers - 1; ++l)
+    if (p.trunk[l].out > max_width)
+      return "a layer is wider than 1024, which the CUDA kernel doesn't take";
+  return nullptr;
+}
+
+const char* make_plan(const ReverseDiffusionCall& call, Plan* best) {
+  if (const char* reason = check(call)) return reason;
+  Device device;
+  if (const char* error = current_device(&device)) return error;
+  bool found = false;
+  for (const int group_size : {1, 2, 4, 8}) {
+    for (const int rows : {4, 16, 32}) {
+      if (rows == 4 && call.denoiser.precision != Precision::float32) continue;
+      Plan plan;
+      if (!lay_out(call, device, group_size, rows, &plan)) continue;
+      plan.clocks = estimate(plan);
+      if (found && plan.clocks >= best->clocks) continue;
+      *best = plan;
+      found = true;
+    }
+  }
+  return found ? nullptr : "the layers don't fit into this device's shared memory";
+}
+
+// Gives the plan's arrays their places in a workspace; with null it only measures.
+int64_t lay_out_workspace(char* workspace, Plan* plan) {
+  Chain& c = plan->chain;
+  int64_t used = 0;
+  const auto take = [&](int64_t bytes) {
+    char* place = workspace ? workspace + used : nullptr;
+    used += (bytes + alignment - 1) / alignment * alignment;
+    return place;
+  };
+  for (int l = 0; l < c.layer_count; ++l) {
+    Layer& layer = c.layers[l];
+    const int bytes = l == 0 ? 4 : element_bytes(c.call.denoiser.precision);
+    layer.weight = take(static_cast<int64_t>(bytes) * layer.columns * layer.k);
+    layer.bias = reinterpret_cast<float*>(take(4 * layer.columns));
+  }
+  const int64_t columns = c.layers[0].columns;
+  c.state_part = reinterpret_cast<float*>(take(4 * c.call.batch * columns));
+  c.step_bias = reinterpret_cast<float*>(take(4 * c.call.denoiser.steps * columns));
+  if (c.exchange == Exchange::grid) {
+    c.exchanged = take(2LL * c.groups * c.hidden_bytes);
+    c.counters = reinterpret_cast<unsigned*>(take(4LL * c.groups));
+  }
+  return used;
+}
+
+template <class Math>
+const char* run(const Plan& plan) {
+  const Chain& c = plan.chain;
+  const DenoiserParameters& p = c.call.denoiser;
+  const auto blocks = [](int64_t work, int64_t most) {
+    return static_cast<int>(work < most ? work : most);
+  };
+  Preparation preparation{c, blocks(p.steps, 128),
+                          blocks((c.call.batch + state_rows - 1) / state_rows, 1024), 128};
+  const size_t shared = sizeof(float) * static_cast<size_t>(p.time_hidden.out + p.time_out.out);
+  const int all = preparation.step_blocks + preparation.state_blocks + preparation.pack_blocks;
+  const char* error = launch({static_cast<unsigned>(all), block_threads, shared, c.call.stream},
+                             prepare<Math>, preparation);
+  if (error) return error;
+
+  Launch how{static_cast<unsigned>(c.groups * c.group_size), block_threads,
+             static_cast<size_t>(plan.shared_bytes), c.call.stream};
+  if (c.exchange == Exchange::cluster) how.cluster = static_cast<unsigned>(c.group_size);
+  how.cooperative = c.exchange == Exchange::grid;
+  if (plan.rows == 32) return launch(how, reverse_chain<Math, 32>, c);
+  if (plan.rows == 16) return launch(how, reverse_chain<Math, 16>, c);
+  if constexpr (Math::least_rows <= 4) return launch(how, reverse_chain<Math, 4>, c);
+  return nullptr;
+}
+
+}  // namespace
+
+const char* plan_reverse_diffusion(const ReverseDiffusionCall& call, ReverseDiffusionPlan* result) {
+  Plan plan;
+  if (const char* reason = make_plan(call, &plan)) return reason;
+  *result = {plan.chain.group_size, plan.rows, 0, plan.shared_bytes,
+             plan.clocks * call.denoiser.steps};
+  for (int l = 0; l < plan.chain.layer_count; ++l)
+    result->resident_layers += plan.chain.layers[l].shared_offset >= 0;
+  return nullptr;
+}
+
+int64_t reverse_diffusion_workspace(const ReverseDiffusionCall& call) {
+  Plan plan;
+  return make_plan(call, &plan) ? -1 : lay_out_workspace(nullptr, &plan);
+}
+
+const char* reverse_diffusion(const ReverseDiffusionCall& call) {
+  Plan plan;
+  if (call.batch == 0) return nullptr;
+  if (const char* error = make_plan(call, &plan)) return error;
+  lay_out_workspace(static_cast<char*>(call.workspace), &plan);
+  switch (call.denoiser.precision) {
+    case Precision::float32: return run<Float32Math>(plan);
+    case Precision::tf32: return run<Tf32Math>(plan);
+    case Precision::bfloat16: return run<Bfloat16Math>(plan);
+    case Precision::float16: return run<Float16Math>(plan);
+  }
+  return "an unknown precision";
+}
+
+}  // namespace cuda
+}  // namespace diffcore

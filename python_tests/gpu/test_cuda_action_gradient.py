@@ -1,0 +1,230 @@
+"""The CUDA kernel of the action gradient, against the reference and the released code's record."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    ACTIVATIONS,
+    assert_error_at_most_twice_eager,
+    golden_critic,
+    load_golden,
+    plain_critic,
+    root_mean_square,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diffcore import nn, ops
+from diffcore.ops.action_gradient import native
+
+#: One plain step without bounds moves an action by its gradient times lr.
+ONE_STEP = {"steps": 1, "optimizer": "ascent", "low": -math.inf, "high": math.inf}
+
+
+def ascend(
+    cuda: str, critic: nn.TwinCritic, state: Tensor, action: Tensor, **options: Any
+) -> Tensor:
+    """The kernel's result, on the CPU; the critic goes to the device and stays there."""
+    critic.to(cuda)
+    result = ops.action_gradient(critic, state.to(cuda), action.to(cuda), backend="cuda", **options)
+    return result.cpu()
+
+
+def gradient(
+    cuda: str, critic: nn.TwinCritic, state: Tensor, action: Tensor, **more: Any
+) -> Tensor:
+    """d min(Q1, Q2) / d action; a power of two so large that adding the action rounds nothing."""
+    lr = 2.0**24
+    return ascend(cuda, critic, state, action, lr=lr, **ONE_STEP, **more) / lr
+
+
+def exact_gradient(
+    critic: nn.TwinCritic, state: Tensor, action: Tensor, dtype: torch.dtype
+) -> Tensor:
+    lr = 2.0**24
+    plain = plain_critic(critic, dtype)
+    arguments = (plain, state.to(dtype), action.to(dtype))
+    return ops.action_gradient(*arguments, lr=lr, **ONE_STEP) / lr
+
+
+# -- against the released code ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["halfcheetah", "pendulum"])
+def test_golden(cuda: str, name: str) -> None:
+    g = load_golden(f"dipo_action_gradient_{name}")
+    critic, options = golden_critic(g), {"max_norm": g["max_norm"], "eps": g["adam_eps"]}
+    action = ascend(cuda, critic, g["state"], g["action"], steps=g["steps"], lr=g["lr"], **options)
+    torch.testing.assert_close(action, g["action_out"], rtol=0, atol=1e-4)
+    first = -gradient(cuda, critic, g["state"], g["action"])
+    torch.testing.assert_close(first, g["first_grad"], rtol=1e-4, atol=1e-6)
+
+
+# -- against float64 -------------------------------------------------------------------------------
+
+#: (state, action, hidden, layers), activation, rows
+SIZES = [
+    ((1, 1, 1, 1), "mish", 1030),
+    ((2, 1, 17, 1), "elu", 1030),
+    ((17, 6, 33, 2), "silu", 200),
+    ((40, 33, 16, 4), "tanh", 65),
+    ((17, 6, 256, 3), "mish", 170),
+]
+
+
+@pytest.mark.parametrize("case", SIZES, ids=str)
+def test_error_at_most_twice_eager(cuda: str, case: tuple[Any, ...]) -> None:
+    sizes, activation, rows = case
+    critic = nn.TwinCritic(*sizes, activation=activation)
+    state, action = torch.randn(rows, sizes[0]), torch.rand(rows, sizes[1]) * 2 - 1
+    eager, exact = (
+        exact_gradient(critic, state, action, dtype) for dtype in (torch.float32, torch.float64)
+    )
+    ours = gradient(cuda, critic, state, action)
+    assert_error_at_most_twice_eager(ours, eager, exact)
+
+
+@given(
+    rows=st.sampled_from([1, 7, 8, 9, 33]),
+    state_dim=st.sampled_from([1, 5, 17]),
+    action_dim=st.sampled_from([1, 3, 6, 9]),
+    hidden_dim=st.sampled_from([1, 7, 16, 33, 70]),
+    hidden_layers=st.integers(1, 3),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+)
+@settings(max_examples=25)
+def test_awkward_sizes(
+    cuda: str,
+    lanes: str,
+    rows: int,
+    state_dim: int,
+    action_dim: int,
+    hidden_dim: int,
+    hidden_layers: int,
+    activation: str,
+) -> None:
+    critic = nn.TwinCritic(state_dim, action_dim, hidden_dim, hidden_layers, activation=activation)
+    state, action = torch.randn(rows, state_dim), torch.rand(rows, action_dim) * 2 - 1
+    exact = exact_gradient(critic, state, action, torch.float64)
+    ours = gradient(cuda, critic, state, action)
+    assert (ours - exact).abs().max() <= 2e-6 * max(1.0, exact.abs().max().item())
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "ascent"])
+@pytest.mark.parametrize("clip_mode", ["batch", "row"])
+def test_every_variant(cuda: str, lanes: str, optimizer: str, clip_mode: str) -> None:
+    critic = nn.TwinCritic(5, 3, 16, 2)
+    state, action = torch.randn(30, 5), torch.rand(30, 3) * 2 - 1
+    options = {"steps": 5, "max_norm": 0.1, "clip_mode": clip_mode, "optimizer": optimizer}
+    ours = ascend(cuda, critic, state, action, lr=0.05, low=-0.9, high=0.8, **options)
+    plain = plain_critic(critic.cpu(), torch.float64)
+    exact = ops.action_gradient(
+        plain, state.double(), action.double(), lr=0.05, low=-0.9, high=0.8, **options
+    )
+    assert (ours - exact).abs().max() <= 2e-5
+    assert ours.max() == torch.tensor(0.8)
+
+
+# -- tensor cores ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["mish", "relu", "sin"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precision(cuda: str, activation: str, dtype: torch.dtype) -> None:
+    """The docstring's bound: 1% of the gradient, 10% for relu, whose slope jumps."""
+    critic = nn.TwinCritic(17, 6, 100, 3, activation=activation)
+    state, action = torch.randn(150, 17), torch.rand(150, 6) * 2 - 1
+    # Twins far apart, so that rounding doesn't change which one is the minimum.
+    critic.q2.layers[-1].bias.data.fill_(10.0)
+    full = exact_gradient(critic, state, action, torch.float32)
+    half = gradient(cuda, critic, state, action, compute_dtype=dtype)
+    error = root_mean_square(half - full) / root_mean_square(full)
+    assert 1e-5 < error < (0.1 if activation == "relu" else 0.01)
+
+
+def test_tf32(cuda: str) -> None:
+    """As many bits as float16, the range of float32."""
+    critic = nn.TwinCritic(17, 6, 100, 3).to(cuda)
+    critic.q2.layers[-1].bias.data.fill_(10.0)
+    state, action = torch.randn(150, 17), torch.rand(150, 6) * 2 - 1
+    full = exact_gradient(critic.cpu(), state, action, torch.float32)
+    critic.to(cuda)
+    q1, q2 = ([p.detach() for p in q.parameters()] for q in (critic.q1, critic.q2))
+    lr = 2.0**24
+    fixed = (1, lr, None, "batch", "ascent", 1e-5, -math.inf, math.inf, "cuda")
+    arguments = (state.to(cuda), action.to(cuda), q1, q2, "mish", "tf32", *fixed)
+    ours = native.ascend(*arguments).cpu() / lr
+    error = root_mean_square(ours - full) / root_mean_square(full)
+    assert 1e-5 < error < 0.002
+
+
+# -- guarantees ------------------------------------------------------------------------------------
+
+
+def test_equal_critics_share_the_gradient(cuda: str) -> None:
+    """At a tie torch gives each half, which is the gradient of either."""
+    critic, state, action = nn.TwinCritic(5, 3, 16), torch.randn(9, 5), torch.rand(9, 3)
+    critic.q2.load_state_dict(critic.q1.state_dict())
+    exact = exact_gradient(critic, state, action, torch.float64)
+    ours = gradient(cuda, critic, state, action)
+    torch.testing.assert_close(ours, exact.float())
+
+
+def test_the_same_bits_however_the_work_is_shared_out(
+    cuda: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every call and on a device of any size: tiles of 8 or 32 rows, one a block or several."""
+    critic = nn.TwinCritic(5, 3, 33, 2)
+    state, action = torch.randn(70, 5), torch.rand(70, 3) * 2 - 1
+    results = []
+    for multiprocessors in (1, 3, 20):
+        monkeypatch.setenv("CUDA_ON_CPU_DEVICE", f"{multiprocessors},232448,9")
+        results.append(ascend(cuda, critic, state, action, steps=4, max_norm=0.1))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("activation", ["mish", "relu"])
+@pytest.mark.parametrize("clip_mode", ["batch", "row"])
+def test_nan_stays_in_its_row(cuda: str, clip_mode: str, activation: str) -> None:
+    """Unless the norm of the whole batch hands it on."""
+    critic = nn.TwinCritic(5, 3, 16, activation=activation)
+    state, action = torch.randn(20, 5), torch.rand(20, 3) * 2 - 1
+    clean = ascend(cuda, critic, state, action, steps=3, max_norm=0.1, clip_mode=clip_mode)
+    state[4, 1] = float("nan")
+    spoiled = ascend(cuda, critic, state, action, steps=3, max_norm=0.1, clip_mode=clip_mode)
+    assert spoiled[4].isnan().all()
+    others = torch.arange(20) != 4
+    if clip_mode == "row":
+        assert torch.equal(spoiled[others], clean[others])
+    else:
+        assert spoiled[others].isnan().all()
+
+
+def test_no_steps_no_rows_and_inputs(cuda: str) -> None:
+    critic, state, action = nn.TwinCritic(5, 3, 16), torch.randn(9, 5), torch.randn(9, 3)
+    assert torch.equal(ascend(cuda, critic, state, action, steps=0), action)
+    assert ascend(cuda, critic, state[:0], action[:0]).shape == (0, 3)
+    expected = ascend(cuda, critic, state, action, steps=2)
+    strided = (t.T.contiguous().T for t in (state, action))
+    assert torch.equal(ascend(cuda, critic, *strided, steps=2), expected)
+
+
+def test_opcheck(cuda: str) -> None:
+    critic = nn.TwinCritic(5, 3, 8).to(cuda)
+    q1, q2 = ([p.detach() for p in q.parameters()] for q in (critic.q1, critic.q2))
+    state, action = torch.randn(4, 5, device=cuda), torch.rand(4, 3, device=cuda)
+    fixed = (2, 0.03, 0.1, "batch", "adam", 1e-5, -1.0, 1.0, "cuda")
+    torch.library.opcheck(native.ascend, (state, action, q1, q2, "mish", "float32", *fixed))
+
+
+def test_a_critic_that_is_too_wide(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_ON_CPU_DEVICE", "3,101376,8")
+    critic = nn.TwinCritic(5, 3, 4096, 1).to(cuda)
+    state, action = torch.randn(2, 5, device=cuda), torch.rand(2, 3, device=cuda)
+    with pytest.raises(ValueError, match="can't run on 'cuda' here: the critic is too wide"):
+        ops.action_gradient(critic, state, action, backend="cuda")
