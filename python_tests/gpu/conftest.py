@@ -1,13 +1,12 @@
 """Where the GPU tests run: on a GPU if there is one, else its kernels on the CPU.
 
-``DIFFCORE_TEST_DEVICE=cuda`` (which bench/gpu.sh sets) takes the installed CUDA kernels and tensors on
-the GPU. Otherwise the same sources run as ordinary C++ on CPU tensors, lanes in either order.
+``DIFFCORE_TEST_DEVICE=cuda`` (which bench/gpu.sh sets) takes the CUDA kernels that were built, and
+tensors on the GPU. Otherwise the same sources run as ordinary C++ on CPU tensors.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import cuda_builds
 import pytest
@@ -17,8 +16,8 @@ from diffcore.ops import _native
 ON_GPU = os.environ.get("DIFFCORE_TEST_DEVICE") == "cuda"
 LANES = ["forward"] if ON_GPU else ["forward", "reverse"]
 
-#: Multiprocessors, bytes of shared memory a block, major compute capability of the device that the CPU
-#: plays: a small one, so that blocks have several tiles each and a launch takes few threads.
+#: Multiprocessors, bytes of shared memory a block and major compute capability of the device that the
+#: CPU plays: a small one, so that blocks have several tiles each and a launch takes few threads.
 SMALL_DEVICE = "3,232448,9"
 
 
@@ -42,7 +41,8 @@ def cuda(cuda_module: object, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture(params=LANES)
-def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test with the lanes of every block in both orders, where that can be chosen."""
-    monkeypatch.setenv("CUDA_ON_CPU_LANES", request.param)
-    yield request.param
+    order: str = request.param
+    monkeypatch.setenv("CUDA_ON_CPU_LANES", order)
+    return order

@@ -1,6 +1,6 @@
-"""Builds of the CUDA kernels for tests: as ordinary C++ for the CPU, and by nvcc for a look inside.
+"""The CUDA kernels as ordinary C++ for the CPU, and a look into what nvcc made of them.
 
-Both are kept under build/ by what they are made of, so that a second run of the tests builds nothing.
+Builds are kept under build/ by what they are made of: a second run of the tests builds nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import sysconfig
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +24,19 @@ BUILD = ROOT / "build"
 
 #: Kernels as g++ takes them; device.cu is replaced by testing/device.cpp. No contraction: an fma is
 #: one where the source says so, on every machine.
-CPU_FLAGS = (
-    "-DDIFFCORE_CUDA_ON_CPU -std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Werror "
-    "-Wno-unknown-pragmas -Wno-unused-function"
-).split()
+CPU_FLAGS = [
+    "-DDIFFCORE_CUDA_ON_CPU",
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-function",
+]
 
 
 def kernel_sources(directory: Path = CUDA) -> list[Path]:
@@ -117,94 +125,61 @@ def load(path: Path) -> ModuleType:
 # -- by nvcc ---------------------------------------------------------------------------------------
 
 
-def find_nvcc() -> Path | None:
-    """On PATH, in CUDA_HOME, in /usr/local/cuda, or in PyPI's wheel nvidia-cuda-nvcc."""
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    homes += [str(Path(path) / "nvidia" / "cu13") for path in sys.path]
-    on_path = shutil.which("nvcc")
-    found = [Path(on_path)] if on_path else []
-    found += [Path(home) / "bin" / "nvcc" for home in homes if home]
-    return next((path for path in found if path.exists()), None)
-
-
 def find_cuobjdump() -> Path | None:
-    """On PATH, beside nvcc, or in triton's wheel."""
-    on_path = shutil.which("cuobjdump")
-    found = [Path(on_path)] if on_path else []
-    if nvcc := find_nvcc():
-        found.append(nvcc.parent / "cuobjdump")
-    if spec := importlib.util.find_spec("triton"):
-        assert spec.origin is not None
-        found.append(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    return next((path for path in found if path.exists()), None)
+    """NVIDIA's disassembler: on PATH, or in triton's wheel."""
+    if on_path := shutil.which("cuobjdump"):
+        return Path(on_path)
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return path if path.exists() else None
 
 
-class Resources(NamedTuple):
-    """What a kernel takes of a multiprocessor, as ptxas reports it."""
+class Kernel(NamedTuple):
+    """A kernel for one architecture, by what it takes of a multiprocessor."""
 
+    architecture: str
+    name: str
+    """Without namespaces and parameters: ``kernel<arguments>``."""
     registers: int
-    shared_bytes: int  # static ones; dynamic ones are the launcher's affair
-    spilled_bytes: int
-
-
-class Compiled(NamedTuple):
-    """A source for one architecture."""
-
-    cubin: Path
-    resources: dict[str, Resources]  # by the kernel's demangled name, with template arguments
-
-
-_KERNEL = re.compile(
-    r"Compiling entry function '(?P<name>\w+)'.*?"
-    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
-    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
-    re.DOTALL,
-)
+    stack_bytes: int
+    """Of local memory: registers that spilled, arrays that were indexed."""
+    instructions: str
+    """Its SASS."""
 
 
 def demangled(names: Sequence[str]) -> list[str]:
-    """Names without namespaces, return types and parameters: `kernel<arguments>`."""
     result = []
     for line in run(["c++filt", *names]).splitlines():
         line = line.replace("(anonymous namespace)::", "").replace("diffcore::cuda::", "")
-        line = re.sub(r"\((?:gemm::)?[A-Z]\w*\)", "", line)  # of enumerators: (Precision)2
         result.append(line.partition("(")[0].removeprefix("void "))
     return result
 
 
-def compile_for_gpu(source: Path, architecture: int) -> Compiled:
-    """Machine code for sm_<architecture> with the flags of CMakeLists.txt.
-
-    Raises:
-        RuntimeError: nvcc found a fault in it.
-    """
-    nvcc = find_nvcc()
-    assert nvcc is not None
-    version = run([nvcc, "--version"])
-    folder = BUILD / "cuda_gates" / digest(version)
-    folder.mkdir(parents=True, exist_ok=True)
-    cubin = folder / f"{source.stem}.sm_{architecture}.cubin"
-    report = cubin.with_suffix(".txt")
-    if not report.exists():
-        command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas=-v"]
-        printed = run([*command, "-Werror=all-warnings", source, "-o", cubin])
-        report.write_text(printed)
-    found = list(_KERNEL.finditer(report.read_text()))
-    names = demangled([match["name"] for match in found]) if found else []
-    resources = {}
-    for name, match in zip(names, found, strict=True):
-        shared = re.search(r"(\d+) bytes smem", match["rest"])
-        resources[name] = Resources(
-            int(match["registers"]),
-            int(shared[1]) if shared else 0,
-            int(match["stores"]) + int(match["loads"]),
-        )
-    return Compiled(cubin, resources)
-
-
-def instructions(cubin: Path) -> dict[str, str]:
-    """The SASS of every kernel in a file, by demangled name."""
+def look_into(module: Path) -> list[Kernel]:
+    """Every kernel for every architecture in a file."""
     cuobjdump = find_cuobjdump()
-    assert cuobjdump is not None
-    parts = re.split(r"\n\s*Function : (\S+)\n", run([cuobjdump, "-sass", cubin]))[1:]
-    return dict(zip(demangled(parts[::2]), parts[1::2], strict=True))
+    assert cuobjdump is not None, "no cuobjdump: neither on PATH nor in triton's wheel"
+    usage: dict[tuple[str, str], tuple[int, int]] = {}
+    for architecture, text in _by_architecture(run([cuobjdump, "-res-usage", module])):
+        for name, numbers in re.findall(r"Function (\w+):\n\s*(.*)", text):
+            values = dict(re.findall(r"(REG|STACK):(\d+)", numbers))
+            usage[architecture, name] = int(values["REG"]), int(values["STACK"])
+    code: dict[tuple[str, str], str] = {}
+    for architecture, text in _by_architecture(run([cuobjdump, "-sass", module])):
+        parts = re.split(r"\n\s*Function : (\w+)\n", text)[1:]
+        for name, instructions in zip(parts[::2], parts[1::2], strict=True):
+            code[architecture, name] = instructions
+    assert set(code) == set(usage)
+    names = demangled([name for _, name in usage])
+    return [
+        Kernel(architecture, readable, *usage[architecture, name], code[architecture, name])
+        for (architecture, name), readable in zip(usage, names, strict=True)
+    ]
+
+
+def _by_architecture(printed: str) -> list[tuple[str, str]]:
+    """cuobjdump's text in pieces, each of one architecture."""
+    parts = re.split(r"\narch = (sm_\d+)\w*\n", printed)[1:]
+    return list(zip(parts[::2], parts[1::2], strict=True))

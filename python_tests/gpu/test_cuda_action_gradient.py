@@ -178,7 +178,7 @@ def test_equal_critics_share_the_gradient(cuda: str) -> None:
 def test_the_same_bits_however_the_work_is_shared_out(
     cuda: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At every call, and on a device of any size: tiles of 8 rows or of 32, one a block or several."""
+    """At every call and on a device of any size: tiles of 8 or 32 rows, one a block or several."""
     critic = nn.TwinCritic(5, 3, 33, 2)
     state, action = torch.randn(70, 5), torch.rand(70, 3) * 2 - 1
     results = []
