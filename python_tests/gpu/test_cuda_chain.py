@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import emulated
@@ -15,7 +14,9 @@ from conftest import ON_GPU
 from helpers import (
     ACTIVATIONS,
     EPS_ONLY,
+    SAMPLERS,
     assert_error_at_most_twice_eager,
+    float32_table,
     golden_denoiser,
     load_golden,
     plain_denoiser,
@@ -24,7 +25,6 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_reverse_diffusion import SAMPLERS, float32_table
 from torch import Tensor
 
 import diffcore
@@ -38,13 +38,11 @@ PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 
 
 @pytest.fixture(params=["gpu"] if ON_GPU else list(emulated.DEVICES))
-def way(
-    request: pytest.FixtureRequest, cuda: str, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[str]:
+def way(request: pytest.FixtureRequest, cuda: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test on devices for which the launcher plans differently."""
     if not ON_GPU:
         monkeypatch.setenv("CUDA_ON_CPU_DEVICE", emulated.DEVICES[request.param])
-    yield request.param
+    return str(request.param)
 
 
 def sample(cuda: str, denoiser: nn.Denoiser, **arguments: Any) -> Tensor:
@@ -204,9 +202,7 @@ def test_awkward_sizes(
     seed = torch.tensor(2**62 + 11)
     if drawn:
         arguments["x_init"] = normals(seed, 0, rows, action_dim)
-        arguments["noise"] = torch.stack(
-            [normals(seed, i + 1, rows, action_dim) for i in range(3)]
-        )
+        arguments["noise"] = torch.stack([normals(seed, i + 1, rows, action_dim) for i in range(3)])
     exact = eager(denoiser, arguments, torch.float64)
     x, z = (None, None) if drawn else (arguments["x_init"], arguments["noise"])
     tensors = arguments["state"], x, z, seed if drawn else None
