@@ -276,12 +276,12 @@ FAULTS = {
     "a row too many is finished": (
         "linear",
         "tile.cuh",
-        [("p < row_count * pairs_a_row", "p < (row_count + 1) * pairs_a_row")],
+        [("row < row_count; row +=", "row <= row_count; row +=")],
     ),
     "the last columns are masked one pair too late": (
         "linear",
         "tile.cuh",
-        [("+ column >= w.columns) continue;", "+ column > w.columns) continue;")],
+        [("+ column < w.columns) {", "+ column <= w.columns) {")],
     ),
     "the last tile has a row too many": (
         "chain",
