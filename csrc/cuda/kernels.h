@@ -72,7 +72,8 @@ struct ReverseStepCall {
   const float* eps;
   const float* noise;         // or null: none
   const float* x0_previous;   // or null: none
-  const float* coefficients;  // [7]
+  const float* coefficients;    // [7], or null: the values below
+  float coefficient_values[7];  // that were on the CPU anyway: no copy, nothing to wait for
   float noise_scale;
   float clip;
   float* next;
@@ -138,8 +139,15 @@ struct RffBackwardCall {
   void* stream;
 };
 
-// Why the current device can't take a call of these shapes, or nullptr.
-const char* reverse_diffusion_cannot_run(const ReverseDiffusionCall&);
+// How the current device would run a call of these shapes; or why it can't.
+struct ReverseDiffusionPlan {
+  int blocks_a_tile;
+  int rows_a_tile;
+  int resident_layers;  // whose weights stay in shared memory
+  int shared_bytes;     // a block
+  double clocks;        // expected of all steps, by the arithmetic in reverse_diffusion.cu
+};
+const char* plan_reverse_diffusion(const ReverseDiffusionCall&, ReverseDiffusionPlan*);
 int64_t reverse_diffusion_workspace(const ReverseDiffusionCall&);
 const char* reverse_diffusion(const ReverseDiffusionCall&);
 const char* reverse_step(const ReverseStepCall&);

@@ -391,8 +391,8 @@ class ChainTile {
     __syncthreads();
     for (int step = 0; step < call_.denoiser.steps; ++step) {
       // Read now, so that they have arrived at the end of the step.
-      const SolverStep solver(call_.coefficients + step * table_columns, call_.noise_scale,
-                              call_.clip);
+      const float* coefficients = call_.coefficients + step * table_columns;
+      const SolverStep solver(coefficients, call_.noise_scale, call_.clip);
       const Operand* hidden = first_layer(step);
       for (int l = 1; l < chain_.layer_count - 1; ++l) hidden = hidden_layer(l, hidden);
       __syncthreads();  // z is there
@@ -609,7 +609,7 @@ struct Plan {
   Chain chain;
   int rows;
   int shared_bytes;
-  double clocks;  // of all steps, by `estimate`
+  double clocks;  // of a step of all tiles, by `estimate`
 };
 
 // Widths, and what lies where in shared memory; false if it doesn't fit.
@@ -687,7 +687,7 @@ bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_s
   return used <= device.shared_bytes;
 }
 
-// Clocks of all steps, by the figures of an H100 at the top of this file.
+// Clocks of a step of all tiles, by the figures of an H100 at the top of this file.
 double estimate(const Plan& plan) {
   const Chain& c = plan.chain;
   const Precision precision = c.call.denoiser.precision;
@@ -800,9 +800,14 @@ const char* run(const Plan& plan) {
 
 }  // namespace
 
-const char* reverse_diffusion_cannot_run(const ReverseDiffusionCall& call) {
+const char* plan_reverse_diffusion(const ReverseDiffusionCall& call, ReverseDiffusionPlan* result) {
   Plan plan;
-  return make_plan(call, &plan);
+  if (const char* reason = make_plan(call, &plan)) return reason;
+  *result = {plan.chain.group_size, plan.rows, 0, plan.shared_bytes,
+             plan.clocks * call.denoiser.steps};
+  for (int l = 0; l < plan.chain.layer_count; ++l)
+    result->resident_layers += plan.chain.layers[l].shared_offset >= 0;
+  return nullptr;
 }
 
 int64_t reverse_diffusion_workspace(const ReverseDiffusionCall& call) {

@@ -19,10 +19,15 @@ __device__ __forceinline__ T read(const float* p, int64_t i, T absent) {
   return p ? reinterpret_cast<const T*>(p)[i] : absent;
 }
 
+__device__ __forceinline__ SolverStep solver_step(const ReverseStepCall& call) {
+  return call.coefficients ? SolverStep(call.coefficients, call.noise_scale, call.clip)
+                           : SolverStep(call.coefficient_values, call.noise_scale, call.clip);
+}
+
 __global__ void __launch_bounds__(threads) reverse_step_by_one(ReverseStepCall call) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
   if (i >= call.count) return;
-  const SolverStep step(call.coefficients, call.noise_scale, call.clip);
+  const SolverStep step = solver_step(call);
   call.next[i] = step.next(call.x[i], call.eps[i], read(call.noise, i, 0.0f),
                            read(call.x0_previous, i, 0.0f), &call.x0[i]);
 }
@@ -31,7 +36,7 @@ __global__ void __launch_bounds__(threads) reverse_step_by_one(ReverseStepCall c
 __global__ void __launch_bounds__(threads) reverse_step_by_four(ReverseStepCall call) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
   const int64_t quads = call.count / 4;
-  const SolverStep step(call.coefficients, call.noise_scale, call.clip);
+  const SolverStep step = solver_step(call);
   if (i < quads) {
     const float4 none = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     const float4 x = read(call.x, i, none), eps = read(call.eps, i, none);

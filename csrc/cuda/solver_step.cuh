@@ -12,14 +12,16 @@ constexpr int table_columns = 7;
 struct SolverStep {
   float c0, c1, c2, c3, c4, c5, c6, clip;
 
-  __device__ __forceinline__ SolverStep(const float* c, float noise_scale, float clip_)
-      : c0(__ldg(c)),
-        c1(__ldg(c + 1)),
-        c2(__ldg(c + 2)),
-        c3(__ldg(c + 3)),
-        c4(__ldg(c + 4)),
-        c5(__ldg(c + 5) * noise_scale),
-        c6(__ldg(c + 6)),
+  // From a row of the table, by a pointer or an array.
+  template <class Row>
+  __device__ __forceinline__ SolverStep(const Row& c, float noise_scale, float clip_)
+      : c0(c[0]),
+        c1(c[1]),
+        c2(c[2]),
+        c3(c[3]),
+        c4(c[4]),
+        c5(c[5] * noise_scale),
+        c6(c[6]),
         clip(clip_) {}
 
   __device__ __forceinline__ float clamp(float x) const {

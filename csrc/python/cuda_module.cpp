@@ -6,6 +6,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -79,15 +81,41 @@ DenoiserParameters denoiser_parameters(const std::vector<Layer>& layers, int act
   return parameters;
 }
 
-int64_t reverse_diffusion_bytes(const std::vector<Layer>& layers, int action_dim, int state_dim,
-                                Activation activation, Precision precision, int steps,
-                                int64_t batch, int device) {
-  const CurrentDevice current({device, 0});
+ReverseDiffusionCall reverse_diffusion_shapes(const std::vector<Layer>& layers, int action_dim,
+                                              int state_dim, Activation activation,
+                                              Precision precision, int steps, int64_t batch) {
   ReverseDiffusionCall call{};
   call.denoiser =
       denoiser_parameters(layers, action_dim, state_dim, activation, precision, 0, steps);
   call.batch = batch;
-  return reverse_diffusion_workspace(call);
+  return call;
+}
+
+int64_t reverse_diffusion_bytes(const std::vector<Layer>& layers, int action_dim, int state_dim,
+                                Activation activation, Precision precision, int steps,
+                                int64_t batch, int device) {
+  const CurrentDevice current({device, 0});
+  return reverse_diffusion_workspace(
+      reverse_diffusion_shapes(layers, action_dim, state_dim, activation, precision, steps, batch));
+}
+
+// A dictionary, or a text: why the device can't.
+py::object reverse_diffusion_plan(const std::vector<Layer>& layers, int action_dim, int state_dim,
+                                  Precision precision, int steps, int64_t batch, int device) {
+  const CurrentDevice current({device, 0});
+  ReverseDiffusionPlan plan{};
+  const char* reason = plan_reverse_diffusion(
+      reverse_diffusion_shapes(layers, action_dim, state_dim, Activation::identity, precision,
+                               steps, batch),
+      &plan);
+  if (reason) return py::str(reason);
+  py::dict result;
+  result["blocks_a_tile"] = plan.blocks_a_tile;
+  result["rows_a_tile"] = plan.rows_a_tile;
+  result["resident_layers"] = plan.resident_layers;
+  result["shared_bytes"] = plan.shared_bytes;
+  result["clocks"] = plan.clocks;
+  return result;
 }
 
 void launch_reverse_diffusion(const std::vector<Layer>& layers, int action_dim, int state_dim,
@@ -116,13 +144,23 @@ void launch_reverse_diffusion(const std::vector<Layer>& layers, int action_dim, 
 }
 
 void launch_reverse_step(int64_t count, Address x, Address eps, Address noise, Address x0_previous,
-                         Address coefficients, float noise_scale, float clip, Address next,
-                         Address x0, const Queue& queue) {
-  launch(reverse_step,
-         {count, pointer<const float>(x), pointer<const float>(eps), pointer<const float>(noise),
-          pointer<const float>(x0_previous), pointer<const float>(coefficients), noise_scale, clip,
-          pointer<float>(next), pointer<float>(x0), pointer<void>(std::get<1>(queue))},
-         queue);
+                         Address coefficients, const std::array<float, 7>& coefficient_values,
+                         float noise_scale, float clip, Address next, Address x0,
+                         const Queue& queue) {
+  ReverseStepCall call{};
+  call.count = count;
+  call.x = pointer<const float>(x);
+  call.eps = pointer<const float>(eps);
+  call.noise = pointer<const float>(noise);
+  call.x0_previous = pointer<const float>(x0_previous);
+  call.coefficients = pointer<const float>(coefficients);
+  std::copy(coefficient_values.begin(), coefficient_values.end(), call.coefficient_values);
+  call.noise_scale = noise_scale;
+  call.clip = clip;
+  call.next = pointer<float>(next);
+  call.x0 = pointer<float>(x0);
+  call.stream = pointer<void>(std::get<1>(queue));
+  launch(reverse_step, call, queue);
 }
 
 CriticParameters critic_parameters(const std::vector<Layer>& layers, int action_dim, int state_dim,
@@ -251,6 +289,7 @@ void define(py::module_& m) {
   m.attr("max_layers") = max_layers;
   m.attr("architectures") = DIFFCORE_CUDA_ARCHITECTURES;
   m.def("unavailable", &why_unavailable);
+  m.def("reverse_diffusion_plan", &reverse_diffusion_plan);
   m.def("reverse_diffusion_workspace", &reverse_diffusion_bytes);
   m.def("reverse_diffusion", &launch_reverse_diffusion);
   m.def("reverse_step", &launch_reverse_step);

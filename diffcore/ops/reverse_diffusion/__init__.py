@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     AnyDenoiser: TypeAlias = Denoiser | Callable[[Tensor, Tensor, Tensor], Tensor]
 
-KERNELS = ("cpu",)
+KERNELS = ("cuda", "cpu")
 
 
 def reverse_diffusion(
@@ -65,7 +65,7 @@ def reverse_diffusion(
             (states, x and the noise schedule stay float32); about 1e-2 from float32 over a whole
             chain. ``torch.float16`` likewise, on GPUs only. None or ``torch.float32``: float32
             throughout. The reference keeps to the denoiser's own precision.
-        backend: "cpu" or "reference"; the fastest that can run the call if None.
+        backend: "cpu", "cuda" or "reference"; the fastest that can run the call if None.
 
     Returns:
         ``[B, A]`` in [-clip, clip].
@@ -234,10 +234,22 @@ def support(
         return _backends.support(KERNELS, [state], refused=refused)
     parameters = ours.weights_and_biases()
     check_like("state", state, "the denoiser", parameters[0])
-    return _backends.support(
+    reasons = _backends.support(
         KERNELS,
         [state, *parameters],
         [ours.activation],
         ours.trunk.hidden_layers + 1,
         compute_dtype=compute_dtype,
     )
+    if reasons["cuda"] is None:
+        hidden = [ours.trunk.hidden_dim] * ours.trunk.hidden_layers
+        first = ours.action_dim + ours.time_dim + ours.state_dim
+        widths = [
+            [ours.time_dim, ours.time_mlp.hidden_dim, ours.time_dim],
+            [first, *hidden, ours.action_dim],
+        ]
+        precision = _backends.precision(compute_dtype, state)
+        reasons["cuda"] = native.why_not_cuda(
+            widths, ours.state_dim, precision, len(state), state.device.index or 0
+        )
+    return reasons

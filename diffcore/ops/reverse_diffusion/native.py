@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def chain(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(actions ``[B, A]``, x before every step and at the end ``[steps + 1, B, A]`` or empty)."""
-    core = _native._core
+    module = _native._cuda if backend == "cuda" else _native._core
     parameters = [p.contiguous() for p in parameters]
     state = state.contiguous()
     x_init = None if x_init is None else x_init.contiguous()
@@ -37,28 +38,51 @@ def chain(
     action_dim = len(parameters[-1])
     actions = state.new_empty(batch, action_dim)
     trajectory = state.new_empty(steps + 1 if keep_trajectory else 0, batch, action_dim)
-    if batch:
-        core.reverse_diffusion(
-            _native.addresses(parameters),
-            action_dim,
-            state.shape[1],
-            getattr(core.Activation, activation),
-            getattr(core.Precision, precision),
-            embedding.data_ptr(),
-            steps,
-            coefficients.data_ptr(),
-            batch,
-            state.data_ptr(),
-            _native.address(x_init),
-            _native.address(noise),
-            _native.seed_words(seed)[0],
-            noise_scale,
-            clip,
-            trajectory.data_ptr() if keep_trajectory else 0,
-            actions.data_ptr(),
-            torch.get_num_threads(),
+    if not batch:
+        return actions, trajectory
+    denoiser = (
+        _native.addresses(parameters),
+        action_dim,
+        state.shape[1],
+        getattr(module.Activation, activation),
+        getattr(module.Precision, precision),
+    )
+    chain = (
+        embedding.data_ptr(),
+        steps,
+        coefficients.data_ptr(),
+        batch,
+        state.data_ptr(),
+        _native.address(x_init),
+        _native.address(noise),
+    )
+    results = (trajectory.data_ptr() if keep_trajectory else 0, actions.data_ptr())
+    seed_value, seed_address = _native.seed_words(seed)
+    if backend == "cuda":
+        queue = _native.queue(state)
+        size = module.reverse_diffusion_workspace(*denoiser, steps, batch, queue[0])
+        workspace = _native.workspace(size, state)
+        noise_settings = (seed_value, seed_address, noise_scale, clip)
+        module.reverse_diffusion(
+            *denoiser, *chain, *noise_settings, *results, workspace.data_ptr(), queue
+        )
+    else:
+        module.reverse_diffusion(
+            *denoiser, *chain, seed_value, noise_scale, clip, *results, torch.get_num_threads()
         )
     return actions, trajectory
+
+
+@torch.compiler.assume_constant_result
+def why_not_cuda(
+    widths: list[list[int]], state_dim: int, precision: str, batch: int, device: int
+) -> str | None:
+    """Why the CUDA kernel can't take layers of these widths ([time MLP's, trunk's]), or None."""
+    cuda = _native._cuda
+    layers = [(0, 0, *sizes) for mlp in widths for sizes in itertools.pairwise(mlp)]
+    shapes = layers, widths[-1][-1], state_dim
+    plan = cuda.reverse_diffusion_plan(*shapes, getattr(cuda.Precision, precision), 1, batch, device)
+    return plan if isinstance(plan, str) else None
 
 
 @_native.fake("reverse_diffusion")

@@ -9,7 +9,7 @@ from diffcore.ops import _backends, _dispatch, _native
 from diffcore.ops._checks import check_like, check_number, check_tensor
 from diffcore.ops.reverse_step import native, reference
 
-KERNELS = ("cpu",)
+KERNELS = ("cuda", "cpu")
 
 
 def reverse_step(
@@ -35,7 +35,7 @@ def reverse_step(
         x0_previous: ``[B, A]``, the x0 of the step before, for two-step samplers.
         noise_scale: factor on the noise.
         clip: bound on the predicted x0; ``math.inf`` for none.
-        backend: "cpu" or "reference"; the fastest that can run the call if None.
+        backend: "cpu", "cuda" or "reference"; the fastest that can run the call if None.
 
     Returns:
         The next point and the predicted x0, both ``[B, A]``.

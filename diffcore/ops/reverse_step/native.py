@@ -26,18 +26,25 @@ def step(
     noise = None if noise is None else noise.contiguous()
     x0_previous = None if x0_previous is None else x0_previous.contiguous()
     next_x, x0 = torch.empty_like(x), torch.empty_like(x)
-    _native._core.reverse_step(
+    if not x.numel():
+        return next_x, x0
+    inputs = (
         x.numel(),
         x.data_ptr(),
         eps.data_ptr(),
         _native.address(noise),
         _native.address(x0_previous),
-        coefficients.tolist(),
-        noise_scale,
-        clip,
-        next_x.data_ptr(),
-        x0.data_ptr(),
     )
+    rest = (noise_scale, clip, next_x.data_ptr(), x0.data_ptr())
+    if backend == "cuda":
+        if coefficients.is_cpu:
+            table = 0, coefficients.tolist()
+        else:
+            coefficients = coefficients.to(torch.float32).contiguous()
+            table = coefficients.data_ptr(), [0.0] * 7
+        _native._cuda.reverse_step(*inputs, *table, *rest, _native.queue(x))
+    else:
+        _native._core.reverse_step(*inputs, coefficients.tolist(), *rest)
     return next_x, x0
 
 
