@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffcore import nn
 from diffcore.ops import _native
-from diffcore.schedule import SolverTable
+from diffcore.schedule import DiffusionSchedule, SolverTable
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -38,6 +38,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sin": torch.sin,
     "cos": torch.cos,
 }
+
+#: Recorded samplers.
+SAMPLERS = ("halfcheetah_k100", "hopper_k50", "pendulum_k20")
 
 #: One step whose result is the predicted noise itself; with clip = inf it is returned as it is.
 EPS_ONLY = SolverTable(
@@ -119,6 +122,26 @@ def plain_critic(critic: nn.TwinCritic, dtype: torch.dtype) -> Callable[..., Any
 def rounded(table: SolverTable) -> SolverTable:
     """Coefficients that float32 holds exactly, so that only the arithmetic's error is measured."""
     return SolverTable(table.timesteps, table.coefficients.float().double())
+
+
+def float32_table(schedule: DiffusionSchedule) -> SolverTable:
+    """DDPM's coefficients in float32 arithmetic, as the released code computes them."""
+    beta = schedule.betas.float()
+    alpha = 1 - beta
+    abar = torch.cumprod(alpha, 0)
+    before = torch.cat([torch.ones(1), abar[:-1]])
+    log_variance = (beta * (1 - before) / (1 - abar)).clamp(min=1e-20).log()
+    columns = [
+        (1 / abar).sqrt(),
+        (1 / abar - 1).sqrt(),
+        beta * before.sqrt() / (1 - abar),
+        (1 - before) * alpha.sqrt() / (1 - abar),
+        torch.zeros_like(beta),
+        (0.5 * log_variance).exp() * (torch.arange(schedule.K) > 0),
+        torch.zeros_like(beta),
+    ]
+    table = schedule.solver("ddpm")
+    return SolverTable(table.timesteps, torch.stack(columns, dim=1).flip(0).double())
 
 
 # -- measured errors -------------------------------------------------------------------------------

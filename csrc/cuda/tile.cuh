@@ -305,6 +305,7 @@ __device__ __forceinline__ void linear(const typename Math::Operand* x, int x_st
                                        const Weights<typename Math::Operand>& w, char* memory,
                                        int bytes_a_warp, const Finish& finish) {
   const int chunks = divide_up(w.k, chunk), tiles = divide_up(w.columns, tile_columns);
+  if (tiles == 0) return;
   int splits = 1;
   while (2 * splits * tiles <= warps && 2 * splits <= chunks) splits *= 2;
 
@@ -314,9 +315,12 @@ __device__ __forceinline__ void linear(const typename Math::Operand* x, int x_st
   constexpr int pairs = tile_columns / 2;
   const int warp = warp_index();
   char* own = memory + warp * bytes_a_warp;
+  // Whoever finishes keeps to one pair of columns and goes down the rows.
   const int first = alone ? lane_index() : static_cast<int>(threadIdx.x);
-  const int threads = alone ? 32 : block_threads;
   const int pairs_a_row = alone ? pairs : tiles * pairs;
+  const int rows_at_once = (alone ? 32 : block_threads) / pairs_a_row;
+  const int column = first % pairs_a_row * 2;
+  const int first_row = first / pairs_a_row;
   for (int base = alone ? warp : 0; base < tiles; base += alone ? warps : tiles) {
     const int tile = alone ? base : warp % tiles, split = alone ? 0 : warp / tiles;
     if (split < splits) {
@@ -332,18 +336,20 @@ __device__ __forceinline__ void linear(const typename Math::Operand* x, int x_st
     } else {
       __syncthreads();
     }
-    for (int p = first; p < row_count * pairs_a_row; p += threads) {
-      const int row = p / pairs_a_row, column = p % pairs_a_row * 2;
-      if (base * tile_columns + column >= w.columns) continue;
+    if (first_row < rows_at_once && base * tile_columns + column < w.columns) {
       const char* from = (alone ? own : memory + column / tile_columns * bytes_a_warp) +
-                         (row * sums_stride + column % tile_columns) * sizeof(float);
-      float2 sum = *reinterpret_cast<const float2*>(from);
-      for (int s = 1; s < splits; ++s) {
-        const float2 part = *reinterpret_cast<const float2*>(from + s * tiles * bytes_a_warp);
-        sum.x += part.x;
-        sum.y += part.y;
+                         column % tile_columns * sizeof(float);
+      for (int row = first_row; row < row_count; row += rows_at_once) {
+        const char* part = from + row * sums_stride * static_cast<int>(sizeof(float));
+        float2 sum = *reinterpret_cast<const float2*>(part);
+        for (int s = 1; s < splits; ++s) {
+          part += tiles * bytes_a_warp;
+          const float2 more = *reinterpret_cast<const float2*>(part);
+          sum.x += more.x;
+          sum.y += more.y;
+        }
+        finish(row, base * tile_columns + column, sum);
       }
-      finish(row, base * tile_columns + column, sum);
     }
     if (alone) __syncwarp();
   }

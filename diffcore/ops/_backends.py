@@ -100,6 +100,8 @@ def _cannot_run(
             return f"a tensor is {tensor.dtype}, the {kind} kernels take float32"
     if device == "cuda":
         reason = _device_lacks(tensors[0].device)
+        if reason is None and name == "cuda":
+            reason = _driver_lacks(tensors[0].device.index or 0)
         if reason is not None:
             return reason
     if precision(compute_dtype, tensors[0]) not in _PRECISIONS[name]:
@@ -140,3 +142,11 @@ def _device_lacks(device: torch.device) -> str | None:
     if capability >= _LEAST_CAPABILITY:
         return None
     return f"{device} has compute capability {capability[0]}.{capability[1]}, 8.0 is the least"
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _driver_lacks(index: int) -> str | None:
+    """Why the CUDA kernels, which were built with a CUDA of their own, can't run on a device."""
+    reason: str | None = _native._cuda.unavailable(index)
+    return reason

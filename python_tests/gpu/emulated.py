@@ -41,11 +41,10 @@ Array = NDArray[np.float32]
 def build(name: str, directory: Path = cuda_builds.CUDA, flags: Sequence[str] = ("-O1",)) -> Path:
     """The library of a check, from the kernels in `directory`."""
     sources = [
-        directory / path.name if path.parent == cuda_builds.CUDA else path
-        for path in SOURCES[name]
+        directory / path.name if path.parent == cuda_builds.CUDA else path for path in SOURCES[name]
     ]
-    own = [path.read_bytes() for path in sources]
-    key = cuda_builds.digest(name, tuple(flags), own, directory=directory)
+    files = [*sources, *cuda_builds.headers(directory)]
+    key = cuda_builds.digest(name, tuple(flags), files=files)
     library = cuda_builds.BUILD / "emulated" / f"{key}.so"
     if library.exists():
         return library
@@ -134,17 +133,13 @@ class Network:
             (normal(rng, n, k) / np.float32(np.sqrt(k)), normal(rng, n)) for k, n in shapes
         ]
 
-    def eps(
-        self, x: NDArray[np.float64], embedding: Array, state: Array
-    ) -> NDArray[np.float64]:
+    def eps(self, x: NDArray[np.float64], embedding: Array, state: Array) -> NDArray[np.float64]:
         time = self.through(self.layers[:2], embedding.astype(np.float64)[None])
         joined = [x, np.repeat(time, len(x), 0), state.astype(np.float64)]
         return self.through(self.layers[2:], np.concatenate(joined, 1))
 
     @staticmethod
-    def through(
-        layers: list[tuple[Array, Array]], h: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
+    def through(layers: list[tuple[Array, Array]], h: NDArray[np.float64]) -> NDArray[np.float64]:
         for i, (weight, bias) in enumerate(layers):
             if i:
                 h = h * np.tanh(np.logaddexp(0, h))
@@ -228,14 +223,12 @@ CHAIN_SIZES = [((3, 2, 24, 2), 5), ((5, 9, 70, 1), 37), ((2, 1, 40, 3), 18)]
 def check_chain(library: ctypes.CDLL) -> None:
     rng = np.random.default_rng(3)
     for device, (shape, rows) in itertools.product(DEVICES.values(), CHAIN_SIZES):
-        os.environ["CUDA_ON_CPU_DEVICE"] = device
+        os.environ["CUDA_ON_CPU_DEVICE"] = device  # putenv, which the library sees
         network = Network(*shape)
         state, x = normal(rng, rows, shape[0]), normal(rng, rows, shape[1])
         noise = normal(rng, len(TABLE), rows, shape[1])
         for precision in PRECISIONS:
-            actions, trajectory, embedding = run_chain(
-                library, network, precision, state, x, noise
-            )
+            actions, trajectory, embedding = run_chain(library, network, precision, state, x, noise)
             exact = exact_chain(network, state, x, noise, embedding)
             bound = 3e-6 if precision == "float32" else 16 * ROUNDING[precision]
             case = device, shape, rows, precision

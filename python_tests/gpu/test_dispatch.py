@@ -15,6 +15,8 @@ from torch._subclasses import FakeTensorMode
 import diffcore
 from diffcore import DiffusionSchedule, nn, ops
 from diffcore.ops import _backends, _native
+from diffcore.ops.action_gradient import native as action_gradient
+from diffcore.ops.reverse_diffusion import native as reverse_diffusion
 
 SCHEDULE = DiffusionSchedule.linear(4)
 OPS = [
@@ -41,6 +43,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
     monkeypatch.setattr(_native, "cuda_unavailable", None)
     monkeypatch.setattr(_backends, "_has_triton", lambda: True)
     monkeypatch.setattr(_backends, "_device_lacks", lambda device: None)
+    monkeypatch.setattr(_backends, "_driver_lacks", lambda index: None)
+    monkeypatch.setattr(action_gradient, "too_wide", lambda *sizes: False)
+    monkeypatch.setattr(reverse_diffusion, "why_not_cuda", lambda *sizes: None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     network = nn.MLP(5, 8, 3, 1)
     critic, denoiser = nn.TwinCritic(5, 3, 8), nn.Denoiser(5, 3, 8)

@@ -13,7 +13,9 @@ import torch
 from helpers import (
     ACTIVATIONS,
     EPS_ONLY,
+    SAMPLERS,
     assert_error_at_most_twice_eager,
+    float32_table,
     golden_denoiser,
     load_golden,
     plain_denoiser,
@@ -28,9 +30,6 @@ import diffcore
 from diffcore import DiffusionSchedule, nn, ops
 from diffcore.ops.reverse_diffusion.native import chain
 from diffcore.schedule import SOLVERS, SolverTable
-
-SAMPLERS = ("halfcheetah_k100", "hopper_k50", "pendulum_k20")
-
 
 # -- against the released code ---------------------------------------------------------------------
 
@@ -78,26 +77,6 @@ def recorded(name: str) -> Recorded:
     golden = load_golden(f"dipo_sampler_{name}")
     schedule = getattr(DiffusionSchedule, golden["schedule"])(golden["K"])
     return Recorded(golden, golden_denoiser(golden), schedule, float32_table(schedule))
-
-
-def float32_table(schedule: DiffusionSchedule) -> SolverTable:
-    """DDPM's coefficients in float32 arithmetic, as the released code computes them."""
-    beta = schedule.betas.float()
-    alpha = 1 - beta
-    abar = torch.cumprod(alpha, 0)
-    before = torch.cat([torch.ones(1), abar[:-1]])
-    log_variance = (beta * (1 - before) / (1 - abar)).clamp(min=1e-20).log()
-    columns = [
-        (1 / abar).sqrt(),
-        (1 / abar - 1).sqrt(),
-        beta * before.sqrt() / (1 - abar),
-        (1 - before) * alpha.sqrt() / (1 - abar),
-        torch.zeros_like(beta),
-        (0.5 * log_variance).exp() * (torch.arange(schedule.K) > 0),
-        torch.zeros_like(beta),
-    ]
-    table = schedule.solver("ddpm")
-    return SolverTable(table.timesteps, torch.stack(columns, dim=1).flip(0).double())
 
 
 @torch.no_grad()

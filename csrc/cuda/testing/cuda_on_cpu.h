@@ -316,17 +316,22 @@ inline void switch_to(int next) {
   arrive_on_stack(*fake);
 }
 
-// Gives the turn to the next fiber that can go on; the current one keeps it if it is the only one.
-inline void take_turns(const char* file, int line) {
+// Gives the turn to the next fiber that can go on: of the same block while there is one, so that a
+// block runs as far ahead of the others as it can.
+inline void take_turns(const char* file, int line, bool leave_block = false) {
   const int count = static_cast<int>(scheduler.fibers.size());
-  int next = scheduler.current;
-  for (int i = 0; i < count; ++i) {
-    next += scheduler.direction;
-    if (next < 0) next = count - 1;
-    if (next == count) next = 0;
-    if (!scheduler.fibers[next].ready()) continue;
-    if (next != scheduler.current) switch_to(next);
-    return;
+  const int threads = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
+  const int blocks = count / threads, direction = scheduler.direction;
+  const int block = scheduler.current / threads, thread = scheduler.current % threads;
+  for (int b = leave_block ? 1 : 0; b < blocks + (leave_block ? 1 : 0); ++b) {
+    const int first = (block + direction * b + blocks * 2) % blocks * threads;
+    // In its own block a fiber itself is the last one asked, in others no order is more natural.
+    for (int i = 1; i <= threads; ++i) {
+      const int next = first + (thread + direction * i + 2 * threads) % threads;
+      if (!scheduler.fibers[next].ready()) continue;
+      if (next != scheduler.current) switch_to(next);
+      return;
+    }
   }
   for (const Fiber& f : scheduler.fibers) {
     if (f.done || !f.waits_for) continue;
@@ -360,7 +365,7 @@ inline void meet_grid(const char* file, int line) {
 inline void poll(CUDA_ON_CPU_SITE) {
   constexpr int64_t patience = 20'000'000;
   if (++scheduler.idle_turns > patience) fail("polls for ever", file, line);
-  take_turns(file, line);
+  take_turns(file, line, true);
 }
 
 inline void fiber_main() {
