@@ -8,26 +8,28 @@
 // make the same update of its actions: nothing more has to be exchanged, and one meeting a step is
 // enough, since values and gradients alternate between two places.
 //
-// Waiting for the minimum before going back would save a quarter of the multiply-adds, and cost a
-// second meeting and the halved stream of weights below: at the batch of a training step time is the
-// stream of weights, not arithmetic.
+// Going back through one critic a row only would save nothing while tiles hold rows of both kinds: the
+// weights, which are the limit, have to be read anyway; and to know which would take a second meeting.
 //
 // Weights are packed once a call, at the start of the launch, in both directions and in the precision
 // that they are multiplied in; every step streams them from L2 through cp.async. No parameter gradient
 // is ever formed. The state's part of each first layer is computed once.
 //
-// Budget: 256 threads, up to 255 registers, no spills; a block a multiprocessor, dynamic shared memory
-// as `SharedLayout` says: 32 rows of width 256 in float32 take 187 KB.
+// Budget: 256 threads, up to 255 registers (one block a multiprocessor), no spills; dynamic shared
+// memory as `SharedLayout` says: 8 rows of width 256 in float32 take 128 KB, 32 rows 178 KB.
 //
-// Roofline on an H100 (132 multiprocessors, 1.755 GHz, 67 TFLOP/s float32; L2 gives each 64 bytes a
-// cycle, 112 GB/s, and all together about 5.5 TB/s), two hidden layers 256 -> 256 and a thin first
-// one, 20 steps, float32: an item streams 2 * 2 * 256 * 256 * 4 = 1.05 MB a step = 9.4 us, and has
-// 4 * 131,000 = 0.52 MFLOP a row, 8 rows 4.2 MFLOP = 8.3 us of a multiprocessor. Batch 256: 64 items
-// of 8 rows at once, 64 * 1.05 MB / 5.5 TB/s = 12 us: L2 limits it, 20 * (12 + 2 for the meeting) =
-// 0.28 ms. Batch 4096: 256 items of 32 rows in two rounds of 33 us: arithmetic limits it, 1.4 ms.
-// bfloat16 halves the stream and makes arithmetic free: 20 * (4.7 + 2) = 0.13 ms at batch 256 (32
-// items of 16 rows), and the same at 4096 (128 items of 64 rows) but for L2: 128 * 0.52 MB / 5.5 TB/s
-// = 12 us, so 0.28 ms.
+// Roofline, on an H100 at 1.7 GHz (132 multiprocessors; of each: 128 FFMA or about 1,000 bf16
+// multiply-adds a clock; L2 64 B a clock, and 3,000 for all), three hidden layers of 256, action 6. An
+// item is 133 k multiply-adds a row forward and as many back, and streams 2 * 131,072 weights a step,
+// 1.05 MB in float32: 16,400 clocks. A meeting of the grid is taken as 3,000 clocks. 20 steps:
+//
+//   batch 256   float32: 64 items of 8 rows, 16,600 clocks of FFMA; 64 * 1.05 MB from L2 are 22,400
+//               and limit it: 0.30 ms. bf16: 32 items of 16 rows, the stream of one multiprocessor
+//               limits it, 8,200 clocks: 0.13 ms.
+//   batch 4096  float32: 256 items of 32 rows in two rounds, 133,000 clocks of FFMA: 1.6 ms. bf16: 128
+//               items of 64 rows, 22,400 clocks from L2: 0.30 ms.
+//
+// No GPU has measured it yet.
 #include "activations.cuh"
 #include "kernels.h"
 #include "tile.cuh"

@@ -29,8 +29,8 @@ __device__ __forceinline__ ValueAndSlope silu(float x) {
   return {y, fmaf(y, 1.0f - sigmoid, sigmoid)};
 }
 
-// mish(x) = x tanh(log(1 + e^x)). With e = exp(x) and n = e (e + 2), tanh(log(1 + e)) = n / (n +
-// 2): no logarithm is needed. Above 20 the quotient is 1 in float32.
+// mish(x) = x tanh(log(1 + e^x)). With e = exp(x) and n = e (e + 2), tanh(log(1 + e)) is
+// n / (n + 2): no logarithm is needed. Above 20 the quotient is 1 in float32.
 __device__ __forceinline__ ValueAndSlope mish(float x) {
   x = at_least(lowest_exponent, x);
   const float limited = at_most(20.0f, x);

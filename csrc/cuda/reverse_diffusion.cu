@@ -93,8 +93,7 @@ struct Chain {
   int bytes_a_warp;
 };
 
-// -- preparing
-// -------------------------------------------------------------------------------------
+// -- preparing ------------------------------------------------------------------------------------
 
 // Which blocks of the preparing launch do what.
 struct Preparation {
@@ -229,8 +228,7 @@ __global__ void __launch_bounds__(block_threads) prepare(const __grid_constant__
   pack_weights<Math>(chain, block * warps + warp_index(), p.pack_blocks * warps);
 }
 
-// -- the blocks of a group
-// -------------------------------------------------------------------------
+// -- the blocks of a group ------------------------------------------------------------------------
 
 template <class Math, int rows>
 class Group {
@@ -335,8 +333,7 @@ class Group {
   unsigned arrivals_ = 0;
 };
 
-// -- the chain
-// -------------------------------------------------------------------------------------
+// -- the chain ------------------------------------------------------------------------------------
 
 // The block's columns of a layer: of those that every block makes, all.
 template <class Operand>
@@ -584,8 +581,7 @@ __global__ void __launch_bounds__(block_threads, 1)
   for (int64_t t = group.index(); t < chain.tiles; t += chain.groups) tile.run(t);
 }
 
-// -- the plan
-// --------------------------------------------------------------------------------------
+// -- the plan -------------------------------------------------------------------------------------
 
 constexpr int element_bytes(Precision precision) {
   return precision == Precision::bfloat16 || precision == Precision::float16 ? 2 : 4;

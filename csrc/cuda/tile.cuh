@@ -43,8 +43,7 @@ __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.
 // keeps both Maths' stores free of bank conflicts.
 constexpr int sums_stride = 40;
 
-// -- float32 on the FFMA units
-// ---------------------------------------------------------------------
+// -- float32 on the FFMA units --------------------------------------------------------------------
 
 // Lane 8 g + c has rows g, g + 4, ... and columns c, c + 8, c + 16, c + 24: a warp's float4 loads
 // touch four rows of the input or eight of the weights at a time, a wavefront each.
@@ -105,8 +104,7 @@ struct Float32Math {
   }
 };
 
-// -- tensor cores
-// ----------------------------------------------------------------------------------
+// -- tensor cores ---------------------------------------------------------------------------------
 
 // Fragments of mma.sync (PTX ISA, "Matrix Fragments for mma.m16n8k16", "... mma.m16n8k8"), for lane
 // 4 g + t. Of a 16-bit type, a register is two neighbours in k:
@@ -209,8 +207,7 @@ struct Float16Math : TensorMath<Float16Math, uint16_t> {
   }
 };
 
-// -- a layer
-// ---------------------------------------------------------------------------------------
+// -- a layer --------------------------------------------------------------------------------------
 
 // Columns of a weight matrix that was packed for `Math`: in [columns, k], k padded with zeros to
 // whole k_steps and columns to whole octets.

@@ -7,8 +7,7 @@ using namespace diffcore::cuda;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// -- mma, with the fragments filled by the formulas of the PTX ISA
-// ---------------------------------
+// -- mma, with the fragments filled by the formulas of the PTX ISA --------------------------------
 
 // m16n8k16: a has eight numbers a lane, b four, d four.
 template <class Pair, class Mma>
@@ -75,8 +74,7 @@ EXPORT void multiply(int precision, const float* a, const float* b, float* d) {
   }
 }
 
-// -- conversions
-// -----------------------------------------------------------------------------------
+// -- conversions ----------------------------------------------------------------------------------
 
 EXPORT void rounded(int precision, int count, const float* x, float* y) {
   for (int i = 0; i < count; ++i) {
@@ -91,8 +89,7 @@ EXPORT void rounded(int precision, int count, const float* x, float* y) {
   }
 }
 
-// -- shuffles
-// --------------------------------------------------------------------------------------
+// -- shuffles -------------------------------------------------------------------------------------
 
 struct Ints {
   int* out;  // [32]
@@ -128,8 +125,7 @@ EXPORT void shuffle_groups(int* out) {
   launch({1, 32, 0, nullptr}, shuffle_groups_kernel, Ints{out});
 }
 
-// -- blocks that need each other
-// -------------------------------------------------------------------
+// -- blocks that need each other ------------------------------------------------------------------
 
 // Every block passes its number to the next one of its cluster.
 __global__ void cluster_kernel(Ints p) {
@@ -156,8 +152,7 @@ EXPORT void take_turns(int* out) {
   launch({5, 32, 0, nullptr, 1, true}, cooperative_kernel, Ints{out});
 }
 
-// -- what a kernel must not do
-// ---------------------------------------------------------------------
+// -- what a kernel must not do --------------------------------------------------------------------
 
 __global__ void race_kernel(Ints p) {
   DIFFCORE_DYNAMIC_SHARED(shared);
@@ -240,8 +235,7 @@ EXPORT void beyond_shared(int* out) {
   launch({1, 1, 64, nullptr}, beyond_shared_kernel, Ints{out});
 }
 
-// -- the tile
-// --------------------------------------------------------------------------------------
+// -- the tile -------------------------------------------------------------------------------------
 
 struct LinearArguments {
   int row_count, k, columns;
