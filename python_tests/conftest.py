@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 # Before torch brings OpenMP in: its idle threads spin, and where another process wants the cores
 # thousands of small calls then wait for their turns, ten times as long as they compute.
@@ -11,10 +13,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
-from helpers import ISAS
-from hypothesis import HealthCheck, settings
 
-from diffcore.ops import _native
+# Without a GPU, Triton's kernels run in its interpreter. Triton decides for that where a kernel is
+# defined, its own included: so here, before anything else imports it, and in the fixture `device`,
+# since ops import their kernels at the first call.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETS = HAS_TRITON and not torch.cuda.is_available()
+if INTERPRETS:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import triton.language  # noqa: F401
+
+from helpers import ISAS  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+from diffcore.ops import _native  # noqa: E402
 
 # The same examples on every run: a failure is a fault, never bad luck.
 settings.register_profile(
@@ -62,3 +75,26 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
             yield name
     else:
         yield name
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where Triton's kernels take their tensors in a test."""
+    if not HAS_TRITON:
+        pytest.skip("Triton isn't installed")
+    if INTERPRETS:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return "cpu" if INTERPRETS else "cuda"
+
+
+@pytest.fixture
+def large_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in few large blocks, where a GPU would spill and the interpreter gets faster."""
+    if device == "cpu":
+        from diffcore.ops import _triton
+
+        def layout(hidden: int, *_: Any) -> Any:
+            width = max(16, -(-hidden // 64) * 64)
+            return _triton.HiddenLayout(width, width & -width, width & -width)
+
+        monkeypatch.setattr(_triton, "hidden_layout", layout)

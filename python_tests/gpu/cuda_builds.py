@@ -44,6 +44,11 @@ def kernel_sources(directory: Path = CUDA) -> list[Path]:
     return sorted(path for path in directory.glob("*.cu") if path.name != "device.cu")
 
 
+def headers(directory: Path = CUDA) -> list[Path]:
+    """The files that any of them may include."""
+    return [path for path in directory.rglob("*") if path.suffix in {".h", ".cuh"}]
+
+
 def run(command: Sequence[str | Path]) -> str:
     """What the command prints.
 
@@ -57,18 +62,18 @@ def run(command: Sequence[str | Path]) -> str:
     return result.stdout + result.stderr
 
 
-def run_all(commands: Iterable[Sequence[str | Path]]) -> list[str]:
-    """What the commands print, two of them at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(run, commands))
+def make(path: Path, command: Sequence[str | Path]) -> None:
+    """Has a command whose last word is the file to write make `path`: whole, or not at all."""
+    unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
+    run([*command, unfinished])
+    unfinished.rename(path)
 
 
-def digest(*parts: object, directory: Path = CUDA) -> str:
-    """A name for what is made from the sources in `directory`, and from `parts`."""
+def digest(*parts: object, files: Iterable[Path]) -> str:
+    """A name for what is made from files, and from `parts`."""
     content = hashlib.sha256(repr(parts).encode())
-    for path in sorted([*directory.rglob("*"), ROOT / "csrc" / "python" / "cuda_module.cpp"]):
-        if path.suffix in {".cu", ".cuh", ".h", ".cpp"}:
-            content.update(path.name.encode() + path.read_bytes())
+    for path in sorted(files):
+        content.update(path.name.encode() + path.read_bytes())
     return content.hexdigest()[:16]
 
 
@@ -85,30 +90,30 @@ def build_for_cpu(directory: Path = CUDA, extra_flags: Sequence[str] = ()) -> Pa
     import pybind11
 
     compiler = os.environ.get("CXX", "g++")
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    name = digest(compiler, CPU_FLAGS, extra_flags, suffix, directory=directory)
-    folder = BUILD / "cuda_on_cpu" / name
-    module = folder / f"_cuda_on_cpu{suffix}"
-    if module.exists():
-        return module
-    folder.mkdir(parents=True, exist_ok=True)
     flags = [*CPU_FLAGS, *extra_flags]
-    python = sysconfig.get_paths()
-    includes = [f"-I{path}" for path in (python["include"], pybind11.get_include())]
-    architectures = '-DDIFFCORE_CUDA_ARCHITECTURES="the CPU"'
-    sources = [*kernel_sources(directory), directory / "testing" / "device.cpp"]
-    objects = [folder / f"{path.stem}.o" for path in sources]
-    commands = [
-        [compiler, *flags, "-x", "c++", "-c", source, "-o", target]
-        for source, target in zip(sources, objects, strict=True)
-    ]
-    binding = folder / "cuda_module.o"
-    source = ROOT / "csrc" / "python" / "cuda_module.cpp"
-    commands.append([compiler, *flags, architectures, *includes, "-c", source, "-o", binding])
-    run_all(commands)
-    unfinished = folder / "unfinished.so"
-    run([compiler, "-shared", *extra_flags, *objects, binding, "-o", unfinished])
-    unfinished.rename(module)  # whole or not there at all
+    binding = ROOT / "csrc" / "python" / "cuda_module.cpp"
+    includes = [f"-I{path}" for path in (sysconfig.get_paths()["include"], pybind11.get_include())]
+    for_binding = ['-DDIFFCORE_CUDA_ARCHITECTURES="the CPU"', *includes]
+    folder = BUILD / "cuda_on_cpu"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    # An object by what is in it, so that a change of one kernel compiles that one.
+    objects, commands = [], []
+    for source in [*kernel_sources(directory), directory / "testing" / "device.cpp", binding]:
+        own_flags = [*flags, *(for_binding if source == binding else ["-x", "c++"])]
+        name = digest(compiler, own_flags, files=[source, *headers(directory)])
+        target = folder / f"{source.stem}-{name}.o"
+        objects.append(target)
+        if not target.exists():
+            commands.append((target, [compiler, *own_flags, "-c", source, "-o"]))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda work: make(*work), commands))
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    name = digest(compiler, flags, [path.name for path in objects], files=[])
+    module = folder / name / f"_cuda_on_cpu{suffix}"
+    if not module.exists():
+        module.parent.mkdir(exist_ok=True)
+        make(module, [compiler, "-shared", *extra_flags, *objects, "-o"])
     return module
 
 

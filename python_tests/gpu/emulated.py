@@ -43,8 +43,8 @@ def build(name: str, directory: Path = cuda_builds.CUDA, flags: Sequence[str] = 
     sources = [
         directory / path.name if path.parent == cuda_builds.CUDA else path for path in SOURCES[name]
     ]
-    own = [path.read_bytes() for path in sources]
-    key = cuda_builds.digest(name, tuple(flags), own, directory=directory)
+    files = [*sources, *cuda_builds.headers(directory)]
+    key = cuda_builds.digest(name, tuple(flags), files=files)
     library = cuda_builds.BUILD / "emulated" / f"{key}.so"
     if library.exists():
         return library

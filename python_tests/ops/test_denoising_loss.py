@@ -289,7 +289,7 @@ def test_func_grad_and_vmap() -> None:
         ({"t": torch.full((5,), -1)}, "t: expected levels in 0..19"),
         ({"noise": torch.randn(5, 2)}, r"noise: expected shape \[5, 3\], got \[5, 2\]"),
         ({"generator": 3}, "generator: expected a torch.Generator, got int"),
-        ({"backend": "gpu"}, "backend: expected one of cpu, reference, got 'gpu'"),
+        ({"backend": "gpu"}, "backend: expected one of cpu, reference"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:

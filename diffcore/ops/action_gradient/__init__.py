@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     AnyCritic: TypeAlias = TwinCritic | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-KERNELS = ("cuda", "cpu")
+KERNELS = ("cuda", "triton", "cpu")
 
 
 def action_gradient(

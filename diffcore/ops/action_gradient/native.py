@@ -37,6 +37,27 @@ def ascend(
     improved = torch.empty_like(action)
     if not len(action):
         return improved
+    if backend == "triton":
+        from diffcore.ops.action_gradient import triton
+
+        triton.action_gradient(
+            state,
+            action,
+            q1,
+            q2,
+            activation,
+            precision,
+            steps,
+            lr,
+            max_norm,
+            clip_mode,
+            optimizer,
+            eps,
+            low,
+            high,
+            improved,
+        )
+        return improved
     critics = (
         _native.addresses(q1),
         _native.addresses(q2),

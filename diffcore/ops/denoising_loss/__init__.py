@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     AnyDenoiser: TypeAlias = Denoiser | Callable[[Tensor, Tensor, Tensor], Tensor]
 
-KERNELS = ("cpu",)
+KERNELS = ("triton", "cpu")
 
 
 def denoising_loss(
@@ -46,11 +46,12 @@ def denoising_loss(
         schedule: the noise levels ``abar``.
         state: ``s``, ``[B, S]``.
         action: ``a``, ``[B, A]``.
-        t: integer ``[B]``, levels in 0 .. K-1; drawn uniformly if None.
+        t: integer ``[B]``, levels in 0 .. K-1; drawn uniformly if None. On a GPU others aren't
+            looked for, which would wait for the device: they make the loss and its gradients NaN.
         noise: ``z``, ``[B, A]``; drawn from N(0, I) if None, the same for the same generator on any
             backend.
         generator: source of ``t`` and ``noise``. The default generator if None.
-        backend: "cpu" or "reference"; the fastest that can run the call if None.
+        backend: "triton", "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
         A scalar.
@@ -62,9 +63,7 @@ def denoising_loss(
     from diffcore.nn import Denoiser
 
     state, action, noise = out_of_autocast(denoiser, state, action, noise)
-    available = support(
-        denoiser, schedule, state, action, t=t, noise=noise, generator=generator
-    )
+    available = support(denoiser, schedule, state, action, t=t, noise=noise, generator=generator)
     chosen = _dispatch.choose("denoising_loss", available, backend)
     if t is None:
         t = torch.randint(schedule.K, (len(action),), generator=generator, device=action.device)

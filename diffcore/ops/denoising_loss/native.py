@@ -29,7 +29,6 @@ def loss_and_gradients(
     `wanted`: which of them to compute; the others come back without rows. Parameter gradients are
     computed all or none.
     """
-    core = _native._core
     state, action, noise = state.contiguous(), action.contiguous(), noise.contiguous()
     t = t.to(torch.int64).contiguous()
     parameters = [p.contiguous() for p in parameters]
@@ -42,7 +41,13 @@ def loss_and_gradients(
         make(x) if want else x.new_empty(0, *x.shape[1:])
         for x, want in zip(tensors, all_wanted, strict=True)
     ]
-    if batch:
+    if batch and backend == "triton":
+        from diffcore.ops.denoising_loss import triton
+
+        arguments = (state, action, noise, t, levels, embedding, activation)
+        loss = triton.loss_and_gradients(*arguments, grads, wanted, parameters, precision)
+    elif batch:
+        core = _native._core
         least, most = (int(level) for level in t.aminmax())
         if least < 0 or most >= len(levels):
             raise ValueError(f"t: expected levels in 0..{len(levels) - 1}, got {least}..{most}")
@@ -97,7 +102,13 @@ def _(info: Any, in_dims: Any, *args: Any) -> Any:
 def normals(seed: Tensor, like: Tensor, backend: str) -> Tensor:
     """Standard normals of the shape ``[rows, columns]`` of `like`: step 0 of the seed's noise."""
     z = torch.empty_like(like, memory_format=torch.contiguous_format)
-    _native._core.normals(int(seed), 0, 0, *like.shape, z.data_ptr())
+    if backend == "triton":
+        from diffcore.ops.denoising_loss import triton
+
+        if z.numel():
+            triton.normals(seed, z)
+    else:
+        _native._core.normals(int(seed), 0, 0, *like.shape, z.data_ptr())
     return z
 
 

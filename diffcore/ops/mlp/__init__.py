@@ -12,7 +12,7 @@ from diffcore.ops._activations import ACTIVATIONS
 from diffcore.ops._checks import check_choice, check_like, check_tensor, out_of_autocast
 from diffcore.ops.mlp import native, reference
 
-KERNELS = ("cpu",)
+KERNELS = ("triton", "cpu")
 
 
 def mlp(
@@ -35,7 +35,7 @@ def mlp(
         biases: one ``[out]`` a layer.
         activations: one a layer, the last often "identity": identity, relu, elu, silu, gelu, mish,
             tanh, sin or cos.
-        backend: "cpu" or "reference"; the fastest that can run the call if None.
+        backend: "triton", "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
         ``[..., out of the last layer]``.

@@ -25,9 +25,13 @@ def forward(
     `parameters`: those of N networks of one shape, one network after the other. `activations`: names
     joined by commas, since an op's schema has no list of strings.
     """
-    core = _native._core
     parameters = [p.contiguous() for p in parameters]
     x = x.contiguous()
+    if backend == "triton":
+        from diffcore.ops.mlp import triton
+
+        return triton.forward(x, parameters, activations, keep, precision)
+    core = _native._core
     layers, kinds = _native.addresses(parameters), _kinds(activations)
     networks, batch = len(layers) // len(kinds), len(x)
     y = x.new_empty(networks, batch, len(parameters[-1]))
@@ -49,10 +53,14 @@ def forward(
 def _(
     x: Tensor, parameters: list[Tensor], activations: str, keep: bool, precision: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    shapes = [(0, 0, w.shape[1], w.shape[0]) for w in parameters[::2]]
-    kinds = _kinds(activations)
-    networks = len(shapes) // len(kinds)
-    width = _native._core.mlp_saved_width(shapes, kinds)
+    networks = len(parameters) // (2 * len(activations.split(",")))
+    if backend == "triton":
+        from diffcore.ops.mlp import triton
+
+        width = triton.saved_width(parameters, activations, keep)
+    else:
+        shapes = [(0, 0, w.shape[1], w.shape[0]) for w in parameters[::2]]
+        width = _native._core.mlp_saved_width(shapes, _kinds(activations))
     return (
         x.new_empty(networks, len(x), len(parameters[-1])),
         x.new_empty(networks, len(x) if keep else 0, width),
@@ -72,14 +80,18 @@ def backward(
     backend: str,
 ) -> list[Tensor]:
     """[gradient of x (empty unless wanted), then, if wanted, of every parameter]."""
-    core = _native._core
     parameters = [p.contiguous() for p in parameters]
     grad_y, x = grad_y.contiguous(), x.contiguous()
+    if backend == "triton":
+        from diffcore.ops.mlp import triton
+
+        wanted = (wants_x, wants_parameters)
+        return triton.backward(grad_y, saved, parameters, activations, *wanted, precision)
     batch = len(x)
     grad_x = x.new_empty(batch if wants_x else 0, x.shape[1])
     if batch:
         grads = [torch.empty_like(p) for p in parameters] if wants_parameters else []
-        core.mlp_backward(
+        _native._core.mlp_backward(
             _native.addresses(parameters),
             _kinds(activations),
             batch,

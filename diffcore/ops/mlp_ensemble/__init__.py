@@ -29,7 +29,7 @@ def mlp_ensemble(
         networks: every network's parameters as ``[weight, bias, weight, bias, ...]`` from input to
             output, weights ``[out, in]``. The networks have the same shapes.
         activations: one a layer, the same for every network; see :func:`diffcore.ops.mlp`.
-        backend: "cpu" or "reference"; the fastest that can run the call if None.
+        backend: "triton", "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
         ``[N, ..., out of the last layer]``.

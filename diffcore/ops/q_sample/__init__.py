@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 from torch import Tensor
 
-from diffcore.ops import _dispatch
+from diffcore.ops import _backends, _dispatch, _native
 from diffcore.ops._checks import check_levels, check_like, check_tensor
-from diffcore.ops.q_sample import reference
+from diffcore.ops.q_sample import native, reference
 from diffcore.schedule import DiffusionSchedule
+
+KERNELS = ("triton",)
 
 
 def q_sample(
@@ -24,10 +29,12 @@ def q_sample(
 
     Args:
         x0: ``[B, ...]``.
-        t: integer ``[B]``, levels in 0 .. K-1.
+        t: integer ``[B]``, levels in 0 .. K-1. On a GPU others aren't looked for, which would wait
+            for the device: the kernel makes their rows NaN.
         noise: shape of ``x0``.
         schedule: the noise levels.
-        backend: "reference" is the only one: torch fuses nothing here that would pay.
+        backend: "triton" or "reference"; the fastest that can run the call if None. On a CPU that
+            is the reference: torch fuses nothing there that would pay.
 
     Returns:
         Shape and dtype of ``x0``.
@@ -35,11 +42,30 @@ def q_sample(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device.
     """
-    _dispatch.choose("q_sample", support(x0, t, noise, schedule), backend)
+    chosen = _dispatch.choose("q_sample", support(x0, t, noise, schedule), backend)
+    if chosen != "reference":
+        arguments = (x0, t, noise, _levels(schedule, x0.device), chosen)
+        if torch.is_grad_enabled() and (x0.requires_grad or noise.requires_grad):
+            sample: Tensor = _native.apply(native.QSample, *arguments)
+            return sample
+        return native.corrupt(*arguments)
     try:
         return reference.q_sample(x0, t, noise, schedule)
     except IndexError as error:
         raise ValueError(f"t: expected levels in 0..{schedule.K - 1}, got {t}") from error
+
+
+@torch.compiler.assume_constant_result
+def _levels(schedule: DiffusionSchedule, device: torch.device) -> Tensor:
+    """float32 ``[K, 2]``: sqrt(abar), sqrt(1 - abar)."""
+    return _cached_levels(schedule, device)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept must serve training too
+def _cached_levels(schedule: DiffusionSchedule, device: torch.device) -> Tensor:
+    abar = schedule.alphas_cumprod
+    return torch.stack([abar.sqrt(), (1 - abar).sqrt()], dim=1).to(device, torch.float32)
 
 
 def support(
@@ -57,4 +83,4 @@ def support(
     check_levels(t, "x0", x0)
     if not isinstance(schedule, DiffusionSchedule):
         raise TypeError(f"schedule: expected a DiffusionSchedule, got {type(schedule).__name__}")
-    return {"reference": None}
+    return _backends.support(KERNELS, [x0])

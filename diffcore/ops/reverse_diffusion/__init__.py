@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     AnyDenoiser: TypeAlias = Denoiser | Callable[[Tensor, Tensor, Tensor], Tensor]
 
-KERNELS = ("cuda", "cpu")
+KERNELS = ("cuda", "triton", "cpu")
 
 
 def reverse_diffusion(

@@ -40,6 +40,25 @@ def chain(
     trajectory = state.new_empty(steps + 1 if keep_trajectory else 0, batch, action_dim)
     if not batch:
         return actions, trajectory
+    if backend == "triton":
+        from diffcore.ops.reverse_diffusion import triton
+
+        triton.reverse_diffusion(
+            state,
+            x_init,
+            noise,
+            seed,
+            parameters,
+            coefficients,
+            embedding,
+            noise_scale,
+            clip,
+            activation,
+            precision,
+            trajectory if keep_trajectory else None,
+            actions,
+        )
+        return actions, trajectory
     denoiser = (
         _native.addresses(parameters),
         action_dim,

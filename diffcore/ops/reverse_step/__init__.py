@@ -9,7 +9,7 @@ from diffcore.ops import _backends, _dispatch, _native
 from diffcore.ops._checks import check_like, check_number, check_tensor
 from diffcore.ops.reverse_step import native, reference
 
-KERNELS = ("cuda", "cpu")
+KERNELS = ("cuda", "triton", "cpu")
 
 
 def reverse_step(

@@ -28,6 +28,12 @@ def step(
     next_x, x0 = torch.empty_like(x), torch.empty_like(x)
     if not x.numel():
         return next_x, x0
+    if backend == "triton":
+        from diffcore.ops.reverse_step import triton
+
+        settings = (coefficients, noise, x0_previous, noise_scale, clip)
+        triton.reverse_step(x, eps, *settings, next_x, x0)
+        return next_x, x0
     inputs = (
         x.numel(),
         x.data_ptr(),

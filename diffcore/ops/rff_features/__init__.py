@@ -16,7 +16,7 @@ from diffcore.ops._checks import (
 from diffcore.ops.rff_features import native, reference
 
 KINDS = ("sin", "cos", "cos_sin")
-KERNELS = ("cuda", "cpu")
+KERNELS = ("cuda", "triton", "cpu")
 
 
 def rff_features(
@@ -34,9 +34,9 @@ def rff_features(
     and says so; the reference can.
 
     The kernels' sines and cosines are within 1 ulp of those of the argument as rounded to float32,
-    whatever its size; beyond 12,867 they take about a hundred times as long on the CPU. Arguments are
-    computed in float32 by the CPU and CUDA kernels, whatever TF32 or autocast would allow: the
-    absolute error of a phase is the feature's.
+    whatever its size; beyond 12,867 they take several times as long, on the CPU about a hundred
+    times. Arguments are computed in float32 by the CPU and CUDA kernels, whatever TF32 or autocast
+    would allow: the absolute error of a phase is the feature's.
 
     Args:
         x: ``[..., in]``.
@@ -44,7 +44,7 @@ def rff_features(
         bias: ``[features]``, the phases, in radians; none if None.
         kind: "sin", "cos" or "cos_sin", which is all cosines, then all sines.
         scale: a number that every feature is multiplied by.
-        backend: "cpu", "cuda" or "reference"; the fastest that can run the call if None.
+        backend: "cuda", "triton", "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
         ``[..., features]``, for "cos_sin" ``[..., 2 * features]``.

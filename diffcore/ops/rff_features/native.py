@@ -35,6 +35,10 @@ def forward(
     """
     x, omega = x.contiguous(), omega.contiguous()
     bias = None if bias is None else bias.contiguous()
+    if backend == "triton":
+        from diffcore.ops.rff_features import triton
+
+        return triton.forward(x, omega, bias, kind, scale, keep, precision)
     y = x.new_empty(len(x), _width(omega, kind))
     keep = keep and kind != "cos_sin"
     slope = x.new_empty(len(x) if keep else 0, len(omega))
@@ -89,6 +93,11 @@ def backward(
     `saved`: the slopes, for "cos_sin" y.
     """
     grad_y, x, omega, saved = (t.contiguous() for t in (grad_y, x, omega, saved))
+    if backend == "triton":
+        from diffcore.ops.rff_features import triton
+
+        wanted = (wants_x, wants_omega, wants_bias)
+        return triton.backward(grad_y, x, omega, saved, kind, *wanted, precision)
     wants_parameters = wants_omega or wants_bias
     empty = x.new_zeros if not len(x) else x.new_empty
     grad_x = empty(len(x) if wants_x else 0, x.shape[1])

@@ -14,7 +14,7 @@ from diffcore.ops._checks import (
 )
 from diffcore.ops.score_matching_loss import native, reference
 
-KERNELS = ("cpu",)
+KERNELS = ("triton", "cpu")
 
 
 def score_matching_loss(
@@ -53,7 +53,7 @@ def score_matching_loss(
             where offsets all but cancel their scores). ``torch.float16`` likewise, on GPUs only.
             None or ``torch.float32``: float32 throughout. The reference keeps to its arguments' own
             precision.
-        backend: "cpu" or "reference"; the fastest that can run the call if None.
+        backend: "triton", "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
         A scalar.

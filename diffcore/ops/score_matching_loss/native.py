@@ -26,7 +26,6 @@ def loss_and_gradients(
 
     `wanted`: which of the four gradients to compute; the others come back without rows.
     """
-    core = _native._core
     sources = [t.contiguous() for t in (psi, hidden, weight, bias)]
     others = [t.contiguous() for t in (offset, score_weight)]
     loss = psi.new_full((), float("nan"))  # the mean of an empty batch
@@ -35,7 +34,12 @@ def loss_and_gradients(
         make(t) if want else t.new_empty(0, *t.shape[1:])
         for t, want in zip(sources, wanted, strict=True)
     ]
-    if len(psi):
+    if len(psi) and backend == "triton":
+        from diffcore.ops.score_matching_loss import triton
+
+        triton.loss_and_gradients(*sources, *others, loss, *grads, wanted, precision)
+    elif len(psi):
+        core = _native._core
         core.score_matching_loss(
             len(psi),
             psi.shape[1],
@@ -98,4 +102,3 @@ class ScoreMatchingLoss(torch.autograd.Function):
         scaled = _fused_loss.scaled("score_matching_loss", grad_loss, grads, tensors)
         pairs = zip(scaled, ctx.wanted, strict=True)
         return *(g if want else None for g, want in pairs), *[None] * 5
-
