@@ -250,6 +250,6 @@ def support(
         ]
         precision = _backends.precision(compute_dtype, state)
         reasons["cuda"] = native.why_not_cuda(
-            widths, ours.state_dim, precision, len(state), state.device.index or 0
+            widths, ours.state_dim, precision, state.device.index or 0
         )
     return reasons
