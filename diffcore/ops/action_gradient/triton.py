@@ -9,9 +9,10 @@ the weights, which are the limit, would have to be read anyway.
 
 The norm over the batch needs all rows before any can move. Programs write every block's part of it,
 wait for one another, and each adds up all parts in the same order, so that results don't depend on
-who came first, nor on how many programs there are. Waiting takes that all programs run at once: there are no more of them than processors, each
-takes several blocks where there are more, and the launch is a cooperative one, which the driver
-refuses rather than let it wait forever (and which doesn't mix with another one in another stream).
+who came first, nor on how many programs there are. Waiting takes that all programs run at once:
+there are no more of them than processors, each takes several blocks where there are more, and the
+launch is a cooperative one, which the driver refuses rather than let it wait forever (and which
+doesn't mix with another one in another stream).
 
 On paper, for an H100 as in reverse_diffusion/triton.py, hidden 256, three hidden layers, 20 steps.
 A row takes 524,000 FMAs a step, forward and back through two critics; a program reads 2 MB of
