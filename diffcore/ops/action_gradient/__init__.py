@@ -68,7 +68,7 @@ def action_gradient(
             the gradient is then within 1% of its root mean square (relu, whose slope jumps: 10%).
             ``torch.float16`` likewise, on GPUs only. None or ``torch.float32``: float32 throughout.
             The reference keeps to the critic's own precision.
-        backend: "cpu", "cuda" or "reference"; the fastest that can run the call if None.
+        backend: "cuda", "triton", "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
         ``[B, A]``, detached.
