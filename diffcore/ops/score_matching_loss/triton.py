@@ -313,6 +313,7 @@ def loss_and_gradients(
     grad_hidden: Tensor,
     grad_weight: Tensor,
     grad_bias: Tensor,
+    *,
     wanted: list[bool],
     precision: str,
 ) -> None:
