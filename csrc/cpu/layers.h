@@ -64,7 +64,7 @@ DIFFCORE_INLINE Rows<T> take_rows(Carver* memory, int64_t rows, int columns) {
   return {memory->take<T>(static_cast<int64_t>(sizeof(T)) * rows * stride), stride};
 }
 
-// Asks for a block's cache lines while the product before its use keeps the CPU busy: a block has few
+// Asks for a block's cache lines while the product before its use keeps the CPU busy: it has a few
 // bytes of every row, a pattern in which no CPU sees what comes next.
 template <class T>
 DIFFCORE_INLINE void prefetch_block(Rows<T> r, int row, int count, int column, int columns) {

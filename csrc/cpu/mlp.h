@@ -184,11 +184,11 @@ struct WeightGradient {
   float* bias;  // or null
 };
 
-// Rows that are summed in registers before they join the total: few enough that rounding errors don't
-// pile up along the batch and that a panel of inputs stays in L1.
+// Rows that are summed in registers before they join the total: few enough that rounding errors
+// don't pile up along the batch and that a panel of inputs stays in L1.
 constexpr int batch_chunk = 128;
-// What is copied side by side, so that it is fetched once and then read from L1 and L2: rows, panels of
-// inputs, and the deltas of some register blocks of outputs.
+// What is copied side by side, so that it is fetched once and then read from L1 and L2: rows,
+// panels of inputs, and the deltas of some register blocks of outputs.
 constexpr int rows_at_once = 2 * batch_chunk;
 constexpr int panels_at_once = 8;
 constexpr int blocks_at_once = 8;
@@ -208,7 +208,7 @@ struct WeightGradientBuffers {
   }
 };
 
-// Columns [column, column + columns) of `depth` rows, panel by panel; the last one filled with zeros.
+// Columns [column, column + columns) of `depth` rows, panel by panel; zeros fill the last one.
 DIFFCORE_INLINE void copy_inputs(Rows<float> input, int depth, int column, int columns, float* to) {
   for (int k = 0; k < depth; ++k, to += panel_width) {
     const float* from = input.row(k) + column;
@@ -325,7 +325,7 @@ static int list_gradients(const MlpPack& shape, const MlpSaved& saved, const Mlp
   return shape.layer_count;
 }
 
-// All of a list's gradients, shared out among the team that calls it, whose tile memory it takes over.
+// All of a list's gradients, shared out among the calling team, whose tile memory is taken over.
 static void weight_gradients(const WeightGradient* list, int count, int64_t batch, int threads) {
   GradientGrid grids[max_networks * max_layers];
   int64_t parts = 0;

@@ -306,8 +306,9 @@ DIFFCORE_INLINE TileFunction<Operand> narrow_function(int wanted) {
   }
 }
 
-// sums[i][c] = sum over k of a[k][i] b[k][c], for `rows` columns of `a` and a panel `b`: the product
-// of two matrices that both lie row by row along the summed dimension, as a weight's gradient wants.
+// sums[i][c] = sum over k of a[k][i] b[k][c], for `rows` columns of `a` and a panel `b`: the
+// product of two matrices that lie row by row along the summed dimension, as a weight's gradient
+// wants it.
 // With `more` it is added to what `sums` holds.
 template <int rows>
 static inline __attribute__((noinline)) void outer_sums(const float* __restrict a,
