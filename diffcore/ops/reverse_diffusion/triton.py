@@ -120,7 +120,7 @@ def reverse_diffusion(
         BLOCK_A=min(columns, 32),
         BLOCK_N=layout.block_n,
         BLOCK_K=layout.block_k,
-        num_warps=4 if rows <= 16 else 8,
+        num_warps=4 if rows == 8 else 8,
         num_stages=3,
         **_triton.all_registers(),
     )
