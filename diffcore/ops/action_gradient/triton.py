@@ -71,7 +71,7 @@ def action_gradient(
     rows = _triton.rows_per_program(batch, precision, processors)
     blocks = triton.cdiv(batch, rows)
     programs = min(blocks, processors) if norm_clip == "batch" else blocks
-    layout = _triton.hidden_layout(len(q1[0]), 128 if rows <= 32 else 64, precision)
+    layout = _triton.hidden_layout(len(q1[0]), 128 if rows <= 16 else 64, precision)
     columns = triton.next_power_of_2(max(16, action_dim))
     weights, biases = _triton.pack_hidden([*q1[2:-2], *q2[2:-2]], layout.width, precision, device)
     first_weights, first_biases, last_weights, last_biases = (
