@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 #: What operands of matrix products are kept in, by precision.
 OPERAND_DTYPES = {
@@ -42,6 +44,16 @@ def launch(kernel: Any, programs: int | tuple[int, ...], *args: Any, **settings:
     grid = (programs,) if isinstance(programs, int) else programs
     with torch.cuda.device_of(args[0]):
         kernel[grid](*args, **settings)
+
+
+def all_registers() -> dict[str, int]:
+    """Settings of a launch with one block a processor, which may have all the registers there are.
+
+    NVIDIA's assembler would spill a few to fit further blocks beside it.
+    """
+    if knobs.runtime.interpret or driver.active.get_current_target().backend != "cuda":
+        return {}
+    return {"maxnreg": 255}
 
 
 @functools.cache

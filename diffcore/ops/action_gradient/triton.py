@@ -71,7 +71,7 @@ def action_gradient(
     rows = _triton.rows_per_program(batch, precision, processors)
     blocks = triton.cdiv(batch, rows)
     programs = min(blocks, processors) if norm_clip == "batch" else blocks
-    layout = _triton.hidden_layout(len(q1[0]), 128 if rows <= 32 else 64, precision)
+    layout = _triton.hidden_layout(len(q1[0]), 128 if rows <= 16 else 64, precision)
     columns = triton.next_power_of_2(max(16, action_dim))
     weights, biases = _triton.pack_hidden([*q1[2:-2], *q2[2:-2]], layout.width, precision, device)
     first_weights, first_biases, last_weights, last_biases = (
@@ -123,8 +123,9 @@ def action_gradient(
         BLOCK_A=min(columns, 32),
         BLOCK_N=layout.block_n,
         BLOCK_K=layout.block_k,
-        num_warps=4 if rows <= 16 else 8,
+        num_warps=4 if rows == 16 else 8,
         num_stages=3,
+        **_triton.all_registers(),
         launch_cooperative_grid=norm_clip == "batch",
     )
 
@@ -173,16 +174,18 @@ def ascent_kernel(
     included. moving ``[4, blocks * ROWS, COLUMNS]``: actions, gradients, and Adam's moments."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     blocks = tl.cdiv(batch, ROWS)
-    padded = (blocks * ROWS).to(tl.int64)
-    local = tl.arange(0, ROWS)[:, None].to(tl.int64)
-    hidden_scratch += program.to(tl.int64) * 2 * ROWS * WIDTH + local * WIDTH
-    slope_scratch += program.to(tl.int64) * 2 * (inner_layers + 1) * ROWS * WIDTH + local * WIDTH
+    # What goes beyond a block's rows is added to addresses in 64 bits, once; the rest in 32.
+    rows = tl.full((), ROWS, tl.int64)
+    padded = blocks * rows
+    local = tl.arange(0, ROWS)[:, None]
+    hidden_scratch += program * rows * 2 * WIDTH
+    slope_scratch += program * rows * 2 * (inner_layers + 1) * WIDTH
     actions, gradients = moving, moving + padded * COLUMNS
     first_moments, second_moments = moving + padded * 2 * COLUMNS, moving + padded * 3 * COLUMNS
 
     for block in range(program, blocks, programs):
-        row = block * ROWS + local
-        here = row < batch
+        row = block * rows
+        here = block * ROWS + local < batch
         for critic in range(2):
             for n in range(0, WIDTH, BLOCK_N):
                 column = n + tl.arange(0, BLOCK_N)[None, :]
@@ -190,13 +193,16 @@ def ascent_kernel(
                 sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
                 sums += tl.load(first_biases + critic * hidden + column, mask=real, other=0.0)
                 w = first_weights + (critic * hidden + column) * (state_dim + action_dim)
-                sums = add_thin(sums, state + row * state_dim, w, state_dim, here, real)
-                tl.store(state_parts + (critic * padded + row) * WIDTH + column, sums)
+                states = state + row * state_dim + local * state_dim
+                sums = add_thin(sums, states, w, state_dim, here, real)
+                parts = state_parts + (critic * padded + row) * WIDTH
+                tl.store(parts + (local * WIDTH + column), sums)
         for a in range(0, COLUMNS, BLOCK_A):
             column = a + tl.arange(0, BLOCK_A)[None, :]
             there = here & (column < action_dim)
-            x = tl.load(action + row * action_dim + column, mask=there, other=0.0)
-            at = row * COLUMNS + column
+            x = action + row * action_dim + (local * action_dim + column)
+            x = tl.load(x, mask=there, other=0.0)
+            at = row * COLUMNS + (local * COLUMNS + column)
             tl.store(actions + at, x)
             tl.store(first_moments + at, tl.zeros((ROWS, BLOCK_A), tl.float32))
             tl.store(second_moments + at, tl.zeros((ROWS, BLOCK_A), tl.float32))
@@ -205,21 +211,21 @@ def ascent_kernel(
     # Without hoisting: addresses of every layer, kept through all steps, would take all registers.
     for step in tl.range(steps, disable_licm=True):
         for block in range(program, blocks, programs):
-            row = block * ROWS + local
+            row = block * rows
             squared_norms = block_gradient(
                 first_weights,
                 weights,
                 biases,
                 last_weights,
                 last_biases,
-                state_parts,
+                state_parts + row * WIDTH,
                 padded,
                 hidden_scratch,
                 slope_scratch,
                 actions + row * COLUMNS,
                 gradients + row * COLUMNS,
-                row,
-                row < batch,
+                local,
+                block * ROWS + local < batch,
                 inner_layers,
                 state_dim,
                 action_dim,
@@ -236,7 +242,7 @@ def ascent_kernel(
             if NORM_CLIP == "batch":
                 tl.store(partial_norms + step * blocks + block, tl.sum(squared_norms))
             if NORM_CLIP == "row":
-                tl.store(row_norms + row, squared_norms)
+                tl.store(row_norms + row + local, squared_norms)
         tl.debug_barrier()
 
         factor = 1.0
@@ -260,14 +266,14 @@ def ascent_kernel(
         step_size = (lr / (1.0 - power(0.9, step + 1))).to(tl.float32)
         root_correction = tl.sqrt(1.0 - power(0.999, step + 1)).to(tl.float32)
         for block in range(program, blocks, programs):
-            row = block * ROWS + local
+            row = block * rows
             for a in range(0, COLUMNS, BLOCK_A):
-                at = row * COLUMNS + a + tl.arange(0, BLOCK_A)[None, :]
+                at = row * COLUMNS + (local * COLUMNS + a + tl.arange(0, BLOCK_A)[None, :])
                 g = tl.load(gradients + at)
                 if NORM_CLIP == "batch":
                     g *= factor
                 if NORM_CLIP == "row":
-                    g *= clip_factor(tl.load(row_norms + row), max_norm)
+                    g *= clip_factor(tl.load(row_norms + row + local), max_norm)
                 x = tl.load(actions + at)
                 if ADAM:
                     m = 0.1 * g + 0.9 * tl.load(first_moments + at)
@@ -282,12 +288,13 @@ def ascent_kernel(
         tl.debug_barrier()
 
     for block in range(program, blocks, programs):
-        row = block * ROWS + local
+        row = block * rows
         for a in range(0, COLUMNS, BLOCK_A):
             column = a + tl.arange(0, BLOCK_A)[None, :]
-            x = tl.load(actions + row * COLUMNS + column)
-            there = (row < batch) & (column < action_dim)
-            tl.store(improved + row * action_dim + column, x, mask=there)
+            x = tl.load(actions + row * COLUMNS + (local * COLUMNS + column))
+            there = (block * ROWS + local < batch) & (column < action_dim)
+            out = improved + row * action_dim + (local * action_dim + column)
+            tl.store(out, x, mask=there)
 
 
 @triton.jit
@@ -331,11 +338,11 @@ def block_gradient(
     last_biases,
     state_parts,
     padded,
-    hidden_rows,
-    slope_rows,
-    action_rows,
-    gradient_rows,
-    row,
+    hidden_scratch,
+    slope_scratch,
+    actions,
+    gradients,
+    local,
     here,
     inner_layers,
     state_dim,
@@ -350,45 +357,52 @@ def block_gradient(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Writes the gradients of -min(Q1, Q2); returns their squared norms, float64 ``[ROWS, 1]``."""
+    """Writes the gradients of -min(Q1, Q2); returns their squared norms, float64 ``[ROWS, 1]``.
+
+    state_parts, actions and gradients begin with the block's first row. local: its rows' numbers.
+    """
     FAST: tl.constexpr = PRECISION != "float32"
     inputs = state_dim + action_dim
     other_hidden: tl.constexpr = ROWS * WIDTH  # from one set of hidden activations to the other
     q1 = tl.zeros((ROWS, 1), tl.float32)
     q2 = q1
     for critic in tl.range(2, disable_licm=True):
-        slopes = slope_rows + critic * (inner_layers + 1) * ROWS * WIDTH
+        slopes = slope_scratch + critic * (inner_layers + 1) * ROWS * WIDTH
         for n in range(0, WIDTH, BLOCK_N):
             column = n + tl.arange(0, BLOCK_N)[None, :]
             real = column < hidden
-            sums = tl.load(state_parts + (critic * padded + row) * WIDTH + column)
+            parts = state_parts + critic * padded * WIDTH
+            sums = tl.load(parts + (local * WIDTH + column))
             w = first_weights + (critic * hidden + column) * inputs + state_dim
-            sums = add_thin(sums, action_rows, w, action_dim, here, real)
+            sums = add_thin(sums, actions + local * COLUMNS, w, action_dim, here, real)
             h, slope = activate_with_slope(sums, ACTIVATION, FAST)
-            tl.store(hidden_rows + column, h.to(weights.dtype.element_ty))
-            tl.store(slopes + column, slope)
+            at = local * WIDTH + column
+            tl.store(hidden_scratch + at, h.to(weights.dtype.element_ty))
+            tl.store(slopes + at, slope)
         tl.debug_barrier()
-        source = hidden_rows
+        source = hidden_scratch
         for layer in tl.range(inner_layers, disable_licm=True):
-            target = hidden_rows + ((layer + 1) % 2) * other_hidden
+            target = hidden_scratch + ((layer + 1) % 2) * other_hidden
             slopes += ROWS * WIDTH
             which = critic * inner_layers + layer
             for n in range(0, WIDTH, BLOCK_N):
                 column = n + tl.arange(0, BLOCK_N)[None, :]
                 sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
                 sums += tl.load(biases + which * WIDTH + column)
-                w = weights + which * WIDTH * WIDTH
-                sums = add_hidden(sums, source, w, column, False, WIDTH, BLOCK_K, PRECISION)
+                rows, w = source + local * WIDTH, weights + which * WIDTH * WIDTH
+                sums = add_hidden(sums, rows, w, column, False, WIDTH, BLOCK_K, PRECISION)
                 h, slope = activate_with_slope(sums, ACTIVATION, FAST)
-                tl.store(target + column, h.to(weights.dtype.element_ty))
-                tl.store(slopes + column, slope)
+                at = local * WIDTH + column
+                tl.store(target + at, h.to(weights.dtype.element_ty))
+                tl.store(slopes + at, slope)
             tl.debug_barrier()
             source = target
         q = tl.zeros((ROWS, 1), tl.float32) + tl.load(last_biases + critic)
         for n in range(0, WIDTH, BLOCK_N):
             column = n + tl.arange(0, BLOCK_N)[None, :]
             w = tl.load(last_weights + critic * hidden + column, mask=column < hidden, other=0.0)
-            q += tl.sum(tl.load(source + column).to(tl.float32) * w, axis=1, keep_dims=True)
+            h = tl.load(source + (local * WIDTH + column)).to(tl.float32)
+            q += tl.sum(h * w, axis=1, keep_dims=True)
         q1 = tl.where(critic == 0, q, q1)
         q2 = q
         tl.debug_barrier()
@@ -399,30 +413,34 @@ def block_gradient(
     share2 = tl.where(q2 < q1, 1.0, tl.where(q1 < q2, 0.0, unequal))
     for a in range(0, COLUMNS, BLOCK_A):
         column = a + tl.arange(0, BLOCK_A)[None, :]
-        tl.store(gradient_rows + column, tl.zeros((ROWS, BLOCK_A), tl.float32))
+        at = local * COLUMNS + column
+        tl.store(gradients + at, tl.zeros((ROWS, BLOCK_A), tl.float32))
 
     for critic in tl.range(2, disable_licm=True):
         share = tl.where(critic == 0, share1, share2)
         if tl.max((here & (share != 0.0)).to(tl.int32)) > 0:
-            slopes = slope_rows + (critic + 1) * (inner_layers + 1) * ROWS * WIDTH - ROWS * WIDTH
+            slopes = slope_scratch + ((critic + 1) * (inner_layers + 1) - 1) * ROWS * WIDTH
             for n in range(0, WIDTH, BLOCK_N):
                 column = n + tl.arange(0, BLOCK_N)[None, :]
                 real = column < hidden
                 w = tl.load(last_weights + critic * hidden + column, mask=real, other=0.0)
-                g = w * tl.load(slopes + column)
-                tl.store(hidden_rows + column, g.to(weights.dtype.element_ty))
+                at = local * WIDTH + column
+                g = w * tl.load(slopes + at)
+                tl.store(hidden_scratch + at, g.to(weights.dtype.element_ty))
             tl.debug_barrier()
-            source = hidden_rows
+            source = hidden_scratch
             for i in tl.range(inner_layers, disable_licm=True):
-                target = hidden_rows + ((i + 1) % 2) * other_hidden
+                target = hidden_scratch + ((i + 1) % 2) * other_hidden
                 slopes -= ROWS * WIDTH
                 w = weights + (critic * inner_layers + inner_layers - 1 - i) * WIDTH * WIDTH
                 for n in range(0, WIDTH, BLOCK_N):
                     column = n + tl.arange(0, BLOCK_N)[None, :]
                     sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
-                    sums = add_hidden(sums, source, w, column, True, WIDTH, BLOCK_K, PRECISION)
-                    g = sums * tl.load(slopes + column)
-                    tl.store(target + column, g.to(weights.dtype.element_ty))
+                    rows = source + local * WIDTH
+                    sums = add_hidden(sums, rows, w, column, True, WIDTH, BLOCK_K, PRECISION)
+                    at = local * WIDTH + column
+                    g = sums * tl.load(slopes + at)
+                    tl.store(target + at, g.to(weights.dtype.element_ty))
                 tl.debug_barrier()
                 source = target
             for a in range(0, COLUMNS, BLOCK_A):
@@ -431,7 +449,7 @@ def block_gradient(
                 g = tl.zeros((ROWS, BLOCK_A), tl.float32)
                 for k in range(0, WIDTH, BLOCK_K):
                     inner = k + tl.arange(0, BLOCK_K)
-                    h = tl.load(source + inner[None, :])
+                    h = tl.load(source + (local * WIDTH + inner[None, :]))
                     w_in = tl.load(
                         first_weights
                         + (critic * hidden + inner[:, None]) * inputs
@@ -441,15 +459,16 @@ def block_gradient(
                         other=0.0,
                     )
                     g = dot(h, w_in.to(h.dtype), g, PRECISION)
-                so_far = tl.load(gradient_rows + column)
-                so_far -= tl.where(share != 0.0, share * g, 0.0)
-                tl.store(gradient_rows + column, so_far)
+                at = local * COLUMNS + column
+                so_far = tl.load(gradients + at) - tl.where(share != 0.0, share * g, 0.0)
+                tl.store(gradients + at, so_far)
             tl.debug_barrier()
 
     squared_norms = tl.zeros((ROWS, 1), tl.float64)
     for a in range(0, COLUMNS, BLOCK_A):
         column = a + tl.arange(0, BLOCK_A)[None, :]
         there = here & (column < action_dim)
-        g = tl.load(gradient_rows + column, mask=there, other=0.0).to(tl.float64)
+        at = local * COLUMNS + column
+        g = tl.load(gradients + at, mask=there, other=0.0).to(tl.float64)
         squared_norms += tl.sum(g * g, axis=1, keep_dims=True)
     return squared_norms

@@ -74,7 +74,7 @@ def reverse_diffusion(
     hidden, action_dim = parameters[4].shape[0], actions.shape[1]
     first, inner, last = parameters[4:6], parameters[6:-2], parameters[-2:]
     rows = _triton.rows_per_program(batch, precision, _triton.processors(state.device))
-    layout = _triton.hidden_layout(hidden, 256 if rows in (16, 32) else 128, precision)
+    layout = _triton.hidden_layout(hidden, 256 if rows <= 32 else 128, precision)
     programs = triton.cdiv(batch, rows)
     step_bias = _step_bias(parameters, embedding, activation, action_dim, state_dim)
     weights, biases = _triton.pack_hidden(inner, layout.width, precision, state.device)
@@ -120,8 +120,9 @@ def reverse_diffusion(
         BLOCK_A=min(columns, 32),
         BLOCK_N=layout.block_n,
         BLOCK_K=layout.block_k,
-        num_warps=4 if rows <= 16 else 8,
+        num_warps=4 if rows == 8 else 8,
         num_stages=3,
+        **_triton.all_registers(),
     )
 
 
