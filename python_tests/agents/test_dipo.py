@@ -24,6 +24,7 @@ from diffcore.agents import (
     Policy,
     VAEPolicy,
 )
+from diffcore.ops import _dispatch
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SWITCHES = [field.name for field in dataclasses.fields(ModeSwitches)]
@@ -147,6 +148,41 @@ def test_official_mode_repeats_the_released_codes_updates(
     errors = largest_errors(agent, golden)
     assert all(errors[name] <= TOLERANCE[name] for name in errors), errors
     assert torch.equal(replay.columns["best_action"], golden["diffusion_actions_after"])
+
+
+def in_large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer in one block, for which no GPU has registers, but the interpreter needs few steps."""
+    from diffcore.ops.denoising_loss import triton as denoising_loss
+    from diffcore.ops.mlp import triton as mlp
+
+    settings = {"ROWS": 32, "COLUMNS": 256, "DEPTH": 256}
+    for module in (mlp, denoising_loss):
+        monkeypatch.setattr(module, "row_settings", lambda *_: settings)
+    monkeypatch.setattr(mlp, "BLOCK", 256)
+    monkeypatch.setattr(mlp, "depth_of_blocks", lambda _: 32)
+
+
+def test_updates_on_triton_repeat_the_released_codes(
+    golden: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """Critics and denoising loss with their gradients; chain and ascent run as always."""
+    if device != "cpu":
+        pytest.skip("the recorded updates run on the CPU, where only the interpreter takes them")
+    on_triton = set()
+    choose = _dispatch.choose
+
+    def triton_first(op: str, support: _dispatch.Support, forced: str | None) -> str:
+        if op not in ("mlp", "mlp_ensemble", "denoising_loss"):
+            return choose(op, support, forced)
+        on_triton.add(op)
+        return choose(op, support, "triton")
+
+    monkeypatch.setattr(_dispatch, "choose", triton_first)
+    in_large_blocks(monkeypatch)
+    agent, _ = replay_recorded_updates(golden, monkeypatch)
+    errors = largest_errors(agent, golden)
+    assert all(errors[name] <= TOLERANCE[name] for name in errors), errors
+    assert on_triton >= {"mlp_ensemble", "denoising_loss"}
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,8 @@ def mlp_cases() -> list[Case]:
     critics = (2, "mish,mish,identity", 23, 256, 256, 1)
     return [
         case("critics", "float32", 256, *critics),
-        case("critics, large batch", "bfloat16", 8192, *critics),
+        case("critics, large batch", "float32", 8192, *critics),
+        case("critics in bfloat16", "bfloat16", 8192, *critics),
     ]
 
 

@@ -149,6 +149,7 @@ def rows_kernel(
         residual = tl.load(eps[:, None] + column, mask=inside, other=0.0)
         residual -= tl.load(noise[:, None] + column, mask=inside, other=0.0)
         loss += tl.sum(residual * residual, axis=1)
+        tl.debug_barrier()  # several threads may have read the same eps
         tl.store(eps[:, None] + column, 2.0 * scale * residual, mask=inside)
     tl.store(losses + tl.program_id(0), scale * tl.sum(loss))
 
