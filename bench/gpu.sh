@@ -92,7 +92,9 @@ if [[ -n $tests ]]; then
   pytest=("$python" -m pytest -q --maxfail=20 -p no:cacheprovider)
   if [[ -z $dry_run ]]; then
     export DIFFCORE_TEST_DEVICE=cuda
-    part tests 150 "${pytest[@]}" python_tests/gpu
+    # Not the tests of the CPU that plays a GPU, and of compiling for others.
+    part tests 150 "${pytest[@]}" python_tests/gpu --ignore=python_tests/gpu/test_cuda_emulator.py \
+      --ignore=python_tests/gpu/test_triton_compile.py
     if command -v compute-sanitizer >/dev/null; then
       for tool in memcheck racecheck synccheck; do
         part "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
