@@ -60,7 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quick:
         options.batches, options.steps = [1, 16], [5]
-        options.seconds, options.latency_calls = 0.0, 200
+        options.seconds, options.latency_calls = 0.0, 50
     return options
 
 
@@ -115,10 +115,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for name, batch in sizes if "diffsr_update" in only else ():
             yield diffsr_workloads.diffsr_update_case(name, batch, rivals=rivals)
 
+    rounds = 2 if options.quick else 7
     for case in cases():
         say(str(case))
         errors = {v.name: case.check(v.name) for v in case.variants}
-        timings = measure.interleave(case.variants, seconds=options.seconds)
+        timings = measure.interleave(case.variants, seconds=options.seconds, least=rounds)
         for name, timing in timings.items():
             results["rows"].append(
                 {

@@ -86,6 +86,14 @@ def tiny_calls() -> dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module
         ),
         "mlp": (critic, without_gradients(lambda m: m(state, action))),
         "mlp, backward": (critic, lambda m: gradients(sum(m(state, action)).sum(), m)),
+        "denoising_loss": (
+            denoiser,
+            without_gradients(lambda m: ops.denoising_loss(m, schedule, state, action)),
+        ),
+        "denoising_loss, backward": (
+            denoiser,
+            lambda m: gradients(ops.denoising_loss(m, schedule, state, action), m),
+        ),
         "rff_features": (layer, without_gradients(rff)),
         "rff_features, backward": (layer, lambda m: gradients(rff(m).sum(), m)),
         "score_matching_loss": (layer, without_gradients(score)),

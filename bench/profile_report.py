@@ -6,6 +6,7 @@ DIPO trains in its environment for a while, with the methods of agent, replay an
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -139,7 +140,9 @@ def train(env_id: str, steps: int, agent: Any, update: Callable[[Any], object]) 
     return profile
 
 
-def profiles(env_id: str, rounds: int, steps: int) -> dict[str, list[dict[str, float]]]:
+def profiles(
+    env_id: str, config: DIPOConfig, rounds: int, steps: int
+) -> dict[str, list[dict[str, float]]]:
     """Variant -> milliseconds a step and part, round after round; the variants take turns."""
     env: Any = gymnasium.make(env_id)
     sizes = env.observation_space.shape[0], env.action_space.shape[0]
@@ -148,12 +151,11 @@ def profiles(env_id: str, rounds: int, steps: int) -> dict[str, list[dict[str, f
     for _ in range(rounds):
         agents: dict[str, tuple[Any, Callable[[Any], object]]] = {}
         for name, dtype in (("diffcore", "float32"), ("diffcore, bf16", "bfloat16")):
-            fields = {**vars(DIPOConfig.for_env(env_id)), "compute_dtype": dtype}
-            agent = DIPO(*sizes, DIPOConfig(**fields), seed=SEED)
+            agent = DIPO(*sizes, dataclasses.replace(config, compute_dtype=dtype), seed=SEED)
             act = agent.act
             agent.act = lambda state, act=act: act(state, explore=True)  # type: ignore
             agents[name] = agent, agent.update
-        as_written = eager.EagerDIPO(DIPO(*sizes, DIPOConfig.for_env(env_id), seed=SEED))
+        as_written = eager.EagerDIPO(DIPO(*sizes, config, seed=SEED))
         generator = torch.Generator().manual_seed(SEED)
         agents["eager, as written"] = (
             as_written,
@@ -168,8 +170,11 @@ def profiles(env_id: str, rounds: int, steps: int) -> dict[str, list[dict[str, f
 
 def run(options: argparse.Namespace) -> str:
     """The table, as Markdown."""
-    rounds, steps = (1, 2) if options.quick else (3, 15)
-    found = profiles(options.env, rounds, steps)
+    rounds, steps = (1, 2) if options.quick else (3, 6)
+    config = DIPOConfig.for_env(options.env)
+    if options.quick:
+        config = dataclasses.replace(config, diffusion_steps=5)
+    found = profiles(options.env, config, rounds, steps)
     medians = {
         name: {part: statistics.median(r[part] for r in profile) for part in PARTS}
         for name, profile in found.items()
@@ -183,7 +188,6 @@ def run(options: argparse.Namespace) -> str:
             line += [f"{ms:.2f} ms", f"{ms / total:.0%}"]
         lines.append(line)
     header = ["part"] + [h for name in medians for h in (name, "share")]
-    config = DIPOConfig.for_env(options.env)
     return "\n\n".join(
         [
             "# Where the time of a training step goes",

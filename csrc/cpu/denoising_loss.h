@@ -131,7 +131,7 @@ static void denoising_loss(const DenoisingLossCall& call) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t tile = 0; tile < tiles; ++tile)
       denoising_loss_tile(call, tile_span(call.batch, tiles, tile), all, buffers, backward);
-    weight_gradients(list, gradients, call.batch);
+    weight_gradients(list, gradients, call.batch, threads);
   }
   double sum = 0.0;
   for (int64_t row = 0; row < call.batch; ++row) sum += all.row_loss[row];

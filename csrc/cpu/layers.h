@@ -64,6 +64,45 @@ DIFFCORE_INLINE Rows<T> take_rows(Carver* memory, int64_t rows, int columns) {
   return {memory->take<T>(static_cast<int64_t>(sizeof(T)) * rows * stride), stride};
 }
 
+// Asks for a block's cache lines while the product before its use keeps the CPU busy: a block has few
+// bytes of every row, a pattern in which no CPU sees what comes next.
+template <class T>
+DIFFCORE_INLINE void prefetch_block(Rows<T> r, int row, int count, int column, int columns) {
+  if (!r.data) return;
+  for (int i = 0; i < count; ++i) {
+    const T* first = r.row(row + i) + column;
+    for (int n = 0; n < columns; n += line) __builtin_prefetch(first + n);
+    __builtin_prefetch(first + columns - 1);
+  }
+}
+
+// Fetches a block of rows into L2, a few lines at every call, while products keep the CPU busy: for
+// pieces of rows that are too short for the hardware to see a stream.
+struct Prefetcher {
+  const float* row;
+  ptrdiff_t stride;
+  int rows;
+  int columns;
+  int lines_per_call;
+  int column = 0;
+
+  Prefetcher(const float* first, ptrdiff_t row_stride, int row_count, int column_count, int calls)
+      : row(first), stride(row_stride), rows(row_count), columns(column_count) {
+    const int64_t lines = ceil_div(columns, line) * rows;
+    lines_per_call = static_cast<int>(ceil_div(lines, calls));
+  }
+  void operator()() {
+    for (int i = 0; i < lines_per_call && rows > 0; ++i) {
+      __builtin_prefetch(row + column, 0, 2);
+      column += line;
+      if (column < columns) continue;
+      column = 0;
+      row += stride;
+      --rows;
+    }
+  }
+};
+
 DIFFCORE_INLINE Offset bias_only(const PackedLinear& layer) { return {layer.bias, nullptr, 0}; }
 
 // out = f(x W^T + offset), and where `slope` has memory slope = f'(...).
@@ -72,23 +111,32 @@ DIFFCORE_INLINE void linear_activate(Rows<typename In::Input> x, int rows,
                                      const PackedLinear& layer, Offset offset,
                                      ActivateFunction<Out> function, Rows<typename Out::Input> out,
                                      Rows<float> slope) {
-  linear<In>(x.data, x.stride, rows, layer, offset,
-             [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {
-               function(sums, stride, count, columns, out.row(row) + column, out.stride,
-                        slope.data ? slope.row(row) + column : nullptr, slope.stride);
-             });
+  linear<In>(
+      x.data, x.stride, rows, layer, offset,
+      [&](int row, int count, int column, int columns) {
+        prefetch_block(out, row, count, column, columns);
+        prefetch_block(slope, row, count, column, columns);
+      },
+      [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {
+        function(sums, stride, count, columns, out.row(row) + column, out.stride,
+                 slope.data ? slope.row(row) + column : nullptr, slope.stride);
+      });
 }
 
 // out = x W^T + offset.
 template <class In>
 DIFFCORE_INLINE void linear_store(Rows<typename In::Input> x, int rows, const PackedLinear& layer,
                                   Offset offset, Rows<float> out) {
-  linear<In>(x.data, x.stride, rows, layer, offset,
-             [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {
-               for (int i = 0; i < count; ++i)
-                 for (int n = 0; n < columns; n += W)
-                   store(out.row(row + i) + column + n, load(sums + i * stride + n));
-             });
+  linear<In>(
+      x.data, x.stride, rows, layer, offset,
+      [&](int row, int count, int column, int columns) {
+        prefetch_block(out, row, count, column, columns);
+      },
+      [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {
+        for (int i = 0; i < count; ++i)
+          for (int n = 0; n < columns; n += W)
+            store(out.row(row + i) + column + n, load(sums + i * stride + n));
+      });
 }
 
 // out = (x W^T) * factor, element by element; without a factor where it has no memory.
@@ -97,13 +145,18 @@ DIFFCORE_INLINE void linear_multiply(Rows<typename In::Input> x, int rows,
                                      const PackedLinear& layer, Rows<float> factor,
                                      Rows<float> out) {
   if (!factor.data) return linear_store<In>(x, rows, layer, bias_only(layer), out);
-  linear<In>(x.data, x.stride, rows, layer, bias_only(layer),
-             [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {
-               for (int i = 0; i < count; ++i)
-                 for (int n = 0; n < columns; n += W)
-                   store(out.row(row + i) + column + n,
-                         load(sums + i * stride + n) * load(factor.row(row + i) + column + n));
-             });
+  linear<In>(
+      x.data, x.stride, rows, layer, bias_only(layer),
+      [&](int row, int count, int column, int columns) {
+        prefetch_block(factor, row, count, column, columns);
+        prefetch_block(out, row, count, column, columns);
+      },
+      [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {
+        for (int i = 0; i < count; ++i)
+          for (int n = 0; n < columns; n += W)
+            store(out.row(row + i) + column + n,
+                  load(sums + i * stride + n) * load(factor.row(row + i) + column + n));
+      });
 }
 
 DIFFCORE_INLINE Rows<float> rows_from(Rows<float> r, int64_t first) {

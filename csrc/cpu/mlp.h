@@ -187,39 +187,115 @@ struct WeightGradient {
 // Rows that are summed in registers before they join the total: few enough that rounding errors don't
 // pile up along the batch and that a panel of inputs stays in L1.
 constexpr int batch_chunk = 128;
+// What is copied side by side, so that it is fetched once and then read from L1 and L2: rows, panels of
+// inputs, and the deltas of some register blocks of outputs.
+constexpr int rows_at_once = 2 * batch_chunk;
+constexpr int panels_at_once = 8;
+constexpr int blocks_at_once = 8;
+constexpr int delta_stride = (blocks_at_once * max_tile_rows + W - 1) / W * W;
 
-// One panel of inputs, against all outputs.
-static void weight_gradient_panel(const WeightGradient& g, int64_t batch, int panel) {
-  alignas(64) float inputs[batch_chunk * panel_width];
-  alignas(64) float sums[max_tile_rows * panel_width];
-  const int column = panel * panel_width;
-  const int present = g.in - column < panel_width ? g.in - column : panel_width;
-  const int blocks = (g.out + max_tile_rows - 1) / max_tile_rows;
-  for (int64_t start = 0; start < batch; start += batch_chunk) {
-    const int depth = batch - start < batch_chunk ? static_cast<int>(batch - start) : batch_chunk;
-    for (int k = 0; k < depth; ++k) {
-      const float* from = g.input.row(start + k) + column;
-      float* to = inputs + k * panel_width;
-      if (present == panel_width) {
-        memcpy(to, from, sizeof(float) * panel_width);
+struct WeightGradientBuffers {
+  float* inputs;  // [panel][row][panel_width]
+  float* deltas;  // [row][delta_stride]
+
+  static WeightGradientBuffers take(int64_t batch, Carver* memory) {
+    const int64_t rows = batch < rows_at_once ? batch : rows_at_once;
+    const int64_t floats = static_cast<int64_t>(sizeof(float)) * rows;
+    WeightGradientBuffers b;
+    b.inputs = memory->take<float>(floats * panels_at_once * panel_width);
+    b.deltas = memory->take<float>(floats * delta_stride);
+    return b;
+  }
+};
+
+// Columns [column, column + columns) of `depth` rows, panel by panel; the last one filled with zeros.
+DIFFCORE_INLINE void copy_inputs(Rows<float> input, int depth, int column, int columns, float* to) {
+  for (int k = 0; k < depth; ++k, to += panel_width) {
+    const float* from = input.row(k) + column;
+    float* panel = to;
+    for (int c = 0; c < columns; c += panel_width, panel += depth * panel_width) {
+      if (columns - c >= panel_width) {
+        memcpy(panel, from + c, sizeof(float) * panel_width);
       } else {
-        for (int c = 0; c < panel_width; ++c) to[c] = c < present ? from[c] : 0.0f;
+        for (int i = 0; i < panel_width; ++i) panel[i] = c + i < columns ? from[c + i] : 0.0f;
       }
     }
-    for (int b = 0, n = 0; b < blocks; ++b) {
-      const int rows = g.out / blocks + (b < g.out % blocks);
-      outer_function(rows)(g.delta.row(start) + n, g.delta.stride, inputs, depth, sums);
-      for (int i = 0; i < rows; ++i) {
-        const float* sum = sums + i * panel_width;
-        float* to = g.weight + static_cast<int64_t>(n + i) * g.in + column;
-        if (present == panel_width) {
-          for (int v = 0; v < panel_width; v += W)
-            store(to + v, start ? load(to + v) + load(sum + v) : load(sum + v));
-        } else {
-          for (int c = 0; c < present; ++c) to[c] = start ? to[c] + sum[c] : sum[c];
+  }
+}
+
+// Columns [n, n + columns) of `depth` rows. Up to a vector more is read: delta's rows are padded.
+DIFFCORE_INLINE void copy_deltas(Rows<float> delta, int depth, int n, int columns, float* to) {
+  for (int k = 0; k < depth; ++k, to += delta_stride)
+    for (int i = 0; i < columns; i += W) store(to + i, load(delta.row(k) + n + i));
+}
+
+// `rows` rows and up to a panel of columns of the weight's gradient: set, or `more` added to it.
+DIFFCORE_INLINE void store_gradient(const float* sums, int rows, int columns, bool more, float* to,
+                                    ptrdiff_t stride) {
+  for (int i = 0; i < rows; ++i, sums += panel_width, to += stride) {
+    if (columns == panel_width) {
+      for (int v = 0; v < panel_width; v += W)
+        store(to + v, more ? load(to + v) + load(sums + v) : load(sums + v));
+    } else {
+      for (int v = 0; v < columns; ++v) to[v] = more ? to[v] + sums[v] : sums[v];
+    }
+  }
+}
+
+// A weight gradient cut into pieces of whole register blocks: `row_parts` x `column_parts`.
+struct GradientGrid {
+  int64_t blocks;  // of outputs
+  int64_t panels;  // of inputs
+  int64_t row_parts;
+  int64_t column_parts;
+
+  int64_t parts() const { return row_parts * column_parts; }
+  static GradientGrid of(const WeightGradient& g) {
+    const int64_t blocks = ceil_div(g.out, max_tile_rows), panels = ceil_div(g.in, panel_width);
+    return {blocks, panels, 1, ceil_div(panels, panels_at_once)};
+  }
+};
+
+static void weight_gradient_part(const WeightGradient& g, int64_t batch, const GradientGrid& grid,
+                                 int64_t part, const WeightGradientBuffers& buffers) {
+  alignas(64) float sums[max_tile_rows * panel_width];
+  const Span blocks = tile_span(grid.blocks, grid.row_parts, part / grid.column_parts);
+  const Span panels = tile_span(grid.panels, grid.column_parts, part % grid.column_parts);
+  const int first_column = static_cast<int>(panels.first) * panel_width;
+  const int end_column = first_column + panels.rows * panel_width;
+  const int columns = (end_column < g.in ? end_column : g.in) - first_column;
+  const int64_t end_block = blocks.first + blocks.rows;
+  const auto limited = [&](int64_t block) { return block < end_block ? block : end_block; };
+  const auto output = [&](int64_t block) {
+    return static_cast<int>(tile_span(g.out, grid.blocks, block).first);
+  };
+  const Rows<float> gradient = {g.weight + first_column, g.in};
+  for (int64_t start = 0; start < batch; start += rows_at_once) {
+    const int depth = batch - start < rows_at_once ? static_cast<int>(batch - start) : rows_at_once;
+    const Rows<float> delta = rows_from(g.delta, start);
+    copy_inputs(rows_from(g.input, start), depth, first_column, columns, buffers.inputs);
+    for (int64_t group = blocks.first; group < end_block; group += blocks_at_once) {
+      const int64_t next = limited(group + blocks_at_once);
+      const int n = output(group), after = output(next);
+      copy_deltas(delta, depth, n, after - n, buffers.deltas);
+      const int fetched = after / line * line, fetch_end = output(limited(next + blocks_at_once));
+      Prefetcher fetch(delta.data + fetched, delta.stride, depth, fetch_end - fetched,
+                       static_cast<int>(next - group) * panels.rows);
+      for (int64_t block = group; block < next; ++block) {
+        const int row = output(block), rows = output(block + 1) - row;
+        for (int c = 0; c < columns; c += panel_width) {
+          const int present = columns - c < panel_width ? columns - c : panel_width;
+          prefetch_block(gradient, row, rows, c, present);
+          fetch();
+          const float* inputs = buffers.inputs + static_cast<ptrdiff_t>(c) * depth;
+          for (int k = 0; k < depth; k += batch_chunk) {
+            const int left = depth - k < batch_chunk ? depth - k : batch_chunk;
+            outer_function(rows)(buffers.deltas + k * delta_stride + (row - n), delta_stride,
+                                 inputs + k * panel_width, left, sums, k > 0);
+          }
+          store_gradient(sums, rows, present, start > 0, gradient.row(row) + c, g.in);
         }
       }
-      n += rows;
     }
   }
 }
@@ -249,17 +325,31 @@ static int list_gradients(const MlpPack& shape, const MlpSaved& saved, const Mlp
   return shape.layer_count;
 }
 
-// All of a list's gradients, shared out among the team that calls it.
-static void weight_gradients(const WeightGradient* list, int count, int64_t batch) {
-  const auto panels = [&](int g) { return (list[g].in + panel_width - 1) / panel_width; };
-  int items = 0;
-  for (int g = 0; g < count; ++g) items += panels(g);
+// All of a list's gradients, shared out among the team that calls it, whose tile memory it takes over.
+static void weight_gradients(const WeightGradient* list, int count, int64_t batch, int threads) {
+  GradientGrid grids[max_networks * max_layers];
+  int64_t parts = 0;
+  for (int g = 0; g < count; ++g) parts += (grids[g] = GradientGrid::of(list[g])).parts();
+  // Outputs are cut as well where that gives every thread a few parts, none of them tiny.
+  const int64_t cuts = ceil_div(4 * threads, parts > 0 ? parts : 1);
+  parts = 0;
+  for (int g = 0; g < count; ++g) {
+    const int64_t most = ceil_div(grids[g].blocks, blocks_at_once);
+    grids[g].row_parts = cuts < most ? cuts : most;
+    parts += grids[g].parts();
+  }
+
+  Carver sizes{nullptr};
+  WeightGradientBuffers::take(batch, &sizes);
+  Carver memory{thread_scratch(Scratch::tile, sizes.used)};
+  const auto buffers = WeightGradientBuffers::take(batch, &memory);
 #pragma omp for schedule(dynamic, 1)
-  for (int item = 0; item < items; ++item) {
-    int g = 0, panel = item;
-    while (panel >= panels(g)) panel -= panels(g++);
-    weight_gradient_panel(list[g], batch, panel);
-    if (panel == 0 && list[g].bias) bias_gradient(list[g], batch);
+  for (int64_t item = 0; item < parts; ++item) {
+    int g = 0;
+    int64_t part = item;
+    while (part >= grids[g].parts()) part -= grids[g++].parts();
+    weight_gradient_part(list[g], batch, grids[g], part, buffers);
+    if (part == 0 && list[g].bias) bias_gradient(list[g], batch);
   }
 }
 
@@ -323,7 +413,7 @@ static void mlp_backward(const MlpBackwardCall& call) {
         }
       }
     }
-    if (call.grad_weights) weight_gradients(list, call.network_count * layers, call.batch);
+    if (call.grad_weights) weight_gradients(list, call.network_count * layers, call.batch, threads);
   }
 }
 

@@ -52,8 +52,15 @@ static void rff_features(const RffCall& call) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const Span span = tile_span(call.batch, tiles, tile);
+    const Rows<float> features_out = {call.y + span.first * width, width};
+    const Rows<float> slope_out = {call.slope ? call.slope + span.first * features : nullptr,
+                                   features};
     linear<Float32Operand>(
         call.x + span.first * layer.in, layer.in, span.rows, layer, bias_only(layer),
+        [&](int row, int count, int column, int columns) {
+          prefetch_block(features_out, row, count, column, columns);
+          prefetch_block(slope_out, row, count, column, columns);
+        },
         [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {
           for (int i = 0; i < count; ++i) {
             const int64_t r = span.first + row + i;
@@ -129,7 +136,7 @@ static void rff_features_backward(const RffBackwardCall& call) {
                                    bias_only(*call.layer), grad_x);
       write_rows(grad_x, span.rows, in, call.grad_x + span.first * in);
     }
-    if (call.grad_omega) weight_gradients(&omega, 1, call.batch);
+    if (call.grad_omega) weight_gradients(&omega, 1, call.batch, threads);
   }
 }
 

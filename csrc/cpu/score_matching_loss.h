@@ -29,8 +29,6 @@ constexpr int hidden_block = 4;                   // panels of W_s that share a 
 constexpr int hidden_rows = 256;                  // rows that use such a copy
 constexpr int state_chunk = 16;                   // coordinates summed before they join the total
 
-DIFFCORE_INLINE int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
 // Values that a row of a panel covers: 1, or a pair.
 template <class Operand>
 constexpr int step_of = Operand::precision == Precision::bfloat16 ? 2 : 1;
@@ -100,34 +98,6 @@ static void convert_rows(const float* from, ptrdiff_t from_stride, int64_t rows,
 // ---- the product -----------------------------------------------------------------------------
 
 constexpr float no_offset[panel_width] = {};
-
-// Fetches a block of rows into L2, a few lines at every call: the weights come from memory, in pieces
-// too short for the hardware to see a stream. Each product fetches what the next one reads.
-struct Prefetcher {
-  const float* row;
-  ptrdiff_t stride;
-  int rows;
-  int columns;
-  int lines_per_call;
-  int column = 0;
-
-  Prefetcher(const float* first, ptrdiff_t row_stride, int row_count, int column_count, int calls)
-      : row(first), stride(row_stride), rows(row_count), columns(column_count) {
-    const int64_t lines = ceil_div(columns, line) * rows;
-    lines_per_call = static_cast<int>(ceil_div(lines, calls));
-  }
-  void operator()() {
-    for (int i = 0; i < lines_per_call && rows > 0; ++i) {
-      __builtin_prefetch(row + column, 0, 2);
-      column += line;
-      if (column < columns) continue;
-      column = 0;
-      row += stride;
-      --rows;
-    }
-  }
-  static constexpr int line = 16;  // floats
-};
 
 DIFFCORE_INLINE int register_blocks(int rows) { return (rows + max_tile_rows - 1) / max_tile_rows; }
 

@@ -19,13 +19,15 @@ namespace DIFFCORE_ISA {
 constexpr int W = Vec::width;
 constexpr int panel_width = 2 * W;
 
+DIFFCORE_INLINE int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 DIFFCORE_INLINE int round_up(int n, int multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 DIFFCORE_INLINE int padded(int n) { return round_up(n, W); }
-// Distance of two rows in an activation buffer. The extra vector keeps rows of a power-of-two width
-// from falling into the same cache sets.
-DIFFCORE_INLINE int buffer_stride(int n) { return padded(n) + W; }
+constexpr int line = 16;  // floats of a cache line
+// Distance of two rows in an activation buffer: whole lines, at least a vector more than padded(n).
+// The extra line keeps rows of a power-of-two width from falling into the same cache sets.
+DIFFCORE_INLINE int buffer_stride(int n) { return round_up(n, line) + line; }
 
 struct Float32Operand {
   using Input = float;
@@ -306,11 +308,12 @@ DIFFCORE_INLINE TileFunction<Operand> narrow_function(int wanted) {
 
 // sums[i][c] = sum over k of a[k][i] b[k][c], for `rows` columns of `a` and a panel `b`: the product
 // of two matrices that both lie row by row along the summed dimension, as a weight's gradient wants.
+// With `more` it is added to what `sums` holds.
 template <int rows>
 static inline __attribute__((noinline)) void outer_sums(const float* __restrict a,
                                                         ptrdiff_t a_stride,
                                                         const float* __restrict b, int depth,
-                                                        float* __restrict sums) {
+                                                        float* __restrict sums, bool more) {
   Vec sum[rows][2];
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) sum[i][0] = sum[i][1] = zero();
@@ -325,12 +328,13 @@ static inline __attribute__((noinline)) void outer_sums(const float* __restrict 
   }
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) {
-    store(sums + i * panel_width, sum[i][0]);
-    store(sums + i * panel_width + W, sum[i][1]);
+    float* to = sums + i * panel_width;
+    store(to, more ? load(to) + sum[i][0] : sum[i][0]);
+    store(to + W, more ? load(to + W) + sum[i][1] : sum[i][1]);
   }
 }
 
-using OuterFunction = void (*)(const float*, ptrdiff_t, const float*, int, float*);
+using OuterFunction = void (*)(const float*, ptrdiff_t, const float*, int, float*, bool);
 
 template <int rows = max_tile_rows>
 DIFFCORE_INLINE OuterFunction outer_function(int wanted) {
@@ -341,12 +345,14 @@ DIFFCORE_INLINE OuterFunction outer_function(int wanted) {
   }
 }
 
-// y = x W^T + offset for `rows` rows, block by block; after each block the epilogue gets the sums:
+// y = x W^T + offset for `rows` rows, block by block. Before each block prologue(row, row_count,
+// column, column_count) may fetch what will be needed; afterwards the epilogue gets the sums:
 // epilogue(row, row_count, column, column_count, sums, sums_stride).
 // A block of rows is as even a share as fits the registers, so no size leaves a sliver behind.
-template <class Operand, class Epilogue>
+template <class Operand, class Prologue, class Epilogue>
 DIFFCORE_INLINE void linear(const typename Operand::Input* x, ptrdiff_t x_stride, int rows,
-                            const PackedLinear& layer, Offset offset, Epilogue epilogue) {
+                            const PackedLinear& layer, Offset offset, Prologue prologue,
+                            Epilogue epilogue) {
   alignas(64) float sums[max_tile_rows * max_vectors * W];
   const int depth = Operand::depth(layer.in);
   const typename Operand::Weight* panels =
@@ -377,6 +383,7 @@ DIFFCORE_INLINE void linear(const typename Operand::Input* x, ptrdiff_t x_stride
                            offset.rows ? offset.rows + row * offset.stride + n : nullptr,
                            offset.stride};
       const int step = width < panel_width ? width : panel_width;
+      prologue(row, count, n, width);
       function(x + row * x_stride, x_stride, depth, panels, step, here, sums, width);
       epilogue(row, count, n, width, sums, width);
       row += count;
@@ -384,6 +391,12 @@ DIFFCORE_INLINE void linear(const typename Operand::Input* x, ptrdiff_t x_stride
     panels += static_cast<ptrdiff_t>(depth) * width;
     n += width;
   }
+}
+
+template <class Operand, class Epilogue>
+DIFFCORE_INLINE void linear(const typename Operand::Input* x, ptrdiff_t x_stride, int rows,
+                            const PackedLinear& layer, Offset offset, Epilogue epilogue) {
+  linear<Operand>(x, x_stride, rows, layer, offset, [](int, int, int, int) {}, epilogue);
 }
 
 }  // namespace DIFFCORE_ISA

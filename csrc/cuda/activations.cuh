@@ -1,6 +1,6 @@
-// Activations and their slopes, by the formulas of csrc/cpu/activations.h: no cancellation for small
-// arguments, no overflow for large ones, NaN in gives NaN out. expf, expm1f and tanhf are CUDA's, which
-// documents at most 2 ulp for each; no fast-math flag may be on.
+// Activations and their slopes, by the formulas of csrc/cpu/activations.h: no cancellation for
+// small arguments, no overflow for large ones, NaN in gives NaN out. expf, expm1f and tanhf are
+// CUDA's, which documents at most 2 ulp for each; no fast-math flag may be on.
 #pragma once
 
 #include "kernels.h"
@@ -20,8 +20,8 @@ struct ValueAndSlope {
   float value, slope;
 };
 
-// Below -87 silu and mish are 0 to float32's last normal digit, but x times an exponential that can't
-// get any smaller would not be: x itself stops there.
+// Below -87 silu and mish are 0 to float32's last normal digit, but x times an exponential that
+// can't get any smaller would not be: x itself stops there.
 __device__ __forceinline__ ValueAndSlope silu(float x) {
   x = at_least(lowest_exponent, x);
   const float sigmoid = reciprocal(1.0f + expf(-x));
@@ -29,8 +29,8 @@ __device__ __forceinline__ ValueAndSlope silu(float x) {
   return {y, fmaf(y, 1.0f - sigmoid, sigmoid)};
 }
 
-// mish(x) = x tanh(log(1 + e^x)). With e = exp(x) and n = e (e + 2), tanh(log(1 + e)) = n / (n + 2):
-// no logarithm is needed. Above 20 the quotient is 1 in float32.
+// mish(x) = x tanh(log(1 + e^x)). With e = exp(x) and n = e (e + 2), tanh(log(1 + e)) is
+// n / (n + 2): no logarithm is needed. Above 20 the quotient is 1 in float32.
 __device__ __forceinline__ ValueAndSlope mish(float x) {
   x = at_least(lowest_exponent, x);
   const float limited = at_most(20.0f, x);
@@ -42,9 +42,9 @@ __device__ __forceinline__ ValueAndSlope mish(float x) {
   return {x * t, fmaf(limited * r * 4.0f, fmaf(e, e, e) * r, t)};
 }
 
-// gelu(x) = x Phi(x), Phi the normal distribution function. Its tail Phi(-|x|) is exp(-x^2 / 2) times
-// a function that is smooth over the whole range, so that small values aren't differences of large
-// ones. Beyond 13.19 the exponential is below float32's normal numbers.
+// gelu(x) = x Phi(x), Phi the normal distribution function. Its tail Phi(-|x|) is exp(-x^2 / 2)
+// times a function that is smooth over the whole range, so that small values aren't differences of
+// large ones. Beyond 13.19 the exponential is below float32's normal numbers.
 __device__ __forceinline__ ValueAndSlope gelu(float x) {
   constexpr float limit = 13.19f;
   const float limited = at_most(limit, at_least(-limit, x));
@@ -70,7 +70,8 @@ __device__ __forceinline__ ValueAndSlope gelu(float x) {
   return {at_least(-limit, x) * phi, fmaf(limited * 0.398942280f, e, phi)};  // 1 / sqrt(2 pi)
 }
 
-// The activations that are long or rare: not inlined, for each kernel would contain them many times.
+// The activations that are long or rare: not inlined, for each kernel would contain them many
+// times.
 static __device__ __noinline__ ValueAndSlope uncommon_activation(Activation kind, float x) {
   ValueAndSlope r = {x, 1.0f};
   switch (kind) {

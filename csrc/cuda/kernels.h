@@ -70,8 +70,8 @@ struct ReverseStepCall {
   int64_t count;
   const float* x;
   const float* eps;
-  const float* noise;         // or null: none
-  const float* x0_previous;   // or null: none
+  const float* noise;           // or null: none
+  const float* x0_previous;     // or null: none
   const float* coefficients;    // [7], or null: the values below
   float coefficient_values[7];  // that were on the CPU anyway: no copy, nothing to wait for
   float noise_scale;

@@ -1,6 +1,6 @@
-// Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and standard
-// normals from it by Box-Muller. The counter is (column / 4, row, step, row >> 32), the key the seed:
-// the same numbers as csrc/cpu/philox.h and diffcore/ops/_philox.py, to rounding.
+// Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and
+// standard normals from it by Box-Muller. The counter is (column / 4, row, step, row >> 32), the
+// key the seed: the same numbers as csrc/cpu/philox.h and diffcore/ops/_philox.py, to rounding.
 #pragma once
 
 #include "kernels.h"

@@ -164,7 +164,8 @@ inline const char* current_device(Device* device) {
   return error_text(error);
 }
 
-// 16 bytes on their way from global to shared memory, both aligned to 16, past L1 and the registers.
+// 16 bytes on their way from global to shared memory, both aligned to 16, past L1 and the
+// registers.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");

@@ -1,8 +1,8 @@
 // The whole reverse chain of a batch of actions: one launch that prepares, one that runs all steps.
 //
-// Preparing takes out of the loop what doesn't depend on x: the state's part of the first layer, once
-// per row, and the time embedding's, once per step. It also pads the weights to what the tile reads
-// and rounds them to the precision; so nothing outside has to know whether they changed.
+// Preparing takes out of the loop what doesn't depend on x: the state's part of the first layer,
+// once per row, and the time embedding's, once per step. It also pads the weights to what the tile
+// reads and rounds them to the precision; so nothing outside has to know whether they changed.
 //
 // A group of 1, 2, 4 or 8 blocks takes a tile of rows through the whole chain. Every block holds x,
 // and makes a slice of each layer's columns for all rows. The slice's weights stay in its shared
@@ -12,28 +12,31 @@
 // launch. The last layer is thin; every block makes all of it, and the solver's step, so the group
 // meets only after hidden layers. Noise is drawn while waiting for the others.
 //
-// Roofline, on an H100 at 1.7 GHz (132 multiprocessors; of each: 128 FFMA or, through mma.sync, about
-// 500 tf32 and 1,000 bf16 multiply-adds a clock; shared memory 128 B a clock; L2 64 B a clock, and
-// 3,000 for all). Chain of K = 100 steps, hidden 256 x 3, state 17, action 6: 134 k multiply-adds and
-// 768 activations of some 30 instructions per row and step; weights 0.52 MB in float32.
+// Roofline, on an H100 at 1.7 GHz: 132 multiprocessors, of each 128 FFMA a clock (100 are reckoned
+// with) or, through mma.sync, some 400 tf32 and 800 bf16 multiply-adds; shared memory 128 bytes a
+// clock; L2 64 bytes a clock, 3,000 for all together. A chain of K = 100 steps, hidden 256 x 3,
+// state 17, action 6 has 134,000 multiply-adds and 768 activations of some 30 instructions per row
+// and step, and 0.54 MB of float32 weights.
 //
-//   batch 1     Weights cross some wires at every step. From L2 into one multiprocessor: 8,200 clocks
-//               in float32. Spread over the shared memory of 8: 512 clocks in each, and two exchanges
-//               of about 800 clocks (a cluster barrier and the trip through it). Some 2,500 clocks a
-//               step, 0.15 ms a chain: latency limits it, not bytes or FLOPs.
-//   batch 256   16 clusters of 8 with 16 rows each: 2,100 clocks of FFMA, 250 of activations, three
-//               exchanges: 5,000 clocks a step, 0.3 ms; in bf16 multiplications all but vanish, 0.2 ms.
-//               One block a tile would read 0.52 MB of weights in each of 128 multiprocessors at every
-//               step: 22,000 clocks.
-//   batch 4096  31 rows a multiprocessor. FFMA limits float32: 32,500 clocks a step, 1.9 ms at full
-//               rate. In bf16, 32 rows a block and streamed weights take 11,000 clocks a step from L2
-//               (0.65 ms), pairs of blocks that hold them two rounds of some 6,000 (0.7 ms).
+//   batch 1     Every step needs all weights. From L2 into one multiprocessor they take 8,400
+//               clocks. Spread over the shared memory of 8 they take 512 in each, to which come two
+//               exchanges of about 800 (a cluster's barrier and the way there), activations, sums:
+//               3,700 clocks a step, 0.22 ms a chain in float32. Latency limits it, neither bytes
+//               nor FLOPs. The same goes for up to 64 rows, in 16 clusters of 4 rows each.
+//   batch 256   16 clusters with 16 rows each: two layers of 1,300 clocks of FFMA, three exchanges:
+//               6,800 clocks a step, 0.40 ms. In bf16 multiplications all but vanish: 4,200, 0.25
+//               ms. 64 blocks alone with 4 rows each would wait 11,200 clocks a step for weights.
+//   batch 4096  128 blocks alone with 32 rows each. FFMA limits float32: 43,000 of 51,000 clocks a
+//               step, 3.0 ms. In bf16 weights from L2 (11,200 clocks) would take longer than
+//               products (5,400) and activations (6,100) each; pairs of blocks that hold them take
+//               two rounds of 9,500 clocks, 1.1 ms, and activations limit it.
 //
-// So the slices that stay win while there are few tiles and lose little later; `estimate` below does
-// this arithmetic for the call at hand, and picks group and rows by it. No GPU has measured it yet.
+// Slices that stay win wherever tiles are few, and streams where every block has a tile of its own
+// to multiply: `estimate` below does this arithmetic for the call at hand, and the launcher takes
+// the group and the rows for which it gives least. No GPU has measured it yet.
 //
-// Budget: 256 threads, up to 255 registers (one block a multiprocessor), no spills; shared memory as
-// the plan says, up to all of it.
+// Budget: 256 threads, up to 255 registers (one block a multiprocessor), no spills; shared memory
+// as the plan says, up to all of it.
 #include "kernels.h"
 #include "philox.cuh"
 #include "platform.cuh"
@@ -90,7 +93,7 @@ struct Chain {
   int bytes_a_warp;
 };
 
-// -- preparing -------------------------------------------------------------------------------------
+// -- preparing ------------------------------------------------------------------------------------
 
 // Which blocks of the preparing launch do what.
 struct Preparation {
@@ -225,7 +228,7 @@ __global__ void __launch_bounds__(block_threads) prepare(const __grid_constant__
   pack_weights<Math>(chain, block * warps + warp_index(), p.pack_blocks * warps);
 }
 
-// -- the blocks of a group -------------------------------------------------------------------------
+// -- the blocks of a group ------------------------------------------------------------------------
 
 template <class Math, int rows>
 class Group {
@@ -245,8 +248,8 @@ class Group {
   // Hidden activations [rows, hidden_stride] in shared memory: 0 and 1 are exchanged by turns, 2
   // belongs to this block alone.
   //
-  // Turns make one barrier an exchange enough: whoever writes into the buffer of two exchanges ago has
-  // passed the barrier of the last one, where all others came after they had read it.
+  // Turns make one barrier an exchange enough: whoever writes into the buffer of two exchanges ago
+  // has passed the barrier of the last one, where all others came after they had read it.
   __device__ __forceinline__ Operand* hidden(int buffer) const {
     return reinterpret_cast<Operand*>(shared_ + chain_.hidden_offset +
                                       buffer * chain_.hidden_bytes);
@@ -265,8 +268,8 @@ class Group {
     }
   }
 
-  // An exchange ends in two halves, as its barrier does: what a thread writes between them can be read
-  // after the block's next barrier.
+  // An exchange ends in two halves, as its barrier does: what a thread writes between them can be
+  // read after the block's next barrier.
   __device__ __forceinline__ void arrive() {
     if (chain_.exchange == Exchange::cluster) arrive_at_cluster();
     if (chain_.exchange != Exchange::grid) return;
@@ -330,7 +333,7 @@ class Group {
   unsigned arrivals_ = 0;
 };
 
-// -- the chain -------------------------------------------------------------------------------------
+// -- the chain ------------------------------------------------------------------------------------
 
 // The block's columns of a layer: of those that every block makes, all.
 template <class Operand>
@@ -578,7 +581,7 @@ __global__ void __launch_bounds__(block_threads, 1)
   for (int64_t t = group.index(); t < chain.tiles; t += chain.groups) tile.run(t);
 }
 
-// -- the plan --------------------------------------------------------------------------------------
+// -- the plan -------------------------------------------------------------------------------------
 
 constexpr int element_bytes(Precision precision) {
   return precision == Precision::bfloat16 || precision == Precision::float16 ? 2 : 4;

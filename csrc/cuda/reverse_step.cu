@@ -1,8 +1,8 @@
 // One step of a sampler, number by number.
 //
 // Budget: 40 registers, no shared memory. Roofline: 9 multiply-adds for up to 24 bytes, so memory
-// limits it: on an H100 (3.35 TB/s) 140 M numbers a millisecond; below about 1 M numbers the launch,
-// some 3 us, takes longer than the work.
+// limits it: on an H100 (3.35 TB/s) 140 M numbers a millisecond; below about 1 M numbers the
+// launch, some 3 us, takes longer than the work.
 #include "kernels.h"
 #include "platform.cuh"
 #include "solver_step.cuh"

@@ -1,10 +1,11 @@
-// THE primitive of the chains: a tile of rows through a linear layer, by the eight warps of a block.
+// THE primitive of the chains: a tile of rows through a linear layer, by the eight warps of a
+// block.
 //
-// A warp makes 32 columns of the result at a time, of all the tile's rows, walking along k in chunks
-// of 32. Where a layer has fewer than eight times 32 columns, several warps share the columns and
-// split k; their sums are added in order. Rows of the input lie in shared memory; weights lie there
-// too ("resident"), or every warp streams its own from global memory through cp.async, so that warps
-// wait for one another only between layers.
+// A warp makes 32 columns of the result at a time, of all the tile's rows, walking along k in
+// chunks of 32. Where a layer has fewer than eight times 32 columns, several warps share the
+// columns and split k; their sums are added in order. Rows of the input lie in shared memory;
+// weights lie there too ("resident"), or every warp streams its own from global memory through
+// cp.async, so that warps wait for one another only between layers.
 //
 // What differs between precisions is a `Math`: FFMA in float32, or mma.sync on tensor cores, behind
 // the same three functions. Both read weights as torch has them, [out, in]: mma's B by columns.
@@ -42,7 +43,7 @@ __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.
 // keeps both Maths' stores free of bank conflicts.
 constexpr int sums_stride = 40;
 
-// -- float32 on the FFMA units ---------------------------------------------------------------------
+// -- float32 on the FFMA units --------------------------------------------------------------------
 
 // Lane 8 g + c has rows g, g + 4, ... and columns c, c + 8, c + 16, c + 24: a warp's float4 loads
 // touch four rows of the input or eight of the weights at a time, a wavefront each.
@@ -103,7 +104,7 @@ struct Float32Math {
   }
 };
 
-// -- tensor cores ----------------------------------------------------------------------------------
+// -- tensor cores ---------------------------------------------------------------------------------
 
 // Fragments of mma.sync (PTX ISA, "Matrix Fragments for mma.m16n8k16", "... mma.m16n8k8"), for lane
 // 4 g + t. Of a 16-bit type, a register is two neighbours in k:
@@ -206,10 +207,10 @@ struct Float16Math : TensorMath<Float16Math, uint16_t> {
   }
 };
 
-// -- a layer ---------------------------------------------------------------------------------------
+// -- a layer --------------------------------------------------------------------------------------
 
-// Columns of a weight matrix that was packed for `Math`: in [columns, k], k padded with zeros to whole
-// k_steps and columns to whole octets.
+// Columns of a weight matrix that was packed for `Math`: in [columns, k], k padded with zeros to
+// whole k_steps and columns to whole octets.
 template <class Operand>
 struct Weights {
   const Operand* in_shared;  // rows operand_stride(k) apart, or null: streamed
@@ -294,8 +295,8 @@ __device__ __forceinline__ void multiply_columns(typename Math::template Sums<ro
   if (streams) wait_for_copies<0>();
 }
 
-// finish(row, column, {y[row, column], y[row, column + 1]}) for every row below `row_count` and every
-// pair of columns, by some thread, with y = x w^T.
+// finish(row, column, {y[row, column], y[row, column + 1]}) for every row below `row_count` and
+// every pair of columns, by some thread, with y = x w^T.
 //
 // All threads of the block call it together. x [rows, w.k] lies in shared memory, written before a
 // barrier, and what `finish` writes can be read after the next one; so can `memory`, which has

@@ -15,16 +15,12 @@ CUDA graph.
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-#: Set before Triton is imported, this runs kernels in Python on tensors of any device.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 #: What operands of matrix products are kept in, by precision.
 OPERAND_DTYPES = {

@@ -3,8 +3,9 @@
 
 using namespace diffcore::cuda;
 
-// sizes: batch, state, action, time, hidden, trunk layers, steps; parameters: weight and bias of every
-// layer, time MLP first. Returns nullptr or an error; with `actions` null the workspace is measured.
+// sizes: batch, state, action, time, hidden, trunk layers, steps; parameters: weight and bias of
+// every layer, time MLP first. Returns nullptr or an error; with `actions` null the workspace is
+// measured.
 extern "C" __attribute__((visibility("default"))) const char* chain(
     const int* sizes, int precision, const float* const* parameters, const float* embedding,
     const float* coefficients, const float* state, const float* x_init, const float* noise,

@@ -27,7 +27,7 @@ BUILD = ROOT / "build"
 CPU_FLAGS = [
     "-DDIFFCORE_CUDA_ON_CPU",
     "-std=c++17",
-    "-O2",
+    "-O1",
     "-fPIC",
     "-fvisibility=hidden",
     "-ffp-contract=off",

@@ -7,11 +7,12 @@ using namespace diffcore::cuda;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// -- mma, with the fragments filled by the formulas of the PTX ISA ---------------------------------
+// -- mma, with the fragments filled by the formulas of the PTX ISA --------------------------------
 
 // m16n8k16: a has eight numbers a lane, b four, d four.
 template <class Pair, class Mma>
-__device__ void multiply_by_fragments(const float* a, const float* b, float* d, Pair pair, Mma mma) {
+__device__ void multiply_by_fragments(const float* a, const float* b, float* d, Pair pair,
+                                      Mma mma) {
   const int group = static_cast<int>(threadIdx.x) / 4, in_group = static_cast<int>(threadIdx.x) % 4;
   float a_numbers[8], b_numbers[4], sums[4] = {};
   for (int i = 0; i < 8; ++i) {
@@ -27,8 +28,7 @@ __device__ void multiply_by_fragments(const float* a, const float* b, float* d, 
   for (int i = 0; i < 4; ++i) a_registers[i] = pair(a_numbers[2 * i], a_numbers[2 * i + 1]);
   for (int i = 0; i < 2; ++i) b_registers[i] = pair(b_numbers[2 * i], b_numbers[2 * i + 1]);
   mma(sums, a_registers, b_registers);
-  for (int i = 0; i < 4; ++i)
-    d[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = sums[i];
+  for (int i = 0; i < 4; ++i) d[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = sums[i];
 }
 
 // m16n8k8: a has four numbers a lane, b two, d four.
@@ -44,8 +44,7 @@ __device__ void multiply_tf32(const float* a, const float* b, float* d) {
   for (int i = 0; i < 2; ++i)
     b_registers[i] = tf32_bits(b[(in_group + (i == 0 ? 0 : 4)) * 8 + group]);
   mma_tf32(sums, a_registers, b_registers);
-  for (int i = 0; i < 4; ++i)
-    d[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = sums[i];
+  for (int i = 0; i < 4; ++i) d[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = sums[i];
 }
 
 struct MmaArguments {
@@ -56,12 +55,12 @@ struct MmaArguments {
 __global__ void multiply_bf16_kernel(MmaArguments p) {
   multiply_by_fragments(
       p.a, p.b, p.d, [](float low, float high) { return bf16_pair(low, high); },
-      [](float(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) { mma_bf16(d, a, b); });
+      [](float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_bf16(d, a, b); });
 }
 __global__ void multiply_fp16_kernel(MmaArguments p) {
   multiply_by_fragments(
       p.a, p.b, p.d, [](float low, float high) { return fp16_pair(low, high); },
-      [](float(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) { mma_fp16(d, a, b); });
+      [](float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_fp16(d, a, b); });
 }
 __global__ void multiply_tf32_kernel(MmaArguments p) { multiply_tf32(p.a, p.b, p.d); }
 
@@ -75,7 +74,7 @@ EXPORT void multiply(int precision, const float* a, const float* b, float* d) {
   }
 }
 
-// -- conversions -----------------------------------------------------------------------------------
+// -- conversions ----------------------------------------------------------------------------------
 
 EXPORT void rounded(int precision, int count, const float* x, float* y) {
   for (int i = 0; i < count; ++i) {
@@ -90,7 +89,7 @@ EXPORT void rounded(int precision, int count, const float* x, float* y) {
   }
 }
 
-// -- shuffles --------------------------------------------------------------------------------------
+// -- shuffles -------------------------------------------------------------------------------------
 
 struct Ints {
   int* out;  // [32]
@@ -126,7 +125,7 @@ EXPORT void shuffle_groups(int* out) {
   launch({1, 32, 0, nullptr}, shuffle_groups_kernel, Ints{out});
 }
 
-// -- blocks that need each other -------------------------------------------------------------------
+// -- blocks that need each other ------------------------------------------------------------------
 
 // Every block passes its number to the next one of its cluster.
 __global__ void cluster_kernel(Ints p) {
@@ -134,15 +133,12 @@ __global__ void cluster_kernel(Ints p) {
   arrive_at_cluster();
   wait_for_cluster();
   const int rank = rank_in_cluster();
-  if (threadIdx.x == 0)
-    store_in_cluster(shared, (rank + 1) % 4, static_cast<uint32_t>(blockIdx.x));
+  if (threadIdx.x == 0) store_in_cluster(shared, (rank + 1) % 4, static_cast<uint32_t>(blockIdx.x));
   arrive_at_cluster();
   wait_for_cluster();
   if (threadIdx.x == 5) p.out[blockIdx.x] = static_cast<int>(*reinterpret_cast<uint32_t*>(shared));
 }
-EXPORT void pass_on(int* out) {
-  launch({8, 32, 16, nullptr, 4}, cluster_kernel, Ints{out});
-}
+EXPORT void pass_on(int* out) { launch({8, 32, 16, nullptr, 4}, cluster_kernel, Ints{out}); }
 
 // Blocks count up, one after another, as a software barrier would.
 __global__ void cooperative_kernel(Ints p) {
@@ -156,7 +152,7 @@ EXPORT void take_turns(int* out) {
   launch({5, 32, 0, nullptr, 1, true}, cooperative_kernel, Ints{out});
 }
 
-// -- what a kernel must not do ---------------------------------------------------------------------
+// -- what a kernel must not do --------------------------------------------------------------------
 
 __global__ void race_kernel(Ints p) {
   DIFFCORE_DYNAMIC_SHARED(shared);
@@ -239,7 +235,7 @@ EXPORT void beyond_shared(int* out) {
   launch({1, 1, 64, nullptr}, beyond_shared_kernel, Ints{out});
 }
 
-// -- the tile --------------------------------------------------------------------------------------
+// -- the tile -------------------------------------------------------------------------------------
 
 struct LinearArguments {
   int row_count, k, columns;
@@ -265,8 +261,8 @@ __global__ void linear_kernel(LinearArguments p) {
   const auto pack = [&](const float* from, int count, int all, Operand* to, int to_stride) {
     for (int i = static_cast<int>(threadIdx.x); i < all * k / 2; i += block_threads) {
       const int row = i / (k / 2), column = i % (k / 2) * 2;
-      *reinterpret_cast<typename Math::Pair*>(to + row * to_stride + column) = Math::pair(
-          number(from, count, row, column), number(from, count, row, column + 1));
+      *reinterpret_cast<typename Math::Pair*>(to + row * to_stride + column) =
+          Math::pair(number(from, count, row, column), number(from, count, row, column + 1));
     }
   };
   pack(p.x, p.row_count, rows, x, stride);

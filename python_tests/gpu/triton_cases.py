@@ -103,11 +103,11 @@ def denoising_cases() -> list[Case]:
         parameters = [p.detach() for p in denoiser.weights_and_biases()]
         grads = [torch.empty_like(t) for t in (*inputs[:2], *parameters)]
         wanted = [True] * len(grads)
-        settings = (grads, wanted, parameters, "tf32")
+        settings = (grads, wanted, parameters, "float32")
         triton.loss_and_gradients(*inputs, *levels, "mish", *settings)
         triton.normals(torch.tensor(1), inputs[1])
 
-    return [Case("update", "tf32", launch, ("rows_kernel", "weight_gradient_kernel"))]
+    return [Case("update", "float32", launch)]
 
 
 def on_132_processors(launch: Callable[[], object]) -> Callable[[], object]:

@@ -568,7 +568,7 @@ def test_any_callable_is_a_critic() -> None:
         ({"optimizer": "sgd"}, ValueError, "^optimizer: expected one of adam, ascent, got 'sgd'"),
         ({"clip_mode": "all"}, ValueError, "^clip_mode: expected one of batch, row, got 'all'"),
         ({"compute_dtype": torch.float64}, ValueError, "^compute_dtype: "),
-        ({"backend": "gpu"}, ValueError, "^backend: expected one of cpu, reference, got 'gpu'"),
+        ({"backend": "gpu"}, ValueError, "^backend: expected one of .*got 'gpu'"),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:

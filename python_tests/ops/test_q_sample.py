@@ -98,7 +98,7 @@ def test_any_shape_and_stride(rows: int, columns: int, half: bool) -> None:
         ({"t": torch.tensor([0, 1, 2, 10])}, ValueError, r"^t: expected levels in 0\.\.9"),
         ({"t": torch.tensor([0, 1, 2, -1])}, ValueError, r"^t: expected levels in 0\.\.9"),
         ({"schedule": "cosine"}, TypeError, "^schedule: expected a DiffusionSchedule, got str"),
-        ({"backend": "cpu"}, ValueError, "^backend: expected one of reference, got 'cpu'"),
+        ({"backend": "cpu"}, ValueError, "^backend: expected one of reference, triton, got 'cpu'"),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -647,7 +647,7 @@ def test_meta_tensors() -> None:
         ({"generator": 7}, TypeError, "^generator: expected a torch.Generator, got int"),
         ({"compute_dtype": torch.float64}, ValueError, "^compute_dtype: "),
         ({"compute_dtype": "bfloat16"}, ValueError, "^compute_dtype: .* got 'bfloat16'"),
-        ({"backend": "gpu"}, ValueError, "^backend: expected one of cpu, reference, got 'gpu'"),
+        ({"backend": "gpu"}, ValueError, "^backend: expected one of .*got 'gpu'"),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:

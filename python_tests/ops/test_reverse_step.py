@@ -204,7 +204,7 @@ def test_other_dtypes_run_on_the_reference(dtype: torch.dtype) -> None:
         ({"clip": -1.0}, ValueError, "^clip: "),
         ({"clip": math.nan}, ValueError, "^clip: "),
         ({"clip": None}, TypeError, "^clip: "),
-        ({"backend": "gpu"}, ValueError, "^backend: expected one of cpu, reference, got 'gpu'"),
+        ({"backend": "gpu"}, ValueError, "^backend: expected one of .*got 'gpu'"),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:

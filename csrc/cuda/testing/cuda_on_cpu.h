@@ -1,12 +1,12 @@
 // Runs CUDA kernels on the CPU, so that tests execute the real sources where there is no GPU.
 //
-// Every CUDA thread is a fiber with a stack of its own, and one OS thread runs them by turns: a fiber
-// goes on until it waits for others. What a kernel may rely on, and no more, is what it gets:
+// Every CUDA thread is a fiber with a stack of its own, and one OS thread runs them by turns: a
+// fiber goes on until it waits for others. What a kernel may rely on, and no more, is what it gets:
 //
 // - Barriers, shuffles and mma are meetings. Lanes run forwards or, with CUDA_ON_CPU_LANES=reverse,
 //   backwards, so a missing barrier shows in one of the two orders.
-// - Shared memory starts as NaN, is a block of its own on the heap (AddressSanitizer guards its ends)
-//   and belongs to one block. Blocks of a cluster or of a cooperative grid run interleaved.
+// - Shared memory starts as NaN, is a block of its own on the heap (AddressSanitizer guards its
+//   ends) and belongs to one block. Blocks of a cluster or of a cooperative grid run interleaved.
 // - cp.async copies when its group is waited for: without the wait, nothing has arrived.
 // - mma takes every operand from the lane and register in which PTX says it lies.
 // - Threads that meet at different barriers, wait for ever, copy misaligned or leave a copy
@@ -108,8 +108,8 @@ struct Barrier {
   }
 };
 
-// What the lanes named by a mask hand to each other. Values of one meeting stay until all lanes have
-// come to the next but one.
+// What the lanes named by a mask hand to each other. Values of one meeting stay until all lanes
+// have come to the next but one.
 struct Meeting {
   static constexpr int bytes = 64;
   unsigned mask = 0;
@@ -517,7 +517,7 @@ inline Device device() {
   return d;
 }
 
-// -- numbers of 16 and 19 bits ---------------------------------------------------------------------
+// -- numbers of 16 and 19 bits --------------------------------------------------------------------
 
 inline uint32_t bits_of(float x) {
   uint32_t bits;
@@ -562,17 +562,17 @@ inline uint16_t fp16_of(float x) {
 inline uint32_t tf32_of(float x) { return x != x ? 0x7fffffffu : (bits_of(x) + 0x1000) & ~0x1fffu; }
 inline float float_of_tf32(uint32_t bits) { return float_of(bits & ~0x1fffu); }
 
-// -- mma -------------------------------------------------------------------------------------------
+// -- mma ------------------------------------------------------------------------------------------
 
-// D = A B + D with A [16, depth] and B [depth, 8]. `Lane` holds what one lane has of A and B:
-// a[row half][k half][j] and b[k half][j], j < depth / 8. Of its eight (of tf32: four) columns of k,
-// half h begins at column h * depth / 2; the lane has `pair` neighbours of them from
-// pair * (lane % 4) on, of rows lane / 4 and lane / 4 + 8, and of B's column lane / 4. D lies in all
-// shapes the same: d[2 h + j] is row lane / 4 + 8 h, column 2 (lane % 4) + j.
+// D = A B + D of a warp, A [16, k], B [k, 8], D [16, 8]; k is 16, of tf32 8.
+//
+// Lane 4 g + t holds rows g and g + 8 of A (its halves), column g of B, and of k the `pair` numbers
+// from pair * t on, in the lower and in the upper half of k: 2 of 16 bits, 1 of tf32. Of D it holds
+// in all shapes d[2 h + j] = D[g + 8 h, 2 t + j].
 template <int pair>
 struct LaneOfOperands {
-  float a[2][2][pair];
-  float b[2][pair];
+  float a[2][2][pair];  // [half of the rows][half of k]
+  float b[2][pair];     // [half of k]
 };
 
 template <int pair>
@@ -620,7 +620,7 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32
   multiply_fragments(d, mine, file, line);
 }
 
-// -- cp.async --------------------------------------------------------------------------------------
+// -- cp.async -------------------------------------------------------------------------------------
 
 inline void copy_later(void* to, const void* from, int bytes, const char* file, int line) {
   if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
@@ -644,7 +644,7 @@ inline void finish_copies(unsigned pending) {
 
 }  // namespace cuda_on_cpu
 
-// -- CUDA's own names ------------------------------------------------------------------------------
+// -- CUDA's own names -----------------------------------------------------------------------------
 
 inline void __syncthreads(CUDA_ON_CPU_SITE) {
   cuda_on_cpu::meet(cuda_on_cpu::self().block->barrier, file, line);

@@ -68,7 +68,7 @@ def action_gradient(
             the gradient is then within 1% of its root mean square (relu, whose slope jumps: 10%).
             ``torch.float16`` likewise, on GPUs only. None or ``torch.float32``: float32 throughout.
             The reference keeps to the critic's own precision.
-        backend: "cpu", "cuda" or "reference"; the fastest that can run the call if None.
+        backend: "cuda", "triton", "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
         ``[B, A]``, detached.
@@ -98,23 +98,24 @@ def action_gradient(
     chosen = _dispatch.choose("action_gradient", available, backend)
     if chosen != "reference":
         assert isinstance(critic, TwinCritic)
-        return native.ascend(
-            state.detach(),
-            action.detach(),
-            [p.detach() for p in critic.q1.weights_and_biases()],
-            [p.detach() for p in critic.q2.weights_and_biases()],
-            critic.activation,
-            _backends.precision(compute_dtype, state),
-            steps,
-            float(lr),
-            max_norm,
-            clip_mode,
-            optimizer,
-            float(eps),
-            float(low),
-            float(high),
-            chosen,
-        )
+        with torch.no_grad():  # quicker than to detach every parameter
+            return native.ascend(
+                state,
+                action,
+                critic.q1.weights_and_biases(),
+                critic.q2.weights_and_biases(),
+                critic.activation,
+                _backends.precision(compute_dtype, state),
+                steps,
+                float(lr),
+                max_norm,
+                clip_mode,
+                optimizer,
+                float(eps),
+                float(low),
+                float(high),
+                chosen,
+            )
     if isinstance(critic, TwinCritic):
         critic = partial(critic, backend="reference")
     return reference.action_gradient(

@@ -7,23 +7,25 @@ reverse_diffusion/triton.py). Within a block of 8 to 64 rows nearly always both 
 row's minimum, so both are gone back through and the other's share is dropped, unless it has none:
 the weights, which are the limit, would have to be read anyway.
 
-The norm over the batch needs all rows before any can move. Programs write their part of it, wait for
-one another, and each adds up all parts in the same order, so that results don't depend on who came
-first. Waiting takes that all programs run at once: there are no more of them than processors, each
-takes several blocks where there are more, and the launch is a cooperative one, which the driver
-refuses rather than let it wait forever (and which doesn't mix with another one in another stream).
+The norm over the batch needs all rows before any can move. Programs write every block's part of it,
+wait for one another, and each adds up all parts in the same order, so that results don't depend on
+who came first, nor on how many programs there are. Waiting takes that all programs run at once:
+there are no more of them than processors, each takes several blocks where there are more, and the
+launch is a cooperative one, which the driver refuses rather than let it wait forever (and which
+doesn't mix with another one in another stream).
 
-On paper, for an H100 as in reverse_diffusion/triton.py, hidden 256, three hidden layers, 20 steps. A
-row takes 524,000 FMAs a step, forward and back through two critics; a program reads 2 MB of float32
-weights or 1 MB of half precision for it, 33,000 or 16,000 cycles at 64 bytes a cycle.
+On paper, for an H100 as in reverse_diffusion/triton.py, hidden 256, three hidden layers, 20 steps.
+A row takes 524,000 FMAs a step, forward and back through two critics; a program reads 2 MB of
+float32 weights or 1 MB of half precision for it, in 33,000 or 16,000 cycles.
 
-  batch 1     float32 0.39 ms, half 0.19 ms: the weights' way into one processor.
-  batch 256   float32, 8 rows a program: FMAs 33,000 cycles, like the weights: 0.39 ms. Half, 16
-              rows: 0.19 ms, limited by the weights.
-  batch 4096  float32, 32 rows: FMAs 131,000 cycles a step, 1.5 ms; the weights of 128 programs,
-              268 MB at 5.5 TB/s, 1 ms. Half, 64 rows: 64 programs, 0.24 ms.
+  batch 1     0.37 ms in float32, 0.19 ms in half precision: the weights' way into one processor.
+  batch 256   float32, 8 rows a program: 33,000 cycles of FMAs a step, as many as the weights take,
+              0.37 ms. Half precision, 16 rows: 0.19 ms, by the weights.
+  batch 4096  float32, 32 rows: 131,000 cycles of FMAs a step, 1.5 ms; the weights of 128 programs,
+              268 MB a step, take L2 1 ms. Half precision, 64 rows on 64 programs: 0.19 ms.
 
-A wait for all programs, some 2 microseconds, is 20 times 2 of these.
+To be added: latency, some 1,000 cycles at each of 16 layers a step, 0.2 ms, and where the batch's
+norm is limited some 2 microseconds a step in which the programs wait for one another.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ def action_gradient(
         scratch(programs, 2, hidden_layers, rows, layout.width),
         scratch(4, padded, columns),
         scratch(padded, dtype=torch.float64),
-        scratch(steps, programs, dtype=torch.float64),
+        scratch(steps, blocks, dtype=torch.float64),
         torch.zeros(1, dtype=torch.int32, device=device),
         batch,
         steps,
@@ -118,13 +120,12 @@ def action_gradient(
         ROWS=rows,
         WIDTH=layout.width,
         COLUMNS=columns,
-        PROGRAMS=triton.next_power_of_2(programs) if norm_clip == "batch" else 1,
         BLOCK_A=min(columns, 32),
         BLOCK_N=layout.block_n,
         BLOCK_K=layout.block_k,
         num_warps=4 if rows <= 16 else 8,
         num_stages=3,
-        launch_cooperative_grid=norm_clip == "batch" and not _triton.INTERPRETED,
+        launch_cooperative_grid=norm_clip == "batch",
     )
 
 
@@ -164,7 +165,6 @@ def ascent_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -202,11 +202,8 @@ def ascent_kernel(
             tl.store(second_moments + at, tl.zeros((ROWS, BLOCK_A), tl.float32))
     tl.debug_barrier()
 
-    # Powers of Adam's betas in double, as torch has them.
-    power1 = tl.full((), 1.0, tl.float64)
-    power2 = tl.full((), 1.0, tl.float64)
-    for step in range(steps):
-        squares = tl.full((), 0.0, tl.float64)
+    # Without hoisting: addresses of every layer, kept through all steps, would take all registers.
+    for step in tl.range(steps, disable_licm=True):
         for block in range(program, blocks, programs):
             row = block * ROWS + local
             squared_norms = block_gradient(
@@ -237,27 +234,31 @@ def ascent_kernel(
                 BLOCK_K,
             )
             if NORM_CLIP == "batch":
-                squares += tl.sum(squared_norms)
+                tl.store(partial_norms + step * blocks + block, tl.sum(squared_norms))
             if NORM_CLIP == "row":
                 tl.store(row_norms + row, squared_norms)
         tl.debug_barrier()
 
         factor = 1.0
         if NORM_CLIP == "batch":
-            parts = partial_norms + step * programs
-            tl.store(parts + program, squares)
             wait_for_all(arrived, (step + 1) * programs)
-            which = tl.arange(0, PROGRAMS)
-            # Past the L1, which may hold what lay here before the others wrote.
-            squares = tl.load(
-                parts + which, mask=which < programs, other=0.0, cache_modifier=".cg"
-            )
-            factor = clip_factor(tl.sum(squares), max_norm)
+            squares = tl.full((), 0.0, tl.float64)
+            for first in range(0, blocks, 1024):
+                part = first + tl.arange(0, 1024)
+                # Past the L1, which may hold what lay here before the others wrote.
+                squares += tl.sum(
+                    tl.load(
+                        partial_norms + step * blocks + part,
+                        mask=part < blocks,
+                        other=0.0,
+                        cache_modifier=".cg",
+                    )
+                )
+            factor = clip_factor(squares, max_norm)
 
-        power1 *= 0.9
-        power2 *= 0.999
-        step_size = (lr / (1.0 - power1)).to(tl.float32)
-        root_correction = tl.sqrt(1.0 - power2).to(tl.float32)
+        # Adam's bias corrections in double, as torch has them.
+        step_size = (lr / (1.0 - power(0.9, step + 1))).to(tl.float32)
+        root_correction = tl.sqrt(1.0 - power(0.999, step + 1)).to(tl.float32)
         for block in range(program, blocks, programs):
             row = block * ROWS + local
             for a in range(0, COLUMNS, BLOCK_A):
@@ -287,6 +288,18 @@ def ascent_kernel(
             x = tl.load(actions + row * COLUMNS + column)
             there = (row < batch) & (column < action_dim)
             tl.store(improved + row * action_dim + column, x, mask=there)
+
+
+@triton.jit
+def power(base, exponent):
+    """base ** exponent in float64, for whole exponents."""
+    result = tl.full((), 1.0, tl.float64)
+    factor = tl.full((), 1.0, tl.float64) * base
+    while exponent > 0:
+        result = tl.where(exponent % 2 == 1, result * factor, result)
+        factor *= factor
+        exponent = exponent // 2
+    return result
 
 
 @triton.jit
@@ -343,7 +356,7 @@ def block_gradient(
     other_hidden: tl.constexpr = ROWS * WIDTH  # from one set of hidden activations to the other
     q1 = tl.zeros((ROWS, 1), tl.float32)
     q2 = q1
-    for critic in range(2):
+    for critic in tl.range(2, disable_licm=True):
         slopes = slope_rows + critic * (inner_layers + 1) * ROWS * WIDTH
         for n in range(0, WIDTH, BLOCK_N):
             column = n + tl.arange(0, BLOCK_N)[None, :]
@@ -356,7 +369,7 @@ def block_gradient(
             tl.store(slopes + column, slope)
         tl.debug_barrier()
         source = hidden_rows
-        for layer in range(inner_layers):
+        for layer in tl.range(inner_layers, disable_licm=True):
             target = hidden_rows + ((layer + 1) % 2) * other_hidden
             slopes += ROWS * WIDTH
             which = critic * inner_layers + layer
@@ -388,7 +401,7 @@ def block_gradient(
         column = a + tl.arange(0, BLOCK_A)[None, :]
         tl.store(gradient_rows + column, tl.zeros((ROWS, BLOCK_A), tl.float32))
 
-    for critic in range(2):
+    for critic in tl.range(2, disable_licm=True):
         share = tl.where(critic == 0, share1, share2)
         if tl.max((here & (share != 0.0)).to(tl.int32)) > 0:
             slopes = slope_rows + (critic + 1) * (inner_layers + 1) * ROWS * WIDTH - ROWS * WIDTH
@@ -400,7 +413,7 @@ def block_gradient(
                 tl.store(hidden_rows + column, g.to(weights.dtype.element_ty))
             tl.debug_barrier()
             source = hidden_rows
-            for i in range(inner_layers):
+            for i in tl.range(inner_layers, disable_licm=True):
                 target = hidden_rows + ((i + 1) % 2) * other_hidden
                 slopes -= ROWS * WIDTH
                 w = weights + (critic * inner_layers + inner_layers - 1 - i) * WIDTH * WIDTH

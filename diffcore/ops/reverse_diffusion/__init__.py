@@ -65,7 +65,7 @@ def reverse_diffusion(
             (states, x and the noise schedule stay float32); about 1e-2 from float32 over a whole
             chain. ``torch.float16`` likewise, on GPUs only. None or ``torch.float32``: float32
             throughout. The reference keeps to the denoiser's own precision.
-        backend: "cpu", "cuda" or "reference"; the fastest that can run the call if None.
+        backend: "cuda", "triton", "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
         ``[B, A]`` in [-clip, clip].
@@ -250,6 +250,6 @@ def support(
         ]
         precision = _backends.precision(compute_dtype, state)
         reasons["cuda"] = native.why_not_cuda(
-            widths, ours.state_dim, precision, len(state), state.device.index or 0
+            widths, ours.state_dim, precision, state.device.index or 0
         )
     return reasons

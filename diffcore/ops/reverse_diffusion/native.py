@@ -94,13 +94,13 @@ def chain(
 
 @torch.compiler.assume_constant_result
 def why_not_cuda(
-    widths: list[list[int]], state_dim: int, precision: str, batch: int, device: int
+    widths: list[list[int]], state_dim: int, precision: str, device: int
 ) -> str | None:
     """Why the CUDA kernel can't take layers of these widths ([time MLP's, trunk's]), or None."""
     cuda = _native._cuda
     layers = [(0, 0, *sizes) for mlp in widths for sizes in itertools.pairwise(mlp)]
-    shapes = layers, widths[-1][-1], state_dim
-    plan = cuda.reverse_diffusion_plan(*shapes, getattr(cuda.Precision, precision), 1, batch, device)
+    settings = widths[-1][-1], state_dim, getattr(cuda.Precision, precision)
+    plan = cuda.reverse_diffusion_plan(layers, *settings, 1, 1, device)  # any steps, any batch
     return plan if isinstance(plan, str) else None
 
 

@@ -1,33 +1,36 @@
 """The whole reverse chain in one launch, in Triton.
 
 A program takes a block of rows through all steps and layers. Weights stream through shared memory
-from L2, where all programs find them; x, the predicted x0 and the hidden activations of its rows lie
-in a scratch buffer of the program's own in global memory, which stays in L2 and L1. They can't stay
-in registers: Triton has no way to index a tile, so the k-slices of one layer's results, which the
-next layer's product loops over, have to be read back from memory. Holding a layer's input as one
-operand instead would need weight tiles of full depth, [hidden, n], which spill beyond 128 in float32.
-What the scratch costs beside the weights is small: per layer and step `rows / hidden` of their bytes,
-and a barrier whose latency the first weights' own covers.
+from L2, where all programs find them. x, the predicted x0 and the hidden activations of its rows lie
+in a scratch buffer of the program's own in global memory, which L2 and L1 hold. They can't stay in
+registers: Triton has no way to index a tile, so the slices of one layer's results that the next
+layer's product loops over have to be read back from memory. Holding a layer's input as one operand
+instead would take weight tiles of full depth, [hidden, n], whose float32 operands alone exceed the
+registers at hidden 256. What the scratch costs beside the weights is small: `2 rows / hidden` of
+their bytes, and one barrier a layer, whose latency the first weights have anyway.
 
-All that doesn't depend on x is taken out of the loop: the state's part of the first layer is computed
-once per row, the time embedding's part beforehand, as a table with a row per step.
+All that doesn't depend on x is taken out of the loop: the state's part of the first layer is
+computed once per row, the time embedding's part beforehand, as a table with a row per step.
 
-On paper, for an H100 (132 processors at 1.7 GHz, each 128 float32 FMAs and at most 64 bytes from L2 a
-cycle, 5.5 TB/s from L2 together), hidden 256, three hidden layers, K = 100. A step multiplies
-2 x 256 x 256 weights: 131,000 FMAs a row and, a program, 512 KB of float32 or 256 KB of half precision.
+On paper, for an H100 (132 processors at 1.755 GHz, each 128 float32 FMAs and at most 64 bytes from
+L2 a cycle; 5.5 TB/s from L2 together), hidden 256, three hidden layers, K = 100. A step multiplies
+by 2 x 256 x 256 weights: 131,000 FMAs a row and, a program, 512 KB of float32 or 256 KB of half
+precision. Tensor cores, 1,000 FMAs a cycle in TF32 and 2,000 in half precision, take 64 rows through
+a step in the time that their weights take, so that with up to 64 rows the weights are the limit.
 
-  batch 1     1 program. float32: 512 KB at 64 B/cycle is 8,200 cycles a step, 0.5 ms the chain. Half:
-              0.25 ms. The weights' way into one processor is the limit.
-  batch 256   float32, 8 rows a program: 32 programs, FMAs 8,200 cycles a step, as many as the weights
-              take: 0.5 ms. With 16 rows the FMAs double; with 4 the weights stay. Half, 16 rows: 16
-              programs, limited by the weights: 0.25 ms.
-  batch 4096  float32, 32 rows: 128 programs, FMAs 33,000 cycles a step, 1.9 ms; all programs' weights,
-              64 MB a step, take 1.2 ms. Half, 32 rows: the weights of 128 programs, 32 MB a step, are
-              the limit, 0.6 ms; with 64 rows 64 programs read 16 MB, limited by the processor's own
-              path, 0.25 ms, so that fewer programs with more rows win.
+  batch 1     1 program, limited by the weights' way into one processor. float32: 8,200 cycles a
+              step, 0.5 ms the chain; half precision 0.25 ms.
+  batch 256   float32, 8 rows a program: 32 programs, 8,200 cycles of FMAs a step, as many as the
+              weights take: 0.5 ms. 16 rows would double the FMAs, 4 leave the weights as they are.
+              Half precision, 16 rows, the least that tensor cores take: 0.25 ms, by the weights.
+  batch 4096  float32, 32 rows: 128 programs, 33,000 cycles of FMAs a step, 1.9 ms; their weights,
+              64 MB a step, take L2 1.2 ms. Half precision, 64 rows: 64 programs, limited by each
+              processor's own path again, 0.25 ms; with 32 rows twice as many programs would read
+              32 MB a step, which L2 gives in 0.6 ms.
 
-So blocks are the smallest that fill the device in one wave, up to 32 rows in float32; and for tensor
-cores, which need 16 rows, up to 64, and half as many programs as processors.
+Hence `_triton.rows_per_program`. To be added: the latency of some 1,000 cycles with which every
+layer starts, 4 times a step, 0.2 ms the chain; that and the first weights of a layer aren't fetched
+while the one before it still runs.
 """
 
 from __future__ import annotations
@@ -71,7 +74,7 @@ def reverse_diffusion(
     hidden, action_dim = parameters[4].shape[0], actions.shape[1]
     first, inner, last = parameters[4:6], parameters[6:-2], parameters[-2:]
     rows = _triton.rows_per_program(batch, precision, _triton.processors(state.device))
-    layout = _triton.hidden_layout(hidden, 256 if rows <= 32 else 128, precision)
+    layout = _triton.hidden_layout(hidden, 256 if rows in (16, 32) else 128, precision)
     programs = triton.cdiv(batch, rows)
     step_bias = _step_bias(parameters, embedding, activation, action_dim, state_dim)
     weights, biases = _triton.pack_hidden(inner, layout.width, precision, state.device)
@@ -117,7 +120,7 @@ def reverse_diffusion(
         BLOCK_A=min(columns, 32),
         BLOCK_N=layout.block_n,
         BLOCK_K=layout.block_k,
-        num_warps=4 if rows == 16 else 8,
+        num_warps=4 if rows <= 16 else 8,
         num_stages=3,
     )
 
@@ -205,7 +208,8 @@ def chain_kernel(
             tl.store(trajectory + row * action_dim + column, x, mask=there)
     tl.debug_barrier()
 
-    for step in range(steps):
+    # Without hoisting: addresses of every layer, kept through all steps, would take all registers.
+    for step in tl.range(steps, disable_licm=True):
         # x and state meet float32 weights in any precision: the layer is thin, and x is what the
         # chain refines.
         for n in range(0, WIDTH, BLOCK_N):
@@ -220,7 +224,7 @@ def chain_kernel(
         tl.debug_barrier()
 
         source = hidden_scratch
-        for layer in range(inner_layers):
+        for layer in tl.range(inner_layers, disable_licm=True):
             target = hidden_scratch + ((layer + 1) % 2) * ROWS * WIDTH
             for n in range(0, WIDTH, BLOCK_N):
                 column = n + tl.arange(0, BLOCK_N)[None, :]
@@ -233,13 +237,6 @@ def chain_kernel(
             tl.debug_barrier()
             source = target
 
-        c0 = tl.load(coefficients + step * 7)
-        c1 = tl.load(coefficients + step * 7 + 1)
-        c2 = tl.load(coefficients + step * 7 + 2)
-        c3 = tl.load(coefficients + step * 7 + 3)
-        c4 = tl.load(coefficients + step * 7 + 4)
-        c5 = tl.load(coefficients + step * 7 + 5)
-        c6 = tl.load(coefficients + step * 7 + 6)
         for a in range(0, COLUMNS, BLOCK_A):
             column = a + tl.arange(0, BLOCK_A)[None, :]
             real = column < action_dim
@@ -258,6 +255,13 @@ def chain_kernel(
 
             x = tl.load(x_rows + column)
             x0_previous = tl.load(x0_rows + column)
+            c0 = tl.load(coefficients + step * 7)
+            c1 = tl.load(coefficients + step * 7 + 1)
+            c2 = tl.load(coefficients + step * 7 + 2)
+            c3 = tl.load(coefficients + step * 7 + 3)
+            c4 = tl.load(coefficients + step * 7 + 4)
+            c5 = tl.load(coefficients + step * 7 + 5)
+            c6 = tl.load(coefficients + step * 7 + 6)
             x0 = at_most(at_least(c0 * x - c1 * eps, -clip), clip)
             x = c2 * x0 + c3 * x + c4 * eps + c6 * x0_previous
             if noise is not None:

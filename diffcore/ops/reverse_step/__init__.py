@@ -35,7 +35,7 @@ def reverse_step(
         x0_previous: ``[B, A]``, the x0 of the step before, for two-step samplers.
         noise_scale: factor on the noise.
         clip: bound on the predicted x0; ``math.inf`` for none.
-        backend: "cpu", "cuda" or "reference"; the fastest that can run the call if None.
+        backend: "cuda", "triton", "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
         The next point and the predicted x0, both ``[B, A]``.
