@@ -8,26 +8,28 @@
 // make the same update of its actions: nothing more has to be exchanged, and one meeting a step is
 // enough, since values and gradients alternate between two places.
 //
-// Going back through one critic a row only would save nothing while tiles hold rows of both kinds: the
-// weights, which are the limit, have to be read anyway; and to know which would take a second meeting.
+// Going back through one critic a row only would save nothing while tiles hold rows of both kinds:
+// the weights, which are the limit, have to be read anyway; and to know which would take a second
+// meeting.
 //
-// Weights are packed once a call, at the start of the launch, in both directions and in the precision
-// that they are multiplied in; every step streams them from L2 through cp.async. No parameter gradient
-// is ever formed. The state's part of each first layer is computed once.
+// Weights are packed once a call, at the start of the launch, in both directions and in the
+// precision that they are multiplied in; every step streams them from L2 through cp.async. No
+// parameter gradient is ever formed. The state's part of each first layer is computed once.
 //
 // Budget: 256 threads, up to 255 registers (one block a multiprocessor), no spills; dynamic shared
 // memory as `SharedLayout` says: 8 rows of width 256 in float32 take 128 KB, 32 rows 178 KB.
 //
 // Roofline, on an H100 at 1.7 GHz (132 multiprocessors; of each: 128 FFMA or about 1,000 bf16
-// multiply-adds a clock; L2 64 B a clock, and 3,000 for all), three hidden layers of 256, action 6. An
-// item is 133 k multiply-adds a row forward and as many back, and streams 2 * 131,072 weights a step,
-// 1.05 MB in float32: 16,400 clocks. A meeting of the grid is taken as 3,000 clocks. 20 steps:
+// multiply-adds a clock; L2 64 B a clock, and 3,000 for all), three hidden layers of 256, action 6.
+// An item is 133 k multiply-adds a row forward and as many back, and streams 2 * 131,072 weights a
+// step, 1.05 MB in float32: 16,400 clocks. A meeting of the grid is taken as 3,000 clocks. 20
+// steps:
 //
 //   batch 256   float32: 64 items of 8 rows, 16,600 clocks of FFMA; 64 * 1.05 MB from L2 are 22,400
 //               and limit it: 0.30 ms. bf16: 32 items of 16 rows, the stream of one multiprocessor
 //               limits it, 8,200 clocks: 0.13 ms.
-//   batch 4096  float32: 256 items of 32 rows in two rounds, 133,000 clocks of FFMA: 1.6 ms. bf16: 128
-//               items of 64 rows, 22,400 clocks from L2: 0.30 ms.
+//   batch 4096  float32: 256 items of 32 rows in two rounds, 133,000 clocks of FFMA: 1.6 ms. bf16:
+//               128 items of 64 rows, 22,400 clocks from L2: 0.30 ms.
 //
 // No GPU has measured it yet.
 #include "activations.cuh"
@@ -39,11 +41,12 @@ namespace cuda {
 
 namespace {
 
-// -- what a call lays out --------------------------------------------------------------------------
+// -- what a call lays out -------------------------------------------------------------------------
 
-// A critic's weights as they are multiplied, in the workspace. Entries l of `forward` and `backward`
-// are layers 1 .. count - 1 and 0 .. count - 2 in `Math`'s operands; what meets states and actions on
-// the way forward is float32 in any precision: the layer is thin, and actions are what is refined.
+// A critic's weights as they are multiplied, in the workspace. Entries l of `forward` and
+// `backward` are layers 1 .. count - 1 and 0 .. count - 2 in `Math`'s operands; what meets states
+// and actions on the way forward is float32 in any precision: the layer is thin, and actions are
+// what is refined.
 struct PackedCritic {
   float* state_input;   // [width, state_dim]
   float* action_input;  // [width, action_dim]
@@ -164,7 +167,7 @@ AscentPlan plan_ascent(const ActionGradientCall& call, int rows, unsigned blocks
   return plan;
 }
 
-// -- packing ---------------------------------------------------------------------------------------
+// -- packing --------------------------------------------------------------------------------------
 
 // packed [columns, k] with zeros where they are padded: weight(column, k), which is at
 // from[column * column_stride + k * k_stride]. By all threads of the grid.
@@ -208,7 +211,7 @@ __device__ Weights<typename Math::Operand> streamed(const void* packed, int k, i
           round_up(columns, 8)};
 }
 
-// -- one critic on one tile ------------------------------------------------------------------------
+// -- one critic on one tile -----------------------------------------------------------------------
 
 // A tile of rows of one critic.
 struct Item {
@@ -223,7 +226,8 @@ __device__ Item item_at(const AscentPlan& plan, int64_t index) {
   return {static_cast<int>(index % 2), first, static_cast<int>(left < rows ? left : rows)};
 }
 
-// from [row_count, columns] to shared memory as float32, the k of whoever reads it padded with zeros.
+// from [row_count, columns] to shared memory as float32, the k of whoever reads it padded with
+// zeros.
 __device__ void stage_rows(const float* from, int row_count, int columns, float* to, int stride) {
   const int padded = round_up(columns, Float32Math::k_step);
   for (int i = static_cast<int>(threadIdx.x); i < row_count * padded; i += block_threads) {
@@ -257,8 +261,8 @@ class CriticPass {
         slopes_(plan.slopes +
                 static_cast<int64_t>(blockIdx.x) * (critic_.layer_count - 1) * rows * plan.width) {}
 
-  // The first layer, thin and in float32, on rows of states or of actions. What states make of it, with
-  // the bias, is kept for all steps; actions add their part and are activated.
+  // The first layer, thin and in float32, on rows of states or of actions. What states make of it,
+  // with the bias, is kept for all steps; actions add their part and are activated.
   __device__ void first_layer(bool of_states, const float* input) const {
     const SharedLayout& s = plan_.shared;
     const LinearParameters& layer = critic_.layers[0];
@@ -283,9 +287,9 @@ class CriticPass {
     __syncthreads();
   }
 
-  // All that comes after the first layer: the tile's values [rows] and, back through all layers, the
-  // gradients at its actions [rows, action_dim]. One loop over all products and one call of `linear`:
-  // each is a thousand instructions.
+  // All that comes after the first layer: the tile's values [rows] and, back through all layers,
+  // the gradients at its actions [rows, action_dim]. One loop over all products and one call of
+  // `linear`: each is a thousand instructions.
   __device__ void rest(float* values, float* gradients) const {
     const SharedLayout& s = plan_.shared;
     const int action_dim = critic_.action_dim, last = critic_.layer_count - 1;
@@ -372,7 +376,7 @@ class CriticPass {
   float* const slopes_;
 };
 
-// -- the update ------------------------------------------------------------------------------------
+// -- the update -----------------------------------------------------------------------------------
 
 // What the blocks published in a step.
 struct Published {
@@ -468,7 +472,7 @@ __device__ void start(const AscentPlan& plan, const Item& item) {
   }
 }
 
-// -- the kernel ------------------------------------------------------------------------------------
+// -- the kernel -----------------------------------------------------------------------------------
 
 template <class Math, int rows>
 __global__ void __launch_bounds__(block_threads, 1)
@@ -524,7 +528,7 @@ __global__ void __launch_bounds__(block_threads, 1)
   }
 }
 
-// -- the choice of a tile --------------------------------------------------------------------------
+// -- the choice of a tile -------------------------------------------------------------------------
 
 // What is launched for a call: few rows a tile while that keeps everybody busy, else many.
 struct Choice {

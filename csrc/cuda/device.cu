@@ -48,7 +48,10 @@ const char* unavailable(int device) {
 }
 
 const char* use_device(int device, int* before) {
-  if (const char* error = message(cudaGetDevice(before))) return error;
+  if (const char* error = message(cudaGetDevice(before))) {
+    const char* reason = unavailable(device);  // in more words
+    return reason ? reason : error;
+  }
   return *before == device ? nullptr : message(cudaSetDevice(device));
 }
 

@@ -1,9 +1,10 @@
-// THE other primitive: a 64 x 64 tile of a matrix product, for ops that are one large product and not
-// a chain of layers. Sums are float32 throughout.
+// THE other primitive: a 64 x 64 tile of a matrix product, for ops that are one large product and
+// not a chain of layers. Sums are float32 throughout.
 //
-// A block of 256 threads walks along k in steps of 16. The next step's operands are on their way from
-// memory, in registers, while a thread multiplies this one's, from shared memory, into a 4 x 4 square
-// of the result. What an operand is, a matrix or something computed from several, is the caller's.
+// A block of 256 threads walks along k in steps of 16. The next step's operands are on their way
+// from memory, in registers, while a thread multiplies this one's, from shared memory, into a 4 x 4
+// square of the result. What an operand is, a matrix or something computed from several, is the
+// caller's.
 #pragma once
 
 #include "platform.cuh"

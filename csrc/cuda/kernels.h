@@ -2,9 +2,10 @@
 // that launches its kernels. No CUDA header is needed to include this one.
 //
 // Every pointer is a device address unless its comment says otherwise. A launcher checks nothing,
-// allocates nothing, waits for nothing: it queues its work on `stream` of the device that is current
-// and returns nullptr, or what went wrong. Memory that a call needs beside its inputs and results is
-// `workspace`, of as many bytes as the op's `..._workspace` says, aligned to 256, in any state.
+// allocates nothing, waits for nothing: it queues its work on `stream` of the device that is
+// current and returns nullptr, or what went wrong. Memory that a call needs beside its inputs and
+// results is `workspace`, of as many bytes as the op's `..._workspace` says, aligned to 256, in any
+// state.
 #pragma once
 
 #include <cstdint>
@@ -42,8 +43,8 @@ struct DenoiserParameters {
   int steps;
 };
 
-// A key for Philox: the number that `address` points to, read by the kernel, so that nobody waits for
-// it and a captured graph draws anew at every replay; without an address, `value`.
+// A key for Philox: the number that `address` points to, read by the kernel, so that nobody waits
+// for it and a captured graph draws anew at every replay; without an address, `value`.
 struct Seed {
   uint64_t value;
   const int64_t* address;

@@ -1,22 +1,23 @@
-// Random Fourier features, scale * f(x omega^T + bias) with f = sin, cos or both, and their gradients.
+// Random Fourier features, scale * f(x omega^T + bias) with f = sin, cos or both, and their
+// gradients.
 //
-// One large product with sines after it: a block makes a 64 x 64 tile of the arguments and turns them
-// into features in registers. Always in float32: an argument is a phase, whose absolute error is the
-// feature's, and at 100 radians tf32 would be off by 0.05.
+// One large product with sines after it: a block makes a 64 x 64 tile of the arguments and turns
+// them into features in registers. Always in float32: an argument is a phase, whose absolute error
+// is the feature's, and at 100 radians tf32 would be off by 0.05.
 //
-// Backward, the gradient at the arguments, d = grad_y * slope, is computed where it is loaded, and is
-// an operand of two products: grad_x = d omega and grad_omega = d^T x, whose sums along the rows of d
-// are grad_bias. Blocks of one launch share them out. Batches of more than 1024 rows are summed in
-// pieces, which a second launch adds in order: the same bits at every call.
+// Backward, the gradient at the arguments, d = grad_y * slope, is computed where it is loaded, and
+// is an operand of two products: grad_x = d omega and grad_omega = d^T x, whose sums along the rows
+// of d are grad_bias. Blocks of one launch share them out. Batches of more than 1024 rows are
+// summed in pieces, which a second launch adds in order: the same bits at every call.
 //
-// Budget: 256 threads, up to 128 registers (two blocks a multiprocessor), no spills; 17,408 bytes of
-// dynamic shared memory.
+// Budget: 256 threads, up to 128 registers (two blocks a multiprocessor), no spills; 17,408 bytes
+// of dynamic shared memory.
 //
 // Roofline, on an H100 at 1.7 GHz (132 multiprocessors of 128 FFMA a clock, 3.35 TB/s), batch 256,
-// 256 -> 1024. Forward: 64 tiles of 64 * 64 * 256 multiply-adds, one a multiprocessor, 8,200 clocks or
-// 4.8 us; a sine and cosine are some 40 instructions, 1,300 clocks a tile; memory, 2.3 MB, 0.7 us. So
-// FFMA limits it, on half the device. Backward: 64 tiles of grad_omega like those, and 16 of grad_x that
-// sum over 1024, 32,800 clocks or 19 us. No GPU has measured it yet.
+// 256 -> 1024. Forward: 64 tiles of 64 * 64 * 256 multiply-adds, one a multiprocessor, 8,200 clocks
+// or 4.8 us; a sine and cosine are some 40 instructions, 1,300 clocks a tile; memory, 2.3 MB, 0.7
+// us. So FFMA limits it, on half the device. Backward: 64 tiles of grad_omega like those, and 16 of
+// grad_x that sum over 1024, 32,800 clocks or 19 us. No GPU has measured it yet.
 #include "gemm.cuh"
 #include "kernels.h"
 #include "sincos.cuh"
@@ -48,8 +49,8 @@ struct ByColumn {
   }
 };
 
-// The gradient at the arguments [batch, features]: grad_y times the slope; for the pair of cosine and
-// sine, which are each other's slopes, g_sin y_cos - g_cos y_sin.
+// The gradient at the arguments [batch, features]: grad_y times the slope; for the pair of cosine
+// and sine, which are each other's slopes, g_sin y_cos - g_cos y_sin.
 template <bool pair>
 struct ArgumentGradient {
   const float* grad_y;
@@ -126,7 +127,8 @@ constexpr int64_t rows_of_piece = 1024;
 
 int64_t pieces_of(int64_t batch) { return (batch + rows_of_piece - 1) / rows_of_piece; }
 
-// What the blocks of a launch are for: first tiles of grad_x, then tiles of every piece's grad_omega.
+// What the blocks of a launch are for: first tiles of grad_x, then tiles of every piece's
+// grad_omega.
 struct BackwardPlan {
   RffBackwardCall call;
   int64_t x_blocks;

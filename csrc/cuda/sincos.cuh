@@ -6,8 +6,8 @@
 namespace diffcore {
 namespace cuda {
 
-// (sin(r) - r) / r^3 and (cos(r) - 1 + r^2 / 2) / r^4 for |r| up to a little over pi / 4; the Cephes
-// library's polynomials (S. Moshier).
+// (sin(r) - r) / r^3 and (cos(r) - 1 + r^2 / 2) / r^4 for |r| up to a little over pi / 4; the
+// Cephes library's polynomials (S. Moshier).
 __device__ __forceinline__ float sine_polynomial(float r2) {
   float p = -1.9515295891e-4f;
   p = fmaf(p, r2, 8.3321608736e-3f);
@@ -28,8 +28,8 @@ __device__ __forceinline__ float sine_from_quarter(unsigned n, float sine, float
   return __uint_as_float(__float_as_uint(magnitude) ^ (n & 2) << 30);
 }
 
-// x = n pi / 2 + r + low with |r| <= pi / 4, where low is what r rounds away, and n in the low bits of
-// `quarter`.
+// x = n pi / 2 + r + low with |r| <= pi / 4, where low is what r rounds away, and n in the low bits
+// of `quarter`.
 struct ReducedAngle {
   float r, low;
   unsigned quarter;
@@ -41,8 +41,8 @@ constexpr float longest_reduction = 12867.0f;
 __device__ __forceinline__ ReducedAngle reduce_angle(float x) {
   const float quarters = fmaf(x, 0.636619772f, integer_in_low_bits);
   const float n = quarters - integer_in_low_bits;
-  // pi / 2 is a sum of four parts, the first three of 11 bits: their products with n are exact, and so
-  // are the differences.
+  // pi / 2 is a sum of four parts, the first three of 11 bits: their products with n are exact, and
+  // so are the differences.
   const float nearly = fmaf(-n, 0x1.fb4p-12f, fmaf(-n, 0x1.92p+0f, x));
   const float third = n * 0x1.444p-24f;
   const float r = nearly - third;
@@ -55,8 +55,8 @@ __constant__ const uint32_t two_over_pi[9] = {0,           0xa2f9836eu, 0x4e4415
                                               0x3c439041u, 0xfe5163abu, 0xdebbc561u};
 
 // For any larger x (Payne & Hanek, "Radian reduction for trigonometric functions", 1983): x is an
-// integer m of 24 bits times 2^s. Of 2 / pi, bits are left out that times 2^s are multiples of 4, whole
-// turns; the next 96 times m are the quarter, 2 bits, and its fraction to more than 60.
+// integer m of 24 bits times 2^s. Of 2 / pi, bits are left out that times 2^s are multiples of 4,
+// whole turns; the next 96 times m are the quarter, 2 bits, and its fraction to more than 60.
 __device__ __forceinline__ ReducedAngle reduce_long_angle(float x) {
   const uint32_t bits = __float_as_uint(x);
   const int exponent = static_cast<int>(bits >> 23 & 255);
@@ -85,8 +85,9 @@ __device__ __forceinline__ ReducedAngle reduce_long_angle(float x) {
 __device__ __forceinline__ void sine_cosine(float x, float* sine, float* cosine) {
   const ReducedAngle angle = fabsf(x) < longest_reduction ? reduce_angle(x) : reduce_long_angle(x);
   const float r = angle.r, low = angle.low;
-  // sin(r + low) and cos(r + low), each a large term plus a small sum, so that only the last addition
-  // rounds much: sin = r + (r^3 p + low cos r), cos = w + (what w = 1 - r^2 / 2 rounds away + ...).
+  // sin(r + low) and cos(r + low), each a large term plus a small sum, so that only the last
+  // addition rounds much: sin = r + (r^3 p + low cos r), cos = w + (what w = 1 - r^2 / 2 rounds
+  // away + ...).
   const float r2 = r * r, half = 0.5f * r;
   const float w = fmaf(-half, r, 1.0f);
   const float s = r + fmaf(sine_polynomial(r2) * r2, r, low * w);

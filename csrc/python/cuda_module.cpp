@@ -1,8 +1,8 @@
-// The Python face of the CUDA kernels: device addresses and sizes in, nothing checked. Shapes, types
-// and devices are checked in diffcore/ops/<op>/__init__.py, and only there.
+// The Python face of the CUDA kernels: device addresses and sizes in, nothing checked. Shapes,
+// types and devices are checked in diffcore/ops/<op>/__init__.py, and only there.
 //
-// The same file makes two modules: `_cuda` with what nvcc built, and for tests `_cuda_on_cpu` with the
-// same kernels as ordinary C++ (DIFFCORE_CUDA_ON_CPU), whose addresses are the host's.
+// The same file makes two modules: `_cuda` with what nvcc built, and for tests `_cuda_on_cpu` with
+// the same kernels as ordinary C++ (DIFFCORE_CUDA_ON_CPU), whose addresses are the host's.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
