@@ -158,7 +158,7 @@ def seed_words(seed: Tensor | None) -> tuple[int, int]:
     """
     if seed is None:
         return 0, 0
-    return (int(seed), 0) if seed.is_cpu else (0, seed.data_ptr())
+    return (int(seed) % 2**64, 0) if seed.is_cpu else (0, seed.data_ptr())
 
 
 def one_by_one(op: Any, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:

@@ -30,7 +30,7 @@ ROUNDING = {"float32": 2.0**-24, "tf32": 2.0**-11, "bfloat16": 2.0**-9, "float16
 #: stay and that stream, clusters, and groups with a barrier in software.
 DEVICES = {
     "alone": "2,232448,9",
-    "streaming": "1,70000,8",
+    "streaming": "1,110000,8",
     "clusters": "16,232448,9",
     "grid": "16,166912,8",
 }
@@ -217,7 +217,7 @@ def exact_chain(
 
 
 #: (state, action, hidden, layers), rows
-CHAIN_SIZES = [((3, 2, 24, 2), 5), ((5, 9, 70, 1), 37), ((2, 1, 40, 3), 18)]
+CHAIN_SIZES = [((3, 2, 24, 2), 5), ((5, 9, 70, 1), 37), ((2, 1, 200, 2), 18)]
 
 
 def check_chain(library: ctypes.CDLL) -> None:

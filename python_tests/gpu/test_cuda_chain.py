@@ -27,7 +27,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import diffcore
 from diffcore import DiffusionSchedule, nn, ops
 from diffcore.ops import _native
 from diffcore.ops._philox import draw_seed, normals
@@ -169,12 +168,12 @@ def test_accuracy_of_every_solver(cuda: str, solver: str, clip: float) -> None:
 BOUNDS = {"float32": 1e-5, "tf32": 4e-3, "bfloat16": 1.6e-2, "float16": 4e-3}
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     rows=st.integers(1, 70),
     state_dim=st.sampled_from([1, 3, 17]),
     action_dim=st.sampled_from([1, 2, 6, 9, 33]),
-    hidden_dim=st.sampled_from([1, 7, 16, 33, 70]),
+    hidden_dim=st.sampled_from([1, 7, 33, 70, 200]),
     hidden_layers=st.integers(1, 4),
     activation=st.sampled_from(sorted(ACTIVATIONS)),
     precision=st.sampled_from(PRECISIONS),
@@ -447,7 +446,7 @@ def test_the_tests_take_every_way(cuda_module: Any, monkeypatch: pytest.MonkeyPa
     seen = set()
     for device in emulated.DEVICES.values():
         monkeypatch.setenv("CUDA_ON_CPU_DEVICE", device)
-        for hidden in (16, 33, 70):
+        for hidden in (16, 70, 200):
             for rows in (1, 9, 21, 70):
                 for precision in PRECISIONS:
                     p = plan(cuda_module, hidden, 2, precision, rows)
@@ -458,13 +457,10 @@ def test_the_tests_take_every_way(cuda_module: Any, monkeypatch: pytest.MonkeyPa
     assert {("all resident", True), ("all resident", False)} <= seen
 
 
-def test_too_wide_is_passed_over(cuda: str) -> None:
-    denoiser = nn.Denoiser(3, 2, 1040, 1).to(cuda)
-    state = torch.randn(2, 3, device=cuda)
-    answer = diffcore.explain("reverse_diffusion", denoiser, schedule("linear"), state)
-    assert "wider than 1024" in answer.passed_over["cuda"]
-    with pytest.raises(ValueError, match="wider than 1024"):
-        sample(cuda, denoiser, schedule=schedule("linear"), state=state)
+def test_too_wide_is_refused_with_a_reason(cuda: str) -> None:
+    denoiser = nn.Denoiser(3, 2, 1040, 1)
+    with pytest.raises(ValueError, match="wider than 1024, which the CUDA kernel doesn't take"):
+        sample(cuda, denoiser, schedule=schedule("linear"), state=torch.randn(2, 3))
 
 
 # -- one step --------------------------------------------------------------------------------------
