@@ -83,7 +83,8 @@ def score_matching_cases() -> list[Case]:
             others = torch.empty(batch, state), torch.empty(batch)
             grads = [torch.empty_like(t) for t in sources]
             loss, wanted = torch.empty(()), [True] * 4
-            triton.loss_and_gradients(*sources, *others, loss, *grads, wanted, precision)
+            tensors = [*sources, *others, loss, *grads]
+            triton.loss_and_gradients(*tensors, wanted=wanted, precision=precision)
 
         kernels = ("score_kernel", "hidden_kernel", "weight_kernel")
         return Case(f"{precision}, batch {batch}", precision, launch, kernels)

@@ -37,9 +37,8 @@ def loss_and_gradients(
     if len(psi) and backend == "triton":
         from diffcore.ops.score_matching_loss import triton
 
-        triton.loss_and_gradients(
-            *sources, *others, loss, *grads, wanted=wanted, precision=precision
-        )
+        tensors = [*sources, *others, loss, *grads]
+        triton.loss_and_gradients(*tensors, wanted=wanted, precision=precision)
     elif len(psi):
         core = _native._core
         core.score_matching_loss(
