@@ -81,9 +81,11 @@ def chain(
 # -- against the released code ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_golden_chain(cuda: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Training's actions with all that is on the way, in clusters; evaluation's by blocks alone."""
+@pytest.mark.parametrize(
+    ("name", "other"), zip(SAMPLERS, ("alone", "streaming", "grid"), strict=True)
+)
+def test_golden_chain(cuda: str, monkeypatch: pytest.MonkeyPatch, name: str, other: str) -> None:
+    """Training's actions with all that is on the way, in clusters; evaluation's another way."""
     g = load_golden(f"dipo_sampler_{name}")
     denoiser = golden_denoiser(g)
     schedule = getattr(DiffusionSchedule, g["schedule"])(g["K"])
@@ -97,7 +99,7 @@ def test_golden_chain(cuda: str, monkeypatch: pytest.MonkeyPatch, name: str) -> 
     torch.testing.assert_close(trajectory[g["K"] // 2], g["x_after_half"], rtol=0, atol=1e-4)
     assert torch.equal(trajectory[-1].clamp(-1, 1), actions)
     if not ON_GPU:
-        monkeypatch.setenv("CUDA_ON_CPU_DEVICE", emulated.DEVICES["alone"])
+        monkeypatch.setenv("CUDA_ON_CPU_DEVICE", emulated.DEVICES[other])
     actions, _ = chain(cuda, denoiser, table, *inputs, noise_scale=0.0, keep=False)
     torch.testing.assert_close(actions, g["action_eval"], rtol=0, atol=1e-5)
 
@@ -453,6 +455,8 @@ def test_the_tests_take_every_way(cuda_module: Any, monkeypatch: pytest.MonkeyPa
                     seen |= {("blocks", p["blocks_a_tile"]), ("rows", p["rows_a_tile"])}
                     seen.add(("all resident", p["resident_layers"] == 3))
     assert {("blocks", 1), ("blocks", 8)} <= seen
+    monkeypatch.setenv("CUDA_ON_CPU_DEVICE", emulated.DEVICES["grid"])  # as in the golden test
+    assert plan(cuda_module, 256, 3, "float32", 5)["blocks_a_tile"] == 8
     assert {("rows", 4), ("rows", 16), ("rows", 32)} <= seen
     assert {("all resident", True), ("all resident", False)} <= seen
 

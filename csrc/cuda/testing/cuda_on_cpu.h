@@ -363,7 +363,7 @@ inline void meet_grid(const char* file, int line) {
 
 // Called in a loop that polls memory until another thread has written there.
 inline void poll(CUDA_ON_CPU_SITE) {
-  constexpr int64_t patience = 20'000'000;
+  constexpr int64_t patience = 2'000'000;
   if (++scheduler.idle_turns > patience) fail("polls for ever", file, line);
   take_turns(file, line, true);
 }
@@ -398,6 +398,10 @@ inline void run_interleaved(const std::vector<std::unique_ptr<Block>>& blocks,
   const int threads = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
   const int count = threads * static_cast<int>(blocks.size());
   char* memory = stacks(static_cast<size_t>(count));
+#ifdef CUDA_ON_CPU_ASAN
+  // The fibers of the launch before ended in the middle of a function, whose frames stay marked.
+  __asan_unpoison_memory_region(memory, static_cast<size_t>(count) * stack_bytes);
+#endif
   scheduler.fibers.assign(static_cast<size_t>(count), Fiber{});
   for (int i = 0; i < count; ++i) {
     Fiber& f = scheduler.fibers[static_cast<size_t>(i)];
