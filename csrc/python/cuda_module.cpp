@@ -259,8 +259,9 @@ py::object why_unavailable(int device) {
   return reason ? py::object(py::str(reason)) : py::none();
 }
 
+// Types are local: the module for the GPU and the one for the CPU may be loaded side by side.
 void define(py::module_& m) {
-  py::enum_<Activation>(m, "Activation")
+  py::enum_<Activation>(m, "Activation", py::module_local())
       .value("identity", Activation::identity)
       .value("relu", Activation::relu)
       .value("elu", Activation::elu)
@@ -270,20 +271,20 @@ void define(py::module_& m) {
       .value("gelu", Activation::gelu)
       .value("sin", Activation::sin)
       .value("cos", Activation::cos);
-  py::enum_<Precision>(m, "Precision")
+  py::enum_<Precision>(m, "Precision", py::module_local())
       .value("float32", Precision::float32)
       .value("tf32", Precision::tf32)
       .value("bfloat16", Precision::bfloat16)
       .value("float16", Precision::float16);
-  py::enum_<RffKind>(m, "RffKind")
+  py::enum_<RffKind>(m, "RffKind", py::module_local())
       .value("sin", RffKind::sin)
       .value("cos", RffKind::cos)
       .value("cos_sin", RffKind::cos_sin);
-  py::enum_<NormClip>(m, "NormClip")
+  py::enum_<NormClip>(m, "NormClip", py::module_local())
       .value("none", NormClip::none)
       .value("batch", NormClip::batch)
       .value("row", NormClip::row);
-  py::enum_<ActionOptimizer>(m, "ActionOptimizer")
+  py::enum_<ActionOptimizer>(m, "ActionOptimizer", py::module_local())
       .value("adam", ActionOptimizer::adam)
       .value("ascent", ActionOptimizer::ascent);
   m.attr("max_layers") = max_layers;
