@@ -46,14 +46,17 @@ def launch(kernel: Any, programs: int | tuple[int, ...], *args: Any, **settings:
         kernel[grid](*args, **settings)
 
 
+def on_nvidia() -> bool:
+    """Whether kernels are compiled, and for NVIDIA: AMD has other warps and registers."""
+    return not knobs.runtime.interpret and driver.active.get_current_target().backend == "cuda"
+
+
 def all_registers() -> dict[str, int]:
     """Settings of a launch with one block a processor, which may have all the registers there are.
 
     NVIDIA's assembler would spill a few to fit further blocks beside it.
     """
-    if knobs.runtime.interpret or driver.active.get_current_target().backend != "cuda":
-        return {}
-    return {"maxnreg": 255}
+    return {"maxnreg": 255} if on_nvidia() else {}
 
 
 @functools.cache

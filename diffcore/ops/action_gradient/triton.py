@@ -3,7 +3,7 @@
 Every step: both critics forward, keeping the activations' slopes; then back to the action through the
 critic that attains the row's minimum (through both, half each, on a tie). A block of rows runs at a
 time, its activations and slopes in a scratch buffer of the program's own, which stays in L2 (see
-reverse_diffusion/triton.py). Within a block of 8 to 64 rows nearly always both critics attain some
+reverse_diffusion/triton.py). Within a block of 8 to 32 rows nearly always both critics attain some
 row's minimum, so both are gone back through and the other's share is dropped, unless it has none:
 the weights, which are the limit, would have to be read anyway.
 
@@ -22,7 +22,7 @@ float32 weights or 1 MB of half precision for it, in 33,000 or 16,000 cycles.
   batch 256   float32, 8 rows a program: 33,000 cycles of FMAs a step, as many as the weights take,
               0.37 ms. Half precision, 16 rows: 0.19 ms, by the weights.
   batch 4096  float32, 32 rows: 131,000 cycles of FMAs a step, 1.5 ms; the weights of 128 programs,
-              268 MB a step, take L2 1 ms. Half precision, 64 rows on 64 programs: 0.19 ms.
+              268 MB a step, take L2 1 ms. Half precision, 32 rows: 134 MB, 0.5 ms.
 
 To be added: latency, some 1,000 cycles at each of 16 layers a step, 0.2 ms, and where the batch's
 norm is limited some 2 microseconds a step in which the programs wait for one another.
@@ -68,10 +68,10 @@ def action_gradient(
     (batch, state_dim), action_dim = state.shape, action.shape[1]
     norm_clip = "none" if max_norm is None else clip_mode
     processors = _triton.processors(device)
-    rows = _triton.rows_per_program(batch, precision, processors)
+    rows = min(32, _triton.rows_per_program(batch, precision, processors))  # 64 spill on sm_80
     blocks = triton.cdiv(batch, rows)
     programs = min(blocks, processors) if norm_clip == "batch" else blocks
-    layout = _triton.hidden_layout(len(q1[0]), 128 if rows <= 16 else 64, precision)
+    layout = _triton.hidden_layout(len(q1[0]), 128 if rows == 8 else 64, precision)  # more spill
     columns = triton.next_power_of_2(max(16, action_dim))
     weights, biases = _triton.pack_hidden([*q1[2:-2], *q2[2:-2]], layout.width, precision, device)
     first_weights, first_biases, last_weights, last_biases = (
@@ -123,7 +123,7 @@ def action_gradient(
         BLOCK_A=min(columns, 32),
         BLOCK_N=layout.block_n,
         BLOCK_K=layout.block_k,
-        num_warps=4 if rows == 16 else 8,
+        num_warps=8 if rows == 8 else 4,
         num_stages=3,
         **_triton.all_registers(),
         launch_cooperative_grid=norm_clip == "batch",

@@ -74,7 +74,10 @@ def reverse_diffusion(
     hidden, action_dim = parameters[4].shape[0], actions.shape[1]
     first, inner, last = parameters[4:6], parameters[6:-2], parameters[-2:]
     rows = _triton.rows_per_program(batch, precision, _triton.processors(state.device))
-    layout = _triton.hidden_layout(hidden, 256 if rows <= 32 else 128, precision)
+    most_columns = 256 if rows == 8 else 128  # more spill, with 32 rows on AMD even these
+    if rows == 32 and not _triton.on_nvidia():
+        most_columns = 64
+    layout = _triton.hidden_layout(hidden, most_columns, precision)
     programs = triton.cdiv(batch, rows)
     step_bias = _step_bias(parameters, embedding, activation, action_dim, state_dim)
     weights, biases = _triton.pack_hidden(inner, layout.width, precision, state.device)
