@@ -10,6 +10,7 @@ import os
 
 import cuda_builds
 import pytest
+from filelock import FileLock
 
 from diffcore.ops import _native
 
@@ -26,7 +27,10 @@ def cuda_module() -> object:
     """The module with the CUDA kernels."""
     if ON_GPU:
         return _native._cuda
-    return cuda_builds.load(cuda_builds.build_for_cpu())
+    cuda_builds.BUILD.mkdir(exist_ok=True)
+    with FileLock(cuda_builds.BUILD / "cuda_on_cpu.lock"):  # one of the tests' processes builds it
+        module = cuda_builds.build_for_cpu()
+    return cuda_builds.load(module)
 
 
 @pytest.fixture
