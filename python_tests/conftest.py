@@ -10,6 +10,8 @@ from typing import Any
 # Before torch brings OpenMP in: its idle threads spin, and where another process wants the cores
 # thousands of small calls then wait for their turns, ten times as long as they compute.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# torch.compile keeps graphs on disk, with sizes that another build of the kernels gave its results.
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import pytest
 import torch
