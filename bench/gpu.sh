@@ -112,7 +112,7 @@ fi
 
 # -- time ------------------------------------------------------------------------------------------
 
-part report 240 "$python" bench/gpu_report.py ${dry_run:+--dry-run}
+part report 240 env ${dry_run:+TRITON_INTERPRET=1} "$python" bench/gpu_report.py ${dry_run:+--dry-run}
 
 echo
 ((${#failed[@]})) && fail "failed: ${failed[*]}"
