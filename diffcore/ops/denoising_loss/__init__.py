@@ -12,6 +12,7 @@ from torch import Tensor
 from diffcore.ops import _backends, _dispatch, _native, _philox
 from diffcore.ops._checks import check_levels, check_like, check_tensor, out_of_autocast
 from diffcore.ops.denoising_loss import native, reference
+from diffcore.ops.q_sample import cached_levels
 from diffcore.schedule import DiffusionSchedule
 
 if TYPE_CHECKING:
@@ -111,10 +112,8 @@ def _cached_tables(
 ) -> tuple[Tensor, Tensor]:
     from diffcore.nn import time_embedding
 
-    abar = schedule.alphas_cumprod
-    levels = torch.stack([abar.sqrt(), (1 - abar).sqrt()], dim=1)
     embedding = time_embedding(torch.arange(schedule.K), time_dim)
-    return levels.to(device, torch.float32), embedding.to(device, torch.float32)
+    return cached_levels(schedule, device), embedding.to(device, torch.float32)
 
 
 def support(

@@ -58,12 +58,13 @@ def q_sample(
 @torch.compiler.assume_constant_result
 def _levels(schedule: DiffusionSchedule, device: torch.device) -> Tensor:
     """float32 ``[K, 2]``: sqrt(abar), sqrt(1 - abar)."""
-    return _cached_levels(schedule, device)
+    return cached_levels(schedule, device)
 
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)  # what is kept must serve training too
-def _cached_levels(schedule: DiffusionSchedule, device: torch.device) -> Tensor:
+def cached_levels(schedule: DiffusionSchedule, device: torch.device) -> Tensor:
+    """float32 ``[K, 2]`` by level: what x0 and the noise are multiplied by."""
     abar = schedule.alphas_cumprod
     return torch.stack([abar.sqrt(), (1 - abar).sqrt()], dim=1).to(device, torch.float32)
 
