@@ -25,6 +25,7 @@ from diffcore.agents import DIPO, DIPOConfig
 from diffcore.training import ReplayBuffer
 
 START_STEPS = 300
+NORMS = ("get_total_norm", "clip_grads_with_norm_", "clip_grad_norm_")
 PARTS = (
     "environment step",
     "action for the environment",
@@ -100,7 +101,7 @@ def train(env_id: str, steps: int, agent: Any, update: Callable[[Any], object]) 
     profile.watch(
         "replay: add, sample, write back", replay, "add", "sample", "set_best_action"
     )
-    clip_grad_norm_ = nn.utils.clip_grad_norm_
+    norms = {name: getattr(nn.utils, name) for name in NORMS}
 
     observation, _ = env.reset(seed=SEED)
 
@@ -129,13 +130,14 @@ def train(env_id: str, steps: int, agent: Any, update: Callable[[Any], object]) 
     for _ in range(measure.WARM_UP_CALLS):
         training_step()
     profile.seconds = dict.fromkeys(PARTS, 0.0)
-    nn.utils.clip_grad_norm_ = profile.timed("gradient norms", clip_grad_norm_)
+    profile.watch("gradient norms", nn.utils, *NORMS)
     try:
         whole = profile.timed("everything else", training_step)
         for _ in range(steps):
             whole()
     finally:
-        nn.utils.clip_grad_norm_ = clip_grad_norm_
+        for name, function in norms.items():
+            setattr(nn.utils, name, function)
         env.close()
     return profile
 
