@@ -26,7 +26,7 @@ from workloads import SEED, SIZES
 from diffcore import DiffusionSchedule, ops
 from diffcore.nn import Denoiser, TwinCritic
 
-DOCS = Path(__file__).parent.parent / "docs" / "results"
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 #: what varies -> its values, those that are no multiple of a tile among them
 VALUES = {
@@ -272,18 +272,21 @@ def run(options: argparse.Namespace) -> str:
     seconds = min(options.seconds * 5, 90.0)
     for op in (chain_op(options.env), ascent_op(options.env)):
         points += sweep(op, options.quick, seconds)
-    stored = "Not stored."
+    curves = ["Not stored."]
     if not options.no_save:
-        directory = options.output or DOCS
+        # The page itself goes into docs/, or all together into the directory asked for.
+        directory = options.output or RESULTS
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / "scaling.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow([*asdict(points[0]), "share_of_peak"])
             writer.writerows([*asdict(p).values(), round(p.share, 4)] for p in points)
+        here = "" if options.output else f"{RESULTS.name}/"
+        curves = [f"Every point: [scaling.csv]({here}scaling.csv)."]
         for name in dict.fromkeys(p.op for p in points):
             path = directory / f"scaling-{name}.png"
             picture(name, [p for p in points if p.op == name], environment, path)
-        stored = f"Curves: scaling.csv, scaling-*.png in {directory}."
+            curves.append(f"![{name}]({here}{path.name})")
     steep = cliffs(points)
     return "\n\n".join(
         [
@@ -291,6 +294,6 @@ def run(options: argparse.Namespace) -> str:
             environment,
             f"Sizes whose share of peak is {CLIFF:.2f} times below that of the next smaller one:",
             "\n".join(f"- {line}" for line in steep) or "none",
-            stored,
+            *curves,
         ]
     )

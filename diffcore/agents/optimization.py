@@ -27,17 +27,20 @@ def gradient_step(
 ) -> Tensor:
     """Minimise ``loss`` by one step of ``optimizer``, its gradient's norm cut to ``max_norm``.
 
-    Gradients are left in the optimiser's parameters and nowhere else. Their norm is taken over all
-    of them together; ``max_norm <= 0`` leaves it uncut. Returns the norm before the cut, as a 0-d
-    tensor.
+    The norm is taken over all parameters together; ``max_norm <= 0`` leaves it uncut. Gradients are
+    gone afterwards: the next loss, whose op may compute its gradients together with it, needs their
+    memory. Returns the norm before the cut, as a 0-d tensor.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.zero_grad(set_to_none=True)
+    for parameter in parameters:
+        parameter.grad = None
     loss.backward(inputs=parameters)
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, grad_norm)
     optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None
     return grad_norm
 
 

@@ -68,6 +68,11 @@ def test_one_representation_step_is_the_released_codes(task: str, mode: Any) -> 
         starts = recorded("psi__") + recorded("zeta__")
         for parameter, start in zip(parameters, starts, strict=True):
             parameter.copy_(start)
+    seen: list[Tensor] = [torch.empty(0)] * len(parameters)
+    for i, parameter in enumerate(parameters):
+        parameter.register_post_accumulate_grad_hook(
+            lambda p, i=i: seen.__setitem__(i, p.grad.clone())
+        )
 
     rows = len(state)
     batch = Batch(
@@ -85,10 +90,9 @@ def test_one_representation_step_is_the_released_codes(task: str, mode: Any) -> 
     assert float(metrics["score_loss"]) == pytest.approx(golden["score_loss"], rel=1e-5)
     gradients = recorded("grad_psi__") + recorded("grad_zeta__")
     steps = recorded("after_psi__") + recorded("after_zeta__")
-    for parameter, gradient, after in zip(parameters, gradients, steps, strict=True):
-        assert parameter.grad is not None
+    for parameter, ours, gradient, after in zip(parameters, seen, gradients, steps, strict=True):
         scale = float(gradient.abs().max())
-        error = parameter.grad[: len(gradient)] - gradient  # of large tensors 8 rows were recorded
+        error = ours[: len(gradient)] - gradient  # of large tensors 8 rows were recorded
         assert float(error.abs().max()) <= 1e-4 * scale
         torch.testing.assert_close(parameter.detach()[: len(after)], after, atol=1e-5, rtol=1e-4)
 
