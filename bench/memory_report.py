@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import resource
 import subprocess
 import sys
@@ -217,6 +218,7 @@ def peak_in_child(name: str, env: str) -> tuple[int, int]:
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # this process's diffcore
         capture_output=True,
         text=True,
         check=True,
