@@ -37,6 +37,7 @@ def test_gradients_go_to_the_optimisers_parameters_alone() -> None:
     gradient_step(3 * first * second, make_adam([first], lr=1.0, eps=1.0))
     assert len(seen) == 1
     assert seen[0] is first
+    assert second.grad is None
     assert first.grad is None  # the next loss has its memory
 
 
