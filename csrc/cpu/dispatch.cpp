@@ -3,6 +3,12 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
+#if defined(DIFFCORE_HAS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -16,6 +22,9 @@ namespace diffcore {
 // ---- instruction sets -----------------------------------------------------------------------
 
 #if defined(__x86_64__)
+#if defined(DIFFCORE_HAS_AMX)
+namespace avx512_amx { extern const Kernels kernels; }
+#endif
 namespace avx512_bf16 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
@@ -25,6 +34,20 @@ namespace neon { extern const Kernels kernels; }
 namespace baseline { extern const Kernels kernels; }
 
 namespace {
+
+#if defined(DIFFCORE_HAS_AMX)
+// Whether the CPU multiplies tiles of bfloat16 and Linux (5.16 and newer) lets this process: their
+// registers are 8 KiB a thread to save at a context switch, so it has to be asked first.
+bool amx_granted() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  if (!(d & amx_bf16) || !(d & amx_tile)) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
+  static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  return granted;
+}
+#endif
 
 struct Candidate {
   const Kernels* kernels;
@@ -38,10 +61,15 @@ std::vector<Candidate> candidates() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return {{&avx512_bf16::kernels, avx512 && __builtin_cpu_supports("avx512bf16")},
-          {&avx512::kernels, avx512},
-          {&avx2::kernels, avx2},
-          {&baseline::kernels, true}};
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  return {
+#if defined(DIFFCORE_HAS_AMX)
+      {&avx512_amx::kernels, avx512_bf16 && amx_granted()},
+#endif
+      {&avx512_bf16::kernels, avx512_bf16},
+      {&avx512::kernels, avx512},
+      {&avx2::kernels, avx2},
+      {&baseline::kernels, true}};
 #elif defined(__aarch64__)
   return {{&neon::kernels, true}, {&baseline::kernels, true}};
 #else

@@ -99,19 +99,17 @@ static void convert_rows(const float* from, ptrdiff_t from_stride, int64_t rows,
 
 constexpr float no_offset[panel_width] = {};
 
-DIFFCORE_INLINE int register_blocks(int rows) { return (rows + max_tile_rows - 1) / max_tile_rows; }
-
 // out = x panel for `rows` rows, in register blocks that are as even as they come; `between` is
 // called after each.
 template <class Operand, class Between>
 DIFFCORE_INLINE void store_product(const typename Operand::Input* x, ptrdiff_t x_stride, int rows,
                                    const typename Operand::Weight* panel, int depth, float* out,
                                    ptrdiff_t out_stride, Between& between) {
-  const int blocks = register_blocks(rows);
+  const int blocks = block_count<Operand>(rows, 2);
   for (int b = 0, row = 0; b < blocks; ++b) {
     const int count = rows / blocks + (b < rows % blocks);
-    tile_function<Operand>(count)(x + row * x_stride, x_stride, depth, panel, panel_width,
-                                  {no_offset, nullptr, 0}, out + row * out_stride, out_stride);
+    block_sums<Operand>(count, 2, x + row * x_stride, x_stride, depth, panel, panel_width,
+                        {no_offset, nullptr, 0}, out + row * out_stride, out_stride);
     between();
     row += count;
   }
@@ -123,12 +121,12 @@ DIFFCORE_INLINE void add_product(const typename Operand::Input* x, ptrdiff_t x_s
                                  const typename Operand::Weight* panel, int depth,
                                  const float* factor, float* out, ptrdiff_t out_stride,
                                  Between& between) {
-  alignas(64) float sums[max_tile_rows * panel_width];
-  const int blocks = register_blocks(rows);
+  alignas(64) float sums[block_rows<Operand>(2) * panel_width];
+  const int blocks = block_count<Operand>(rows, 2);
   for (int b = 0, row = 0; b < blocks; ++b) {
     const int count = rows / blocks + (b < rows % blocks);
-    tile_function<Operand>(count)(x + row * x_stride, x_stride, depth, panel, panel_width,
-                                  {no_offset, nullptr, 0}, sums, panel_width);
+    block_sums<Operand>(count, 2, x + row * x_stride, x_stride, depth, panel, panel_width,
+                        {no_offset, nullptr, 0}, sums, panel_width);
     between();
     for (int i = 0; i < count; ++i) {
       const Vec f = broadcast(factor ? factor[row + i] : 1.0f);
@@ -275,7 +273,7 @@ static void score_tile(const ScoreMatchingLossCall& call, const ScoreMatching<Op
       const int next_count = D - next_d < feature_block ? D - next_d : feature_block;
       Prefetcher fetch(call.weight + next_d * feature_stride + static_cast<ptrdiff_t>(next_s) * H,
                        feature_stride, next_s < S ? next_count : 0, H,
-                       panels.rows * static_cast<int>(chunks) * register_blocks(count));
+                       panels.rows * static_cast<int>(chunks) * block_count<Operand>(count, 2));
       for (int p = 0; p < panels.rows; ++p) {
         const int64_t first = (panels.first + p) * panel_width;
         float* zeta = b.zeta + (static_cast<ptrdiff_t>(p) * D + d) * panel_width;
@@ -370,7 +368,7 @@ static void hidden_gradient(const ScoreMatchingLossCall& call, const ScoreMatchi
     const float* slope = m.slope + s * m.rows() + rows.first;
     Prefetcher fetch(call.weight + static_cast<ptrdiff_t>(s + 1) * H + column,
                      static_cast<ptrdiff_t>(S) * H, s + 1 < S ? D : 0, columns,
-                     panels.rows * static_cast<int>(chunks) * register_blocks(rows.rows));
+                     panels.rows * static_cast<int>(chunks) * block_count<Operand>(rows.rows, 2));
     for (int n = 0; n < panels.rows; ++n) {
       for (int64_t c = 0; c < chunks; ++c) {
         const Span k = tile_span(depth, chunks, c);

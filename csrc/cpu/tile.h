@@ -7,7 +7,9 @@
 // never on how many rows there are: results don't depend on the batch or the number of threads.
 //
 // Operands are float32, or bfloat16 in pairs along `in` with float accumulation. Where the CPU has no
-// bfloat16 product, the same rounded values are multiplied in float.
+// bfloat16 product, the same rounded values are multiplied in float. Where it multiplies whole tiles
+// of them (AMX), a block of rows is up to 32 high, and the
+// packed weights lie as those tiles want them.
 #pragma once
 
 #include "kernels.h"
@@ -32,6 +34,7 @@ DIFFCORE_INLINE int buffer_stride(int n) { return round_up(n, line) + line; }
 struct Float32Operand {
   using Input = float;
   using Weight = float;
+  static constexpr bool whole_tiles = false;
   static constexpr Precision precision = Precision::float32;
   DIFFCORE_INLINE int depth(int in) { return in; }
   template <int rows, int vectors>
@@ -54,6 +57,11 @@ struct Float32Operand {
 
 struct Bfloat16Operand {
   using Weight = uint32_t;
+#if defined(DIFFCORE_AMX)
+  static constexpr bool whole_tiles = true;
+#else
+  static constexpr bool whole_tiles = false;
+#endif
   static constexpr Precision precision = Precision::bfloat16;
   DIFFCORE_INLINE int depth(int in) { return (in + 1) / 2; }
   DIFFCORE_INLINE Weight weight(float first, float second) {
@@ -346,15 +354,129 @@ DIFFCORE_INLINE OuterFunction outer_function(int wanted) {
   }
 }
 
+// ---- blocks of rows ---------------------------------------------------------------------------
+
+constexpr int amx_rows = 32;
+
+// The most rows of one block_sums, for a panel of that many vectors.
+template <class Operand>
+DIFFCORE_INLINE constexpr int block_rows(int vectors) {
+  return Operand::whole_tiles ? amx_rows : vectors == 1 ? max_narrow_rows : max_tile_rows;
+}
+
+// How many blocks `rows` rows make, as even as they come, so that no size leaves a sliver behind.
+template <class Operand>
+DIFFCORE_INLINE int block_count(int rows, int vectors) {
+  return static_cast<int>(ceil_div(rows, block_rows<Operand>(vectors)));
+}
+
+#if defined(DIFFCORE_AMX)
+// A tile is up to 16 rows of 64 bytes: 32 bfloat16 of `in` on the left, 16 pairs of `in` by 16 outputs
+// on the right.
+constexpr int amx_depth = 16;  // pairs
+
+struct alignas(64) AmxConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// tile_sums and narrow_sums for up to amx_rows rows: two tiles high, `vectors` wide. Tiles 0 to 3 are
+// the sums, row by row, 4 and 5 the rows, 6 and 7 the weights. Pairs that don't fill a tile are summed
+// first, in vectors.
+template <int vectors>
+static __attribute__((noinline)) void amx_sums(int rows, const uint16_t* x, ptrdiff_t x_stride,
+                                               int depth, const uint32_t* panel,
+                                               ptrdiff_t panel_step, Offset offset, float* out,
+                                               ptrdiff_t out_stride) {
+  const int whole = depth / amx_depth * amx_depth;
+  const float* start = offset.bias;
+  ptrdiff_t start_stride = 0;
+  if (whole < depth || offset.rows) {
+    constexpr int limit = vectors == 1 ? max_narrow_rows : max_tile_rows;
+    for (int row = 0; row < rows; row += limit) {
+      const int count = rows - row < limit ? rows - row : limit;
+      const auto function = vectors == 1 ? narrow_function<Bfloat16Operand>(count)
+                                         : tile_function<Bfloat16Operand>(count);
+      const Offset here = {offset.bias, offset.rows ? offset.rows + row * offset.stride : nullptr,
+                           offset.stride};
+      function(x + row * x_stride + 2 * whole, x_stride, depth - whole, panel + whole * panel_step,
+               panel_step, here, out + row * out_stride, out_stride);
+    }
+    start = out;
+    start_stride = out_stride;
+  }
+
+  const int upper = rows < 16 ? rows : 16;
+  const int lower = rows - upper;
+  AmxConfig config;
+  for (int tile = 0; tile < 8; ++tile) {
+    const bool is_weight = tile >= 6, is_lower = tile == 2 || tile == 3 || tile == 5;
+    config.rows[tile] = static_cast<uint8_t>(is_weight ? amx_depth : is_lower ? lower : upper);
+    config.row_bytes[tile] = config.rows[tile] ? 64 : 0;
+  }
+  // Tile instructions don't tell the compiler which memory they read.
+  asm volatile("" ::: "memory");
+  _tile_loadconfig(&config);
+  const ptrdiff_t x_bytes = 2 * x_stride, panel_bytes = 4 * panel_step;
+  const ptrdiff_t start_bytes = 4 * start_stride, out_bytes = 4 * out_stride;
+  const float* start_below = start + 16 * start_stride;
+  _tile_loadd(0, start, start_bytes);
+  if (vectors == 2) _tile_loadd(1, start + W, start_bytes);
+  if (lower) {
+    _tile_loadd(2, start_below, start_bytes);
+    if (vectors == 2) _tile_loadd(3, start_below + W, start_bytes);
+  }
+  for (int k = 0; k < whole; k += amx_depth, panel += amx_depth * panel_step) {
+    _tile_loadd(6, panel, panel_bytes);
+    _tile_loadd(4, x + 2 * k, x_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if (vectors == 2) {
+      _tile_loadd(7, panel + W, panel_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (!lower) continue;
+    _tile_loadd(5, x + 16 * x_stride + 2 * k, x_bytes);
+    _tile_dpbf16ps(2, 5, 6);
+    if (vectors == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+  float* below = out + 16 * out_stride;
+  _tile_stored(0, out, out_bytes);
+  if (vectors == 2) _tile_stored(1, out + W, out_bytes);
+  if (lower) {
+    _tile_stored(2, below, out_bytes);
+    if (vectors == 2) _tile_stored(3, below + W, out_bytes);
+  }
+  _tile_release();
+  asm volatile("" ::: "memory");
+}
+#endif
+
+// Sums of a block of rows and a panel of 1 or 2 vectors of outputs.
+template <class Operand>
+DIFFCORE_INLINE void block_sums(int rows, int vectors, const typename Operand::Input* x,
+                                ptrdiff_t x_stride, int depth,
+                                const typename Operand::Weight* panel, ptrdiff_t panel_step,
+                                Offset offset, float* out, ptrdiff_t out_stride) {
+#if defined(DIFFCORE_AMX)
+  if constexpr (Operand::whole_tiles) {
+    const auto function = vectors == 1 ? amx_sums<1> : amx_sums<2>;
+    return function(rows, x, x_stride, depth, panel, panel_step, offset, out, out_stride);
+  }
+#endif
+  const auto function =
+      vectors == 1 ? narrow_function<Operand>(rows) : tile_function<Operand>(rows);
+  function(x, x_stride, depth, panel, panel_step, offset, out, out_stride);
+}
+
 // y = x W^T + offset for `rows` rows, block by block. Before each block prologue(row, row_count,
 // column, column_count) may fetch what will be needed; afterwards the epilogue gets the sums:
 // epilogue(row, row_count, column, column_count, sums, sums_stride).
-// A block of rows is as even a share as fits the registers, so no size leaves a sliver behind.
 template <class Operand, class Prologue, class Epilogue>
 DIFFCORE_INLINE void linear(const typename Operand::Input* x, ptrdiff_t x_stride, int rows,
                             const PackedLinear& layer, Offset offset, Prologue prologue,
                             Epilogue epilogue) {
-  alignas(64) float sums[max_tile_rows * max_vectors * W];
+  alignas(64) float sums[block_rows<Operand>(2) * max_vectors * W];
   const int depth = Operand::depth(layer.in);
   const typename Operand::Weight* panels =
       static_cast<const typename Operand::Weight*>(layer.panels);
@@ -364,7 +486,9 @@ DIFFCORE_INLINE void linear(const typename Operand::Input* x, ptrdiff_t x_stride
     int width = left > W ? panel_width : W;
     // With few rows, several panels at once: enough independent sums to hide the FMA's latency.
     TileFunction<Operand> wide = nullptr;
-    if (rows == 1 && left >= 4 * panel_width) {
+    if (Operand::whole_tiles) {
+      // A tile has enough of them however few its rows.
+    } else if (rows == 1 && left >= 4 * panel_width) {
       wide = tile_sums<Operand, 1, 8>;
       width = 4 * panel_width;
     } else if (rows <= 3 && left >= 2 * panel_width) {
@@ -373,19 +497,21 @@ DIFFCORE_INLINE void linear(const typename Operand::Input* x, ptrdiff_t x_stride
                          : tile_sums<Operand, 3, 4>;
       width = 2 * panel_width;
     }
-    const int limit = width == W ? max_narrow_rows : max_tile_rows;
-    const int blocks = (rows + limit - 1) / limit;
+    const int step = width < panel_width ? width : panel_width;
+    const int blocks = block_count<Operand>(rows, step / W);
     for (int b = 0, row = 0; b < blocks; ++b) {
       const int count = rows / blocks + (b < rows % blocks);
-      const TileFunction<Operand> function = wide         ? wide
-                                             : width == W ? narrow_function<Operand>(count)
-                                                          : tile_function<Operand>(count);
+      const typename Operand::Input* from = x + row * x_stride;
       const Offset here = {offset.bias + n,
                            offset.rows ? offset.rows + row * offset.stride + n : nullptr,
                            offset.stride};
-      const int step = width < panel_width ? width : panel_width;
       prologue(row, count, n, width);
-      function(x + row * x_stride, x_stride, depth, panels, step, here, sums, width);
+      if (wide) {
+        wide(from, x_stride, depth, panels, step, here, sums, width);
+      } else {
+        block_sums<Operand>(count, step / W, from, x_stride, depth, panels, step, here, sums,
+                            width);
+      }
       epilogue(row, count, n, width, sums, width);
       row += count;
     }
