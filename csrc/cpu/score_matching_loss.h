@@ -106,9 +106,10 @@ DIFFCORE_INLINE void store_product(const typename Operand::Input* x, ptrdiff_t x
                                    const typename Operand::Weight* panel, int depth, float* out,
                                    ptrdiff_t out_stride, Between& between) {
   const int blocks = block_count<Operand>(rows, 2);
+  BlockState<Operand> state;
   for (int b = 0, row = 0; b < blocks; ++b) {
     const int count = rows / blocks + (b < rows % blocks);
-    block_sums<Operand>(count, 2, x + row * x_stride, x_stride, depth, panel, panel_width,
+    block_sums<Operand>(state, count, 2, x + row * x_stride, x_stride, depth, panel, panel_width,
                         {no_offset, nullptr, 0}, out + row * out_stride, out_stride);
     between();
     row += count;
@@ -123,9 +124,10 @@ DIFFCORE_INLINE void add_product(const typename Operand::Input* x, ptrdiff_t x_s
                                  Between& between) {
   alignas(64) float sums[block_rows<Operand>(2) * panel_width];
   const int blocks = block_count<Operand>(rows, 2);
+  BlockState<Operand> state;
   for (int b = 0, row = 0; b < blocks; ++b) {
     const int count = rows / blocks + (b < rows % blocks);
-    block_sums<Operand>(count, 2, x + row * x_stride, x_stride, depth, panel, panel_width,
+    block_sums<Operand>(state, count, 2, x + row * x_stride, x_stride, depth, panel, panel_width,
                         {no_offset, nullptr, 0}, sums, panel_width);
     between();
     for (int i = 0; i < count; ++i) {

@@ -375,18 +375,46 @@ DIFFCORE_INLINE int block_count(int rows, int vectors) {
 // on the right.
 constexpr int amx_depth = 16;  // pairs
 
-struct alignas(64) AmxConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
+// The shapes of this thread's tile registers: 0 to 3 hold the sums, row by row, 4 and 5 the rows, 6
+// and 7 the weights. Setting them takes as long as 250 multiply-adds, so whoever calls block_sums in a
+// loop keeps one of these outside.
+class AmxTiles {
+ public:
+  AmxTiles() = default;
+  AmxTiles(const AmxTiles&) = delete;
+  AmxTiles& operator=(const AmxTiles&) = delete;
+  ~AmxTiles() {
+    if (rows_) _tile_release();
+  }
+  void shape_for(int rows) {
+    if (rows == rows_) return;
+    rows_ = rows;
+    const int upper = rows < 16 ? rows : 16;
+    Config config;
+    for (int tile = 0; tile < 8; ++tile) {
+      const bool is_weight = tile >= 6, is_lower = tile == 2 || tile == 3 || tile == 5;
+      config.rows[tile] = static_cast<uint8_t>(is_weight  ? amx_depth
+                                               : is_lower ? rows - upper
+                                                          : upper);
+      config.row_bytes[tile] = config.rows[tile] ? 64 : 0;
+    }
+    _tile_loadconfig(&config);
+  }
+
+ private:
+  struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  };
+  int rows_ = 0;
 };
 
-// tile_sums and narrow_sums for up to amx_rows rows: two tiles high, `vectors` wide. Tiles 0 to 3 are
-// the sums, row by row, 4 and 5 the rows, 6 and 7 the weights. Pairs that don't fill a tile are summed
-// first, in vectors.
+// tile_sums and narrow_sums for up to amx_rows rows: two tiles high, `vectors` wide. Pairs that don't
+// fill a tile are summed first, in vectors.
 template <int vectors>
-static __attribute__((noinline)) void amx_sums(int rows, const uint16_t* x, ptrdiff_t x_stride,
-                                               int depth, const uint32_t* panel,
+static __attribute__((noinline)) void amx_sums(AmxTiles& tiles, int rows, const uint16_t* x,
+                                               ptrdiff_t x_stride, int depth, const uint32_t* panel,
                                                ptrdiff_t panel_step, Offset offset, float* out,
                                                ptrdiff_t out_stride) {
   const int whole = depth / amx_depth * amx_depth;
@@ -407,17 +435,10 @@ static __attribute__((noinline)) void amx_sums(int rows, const uint16_t* x, ptrd
     start_stride = out_stride;
   }
 
-  const int upper = rows < 16 ? rows : 16;
-  const int lower = rows - upper;
-  AmxConfig config;
-  for (int tile = 0; tile < 8; ++tile) {
-    const bool is_weight = tile >= 6, is_lower = tile == 2 || tile == 3 || tile == 5;
-    config.rows[tile] = static_cast<uint8_t>(is_weight ? amx_depth : is_lower ? lower : upper);
-    config.row_bytes[tile] = config.rows[tile] ? 64 : 0;
-  }
   // Tile instructions don't tell the compiler which memory they read.
   asm volatile("" ::: "memory");
-  _tile_loadconfig(&config);
+  tiles.shape_for(rows);
+  const bool lower = rows > 16;
   const ptrdiff_t x_bytes = 2 * x_stride, panel_bytes = 4 * panel_step;
   const ptrdiff_t start_bytes = 4 * start_stride, out_bytes = 4 * out_stride;
   const float* start_below = start + 16 * start_stride;
@@ -447,23 +468,32 @@ static __attribute__((noinline)) void amx_sums(int rows, const uint16_t* x, ptrd
     _tile_stored(2, below, out_bytes);
     if (vectors == 2) _tile_stored(3, below + W, out_bytes);
   }
-  _tile_release();
   asm volatile("" ::: "memory");
 }
 #endif
 
+// What block_sums keeps from one block to the next.
+template <class Operand>
+struct BlockState {
+#if defined(DIFFCORE_AMX)
+  AmxTiles tiles;
+#endif
+};
+
 // Sums of a block of rows and a panel of 1 or 2 vectors of outputs.
 template <class Operand>
-DIFFCORE_INLINE void block_sums(int rows, int vectors, const typename Operand::Input* x,
-                                ptrdiff_t x_stride, int depth,
+DIFFCORE_INLINE void block_sums(BlockState<Operand>& state, int rows, int vectors,
+                                const typename Operand::Input* x, ptrdiff_t x_stride, int depth,
                                 const typename Operand::Weight* panel, ptrdiff_t panel_step,
                                 Offset offset, float* out, ptrdiff_t out_stride) {
 #if defined(DIFFCORE_AMX)
   if constexpr (Operand::whole_tiles) {
     const auto function = vectors == 1 ? amx_sums<1> : amx_sums<2>;
-    return function(rows, x, x_stride, depth, panel, panel_step, offset, out, out_stride);
+    return function(state.tiles, rows, x, x_stride, depth, panel, panel_step, offset, out,
+                    out_stride);
   }
 #endif
+  (void)state;
   const auto function =
       vectors == 1 ? narrow_function<Operand>(rows) : tile_function<Operand>(rows);
   function(x, x_stride, depth, panel, panel_step, offset, out, out_stride);
@@ -481,6 +511,7 @@ DIFFCORE_INLINE void linear(const typename Operand::Input* x, ptrdiff_t x_stride
   const typename Operand::Weight* panels =
       static_cast<const typename Operand::Weight*>(layer.panels);
   const int columns = padded(layer.out);
+  BlockState<Operand> state;
   for (int n = 0; n < columns;) {
     const int left = columns - n;
     int width = left > W ? panel_width : W;
@@ -509,7 +540,7 @@ DIFFCORE_INLINE void linear(const typename Operand::Input* x, ptrdiff_t x_stride
       if (wide) {
         wide(from, x_stride, depth, panels, step, here, sums, width);
       } else {
-        block_sums<Operand>(count, step / W, from, x_stride, depth, panels, step, here, sums,
+        block_sums<Operand>(state, count, step / W, from, x_stride, depth, panels, step, here, sums,
                             width);
       }
       epilogue(row, count, n, width, sums, width);

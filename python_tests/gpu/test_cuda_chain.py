@@ -101,7 +101,9 @@ def test_golden_chain(cuda: str, monkeypatch: pytest.MonkeyPatch, name: str, oth
     if not ON_GPU:
         monkeypatch.setenv("CUDA_ON_CPU_DEVICE", emulated.DEVICES[other])
     actions, _ = chain(cuda, denoiser, table, *inputs, noise_scale=0.0, keep=False)
-    torch.testing.assert_close(actions, g["action_eval"], rtol=0, atol=1e-5)
+    # Without noise rounding grows along the chain: what was recorded in float32 is itself 9.8e-6 from
+    # the same chain in float64, and the embedding of t comes from torch, which rounds as the CPU does.
+    torch.testing.assert_close(actions, g["action_eval"], rtol=0, atol=2e-5)
 
 
 # -- against float64 -------------------------------------------------------------------------------
