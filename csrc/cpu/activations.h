@@ -36,13 +36,35 @@ DIFFCORE_INLINE Vec limit_exponent(Vec x) {
   return clamp(x, broadcast(lowest_exponent), broadcast(88.0f));
 }
 
+// Where the result is rounded to bfloat16, which keeps 2^-9 of it, to 2^-13 only: 2^f as a cubic, f
+// between -1/2 and 1/2.
+template <Precision precision = Precision::float32>
 DIFFCORE_INLINE Vec exp_in_range(Vec x) {
-  const ReducedExp e = reduce_exp(x);
-  return scale_by_power_of_2(e.r_plus_r2_q + broadcast(1.0f), e.n);
+  if constexpr (precision == Precision::float32) {
+    const ReducedExp e = reduce_exp(x);
+    return scale_by_power_of_2(e.r_plus_r2_q + broadcast(1.0f), e.n);
+  } else {
+    const Vec doublings = x * broadcast(1.44269504f);
+    const Vec n = round_nearest(doublings), f = doublings - n;
+    Vec p = broadcast(5.51716685e-2f);
+    p = fma(p, f, broadcast(2.42611125e-1f));
+    p = fma(p, f, broadcast(6.93260968e-1f));
+    p = fma(p, f, broadcast(9.99928057e-1f));
+    return scale_by_power_of_2(p, n);
+  }
 }
 
 // exp(x), with x limited to [-87, 88].
-DIFFCORE_INLINE Vec exp(Vec x) { return exp_in_range(limit_exponent(x)); }
+template <Precision precision = Precision::float32>
+DIFFCORE_INLINE Vec exp(Vec x) {
+  return exp_in_range<precision>(limit_exponent(x));
+}
+
+// 1/x for positive normal x, as exact.
+template <Precision precision>
+DIFFCORE_INLINE Vec inverse(Vec x) {
+  return precision == Precision::float32 ? reciprocal(x) : rough_reciprocal(x);
+}
 
 // exp(x) - 1 without cancellation near 0.
 DIFFCORE_INLINE Vec expm1(Vec x) {
@@ -157,11 +179,12 @@ DIFFCORE_INLINE void sincos(Vec x, Vec* sine, Vec* cosine) {
   }
 }
 
-template <Activation kind>
+// `precision` is what the value is kept in.
+template <Activation kind, Precision precision>
 struct ActivationFunction;
 
-template <>
-struct ActivationFunction<Activation::identity> {
+template <Precision precision>
+struct ActivationFunction<Activation::identity, precision> {
   DIFFCORE_INLINE Vec value(Vec x) { return x; }
   DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
     *slope = broadcast(1.0f);
@@ -169,8 +192,8 @@ struct ActivationFunction<Activation::identity> {
   }
 };
 
-template <>
-struct ActivationFunction<Activation::relu> {
+template <Precision precision>
+struct ActivationFunction<Activation::relu, precision> {
   DIFFCORE_INLINE Vec value(Vec x) { return at_least(zero(), x); }
   DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
     *slope = select(less(zero(), x), broadcast(1.0f), zero());
@@ -178,8 +201,8 @@ struct ActivationFunction<Activation::relu> {
   }
 };
 
-template <>
-struct ActivationFunction<Activation::elu> {
+template <Precision precision>
+struct ActivationFunction<Activation::elu, precision> {
   DIFFCORE_INLINE Vec value(Vec x) { return select(less(zero(), x), x, expm1(x)); }
   DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
     *slope = select(less(zero(), x), broadcast(1.0f), exp(x));
@@ -189,9 +212,11 @@ struct ActivationFunction<Activation::elu> {
 
 // Below -87 silu and mish are 0 to float32's last normal digit, but x times an exponential that can't
 // get any smaller would not be: x itself stops there.
-template <>
-struct ActivationFunction<Activation::silu> {
-  DIFFCORE_INLINE Vec sigmoid(Vec x) { return reciprocal(broadcast(1.0f) + exp(zero() - x)); }
+template <Precision precision>
+struct ActivationFunction<Activation::silu, precision> {
+  DIFFCORE_INLINE Vec sigmoid(Vec x) {
+    return inverse<precision>(broadcast(1.0f) + exp<precision>(zero() - x));
+  }
   DIFFCORE_INLINE Vec value(Vec x) { return at_least(broadcast(lowest_exponent), x) * sigmoid(x); }
   DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
     const Vec s = sigmoid(x);
@@ -201,8 +226,8 @@ struct ActivationFunction<Activation::silu> {
   }
 };
 
-template <>
-struct ActivationFunction<Activation::tanh> {
+template <Precision precision>
+struct ActivationFunction<Activation::tanh, precision> {
   DIFFCORE_INLINE Vec value(Vec x) {
     // Odd polynomial below 0.625, 1 - 2 / (exp(2|x|) + 1) with the sign put back above.
     const Vec x2 = x * x;
@@ -227,20 +252,20 @@ struct ActivationFunction<Activation::tanh> {
 
 // mish(x) = x tanh(log(1 + e^x)). With e = exp(x) and n = e (e + 2), tanh(log(1 + e)) = n / (n + 2):
 // no logarithm is needed. Above 20 the quotient is 1 in float32.
-template <>
-struct ActivationFunction<Activation::mish> {
+template <Precision precision>
+struct ActivationFunction<Activation::mish, precision> {
   DIFFCORE_INLINE Vec value(Vec x) {
     x = at_least(broadcast(lowest_exponent), x);
-    const Vec e = exp_in_range(at_most(broadcast(20.0f), x));
+    const Vec e = exp_in_range<precision>(at_most(broadcast(20.0f), x));
     const Vec n = fma(e, e, e + e);
-    return x * (n * reciprocal(n + broadcast(2.0f)));
+    return x * (n * inverse<precision>(n + broadcast(2.0f)));
   }
   DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
     x = at_least(broadcast(lowest_exponent), x);
     const Vec limited = at_most(broadcast(20.0f), x);
-    const Vec e = exp_in_range(limited);
+    const Vec e = exp_in_range<precision>(limited);
     const Vec n = fma(e, e, e + e);
-    const Vec r = reciprocal(n + broadcast(2.0f));
+    const Vec r = inverse<precision>(n + broadcast(2.0f));
     const Vec t = n * r;
     // mish'(x) = t + 4 x e (1 + e) / (n + 2)^2
     *slope = fma(limited * r * broadcast(4.0f), fma(e, e, e) * r, t);
@@ -261,8 +286,8 @@ DIFFCORE_INLINE Vec rounding_of_square(Vec x, Vec square) {
 // gelu(x) = x Phi(x), Phi the normal distribution function. Its tail Phi(-|x|) is exp(-x^2 / 2) times
 // a function that is smooth over the whole range, so that small values aren't differences of large
 // ones. Beyond 13.19 the exponential is below float32's normal numbers.
-template <>
-struct ActivationFunction<Activation::gelu> {
+template <Precision precision>
+struct ActivationFunction<Activation::gelu, precision> {
   struct Parts {
     Vec limited, exponential, distribution;
   };
@@ -275,8 +300,8 @@ struct ActivationFunction<Activation::gelu> {
     Vec e = exp(broadcast(-0.5f) * square);
     e = fma(e * broadcast(0.5f), rounding_of_square(limited, square), e);
     // (|x| + 3) Phi(-|x|) / exp(-x^2 / 2) as a polynomial in (|x| - 3) / (|x| + 3), to 4e-8.
-    const Vec inverse = reciprocal(magnitude + broadcast(3.0f));
-    const Vec q = fnma(broadcast(6.0f), inverse, broadcast(1.0f));
+    const Vec share = reciprocal(magnitude + broadcast(3.0f));
+    const Vec q = fnma(broadcast(6.0f), share, broadcast(1.0f));
     Vec p = broadcast(-2.725993400e-4f);
     p = fma(p, q, broadcast(-9.120256291e-4f));
     p = fma(p, q, broadcast(1.077569788e-3f));
@@ -286,7 +311,7 @@ struct ActivationFunction<Activation::gelu> {
     p = fma(p, q, broadcast(2.300192565e-1f));
     p = fma(p, q, broadcast(-5.093322396e-1f));
     p = fma(p, q, broadcast(7.290836573e-1f));
-    const Vec tail = e * (p * inverse);
+    const Vec tail = e * (p * share);
     return {limited, e, select(less(x, zero()), tail, broadcast(1.0f) - tail)};
   }
   DIFFCORE_INLINE Vec value(Vec x) {
@@ -300,8 +325,8 @@ struct ActivationFunction<Activation::gelu> {
   }
 };
 
-template <>
-struct ActivationFunction<Activation::sin> {
+template <Precision precision>
+struct ActivationFunction<Activation::sin, precision> {
   DIFFCORE_INLINE Vec value(Vec x) {
     Vec slope;
     return value_and_slope(x, &slope);
@@ -313,8 +338,8 @@ struct ActivationFunction<Activation::sin> {
   }
 };
 
-template <>
-struct ActivationFunction<Activation::cos> {
+template <Precision precision>
+struct ActivationFunction<Activation::cos, precision> {
   DIFFCORE_INLINE Vec value(Vec x) {
     Vec sine, cosine;
     sincos(x, &sine, &cosine);

@@ -37,15 +37,24 @@ static void activate(const float* sums, ptrdiff_t sums_stride, int rows, int col
 template <class Operand>
 DIFFCORE_INLINE ActivateFunction<Operand> activate_function(Activation kind) {
   switch (kind) {
-    case Activation::identity: return activate<Operand, ActivationFunction<Activation::identity>>;
-    case Activation::relu: return activate<Operand, ActivationFunction<Activation::relu>>;
-    case Activation::elu: return activate<Operand, ActivationFunction<Activation::elu>>;
-    case Activation::silu: return activate<Operand, ActivationFunction<Activation::silu>>;
-    case Activation::tanh: return activate<Operand, ActivationFunction<Activation::tanh>>;
-    case Activation::mish: return activate<Operand, ActivationFunction<Activation::mish>>;
-    case Activation::gelu: return activate<Operand, ActivationFunction<Activation::gelu>>;
-    case Activation::sin: return activate<Operand, ActivationFunction<Activation::sin>>;
-    case Activation::cos: return activate<Operand, ActivationFunction<Activation::cos>>;
+    case Activation::identity:
+      return activate<Operand, ActivationFunction<Activation::identity, Operand::precision>>;
+    case Activation::relu:
+      return activate<Operand, ActivationFunction<Activation::relu, Operand::precision>>;
+    case Activation::elu:
+      return activate<Operand, ActivationFunction<Activation::elu, Operand::precision>>;
+    case Activation::silu:
+      return activate<Operand, ActivationFunction<Activation::silu, Operand::precision>>;
+    case Activation::tanh:
+      return activate<Operand, ActivationFunction<Activation::tanh, Operand::precision>>;
+    case Activation::mish:
+      return activate<Operand, ActivationFunction<Activation::mish, Operand::precision>>;
+    case Activation::gelu:
+      return activate<Operand, ActivationFunction<Activation::gelu, Operand::precision>>;
+    case Activation::sin:
+      return activate<Operand, ActivationFunction<Activation::sin, Operand::precision>>;
+    case Activation::cos:
+      return activate<Operand, ActivationFunction<Activation::cos, Operand::precision>>;
   }
   return nullptr;
 }

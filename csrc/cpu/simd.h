@@ -67,6 +67,8 @@ DIFFCORE_INLINE Vec reciprocal(Vec a) {
   const __m512 r = _mm512_rcp14_ps(a.v);
   return {_mm512_mul_ps(r, _mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(2.0f)))};
 }
+// The same to 14 bits.
+DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return {_mm512_rcp14_ps(a.v)}; }
 // a * 2^n for integral n.
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 // For positive normal a: mantissa in [sqrt(1/2), sqrt(2)) and the matching exponent.
@@ -138,6 +140,7 @@ DIFFCORE_INLINE Vec flip_by_bit_1(Vec a, Vec by) {
   return {_mm256_xor_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(bit, 30)))};
 }
 DIFFCORE_INLINE Vec reciprocal(Vec a) { return broadcast(1.0f) / a; }
+DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return reciprocal(a); }
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   // In two halves, so that the scale itself neither overflows nor turns subnormal.
   const __m256i k = _mm256_cvtps_epi32(n.v);
@@ -213,6 +216,7 @@ DIFFCORE_INLINE Vec flip_by_bit_1(Vec a, Vec by) {
   return {vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(a.v), vshlq_n_u32(bit, 30)))};
 }
 DIFFCORE_INLINE Vec reciprocal(Vec a) { return broadcast(1.0f) / a; }
+DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return reciprocal(a); }
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   const int32x4_t k = vcvtnq_s32_f32(n.v);
   const int32x4_t half = vshrq_n_s32(k, 1);
@@ -294,6 +298,7 @@ DIFFCORE_INLINE Vec sqrt(Vec a) {
   return a;
 }
 DIFFCORE_INLINE Vec reciprocal(Vec a) { return broadcast(1.0f) / a; }
+DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return reciprocal(a); }
 DIFFCORE_INLINE Int4 to_int(Float4 a) { return __builtin_convertvector(a, Int4); }
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   const Int4 k = to_int(n.v), half = k >> 1;
