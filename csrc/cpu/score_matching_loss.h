@@ -12,7 +12,7 @@
 // depends on the sizes of its own sum alone, so neither threads nor (up to the 1 / batch in g) the
 // other rows matter to a row.
 //
-// All three are tile_sums on panels of two vectors, zero-padded. Rows that lie as they are needed,
+// All three are block_sums on panels of two vectors, zero-padded. Rows that lie as they are needed,
 // W_s in the first phase, aren't copied. In the first phase a vector's lanes are rows of the batch:
 // what is one number a row (score, g) is then one vector, and no sum runs across lanes.
 #pragma once
@@ -22,12 +22,11 @@
 namespace diffcore {
 namespace DIFFCORE_ISA {
 
-constexpr int chunk_depth = 2048 / W;             // a panel's part that stays in L1: 16 KiB
-constexpr int feature_block = 8 * max_tile_rows;  // rows that share such a part, from L2
-constexpr int score_rows = 128;                   // rows that share the weights from L2
-constexpr int hidden_block = 4;                   // panels of W_s that share a copy
-constexpr int hidden_rows = 256;                  // rows that use such a copy
-constexpr int state_chunk = 16;                   // coordinates summed before they join the total
+constexpr int score_rows = 128;   // rows that share a block of features' weights
+constexpr int hidden_block = 4;   // panels of W_s that share a copy
+constexpr int hidden_rows = 256;  // rows that use such a copy
+constexpr int batch_depth = 256;  // rows summed before they join a weight's gradient
+constexpr int state_chunk = 16;   // coordinates summed before they join the total
 
 // Values that a row of a panel covers: 1, or a pair.
 template <class Operand>
@@ -99,46 +98,23 @@ static void convert_rows(const float* from, ptrdiff_t from_stride, int64_t rows,
 
 constexpr float no_offset[panel_width] = {};
 
-// out = x panel for `rows` rows, in register blocks that are as even as they come; `between` is
-// called after each.
-template <class Operand, class Between>
-DIFFCORE_INLINE void store_product(const typename Operand::Input* x, ptrdiff_t x_stride, int rows,
-                                   const typename Operand::Weight* panel, int depth, float* out,
-                                   ptrdiff_t out_stride, Between& between) {
-  const int blocks = block_count<Operand>(rows, 2);
-  BlockState<Operand> state;
-  for (int b = 0, row = 0; b < blocks; ++b) {
-    const int count = rows / blocks + (b < rows % blocks);
-    block_sums<Operand>(state, count, 2, x + row * x_stride, x_stride, depth, panel, panel_width,
-                        {no_offset, nullptr, 0}, out + row * out_stride, out_stride);
-    between();
-    row += count;
-  }
-}
+// A register block of `rows` rows: shares of `count` that are as even as they come.
+template <class Operand>
+struct RegisterBlocks {
+  int64_t blocks;
+  int count;
+  explicit RegisterBlocks(int all) : blocks(block_count<Operand>(all, 2)), count(all) {}
+  Span operator[](int64_t b) const { return tile_span(count, blocks, b); }
+};
 
-// out += factor x panel, with one factor a row, or none where it is null.
-template <class Operand, class Between>
-DIFFCORE_INLINE void add_product(const typename Operand::Input* x, ptrdiff_t x_stride, int rows,
-                                 const typename Operand::Weight* panel, int depth,
-                                 const float* factor, float* out, ptrdiff_t out_stride,
-                                 Between& between) {
-  alignas(64) float sums[block_rows<Operand>(2) * panel_width];
-  const int blocks = block_count<Operand>(rows, 2);
-  BlockState<Operand> state;
-  for (int b = 0, row = 0; b < blocks; ++b) {
-    const int count = rows / blocks + (b < rows % blocks);
-    block_sums<Operand>(state, count, 2, x + row * x_stride, x_stride, depth, panel, panel_width,
-                        {no_offset, nullptr, 0}, sums, panel_width);
-    between();
-    for (int i = 0; i < count; ++i) {
-      const Vec f = broadcast(factor ? factor[row + i] : 1.0f);
-      float* to = out + (row + i) * out_stride;
-      const float* sum = sums + i * panel_width;
-      store(to, fma(f, load(sum), load(to)));
-      store(to + W, fma(f, load(sum + W), load(to + W)));
-    }
-    row += count;
-  }
+// out = x panel for a register block of rows.
+template <class Operand>
+DIFFCORE_INLINE void store_product(BlockState<Operand>& state, const typename Operand::Input* x,
+                                   ptrdiff_t x_stride, int rows,
+                                   const typename Operand::Weight* panel, int depth, float* out,
+                                   ptrdiff_t out_stride) {
+  block_sums<Operand>(state, rows, 2, x, x_stride, depth, panel, panel_width,
+                      {no_offset, nullptr, 0}, out, out_stride);
 }
 
 // ---- what the phases share -------------------------------------------------------------------
@@ -223,8 +199,8 @@ struct ScoreBuffers {
     b.score = memory->take<float>(4 * panels * panel_width);
     b.part = memory->take<float>(call.grad_psi ? 4 * panels * panel_width * call.features : 0);
     const bool copies = Operand::precision == Precision::bfloat16;
-    b.weight =
-        take_rows<typename Operand::Input>(memory, copies ? feature_block : 0, call.hidden_dim);
+    b.weight = take_rows<typename Operand::Input>(memory, copies ? block_rows<Operand>(2) : 0,
+                                                  call.hidden_dim);
     return b;
   }
 };
@@ -249,16 +225,19 @@ static void score_tile(const ScoreMatchingLossCall& call, const ScoreMatching<Op
                        Span panels, const ScoreBuffers<Operand>& b) {
   const int D = call.features, S = call.state_dim, H = call.hidden_dim;
   const int depth = Operand::depth(H);
-  const int64_t chunks = ceil_div(depth, chunk_depth);
   const ptrdiff_t feature_stride = static_cast<ptrdiff_t>(S) * H;
+  const RegisterBlocks<Operand> feature_blocks(D);
+  BlockState<Operand> products;
   const Vec scale = broadcast(static_cast<float>(2.0 / static_cast<double>(call.batch)));
   for (int i = 0; i < panels.rows * panel_width; ++i)
     m.row_loss[panels.first * panel_width + i] = 0.0;
 
   for (int s = 0; s < S; ++s) {
     for (int i = 0; i < panels.rows * panel_width; ++i) b.score[i] = 0.0f;
-    for (int d = 0; d < D; d += feature_block) {
-      const int count = D - d < feature_block ? D - d : feature_block;
+    // A block of features stays in L1 while the rows' panels pass by, from L2.
+    for (int64_t block = 0; block < feature_blocks.blocks; ++block) {
+      const Span features = feature_blocks[block];
+      const int64_t d = features.first;
       const float* rows = call.weight + d * feature_stride + static_cast<ptrdiff_t>(s) * H;
       const typename Operand::Input* x;
       ptrdiff_t x_stride;
@@ -266,33 +245,17 @@ static void score_tile(const ScoreMatchingLossCall& call, const ScoreMatching<Op
         x = rows;
         x_stride = feature_stride;
       } else {
-        convert_rows<Operand>(rows, feature_stride, count, H, b.weight);
+        convert_rows<Operand>(rows, feature_stride, features.rows, H, b.weight);
         x = b.weight.data;
         x_stride = b.weight.stride;
       }
-      const int next_d = d + feature_block < D ? d + feature_block : 0;
-      const int next_s = next_d > 0 ? s : s + 1;
-      const int next_count = D - next_d < feature_block ? D - next_d : feature_block;
-      Prefetcher fetch(call.weight + next_d * feature_stride + static_cast<ptrdiff_t>(next_s) * H,
-                       feature_stride, next_s < S ? next_count : 0, H,
-                       panels.rows * static_cast<int>(chunks) * block_count<Operand>(count, 2));
       for (int p = 0; p < panels.rows; ++p) {
         const int64_t first = (panels.first + p) * panel_width;
         float* zeta = b.zeta + (static_cast<ptrdiff_t>(p) * D + d) * panel_width;
-        for (int64_t c = 0; c < chunks; ++c) {
-          const Span k = tile_span(depth, chunks, c);
-          const auto* part = x + k.first * step_of<Operand>;
-          const auto* panel = m.hidden_lanes + first * depth + k.first * panel_width;
-          if (c == 0) {
-            store_product<Operand>(part, x_stride, count, panel, k.rows, zeta, panel_width, fetch);
-          } else {
-            add_product<Operand>(part, x_stride, count, panel, k.rows, nullptr, zeta, panel_width,
-                                 fetch);
-          }
-        }
-        contract_features(m.psi_lanes + first * D + static_cast<ptrdiff_t>(d) * panel_width,
-                          call.bias + static_cast<ptrdiff_t>(d) * S + s, S, count, zeta,
-                          b.score + p * panel_width);
+        store_product<Operand>(products, x, x_stride, features.rows, m.hidden_lanes + first * depth,
+                               depth, zeta, panel_width);
+        contract_features(m.psi_lanes + first * D + d * panel_width, call.bias + d * S + s, S,
+                          features.rows, zeta, b.score + p * panel_width);
       }
     }
     for (int p = 0; p < panels.rows; ++p) {
@@ -351,13 +314,23 @@ struct HiddenBuffers {
   }
 };
 
+// out += factor * sums, with one factor a row.
+DIFFCORE_INLINE void add_scaled(const float* sums, const float* factor, int rows, float* out) {
+  for (int i = 0; i < rows; ++i, sums += panel_width, out += panel_width) {
+    const Vec f = broadcast(factor[i]);
+    store(out, fma(f, load(sums), load(out)));
+    store(out + W, fma(f, load(sums + W), load(out + W)));
+  }
+}
+
 // Gradient of some rows at the columns of `panels`.
 template <class Operand>
 static void hidden_gradient(const ScoreMatchingLossCall& call, const ScoreMatching<Operand>& m,
                             Span rows, Span panels, const HiddenBuffers<Operand>& b) {
   const int D = call.features, S = call.state_dim, H = call.hidden_dim;
   const int depth = Operand::depth(D);
-  const int64_t chunks = ceil_div(depth, chunk_depth);
+  const RegisterBlocks<Operand> row_blocks(rows.rows);
+  BlockState<Operand> products;
   const int64_t column = panels.first * panel_width;
   const int left = static_cast<int>(H - column);
   const int columns = left < panels.rows * panel_width ? left : panels.rows * panel_width;
@@ -368,16 +341,15 @@ static void hidden_gradient(const ScoreMatchingLossCall& call, const ScoreMatchi
     pack_columns<Operand>(call.weight + static_cast<ptrdiff_t>(s) * H + column,
                           static_cast<ptrdiff_t>(S) * H, D, columns, b.weight);
     const float* slope = m.slope + s * m.rows() + rows.first;
-    Prefetcher fetch(call.weight + static_cast<ptrdiff_t>(s + 1) * H + column,
-                     static_cast<ptrdiff_t>(S) * H, s + 1 < S ? D : 0, columns,
-                     panels.rows * static_cast<int>(chunks) * block_count<Operand>(rows.rows, 2));
     for (int n = 0; n < panels.rows; ++n) {
-      for (int64_t c = 0; c < chunks; ++c) {
-        const Span k = tile_span(depth, chunks, c);
-        add_product<Operand>(
-            m.psi.row(rows.first) + k.first * step_of<Operand>, m.psi.stride, rows.rows,
-            b.weight + (static_cast<ptrdiff_t>(n) * depth + k.first) * panel_width, k.rows, slope,
-            b.part + static_cast<ptrdiff_t>(n) * rows.rows * panel_width, panel_width, fetch);
+      for (int64_t block = 0; block < row_blocks.blocks; ++block) {
+        const Span r = row_blocks[block];
+        alignas(64) float sums[block_rows<Operand>(2) * panel_width];
+        store_product<Operand>(products, m.psi.row(rows.first + r.first), m.psi.stride, r.rows,
+                               b.weight + static_cast<ptrdiff_t>(n) * depth * panel_width, depth,
+                               sums, panel_width);
+        float* part = b.part + (static_cast<ptrdiff_t>(n) * rows.rows + r.first) * panel_width;
+        add_scaled(sums, slope + r.first, r.rows, part);
       }
     }
     if ((s + 1) % state_chunk != 0 && s + 1 < S) continue;
@@ -397,38 +369,30 @@ static void hidden_gradient(const ScoreMatchingLossCall& call, const ScoreMatchi
 
 // ---- the gradients of weight and bias ----------------------------------------------------------
 
-template <class Operand>
-struct WeightBuffers {
-  Rows<typename Operand::Input> scaled;  // [feature][row]: g_s psi, transposed
-
-  static WeightBuffers take(Carver* memory) {
-    return {
-        take_rows<typename Operand::Input>(memory, feature_block, chunk_depth * step_of<Operand>)};
-  }
-};
-
-// Gradient of `count` features from `d` on, at coordinate s: sums over the batch, in chunks of rows
-// so that rounding errors don't pile up along it.
+// Gradient of a register block of features at coordinate s: sums over the batch, in chunks of rows so
+// that rounding errors don't pile up along it.
 template <class Operand>
 static void zeta_weight_gradient(const ScoreMatchingLossCall& call, const ScoreMatching<Operand>& m,
-                                 int s, int d, int count, const WeightBuffers<Operand>& b) {
+                                 int s, Span features) {
   const int D = call.features, S = call.state_dim, H = call.hidden_dim;
   const int depth = Operand::depth(static_cast<int>(call.batch));
-  const ptrdiff_t first = static_cast<ptrdiff_t>(d) * S + s;
-  alignas(64) float sums[feature_block * panel_width];
-  const auto nothing = [] {};
-  for (int start = 0; start < depth; start += chunk_depth) {
-    const int part = depth - start < chunk_depth ? depth - start : chunk_depth;
-    const int row = start * step_of<Operand>;
-    for (int i = 0; i < count; ++i) {
+  const ptrdiff_t stride = static_cast<ptrdiff_t>(S) * H;
+  alignas(64) typename Operand::Input scaled_memory[block_rows<Operand>(2) * (batch_depth + line)];
+  const Rows<typename Operand::Input> scaled = {scaled_memory, batch_depth + line};
+  BlockState<Operand> products;
+  for (int row = 0; row < call.batch; row += batch_depth) {
+    const int64_t left_rows = m.rows() - row;
+    const int rows = left_rows < batch_depth ? static_cast<int>(left_rows) : batch_depth;
+    for (int i = 0; i < features.rows; ++i) {
+      const int64_t d = features.first + i;
+      const float* slope = m.slope + s * m.rows() + row;
       Vec sum = zero();
-      for (int n = 0; n < part * step_of<Operand>; n += panel_width) {
-        const float* psi =
-            m.psi_lanes + static_cast<ptrdiff_t>(row + n) * D + (d + i) * panel_width;
+      for (int n = 0; n < rows; n += panel_width) {
+        const float* psi = m.psi_lanes + static_cast<ptrdiff_t>(row + n) * D + d * panel_width;
         for (int v = 0; v < panel_width; v += W) {
-          const Vec p = load(m.slope + s * m.rows() + row + n + v) * load(psi + v);
+          const Vec p = load(slope + n + v) * load(psi + v);
           sum = sum + p;
-          Operand::store_activation(b.scaled.row(i) + n + v, p);
+          Operand::store_activation(scaled.row(i) + n + v, p);
         }
       }
       if (!call.grad_bias) continue;
@@ -436,28 +400,33 @@ static void zeta_weight_gradient(const ScoreMatchingLossCall& call, const ScoreM
       store(lanes, sum);
       for (int half = W / 2; half > 0; half /= 2)
         for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-      float* to = call.grad_bias + first + static_cast<ptrdiff_t>(i) * S;
-      *to = start == 0 ? lanes[0] : *to + lanes[0];
+      float* to = call.grad_bias + d * S + s;
+      *to = row == 0 ? lanes[0] : *to + lanes[0];
     }
     if (!call.grad_weight) continue;
+
+    const int start = row / step_of<Operand>, whole = batch_depth / step_of<Operand>;
+    const int part = depth - start < whole ? depth - start : whole;
     for (int n = 0; n < m.hidden_panels; ++n) {
-      const int left = H - n * panel_width;
+      const int column = n * panel_width;
+      const int columns = H - column < panel_width ? H - column : panel_width;
       const auto* panel =
           m.hidden_columns + (static_cast<ptrdiff_t>(n) * depth + start) * panel_width;
-      float* to = call.grad_weight + first * H + n * panel_width;
-      const ptrdiff_t stride = static_cast<ptrdiff_t>(S) * H;
-      if (start == 0 && left >= panel_width) {
-        store_product<Operand>(b.scaled.data, b.scaled.stride, count, panel, part, to, stride,
-                               nothing);
+      float* to =
+          call.grad_weight + features.first * stride + static_cast<ptrdiff_t>(s) * H + column;
+      prefetch_block(Rows<float>{to, stride}, 0, features.rows, 0, columns);
+      if (row == 0 && columns == panel_width) {
+        store_product<Operand>(products, scaled.data, scaled.stride, features.rows, panel, part, to,
+                               stride);
         continue;
       }
-      store_product<Operand>(b.scaled.data, b.scaled.stride, count, panel, part, sums, panel_width,
-                             nothing);
-      const int columns = left < panel_width ? left : panel_width;
-      for (int i = 0; i < count; ++i)
+      alignas(64) float sums[block_rows<Operand>(2) * panel_width];
+      store_product<Operand>(products, scaled.data, scaled.stride, features.rows, panel, part, sums,
+                             panel_width);
+      for (int i = 0; i < features.rows; ++i)
         for (int c = 0; c < columns; ++c) {
           float* value = to + i * stride + c;
-          *value = start == 0 ? sums[i * panel_width + c] : *value + sums[i * panel_width + c];
+          *value = row == 0 ? sums[i * panel_width + c] : *value + sums[i * panel_width + c];
         }
     }
   }
@@ -479,18 +448,16 @@ static void score_matching_loss(const ScoreMatchingLossCall& call) {
   const int64_t wanted_blocks = ceil_div(m.hidden_panels, hidden_block);
   const int64_t even_blocks = ceil_div(wanted_blocks, call.threads) * call.threads;
   const int64_t hidden_blocks = even_blocks < m.hidden_panels ? even_blocks : m.hidden_panels;
-  const int64_t feature_blocks = ceil_div(call.features, feature_block);
+  const RegisterBlocks<Operand> feature_blocks(call.features);
   const int threads = call.batch < 2 * min_tile ? 1 : call.threads;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int64_t most_panels = tile_span(m.row_panels, tiles, 0).rows;
-    Carver of_score{nullptr}, of_hidden{nullptr}, of_weight{nullptr};
+    Carver of_score{nullptr}, of_hidden{nullptr};
     ScoreBuffers<Operand>::take(call, most_panels, &of_score);
     HiddenBuffers<Operand>::take(call, &of_hidden);
-    WeightBuffers<Operand>::take(&of_weight);
-    int64_t bytes = of_score.used > of_hidden.used ? of_score.used : of_hidden.used;
-    bytes = bytes > of_weight.used ? bytes : of_weight.used;
+    const int64_t bytes = of_score.used > of_hidden.used ? of_score.used : of_hidden.used;
     char* memory = thread_scratch(Scratch::tile, bytes);  // one phase after the other
 
 #pragma omp for schedule(static) nowait
@@ -514,15 +481,10 @@ static void score_matching_loss(const ScoreMatchingLossCall& call) {
     }
 
     if (call.grad_weight || call.grad_bias) {
-      of_weight = {memory};
-      const auto buffers = WeightBuffers<Operand>::take(&of_weight);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t item = 0; item < feature_blocks * call.state_dim; ++item) {
-        const int d = static_cast<int>(item / call.state_dim) * feature_block;
-        const int left = call.features - d;
-        zeta_weight_gradient(call, m, static_cast<int>(item % call.state_dim), d,
-                             left < feature_block ? left : feature_block, buffers);
-      }
+      for (int64_t item = 0; item < feature_blocks.blocks * call.state_dim; ++item)
+        zeta_weight_gradient(call, m, static_cast<int>(item % call.state_dim),
+                             feature_blocks[item / call.state_dim]);
     }
   }
   double sum = 0.0;
