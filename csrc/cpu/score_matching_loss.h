@@ -17,7 +17,7 @@
 // what is one number a row (score, g) is then one vector, and no sum runs across lanes.
 #pragma once
 
-#include "layers.h"
+#include "mlp.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
@@ -27,6 +27,10 @@ constexpr int hidden_block = 4;   // panels of W_s that share a copy
 constexpr int hidden_rows = 256;  // rows that use such a copy
 constexpr int batch_depth = 256;  // rows summed before they join a weight's gradient
 constexpr int state_chunk = 16;   // coordinates summed before they join the total
+
+// Features that share such rows, from L2: some register blocks of them.
+template <class Operand>
+constexpr int feature_share = Operand::whole_tiles ? 2 * amx_rows : 4 * max_tile_rows;
 
 // Values that a row of a panel covers: 1, or a pair.
 template <class Operand>
@@ -369,65 +373,65 @@ static void hidden_gradient(const ScoreMatchingLossCall& call, const ScoreMatchi
 
 // ---- the gradients of weight and bias ----------------------------------------------------------
 
-// Gradient of a register block of features at coordinate s: sums over the batch, in chunks of rows so
-// that rounding errors don't pile up along it.
+// g_s psi, transposed: [feature][row], and the bias's gradient, its sum over rows.
+template <class Operand>
+static void scale_features(const ScoreMatchingLossCall& call, const ScoreMatching<Operand>& m,
+                           int s, Span features, Span rows, Rows<typename Operand::Input> scaled) {
+  const float* slope = m.slope + s * m.rows() + rows.first;
+  for (int i = 0; i < features.rows; ++i) {
+    const int64_t d = features.first + i;
+    Vec sum = zero();
+    for (int n = 0; n < rows.rows; n += panel_width) {
+      const float* psi = m.psi_lanes + (rows.first + n) * call.features + d * panel_width;
+      for (int v = 0; v < panel_width; v += W) {
+        const Vec p = load(slope + n + v) * load(psi + v);
+        sum = sum + p;
+        Operand::store_activation(scaled.row(i) + n + v, p);
+      }
+    }
+    if (!call.grad_bias) continue;
+    float lanes[W];
+    store(lanes, sum);
+    for (int half = W / 2; half > 0; half /= 2)
+      for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+    float* to = call.grad_bias + d * call.state_dim + s;
+    *to = rows.first == 0 ? lanes[0] : *to + lanes[0];
+  }
+}
+
+// Gradient of some features at coordinate s: sums over the batch, in chunks of rows so that rounding
+// errors don't pile up along it.
 template <class Operand>
 static void zeta_weight_gradient(const ScoreMatchingLossCall& call, const ScoreMatching<Operand>& m,
                                  int s, Span features) {
-  const int D = call.features, S = call.state_dim, H = call.hidden_dim;
-  const int depth = Operand::depth(static_cast<int>(call.batch));
-  const ptrdiff_t stride = static_cast<ptrdiff_t>(S) * H;
-  alignas(64) typename Operand::Input scaled_memory[block_rows<Operand>(2) * (batch_depth + line)];
-  const Rows<typename Operand::Input> scaled = {scaled_memory, batch_depth + line};
+  const int H = call.hidden_dim, depth = Operand::depth(static_cast<int>(call.batch));
+  const ptrdiff_t feature_stride = static_cast<ptrdiff_t>(call.state_dim) * H;
+  const RegisterBlocks<Operand> blocks(features.rows);
   BlockState<Operand> products;
-  for (int row = 0; row < call.batch; row += batch_depth) {
-    const int64_t left_rows = m.rows() - row;
-    const int rows = left_rows < batch_depth ? static_cast<int>(left_rows) : batch_depth;
-    for (int i = 0; i < features.rows; ++i) {
-      const int64_t d = features.first + i;
-      const float* slope = m.slope + s * m.rows() + row;
-      Vec sum = zero();
-      for (int n = 0; n < rows; n += panel_width) {
-        const float* psi = m.psi_lanes + static_cast<ptrdiff_t>(row + n) * D + d * panel_width;
-        for (int v = 0; v < panel_width; v += W) {
-          const Vec p = load(slope + n + v) * load(psi + v);
-          sum = sum + p;
-          Operand::store_activation(scaled.row(i) + n + v, p);
-        }
+  alignas(64) typename Operand::Input scaled_memory[block_rows<Operand>(2) * (batch_depth + line)];
+  alignas(64) float sums[block_rows<Operand>(2) * panel_width];
+  const Rows<typename Operand::Input> scaled = {scaled_memory, batch_depth + line};
+  for (int64_t row = 0; row < call.batch; row += batch_depth) {
+    const int64_t left = m.rows() - row;
+    const Span rows = {row, left < batch_depth ? static_cast<int>(left) : batch_depth};
+    const int64_t k = row / step_of<Operand>, whole = batch_depth / step_of<Operand>;
+    const int part = static_cast<int>(depth - k < whole ? depth - k : whole);
+    for (int64_t block = 0; block < blocks.blocks; ++block) {
+      const Span d = {features.first + blocks[block].first, blocks[block].rows};
+      scale_features(call, m, s, d, rows, scaled);
+      if (!call.grad_weight) continue;
+      const Rows<float> gradient = {
+          call.grad_weight + d.first * feature_stride + static_cast<ptrdiff_t>(s) * H,
+          feature_stride};
+      for (int n = 0; n < m.hidden_panels; ++n) {
+        const int column = n * panel_width;
+        const int columns = H - column < panel_width ? H - column : panel_width;
+        prefetch_block(gradient, 0, d.rows, column, columns);
+        store_product<Operand>(products, scaled.data, scaled.stride, d.rows,
+                               m.hidden_columns + (n * depth + k) * panel_width, part, sums,
+                               panel_width);
+        store_gradient(sums, d.rows, columns, row > 0, gradient.row(0) + column, feature_stride);
       }
-      if (!call.grad_bias) continue;
-      float lanes[W];
-      store(lanes, sum);
-      for (int half = W / 2; half > 0; half /= 2)
-        for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-      float* to = call.grad_bias + d * S + s;
-      *to = row == 0 ? lanes[0] : *to + lanes[0];
-    }
-    if (!call.grad_weight) continue;
-
-    const int start = row / step_of<Operand>, whole = batch_depth / step_of<Operand>;
-    const int part = depth - start < whole ? depth - start : whole;
-    for (int n = 0; n < m.hidden_panels; ++n) {
-      const int column = n * panel_width;
-      const int columns = H - column < panel_width ? H - column : panel_width;
-      const auto* panel =
-          m.hidden_columns + (static_cast<ptrdiff_t>(n) * depth + start) * panel_width;
-      float* to =
-          call.grad_weight + features.first * stride + static_cast<ptrdiff_t>(s) * H + column;
-      prefetch_block(Rows<float>{to, stride}, 0, features.rows, 0, columns);
-      if (row == 0 && columns == panel_width) {
-        store_product<Operand>(products, scaled.data, scaled.stride, features.rows, panel, part, to,
-                               stride);
-        continue;
-      }
-      alignas(64) float sums[block_rows<Operand>(2) * panel_width];
-      store_product<Operand>(products, scaled.data, scaled.stride, features.rows, panel, part, sums,
-                             panel_width);
-      for (int i = 0; i < features.rows; ++i)
-        for (int c = 0; c < columns; ++c) {
-          float* value = to + i * stride + c;
-          *value = row == 0 ? sums[i * panel_width + c] : *value + sums[i * panel_width + c];
-        }
     }
   }
 }
@@ -448,7 +452,7 @@ static void score_matching_loss(const ScoreMatchingLossCall& call) {
   const int64_t wanted_blocks = ceil_div(m.hidden_panels, hidden_block);
   const int64_t even_blocks = ceil_div(wanted_blocks, call.threads) * call.threads;
   const int64_t hidden_blocks = even_blocks < m.hidden_panels ? even_blocks : m.hidden_panels;
-  const RegisterBlocks<Operand> feature_blocks(call.features);
+  const int64_t feature_shares = ceil_div(call.features, feature_share<Operand>);
   const int threads = call.batch < 2 * min_tile ? 1 : call.threads;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -482,9 +486,9 @@ static void score_matching_loss(const ScoreMatchingLossCall& call) {
 
     if (call.grad_weight || call.grad_bias) {
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t item = 0; item < feature_blocks.blocks * call.state_dim; ++item)
+      for (int64_t item = 0; item < feature_shares * call.state_dim; ++item)
         zeta_weight_gradient(call, m, static_cast<int>(item % call.state_dim),
-                             feature_blocks[item / call.state_dim]);
+                             tile_span(call.features, feature_shares, item / call.state_dim));
     }
   }
   double sum = 0.0;
