@@ -16,8 +16,7 @@ def _kinds(activations: str) -> list[Any]:
     return [getattr(_native._core.Activation, name) for name in activations.split(",")]
 
 
-@_native.op("mlp")
-def forward(
+def run_forward(
     x: Tensor, parameters: list[Tensor], activations: str, keep: bool, precision: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(y ``[N, B, out]``, what the backward pass needs, without rows unless `keep`).
@@ -49,6 +48,9 @@ def forward(
     return y, saved
 
 
+forward = _native.op("mlp")(run_forward)
+
+
 @_native.fake("mlp")
 def _(
     x: Tensor, parameters: list[Tensor], activations: str, keep: bool, precision: str, backend: str
@@ -67,8 +69,7 @@ def _(
     )
 
 
-@_native.op("mlp_backward")
-def backward(
+def run_backward(
     grad_y: Tensor,
     x: Tensor,
     saved: Tensor,
@@ -105,6 +106,9 @@ def backward(
     else:
         grads = [torch.zeros_like(p) for p in parameters] if wants_parameters else []
     return [grad_x, *grads]
+
+
+backward = _native.op("mlp_backward")(run_backward)
 
 
 @_native.fake("mlp_backward")

@@ -1,0 +1,24 @@
+"""The representation loss in eager PyTorch: the specification, and the fallback."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from diffcore.ops.score_matching_loss import reference
+
+if TYPE_CHECKING:
+    from diffcore.nn import MLP
+
+
+def representation_loss(
+    psi: MLP, zeta: MLP, x: Tensor, perturbed: Tensor, offset: Tensor, score_weight: Tensor
+) -> Tensor:
+    return reference.score_matching_loss(
+        psi(x, backend="reference"),
+        zeta.hidden(perturbed, backend="reference"),
+        *zeta.weights_and_biases()[-2:],
+        offset,
+        score_weight,
+    )
