@@ -1,11 +1,12 @@
 """The representation loss on the kernels of its parts, in one torch op.
 
-Every op that torch dispatches, and every node of its graph, costs more than a small network's
-kernel. Here there is one of each, around five kernels.
+Every op that torch dispatches, every node of its graph and every tensor in between costs as much as a
+small network's kernel. Here there is one op and one node, around five kernels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,54 @@ def loss_and_gradients(
     in `last_precision`. `wanted`: whether to compute the gradients of x, of perturbed, of psi's
     parameters and of zeta's; the others come back without rows.
     """
+    tensors = [t.contiguous() for t in (x, perturbed, *psi, *zeta)]
+    x, perturbed, *parameters = tensors
+    psi, zeta = parameters[: len(psi)], parameters[len(psi) :]
+    if not len(x) or backend == "triton":
+        arguments = (x, perturbed, offset, score_weight, psi, zeta)
+        names = (psi_activations, zeta_activations)
+        return _in_parts(*arguments, *names, wanted, precision, last_precision, backend)
+    offset, score_weight = offset.contiguous(), score_weight.contiguous()
+    loss = x.new_empty(())
+    grads = [
+        torch.empty_like(t) if want else _without_rows(t)
+        for t, want in zip(tensors, _each(wanted, psi, zeta), strict=True)
+    ]
+    grad_psi, grad_zeta = grads[2 : 2 + len(psi)], grads[2 + len(psi) :]
+    core = _native._core
+    core.representation_loss(
+        _native.addresses(psi),
+        mlp.kinds(psi_activations),
+        _native.addresses(zeta),
+        mlp.kinds(zeta_activations),
+        getattr(core.Precision, last_precision),
+        len(x),
+        offset.shape[1],
+        *[t.data_ptr() for t in (x, perturbed, offset, score_weight, loss)],
+        grads[0].data_ptr() if wanted[0] else 0,
+        grads[1].data_ptr() if wanted[1] else 0,
+        [g.data_ptr() for g in grad_psi] if wanted[2] else [],
+        [g.data_ptr() for g in grad_zeta] if wanted[3] else [],
+        torch.get_num_threads(),
+    )
+    return loss, grads
+
+
+def _in_parts(
+    x: Tensor,
+    perturbed: Tensor,
+    offset: Tensor,
+    score_weight: Tensor,
+    psi: list[Tensor],
+    zeta: list[Tensor],
+    psi_activations: str,
+    zeta_activations: str,
+    wanted: list[bool],
+    precision: str,
+    last_precision: str,
+    backend: str,
+) -> tuple[Tensor, list[Tensor]]:
+    """The same by the ops of the parts, undispatched."""
     wants_x, wants_perturbed, wants_psi, wants_zeta = wanted
     through_psi, through_zeta = wants_x or wants_psi, wants_perturbed or wants_zeta
     *hidden_layers, weight, bias = zeta
@@ -58,21 +107,30 @@ def loss_and_gradients(
     )
 
     def through(
-        grad: Tensor, x: Tensor, saved: Tensor, layers: list[Tensor], names: str, *wants: bool
+        grad: Tensor,
+        x: Tensor,
+        saved: Tensor,
+        layers: list[Tensor],
+        names: str,
+        wants_x: bool,
+        wants_layers: bool,
     ) -> list[Tensor]:
-        grads = [x.new_empty(0, x.shape[1])]
-        if any(wants):
+        grads = [_without_rows(x)]
+        if wants_x or wants_layers:
+            wants = (wants_x, wants_layers)
             grads = mlp.run_backward(grad[None], x, saved, layers, names, *wants, *settings)
-        return grads if wants[1] else [grads[0], *map(_without_rows, layers)]
+        return grads if wants_layers else [grads[0], *map(_without_rows, layers)]
 
-    grad_x, *grad_psi = through(
-        grad_features, x, psi_saved, psi, psi_activations, wants_x, wants_psi
-    )
-    grad_perturbed, *grad_zeta = through(
-        grad_hidden, perturbed, zeta_saved, hidden_layers, zeta_activations,
-        wants_perturbed, wants_zeta,
-    )  # fmt: skip
+    of_psi = (grad_features, x, psi_saved, psi, psi_activations)
+    of_zeta = (grad_hidden, perturbed, zeta_saved, hidden_layers, zeta_activations)
+    grad_x, *grad_psi = through(*of_psi, wants_x, wants_psi)
+    grad_perturbed, *grad_zeta = through(*of_zeta, wants_perturbed, wants_zeta)
     return loss, [grad_x, grad_perturbed, *grad_psi, *grad_zeta, *grad_last]
+
+
+def _each(wanted: list[bool], psi: Sequence[Tensor], zeta: Sequence[Tensor]) -> list[bool]:
+    """`wanted` for x, perturbed and every parameter."""
+    return [*wanted[:2], *[wanted[2]] * len(psi), *[wanted[3]] * len(zeta)]
 
 
 def _without_rows(tensor: Tensor) -> Tensor:
@@ -94,10 +152,9 @@ def _(
     last_precision: str,
     backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
-    each = [*wanted[:2], *[wanted[2]] * len(psi), *[wanted[3]] * len(zeta)]
     return x.new_empty(()), [
         t.new_empty(t.shape) if want else _without_rows(t)
-        for t, want in zip([x, perturbed, *psi, *zeta], each, strict=True)
+        for t, want in zip([x, perturbed, *psi, *zeta], _each(wanted, psi, zeta), strict=True)
     ]
 
 
@@ -140,8 +197,7 @@ class RepresentationLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         tensors, wanted, psi_count, parameters = inputs[:4], inputs[6], inputs[10], inputs[11:]
-        zeta_count = len(parameters) - psi_count
-        ctx.wanted = [*wanted[:2], *[wanted[2]] * psi_count, *[wanted[3]] * zeta_count]
+        ctx.wanted = _each(wanted, parameters[:psi_count], parameters[psi_count:])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # no zeros as large as what is kept
         ctx.save_for_backward(*output[1:], *tensors, *parameters)

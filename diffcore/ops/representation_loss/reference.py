@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 def representation_loss(
     psi: MLP, zeta: MLP, x: Tensor, perturbed: Tensor, offset: Tensor, score_weight: Tensor
 ) -> Tensor:
-    return reference.score_matching_loss(
-        psi(x, backend="reference"),
-        zeta.hidden(perturbed, backend="reference"),
-        *zeta.weights_and_biases()[-2:],
-        offset,
-        score_weight,
-    )
+    features = psi(x, backend="reference")
+    hidden = zeta.hidden(perturbed, backend="reference")
+    weight, bias = zeta.weights_and_biases()[-2:]
+    return reference.score_matching_loss(features, hidden, weight, bias, offset, score_weight)
