@@ -37,8 +37,8 @@ def representation_loss(
 
     Differentiable in the networks' parameters, ``x`` and ``perturbed``; in ``offset`` and
     ``score_weight`` too on the reference. The kernels take both networks forward and backward in
-    one call, the gradients in the forward pass: on small networks that call costs half of what its
-    parts do one by one. They can't be differentiated twice and say so; the reference can.
+    one call, the gradients in the forward pass; small networks take less time than a call each. They
+    can't be differentiated twice and say so; the reference can.
 
     Args:
         psi: D outputs, features of what ``x`` holds.
