@@ -23,7 +23,7 @@ from workloads import SEED, SIZES, change_weights, random_replay
 
 from diffcore import DiffusionSchedule, ops
 from diffcore.agents import DIPO, DiffSR, DiffSRConfig, DIPOConfig
-from diffcore.nn import Denoiser, TwinCritic
+from diffcore.nn import MLP, Denoiser, TwinCritic
 
 MOST_CALLS = 1_000_000
 NEW_WEIGHTS_EVERY, NEW_NETWORK_EVERY = 16, 1024
@@ -59,6 +59,9 @@ def tiny_calls() -> dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module
     def layer() -> nn.Module:
         return nn.Linear(4, 6)
 
+    def networks() -> nn.Module:
+        return nn.ModuleList([MLP(2, 8, 3, 1), MLP(4, 8, 3 * 2, 1)])
+
     def rff(module: nn.Module) -> Tensor:
         return ops.rff_features(hidden, module.weight, module.bias)
 
@@ -66,6 +69,9 @@ def tiny_calls() -> dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module
         return ops.score_matching_loss(
             psi, hidden, module.weight, module.bias, state, torch.ones(1)
         )
+
+    def representation(module: nn.Module) -> Tensor:
+        return ops.representation_loss(*module, state, hidden, state, torch.ones(1))
 
     return {
         "reverse_diffusion": (
@@ -99,6 +105,8 @@ def tiny_calls() -> dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module
         "rff_features, backward": (layer, lambda m: gradients(rff(m).sum(), m)),
         "score_matching_loss": (layer, without_gradients(score)),
         "score_matching_loss, backward": (layer, lambda m: gradients(score(m), m)),
+        "representation_loss": (networks, without_gradients(representation)),
+        "representation_loss, backward": (networks, lambda m: gradients(representation(m), m)),
     }
 
 

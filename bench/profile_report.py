@@ -21,11 +21,16 @@ import torch
 from torch import nn
 from workloads import SEED
 
-from diffcore.agents import DIPO, DIPOConfig
+from diffcore.agents import DIPO, DIPOConfig, optimization
 from diffcore.training import ReplayBuffer
 
 START_STEPS = 300
-NORMS = ("get_total_norm", "clip_grads_with_norm_", "clip_grad_norm_")
+FUNCTIONS = (
+    ("gradient norms", optimization, "cut_norm_"),
+    ("gradient norms", nn.utils, "clip_grad_norm_"),
+    ("Adam", optimization, "adam_step"),
+)
+"""What the library's agent or the eager one calls that is no method of either: part, module, name."""
 PARTS = (
     "environment step",
     "action for the environment",
@@ -101,7 +106,7 @@ def train(env_id: str, steps: int, agent: Any, update: Callable[[Any], object]) 
     profile.watch(
         "replay: add, sample, write back", replay, "add", "sample", "set_best_action"
     )
-    norms = {name: getattr(nn.utils, name) for name in NORMS}
+    originals = [getattr(module, name) for _, module, name in FUNCTIONS]
 
     observation, _ = env.reset(seed=SEED)
 
@@ -130,14 +135,15 @@ def train(env_id: str, steps: int, agent: Any, update: Callable[[Any], object]) 
     for _ in range(measure.WARM_UP_CALLS):
         training_step()
     profile.seconds = dict.fromkeys(PARTS, 0.0)
-    profile.watch("gradient norms", nn.utils, *NORMS)
+    for part, module, name in FUNCTIONS:
+        profile.watch(part, module, name)
     try:
         whole = profile.timed("everything else", training_step)
         for _ in range(steps):
             whole()
     finally:
-        for name, function in norms.items():
-            setattr(nn.utils, name, function)
+        for (_, module, name), original in zip(FUNCTIONS, originals, strict=True):
+            setattr(module, name, original)
         env.close()
     return profile
 

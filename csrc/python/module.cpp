@@ -4,6 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -298,6 +301,76 @@ void score_matching_loss(int64_t batch, int features, int state_dim, int hidden_
   active_kernels().score_matching_loss(call);
 }
 
+// Floats of one call, for whoever takes them first.
+class Workspace {
+ public:
+  explicit Workspace(int64_t floats) {
+    const int64_t bytes = (floats * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64;
+    data_.reset(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(bytes))));
+    if (!data_) throw std::bad_alloc();
+    next_ = data_.get();
+  }
+  Address take(int64_t floats) {
+    float* first = next_;
+    next_ += padded(floats);
+    return reinterpret_cast<Address>(first);
+  }
+  static int64_t padded(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+ private:
+  struct Free {
+    void operator()(float* data) const { std::free(data); }
+  };
+  std::unique_ptr<float, Free> data_;
+  float* next_;
+};
+
+// The score matching loss of two MLPs: zeta's last layer goes into the loss, the others and psi's run
+// before it, and behind it backwards where a gradient of theirs is wanted.
+void representation_loss(const std::vector<Layer>& psi, const std::vector<Activation>& psi_kinds,
+                         std::vector<Layer> zeta, const std::vector<Activation>& zeta_kinds,
+                         Precision last_precision, int64_t batch, int state_dim, Address x,
+                         Address perturbed, Address offset, Address score_weight, Address loss,
+                         Address grad_x, Address grad_perturbed,
+                         const std::vector<Address>& grad_psi, std::vector<Address> grad_zeta,
+                         int threads) {
+  const auto [weight, bias, hidden_dim, outputs] = zeta.back();
+  zeta.pop_back();
+  Address grad_weight = 0, grad_bias = 0;
+  const bool wants_zeta = !grad_zeta.empty();
+  if (wants_zeta) {
+    grad_bias = grad_zeta.back();
+    grad_zeta.pop_back();
+    grad_weight = grad_zeta.back();
+    grad_zeta.pop_back();
+  }
+  const bool through_psi = grad_x || !grad_psi.empty();
+  const bool through_zeta = grad_perturbed || wants_zeta;
+
+  const int features = outputs / state_dim;
+  const int64_t psi_floats = batch * features, hidden_floats = batch * hidden_dim;
+  const int64_t psi_saved_floats = through_psi ? batch * mlp_saved_width(psi, psi_kinds) : 0;
+  const int64_t hidden_saved_floats = through_zeta ? batch * mlp_saved_width(zeta, zeta_kinds) : 0;
+  Workspace workspace(2 * (Workspace::padded(psi_floats) + Workspace::padded(hidden_floats)) +
+                      Workspace::padded(psi_saved_floats) + Workspace::padded(hidden_saved_floats));
+  const Address psi_out = workspace.take(psi_floats), hidden = workspace.take(hidden_floats);
+  const Address psi_saved = through_psi ? workspace.take(psi_saved_floats) : 0;
+  const Address hidden_saved = through_zeta ? workspace.take(hidden_saved_floats) : 0;
+  const Address grad_psi_out = through_psi ? workspace.take(psi_floats) : 0;
+  const Address grad_hidden = through_zeta ? workspace.take(hidden_floats) : 0;
+
+  mlp_forward(psi, psi_kinds, batch, x, psi_out, psi_saved, threads);
+  mlp_forward(zeta, zeta_kinds, batch, perturbed, hidden, hidden_saved, threads);
+  score_matching_loss(batch, features, state_dim, hidden_dim, last_precision, psi_out, hidden,
+                      weight, bias, offset, score_weight, loss, grad_psi_out, grad_hidden,
+                      grad_weight, grad_bias, threads);
+  if (through_psi)
+    mlp_backward(psi, psi_kinds, batch, x, psi_saved, grad_psi_out, grad_x, grad_psi, threads);
+  if (through_zeta)
+    mlp_backward(zeta, zeta_kinds, batch, perturbed, hidden_saved, grad_hidden, grad_perturbed,
+                 grad_zeta, threads);
+}
+
 void normals(uint64_t seed, uint32_t step, int64_t first_row, int64_t rows, int columns,
              Address out) {
   const py::gil_scoped_release unlocked;
@@ -362,5 +435,6 @@ PYBIND11_MODULE(_core, m) {
   m.def("rff_features", &rff_features);
   m.def("rff_features_backward", &rff_features_backward);
   m.def("score_matching_loss", &score_matching_loss);
+  m.def("representation_loss", &representation_loss);
   m.def("fma_peak", &fma_peak);
 }

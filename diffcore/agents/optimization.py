@@ -35,13 +35,57 @@ def gradient_step(
     for parameter in parameters:
         parameter.grad = None
     loss.backward(inputs=parameters)
-    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, grad_norm)
-    optimizer.step()
+    grad_norm = cut_norm_([p.grad for p in parameters if p.grad is not None], max_norm)
+    adam_step(optimizer)
     for parameter in parameters:
         parameter.grad = None
     return grad_norm
+
+
+# torch's own functions put layers of Python around the same kernels, for gradients on several devices
+# and much else. On small networks these take longer than the kernels.
+
+
+@torch.no_grad()
+def cut_norm_(gradients: list[Tensor], max_norm: float) -> Tensor:
+    """``nn.utils.clip_grad_norm_`` of gradients on one device; ``max_norm <= 0`` leaves them."""
+    if not gradients:
+        return torch.zeros(())
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if max_norm > 0:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+@torch.no_grad()
+def adam_step(optimizer: torch.optim.Adam) -> None:
+    """``optimizer.step()``, for one that :func:`make_adam` made."""
+    for group in optimizer.param_groups:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            continue
+        states = [optimizer.state[p] for p in parameters]
+        if not group["fused"] or not all(states):  # the first step makes the moments
+            optimizer.step()
+            return
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        beta1, beta2 = group["betas"]
+        torch._fused_adam_(
+            parameters,
+            [p.grad for p in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            steps,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 @torch.no_grad()

@@ -86,12 +86,11 @@ class DiffusionRepresentation(nn.Module):
         alpha_bar = self.alpha_bar[level].unsqueeze(-1)
         scaled_noise = (1 - alpha_bar).sqrt() * (self.noise_scale * noise)
         perturbed = alpha_bar.sqrt() * next_state + scaled_noise
-        last = self.zeta.last
-        return ops.score_matching_loss(
-            self.psi(state, action),
-            self.zeta.hidden(perturbed, alpha_bar, level),
-            last.weight,
-            last.bias,
+        return ops.representation_loss(
+            self.psi.trunk,
+            self.zeta.trunk,
+            self.psi.inputs(state, action),
+            self.zeta.inputs(perturbed, alpha_bar, level),
             offset=scaled_noise,
             score_weight=(1 - alpha_bar.squeeze(-1)) * self.noise_scale,
             compute_dtype=self.compute_dtype,

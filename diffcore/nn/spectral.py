@@ -44,17 +44,20 @@ class Psi(nn.Module):
 
     def forward(self, state: Tensor, action: Tensor, *, backend: str | None = None) -> Tensor:
         """state ``[B, S]``, action ``[B, A]`` -> ``[B, d]``."""
+        return self.trunk(self.inputs(state, action), backend=backend)
+
+    def inputs(self, state: Tensor, action: Tensor) -> Tensor:
+        """What enters the trunk."""
         check_features("state", state, self.state_dim)
         check_features("action", action, self.action_dim)
-        return self.trunk(torch.cat([state, action], dim=-1), backend=backend)
+        return torch.cat([state, action], dim=-1)
 
 
 class Zeta(nn.Module):
     """zeta(s~, level) in R^(d x S): for each feature a direction in the space of states.
 
     ``psi^T zeta`` is the score of the perturbed transition. Its last layer has d * S outputs, so
-    :func:`diffcore.ops.score_matching_loss` takes that layer apart: :meth:`hidden` is what enters
-    it, :attr:`last` the layer.
+    :func:`diffcore.ops.representation_loss`, which takes the trunk, never holds what it gives.
 
     Args:
         state_dim: S, the width of the perturbed next state.
@@ -108,27 +111,31 @@ class Zeta(nn.Module):
     def hidden(
         self, perturbed: Tensor, alpha_bar: Tensor, level: Tensor, *, backend: str | None = None
     ) -> Tensor:
-        """What enters the last layer.
+        """What enters the last layer, ``[B, hidden_dim]``; arguments as for :meth:`inputs`."""
+        inputs = self.inputs(perturbed, alpha_bar, level, backend=backend)
+        return self.trunk.hidden(inputs, backend=backend)
+
+    def inputs(
+        self, perturbed: Tensor, alpha_bar: Tensor, level: Tensor, *, backend: str | None = None
+    ) -> Tensor:
+        """What enters the trunk.
 
         Args:
             perturbed: s~, ``[B, S]``.
             alpha_bar: abar, ``[B, 1]``.
             level: its index, integer ``[B]``.
-
-        Returns:
-            ``[B, hidden_dim]``.
         """
         check_features("perturbed", perturbed, self.state_dim)
         condition = alpha_bar
         if self.time_mlp is not None:
             embedding = time_embedding(level, self.time_dim).to(perturbed.dtype)
             condition = self.time_mlp(embedding, backend=backend)
-        return self.trunk.hidden(torch.cat([perturbed, condition], dim=-1), backend=backend)
+        return torch.cat([perturbed, condition], dim=-1)
 
     def forward(
         self, perturbed: Tensor, alpha_bar: Tensor, level: Tensor, *, backend: str | None = None
     ) -> Tensor:
-        """zeta, ``[B, d, S]``; arguments as for :meth:`hidden`."""
+        """zeta, ``[B, d, S]``; arguments as for :meth:`inputs`."""
         hidden = self.hidden(perturbed, alpha_bar, level, backend=backend)
         flat: Tensor = self.last(hidden)
         return flat.reshape(-1, self.feature_dim, self.state_dim)

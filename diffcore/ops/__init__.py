@@ -5,6 +5,7 @@ from diffcore.ops.denoising_loss import denoising_loss
 from diffcore.ops.mlp import mlp
 from diffcore.ops.mlp_ensemble import mlp_ensemble
 from diffcore.ops.q_sample import q_sample
+from diffcore.ops.representation_loss import representation_loss
 from diffcore.ops.reverse_diffusion import reverse_diffusion
 from diffcore.ops.reverse_step import reverse_step
 from diffcore.ops.rff_features import rff_features
@@ -16,6 +17,7 @@ __all__ = [
     "mlp",
     "mlp_ensemble",
     "q_sample",
+    "representation_loss",
     "reverse_diffusion",
     "reverse_step",
     "rff_features",

@@ -11,6 +11,7 @@ from typing import Any
 # and its threads instead of starting a second pool.
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _core: Any
 unavailable: str | None = None
@@ -100,10 +101,19 @@ def gradients(op: str, compute: Callable[..., Sequence[Tensor]], *args: Any) -> 
     `args` must name every tensor that the gradients depend on, or a second derivative would be
     silently wrong instead.
     """
-    if torch.compiler.is_compiling():  # where no second derivative exists anyway
-        return compute(*args)
+    if torch.compiler.is_compiling() or nothing_is_differentiated():
+        return compute(*args)  # the compiler has no second derivatives anyway
     results: Sequence[Tensor] = apply(_FirstDerivative, op, compute, *args)
     return results
+
+
+def nothing_is_differentiated() -> bool:
+    """Whether no derivative can be taken of what is computed now, as in a plain ``backward()``."""
+    return not (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 class _FirstDerivative(torch.autograd.Function):

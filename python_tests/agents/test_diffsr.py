@@ -367,13 +367,13 @@ def test_compute_dtype_reaches_the_op(
     compute_dtype: Any, expected: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[torch.dtype | None] = []
-    op = ops.score_matching_loss
+    op = ops.representation_loss
 
     def remember(*arguments: Any, compute_dtype: torch.dtype | None, **keywords: Any) -> Tensor:
         asked.append(compute_dtype)
         return op(*arguments, compute_dtype=compute_dtype, **keywords)
 
-    monkeypatch.setattr(ops, "score_matching_loss", remember)
+    monkeypatch.setattr(ops, "representation_loss", remember)
     agent = make_agent(compute_dtype=compute_dtype)
     agent.update(TensorReplay.random())
     assert asked == [expected, expected]

@@ -23,6 +23,7 @@ OPS = [
     "action_gradient",
     "denoising_loss",
     "mlp",
+    "representation_loss",
     "reverse_diffusion",
     "reverse_step",
     "rff_features",
@@ -47,18 +48,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
     monkeypatch.setattr(action_gradient, "too_wide", lambda *sizes: False)
     monkeypatch.setattr(reverse_diffusion, "why_not_cuda", lambda *sizes: None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    network = nn.MLP(5, 8, 3, 1)
+    network, zeta = nn.MLP(5, 8, 3, 1), nn.MLP(4, 8, 3 * 3, 1)
     critic, denoiser = nn.TwinCritic(5, 3, 8), nn.Denoiser(5, 3, 8)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in (network, critic, denoiser):
+        for module in (network, zeta, critic, denoiser):
             for child in module.modules():
                 for name, parameter in list(child.named_parameters(recurse=False)):
                     moved = torch.nn.Parameter(torch.empty(parameter.shape, device="cuda"))
                     setattr(child, name, moved)
-        yield on_the_gpu(network, critic, denoiser)
+        yield on_the_gpu(network, zeta, critic, denoiser)
 
 
-def on_the_gpu(network: nn.MLP, critic: nn.TwinCritic, denoiser: nn.Denoiser) -> Calls:
+def on_the_gpu(
+    network: nn.MLP, zeta: nn.MLP, critic: nn.TwinCritic, denoiser: nn.Denoiser
+) -> Calls:
     def cuda(*shape: int) -> Tensor:
         return torch.empty(*shape, device="cuda")
 
@@ -69,6 +72,7 @@ def on_the_gpu(network: nn.MLP, critic: nn.TwinCritic, denoiser: nn.Denoiser) ->
         "action_gradient": (critic, state, action),
         "denoising_loss": (denoiser, SCHEDULE, state, action),
         "mlp": (state, weights, biases, ["mish", "identity"]),
+        "representation_loss": (network, zeta, state, cuda(2, 4), action, cuda(2)),
         "reverse_diffusion": (denoiser, SCHEDULE, state),
         "reverse_step": (action, action, cuda(7)),
         "rff_features": (state, cuda(8, 5)),

@@ -321,3 +321,25 @@ def test_strides_and_opcheck_of_score_matching(device: str) -> None:
         assert torch.equal(a, b)
     arguments = (*inputs, "float32", [True, False, True, True], "triton")
     torch.library.opcheck(score_matching.loss_and_gradients, arguments)
+
+
+# -- representation loss ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", [(0, 1, 2, 3), (2, 3), (0,)])
+def test_representation_loss(device: str, wanted: tuple[int, ...]) -> None:
+    """Of x, perturbed, psi's parameters and zeta's those gradients that are wanted."""
+    networks = [nn.MLP(5, 20, 6, 1, "elu").to(device), nn.MLP(4, 17, 6 * 3, 1, "elu").to(device)]
+    inputs = [torch.randn(9, n, device=device) for n in (5, 4, 3)]
+    inputs = [*inputs, torch.rand(9, device=device)]
+    for i in range(2):
+        inputs[i].requires_grad_(i in wanted)
+        networks[i].requires_grad_(i + 2 in wanted)
+    tensors = [*inputs[:2], *networks[0].parameters(), *networks[1].parameters()]
+    leaves = [t for t in tensors if t.requires_grad]
+    results = []
+    for backend in ("triton", "reference"):
+        loss = ops.representation_loss(*networks, *inputs, backend=backend)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-5)

@@ -12,12 +12,12 @@ from diffcore.ops import _native
 
 
 @functools.cache
-def _kinds(activations: str) -> list[Any]:
+def kinds(activations: str) -> list[Any]:
+    """The compiled module's names for the activations."""
     return [getattr(_native._core.Activation, name) for name in activations.split(",")]
 
 
-@_native.op("mlp")
-def forward(
+def run_forward(
     x: Tensor, parameters: list[Tensor], activations: str, keep: bool, precision: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(y ``[N, B, out]``, what the backward pass needs, without rows unless `keep`).
@@ -32,14 +32,15 @@ def forward(
 
         return triton.forward(x, parameters, activations, keep, precision)
     core = _native._core
-    layers, kinds = _native.addresses(parameters), _kinds(activations)
-    networks, batch = len(layers) // len(kinds), len(x)
+    layers, functions = _native.addresses(parameters), kinds(activations)
+    networks, batch = len(layers) // len(functions), len(x)
     y = x.new_empty(networks, batch, len(parameters[-1]))
-    saved = x.new_empty(networks, batch if keep else 0, core.mlp_saved_width(layers, kinds))
+    width = core.mlp_saved_width(layers, functions) if keep else 0
+    saved = x.new_empty(networks, batch if keep else 0, width)
     if batch:
         core.mlp_forward(
             layers,
-            kinds,
+            functions,
             batch,
             x.data_ptr(),
             y.data_ptr(),
@@ -47,6 +48,9 @@ def forward(
             torch.get_num_threads(),
         )
     return y, saved
+
+
+forward = _native.op("mlp")(run_forward)
 
 
 @_native.fake("mlp")
@@ -60,15 +64,14 @@ def _(
         width = triton.saved_width(parameters, activations, keep)
     else:
         shapes = [(0, 0, w.shape[1], w.shape[0]) for w in parameters[::2]]
-        width = _native._core.mlp_saved_width(shapes, _kinds(activations))
+        width = _native._core.mlp_saved_width(shapes, kinds(activations)) if keep else 0
     return (
         x.new_empty(networks, len(x), len(parameters[-1])),
         x.new_empty(networks, len(x) if keep else 0, width),
     )
 
 
-@_native.op("mlp_backward")
-def backward(
+def run_backward(
     grad_y: Tensor,
     x: Tensor,
     saved: Tensor,
@@ -93,7 +96,7 @@ def backward(
         grads = [torch.empty_like(p) for p in parameters] if wants_parameters else []
         _native._core.mlp_backward(
             _native.addresses(parameters),
-            _kinds(activations),
+            kinds(activations),
             batch,
             x.data_ptr(),
             saved.data_ptr(),
@@ -105,6 +108,9 @@ def backward(
     else:
         grads = [torch.zeros_like(p) for p in parameters] if wants_parameters else []
     return [grad_x, *grads]
+
+
+backward = _native.op("mlp_backward")(run_backward)
 
 
 @_native.fake("mlp_backward")

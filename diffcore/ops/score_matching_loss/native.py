@@ -10,8 +10,7 @@ from torch import Tensor
 from diffcore.ops import _fused_loss, _native
 
 
-@_native.op("score_matching_loss")
-def loss_and_gradients(
+def run(
     psi: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -53,6 +52,9 @@ def loss_and_gradients(
             torch.get_num_threads(),
         )
     return loss, grads[0], grads[1], grads[2], grads[3]
+
+
+loss_and_gradients = _native.op("score_matching_loss")(run)
 
 
 @_native.fake("score_matching_loss")
