@@ -146,17 +146,27 @@ char* thread_scratch(Scratch slot, int64_t bytes) {
 
 // ---- packs ----------------------------------------------------------------------------------
 
+namespace { constexpr int64_t huge_page = int64_t{1} << 21; }
+
+void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data), end = begin + bytes;
+  const uintptr_t first = (begin + huge_page - 1) / huge_page * huge_page;
+  const uintptr_t last = end / huge_page * huge_page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 Block::Block(int64_t bytes) : size_(bytes) {
-  constexpr int64_t huge_page = int64_t{1} << 21;
   const bool large = bytes >= huge_page / 8;
   const int64_t alignment = large ? huge_page : 64;
   const int64_t rounded = (bytes + alignment - 1) / alignment * alignment;
   data_ = static_cast<char*>(
       std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(rounded)));
   if (!data_) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-  if (large) madvise(data_, static_cast<size_t>(rounded), MADV_HUGEPAGE);
-#endif
+  if (large) prefer_huge_pages(data_, rounded);
 }
 
 Block::~Block() { std::free(data_); }

@@ -298,6 +298,9 @@ void score_matching_loss(int64_t batch, int features, int state_dim, int hidden_
   call.grad_weight = pointer<float>(grad_weight);
   call.grad_bias = pointer<float>(grad_bias);
   call.threads = usable_threads(threads);
+  if (grad_weight) {  // hundreds of MiB with a long state, and fresh at every call
+    prefer_huge_pages(call.grad_weight, int64_t{4} * features * state_dim * hidden_dim);
+  }
   active_kernels().score_matching_loss(call);
 }
 
