@@ -102,7 +102,7 @@ static void convert_rows(const float* from, ptrdiff_t from_stride, int64_t rows,
 
 constexpr float no_offset[panel_width] = {};
 
-// A register block of `rows` rows: shares of `count` that are as even as they come.
+// `count` rows cut into register blocks that are as even as they come.
 template <class Operand>
 struct RegisterBlocks {
   int64_t blocks;
