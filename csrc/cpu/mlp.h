@@ -48,11 +48,14 @@ struct MlpSaved {
   Rows<float> input[max_layers];
   Rows<float> slope[max_layers];
 
+  // The same on every instruction set: torch.compile keeps the shape in graphs on disk.
+  static int stride_of(const PackedLinear& layer) { return round_up(layer.out, line); }
+
   // Floats a row.
   static int width(const MlpPack& pack) {
     int total = 0;
     for (int l = 0; l < pack.layer_count; ++l) {
-      const int stride = padded(pack.forward[l].out);
+      const int stride = stride_of(pack.forward[l]);
       if (l + 1 < pack.layer_count) total += stride;
       if (pack.activations[l] != Activation::identity) total += stride;
     }
@@ -63,7 +66,7 @@ struct MlpSaved {
     MlpSaved s;
     s.input[0] = x;
     for (int l = 0; l < pack.layer_count; ++l) {
-      const ptrdiff_t stride = padded(pack.forward[l].out);
+      const ptrdiff_t stride = stride_of(pack.forward[l]);
       if (l + 1 < pack.layer_count) {
         s.input[l + 1] = {base, stride};
         base += rows * stride;

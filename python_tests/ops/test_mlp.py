@@ -248,6 +248,13 @@ def test_vmap_over_an_ensemble() -> None:
         assert torch.equal(together, torch.stack([net(x) for net in nets]))
 
 
+def test_what_is_saved_has_one_shape_for_all_instruction_sets(isa: str) -> None:
+    """It is in graphs that torch.compile keeps on disk, for other machines too."""
+    shapes = [(0, 0, 5, 33), (0, 0, 33, 17), (0, 0, 17, 3)]
+    width = _native._core.mlp_saved_width(shapes, native.kinds("mish,mish,identity"))
+    assert width == 2 * (48 + 32)  # activations and slopes, in whole cache lines
+
+
 def test_compiles_without_a_graph_break() -> None:
     net = nn.MLP(4, 16, 2)
     compiled = torch.compile(net, fullgraph=True)
