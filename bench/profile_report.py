@@ -28,7 +28,6 @@ START_STEPS = 300
 FUNCTIONS = (
     ("gradient norms", optimization, "cut_norm_"),
     ("gradient norms", nn.utils, "clip_grad_norm_"),
-    ("Adam", optimization, "adam_step"),
 )
 """What the library's agent or the eager one calls that is no method of either: part, module, name."""
 PARTS = (

@@ -35,12 +35,20 @@ namespace baseline { extern const Kernels kernels; }
 
 namespace {
 
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #if defined(DIFFCORE_HAS_AMX)
-// Whether the CPU multiplies tiles of bfloat16 and Linux (5.16 and newer) lets this process: their
-// registers are 8 KiB a thread to save at a context switch, so it has to be asked first.
-bool amx_granted() {
+// Whether the CPU multiplies tiles of bfloat16 and Linux (5.16 and newer) lets this process. It has to
+// be asked, since their registers are 8 KiB a thread to save at a context switch; it refuses where a
+// thread's alternate signal stack is too small for them.
+bool has_avx512_amx() {
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
   if (!(d & amx_bf16) || !(d & amx_tile)) return false;
   constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
@@ -48,46 +56,46 @@ bool amx_granted() {
   return granted;
 }
 #endif
+#endif
+bool everywhere() { return true; }
 
 struct Candidate {
   const Kernels* kernels;
-  bool supported;
+  bool (*supported)();
 };
 
 // Best first.
-std::vector<Candidate> candidates() {
+constexpr Candidate candidates[] = {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  return {
 #if defined(DIFFCORE_HAS_AMX)
-      {&avx512_amx::kernels, avx512_bf16 && amx_granted()},
+    {&avx512_amx::kernels, has_avx512_amx},
 #endif
-      {&avx512_bf16::kernels, avx512_bf16},
-      {&avx512::kernels, avx512},
-      {&avx2::kernels, avx2},
-      {&baseline::kernels, true}};
+    {&avx512_bf16::kernels, has_avx512_bf16},
+    {&avx512::kernels, has_avx512},
+    {&avx2::kernels, has_avx2},
 #elif defined(__aarch64__)
-  return {{&neon::kernels, true}, {&baseline::kernels, true}};
-#else
-  return {{&baseline::kernels, true}};
+    {&neon::kernels, everywhere},
 #endif
-}
+    {&baseline::kernels, everywhere},
+};
 
 const Kernels& find_isa(const std::string& name) {
   std::string built;
-  for (const Candidate& c : candidates()) {
+  for (const Candidate& c : candidates) {
     built += (built.empty() ? "" : ", ") + std::string(c.kernels->isa);
     if (name != c.kernels->isa) continue;
-    if (!c.supported)
+    if (!c.supported())
       throw std::runtime_error("DIFFCORE_ISA: this CPU doesn't support '" + name + "'");
     return *c.kernels;
   }
   throw std::runtime_error("DIFFCORE_ISA: unknown instruction set '" + name +
                            "'; this build has: " + built);
+}
+
+const Kernels& best_isa() {
+  const Candidate* candidate = candidates;
+  while (!candidate->supported()) ++candidate;  // the last one is supported everywhere
+  return *candidate->kernels;
 }
 
 std::atomic<const Kernels*> active{nullptr};
@@ -97,15 +105,15 @@ std::atomic<const Kernels*> active{nullptr};
 const Kernels& active_kernels() {
   if (const Kernels* chosen = active.load(std::memory_order_acquire)) return *chosen;
   const char* forced = std::getenv("DIFFCORE_ISA");
-  const Kernels& chosen = forced && *forced ? find_isa(forced) : find_isa(available_isas().front());
+  const Kernels& chosen = forced && *forced ? find_isa(forced) : best_isa();
   active.store(&chosen, std::memory_order_release);
   return chosen;
 }
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (const Candidate& c : candidates())
-    if (c.supported) names.emplace_back(c.kernels->isa);
+  for (const Candidate& c : candidates)
+    if (c.supported()) names.emplace_back(c.kernels->isa);
   return names;
 }
 
@@ -132,7 +140,7 @@ int usable_threads(int wanted) {
 }
 
 char* thread_scratch(Scratch slot, int64_t bytes) {
-  thread_local ThreadBuffer buffers[2];
+  thread_local ThreadBuffer buffers[scratch_slots];
   ThreadBuffer& buffer = buffers[static_cast<int>(slot)];
   if (buffer.size < bytes) {
     std::free(buffer.data);

@@ -289,8 +289,10 @@ struct Kernels {
 
 // Memory of the calling thread that grows and is never given back, 64-byte aligned; valid until
 // the thread asks for the same slot again. A call keeps what all its threads share in one slot and
-// every thread the buffers of its tile in the other.
-enum class Scratch : int { call, tile };
+// every thread the buffers of its tile in another; the third is for what goes from call to call of an
+// op that makes several.
+enum class Scratch : int { call, tile, between_calls };
+constexpr int scratch_slots = 3;
 char* thread_scratch(Scratch slot, int64_t bytes);
 
 }  // namespace diffcore

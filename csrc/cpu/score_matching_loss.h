@@ -26,6 +26,7 @@ constexpr int score_rows = 128;   // rows that share a block of features' weight
 constexpr int hidden_block = 4;   // panels of W_s that share a copy
 constexpr int hidden_rows = 256;  // rows that use such a copy
 constexpr int batch_depth = 256;  // rows summed before they join a weight's gradient
+constexpr int longest_sum = 512;  // values summed before they join the total
 constexpr int state_chunk = 16;   // coordinates summed before they join the total
 
 // Features that share such rows, from L2: some register blocks of them.
@@ -111,14 +112,30 @@ struct RegisterBlocks {
   Span operator[](int64_t b) const { return tile_span(count, blocks, b); }
 };
 
-// out = x panel for a register block of rows.
+// out = x panel for a register block of rows. Long sums are cut, so that rounding errors don't pile up
+// along them.
 template <class Operand>
 DIFFCORE_INLINE void store_product(BlockState<Operand>& state, const typename Operand::Input* x,
                                    ptrdiff_t x_stride, int rows,
                                    const typename Operand::Weight* panel, int depth, float* out,
                                    ptrdiff_t out_stride) {
-  block_sums<Operand>(state, rows, 2, x, x_stride, depth, panel, panel_width,
-                      {no_offset, nullptr, 0}, out, out_stride);
+  const Offset none = {no_offset, nullptr, 0};
+  const int64_t chunks = ceil_div(depth * step_of<Operand>, longest_sum);
+  const Span head = tile_span(depth, chunks, 0);
+  block_sums<Operand>(state, rows, 2, x, x_stride, head.rows, panel, panel_width, none, out,
+                      out_stride);
+  for (int64_t c = 1; c < chunks; ++c) {
+    alignas(64) float sums[block_rows<Operand>(2) * panel_width];
+    const Span chunk = tile_span(depth, chunks, c);
+    block_sums<Operand>(state, rows, 2, x + chunk.first * step_of<Operand>, x_stride, chunk.rows,
+                        panel + chunk.first * panel_width, panel_width, none, sums, panel_width);
+    for (int i = 0; i < rows; ++i) {
+      float* to = out + i * out_stride;
+      const float* sum = sums + i * panel_width;
+      store(to, load(to) + load(sum));
+      store(to + W, load(to + W) + load(sum + W));
+    }
+  }
 }
 
 // ---- what the phases share -------------------------------------------------------------------

@@ -8,8 +8,7 @@
 //
 // Operands are float32, or bfloat16 in pairs along `in` with float accumulation. Where the CPU has no
 // bfloat16 product, the same rounded values are multiplied in float. Where it multiplies whole tiles
-// of them (AMX), a block of rows is up to 32 high, and the
-// packed weights lie as those tiles want them.
+// of them (AMX), a block has up to 32 rows, and the packed weights lie as those tiles want them.
 #pragma once
 
 #include "kernels.h"
@@ -377,7 +376,7 @@ constexpr int amx_depth = 16;  // pairs
 
 // The shapes of this thread's tile registers: 0 to 3 hold the sums, row by row, 4 and 5 the rows, 6
 // and 7 the weights. Setting them takes as long as 250 multiply-adds, so whoever calls block_sums in a
-// loop keeps one of these outside.
+// loop keeps one of these outside; one at a time, since its end leaves the thread without any shape.
 class AmxTiles {
  public:
   AmxTiles() = default;
@@ -398,6 +397,8 @@ class AmxTiles {
                                                           : upper);
       config.row_bytes[tile] = config.rows[tile] ? 64 : 0;
     }
+    // GCC's intrinsic says that it reads 8 bytes of the 64: without this the others need not be there.
+    asm volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
 
@@ -431,6 +432,7 @@ static __attribute__((noinline)) void amx_sums(AmxTiles& tiles, int rows, const 
       function(x + row * x_stride + 2 * whole, x_stride, depth - whole, panel + whole * panel_step,
                panel_step, here, out + row * out_stride, out_stride);
     }
+    if (whole == 0) return;
     start = out;
     start_stride = out_stride;
   }

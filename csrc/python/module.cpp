@@ -304,15 +304,12 @@ void score_matching_loss(int64_t batch, int features, int state_dim, int hidden_
   active_kernels().score_matching_loss(call);
 }
 
-// Floats of one call, for whoever takes them first.
+// Floats for what one op's calls hand on, cut off piece by piece.
 class Workspace {
  public:
-  explicit Workspace(int64_t floats) {
-    const int64_t bytes = (floats * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64;
-    data_.reset(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(bytes))));
-    if (!data_) throw std::bad_alloc();
-    next_ = data_.get();
-  }
+  explicit Workspace(int64_t floats)
+      : next_(reinterpret_cast<float*>(thread_scratch(
+            Scratch::between_calls, floats * static_cast<int64_t>(sizeof(float))))) {}
   Address take(int64_t floats) {
     float* first = next_;
     next_ += padded(floats);
@@ -321,10 +318,6 @@ class Workspace {
   static int64_t padded(int64_t floats) { return (floats + 15) / 16 * 16; }
 
  private:
-  struct Free {
-    void operator()(float* data) const { std::free(data); }
-  };
-  std::unique_ptr<float, Free> data_;
   float* next_;
 };
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +15,7 @@ def make_adam(parameters: Iterable[nn.Parameter], *, lr: float, eps: float) -> t
     """Adam, as one fused kernel where torch has one for the parameters' device."""
     parameters = list(parameters)
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
-    return torch.optim.Adam(parameters, lr=lr, eps=eps, fused=fused)
+    return FusedAdam(parameters, lr=lr, eps=eps, fused=fused)
 
 
 def load_moments(optimizer: torch.optim.Adam, state: dict[str, Any]) -> None:
@@ -36,7 +37,7 @@ def gradient_step(
         parameter.grad = None
     loss.backward(inputs=parameters)
     grad_norm = cut_norm_([p.grad for p in parameters if p.grad is not None], max_norm)
-    adam_step(optimizer)
+    optimizer.step()
     for parameter in parameters:
         parameter.grad = None
     return grad_norm
@@ -57,34 +58,49 @@ def cut_norm_(gradients: list[Tensor], max_norm: float) -> Tensor:
     return norm
 
 
-@torch.no_grad()
-def adam_step(optimizer: torch.optim.Adam) -> None:
-    """``optimizer.step()``, for one that :func:`make_adam` made."""
-    for group in optimizer.param_groups:
-        parameters = [p for p in group["params"] if p.grad is not None]
-        if not parameters:
-            continue
-        states = [optimizer.state[p] for p in parameters]
-        if not group["fused"] or not all(states):  # the first step makes the moments
-            optimizer.step()
-            return
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
-        beta1, beta2 = group["betas"]
-        torch._fused_adam_(
-            parameters,
-            [p.grad for p in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            steps,
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
+class FusedAdam(torch.optim.Adam):
+    """``torch.optim.Adam(fused=True)``, to whose kernel :meth:`step` goes directly where it can."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        groups = [
+            (group, [p for p in group["params"] if p.grad is not None])
+            for group in self.param_groups
+        ]
+        if closure is not None or not all(self._is_plain(*group) for group in groups):
+            # Without torch's wrapper, which is around this method already and calls the hooks.
+            return inspect.unwrap(torch.optim.Adam.step)(self, closure)
+        for group, parameters in groups:
+            states = [self.state[p] for p in parameters]
+            steps = [state["step"] for state in states]
+            beta1, beta2 = group["betas"]
+            torch._foreach_add_(steps, 1)
+            torch._fused_adam_(
+                parameters,
+                [p.grad for p in parameters],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                steps,
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+        return None
+
+    def _is_plain(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> bool:
+        """Whether nothing is asked for but the kernel, and the first step has made the moments."""
+        return bool(
+            parameters
+            and group["fused"]
+            and not (group["amsgrad"] or group["maximize"])
+            and all(self.state[p] for p in parameters)
+            and getattr(self, "grad_scale", None) is None  # a GradScaler's
+            and getattr(self, "found_inf", None) is None
         )
 
 

@@ -101,8 +101,9 @@ def gradients(op: str, compute: Callable[..., Sequence[Tensor]], *args: Any) -> 
     `args` must name every tensor that the gradients depend on, or a second derivative would be
     silently wrong instead.
     """
+    # The compiler has no second derivatives anyway.
     if torch.compiler.is_compiling() or nothing_is_differentiated():
-        return compute(*args)  # the compiler has no second derivatives anyway
+        return compute(*args)
     results: Sequence[Tensor] = apply(_FirstDerivative, op, compute, *args)
     return results
 

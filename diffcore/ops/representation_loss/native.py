@@ -1,7 +1,7 @@
 """The representation loss on the kernels of its parts, in one torch op.
 
 Every op that torch dispatches, every node of its graph and every tensor in between costs as much as a
-small network's kernel. Here there is one op and one node, around five kernels.
+small network's kernel. Here there is one op and one node, around up to five kernels.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from diffcore.ops.mlp.reference import mlp
 from diffcore.ops.score_matching_loss import reference
 
 if TYPE_CHECKING:
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 def representation_loss(
     psi: MLP, zeta: MLP, x: Tensor, perturbed: Tensor, offset: Tensor, score_weight: Tensor
 ) -> Tensor:
-    features = psi(x, backend="reference")
-    hidden = zeta.hidden(perturbed, backend="reference")
-    weight, bias = zeta.weights_and_biases()[-2:]
+    # Of the networks' weights, as in the kernels: forward hooks play no part.
+    parameters = psi.weights_and_biases()
+    features = mlp(x, parameters[::2], parameters[1::2], psi.activations)
+    *parameters, weight, bias = zeta.weights_and_biases()
+    hidden = mlp(perturbed, parameters[::2], parameters[1::2], zeta.activations[:-1])
     return reference.score_matching_loss(features, hidden, weight, bias, offset, score_weight)
