@@ -101,8 +101,8 @@ def test_golden_chain(cuda: str, monkeypatch: pytest.MonkeyPatch, name: str, oth
     if not ON_GPU:
         monkeypatch.setenv("CUDA_ON_CPU_DEVICE", emulated.DEVICES[other])
     actions, _ = chain(cuda, denoiser, table, *inputs, noise_scale=0.0, keep=False)
-    # Without noise rounding grows along the chain: what was recorded in float32 is itself 9.8e-6 from
-    # the same chain in float64, and the embedding of t comes from torch, which rounds as the CPU does.
+    # Without noise rounding grows along the chain: what was recorded in float32 is itself 9.8e-6
+    # from the same chain in float64, and t's embedding is torch's, which rounds as the CPU does.
     torch.testing.assert_close(actions, g["action_eval"], rtol=0, atol=2e-5)
 
 
