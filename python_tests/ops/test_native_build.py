@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +82,35 @@ def test_instruction_set_that_this_cpu_lacks() -> None:
     result = run_script(CALL_EVERYTHING + "call()", DIFFCORE_ISA=missing[0])
     assert result.returncode == 1  # and not the end by SIGILL
     assert f"DIFFCORE_ISA: this CPU doesn't support '{missing[0]}'" in result.stderr
+
+
+ARM_TOOLS = ("aarch64-linux-gnu-g++", "qemu-aarch64")  # Debian's g++-aarch64-linux-gnu, qemu-user
+
+
+@pytest.mark.skipif(
+    not all(map(shutil.which, ARM_TOOLS)), reason=f"needs {' and '.join(ARM_TOOLS)}"
+)
+def test_neon_kernels_agree_with_the_baseline(tmp_path: Path) -> None:
+    """On an emulated ARM processor."""
+    compiler, emulator = ARM_TOOLS
+    root = Path(__file__).parents[2]
+    sources = root / "csrc" / "cpu"
+    flags = ["-std=gnu++17", "-O2", "-fopenmp", "-fno-math-errno", "-static", "-w", f"-I{sources}"]
+
+    def compile_cpp(source: Path, output: str, *arguments: str) -> str:
+        command = [compiler, *flags, *arguments, str(source), "-o", str(tmp_path / output)]
+        subprocess.run(command, check=True)
+        return command[-1]
+
+    objects = [
+        compile_cpp(sources / "kernels.cpp", f"{isa}.o", "-c", f"-DDIFFCORE_ISA={isa}", guard)
+        for isa, guard in (("neon", "-DDIFFCORE_ISA_NEON"), ("baseline", "-DDIFFCORE_ISA_BASELINE"))
+    ]
+    objects.append(compile_cpp(sources / "dispatch.cpp", "dispatch.o", "-c"))
+    program = compile_cpp(Path(__file__).with_name("neon_kernels.cpp"), "compare", *objects)
+    result = subprocess.run([emulator, program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith("\n0 failures\n")
 
 
 # -- threads ---------------------------------------------------------------------------------------
