@@ -21,7 +21,8 @@ from diffcore.ops import _native
 ROOT = Path(__file__).parent.parent
 SECTIONS = (
     "reverse_diffusion", "action_gradient", "mlp", "critic_update", "denoising_update",
-    "rff_features", "score_matching_loss", "dipo_step", "diffsr_update", "latency", "contention",
+    "rff_features", "score_matching_loss", "representation_loss", "dipo_step", "diffsr_update",
+    "latency", "contention",
 )  # fmt: skip
 REPORTS = {
     "overhead": "what a call costs beside its kernel",
@@ -109,6 +110,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             yield diffsr_workloads.rff_features_case(UPDATE_BATCH, rivals=rivals)
         if "score_matching_loss" in only:
             yield diffsr_workloads.score_matching_loss_case(env, UPDATE_BATCH, rivals=rivals)
+        for name in dict.fromkeys(("Pendulum-v1", env)) if "representation_loss" in only else ():
+            yield diffsr_workloads.representation_loss_case(name, UPDATE_BATCH, rivals=rivals)
         for steps in options.steps if "dipo_step" in only else ():
             yield workloads.dipo_step_case(env, steps, rivals=rivals)
         sizes = (("Pendulum-v1", 16),) if options.quick else diffsr_workloads.UPDATE_SIZES

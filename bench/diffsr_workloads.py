@@ -1,13 +1,15 @@
-"""What is compared for Diff-SR: its two ops, and a whole update."""
+"""What is compared for Diff-SR: its ops, and a whole update."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import eager
 import eager_diffsr
 import torch
 from torch import Tensor, nn
@@ -119,6 +121,14 @@ def rff_features_case(batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
     )
 
 
+def random_noise(batch: int, state_dim: int) -> tuple[Tensor, Tensor]:
+    """(offset, score_weight) as in the released code: alpha-bar between 0.391 and 0.967, noise of
+    0.449."""
+    level = 0.391 + 0.576 * torch.rand(batch)
+    offset = -(1 - level).sqrt()[:, None] * 0.449 * torch.randn(batch, state_dim)
+    return offset, -(1 - level) * 0.449
+
+
 def score_matching_loss_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
     """Diff-SR's loss from psi and zeta's last hidden layer on, with all gradients."""
     torch.manual_seed(SEED)
@@ -126,10 +136,7 @@ def score_matching_loss_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVAL
     psi, hidden = torch.randn(batch, FEATURES), torch.randn(batch, ZETA_HIDDEN)
     last = nn.Linear(ZETA_HIDDEN, FEATURES * state_dim)
     inputs = [psi.requires_grad_(), hidden.requires_grad_(), last.weight, last.bias]
-    # As in the released code: alpha-bar between 0.391 and 0.967, noise of 0.449.
-    level = 0.391 + 0.576 * torch.rand(batch)
-    offset = -(1 - level).sqrt()[:, None] * 0.449 * torch.randn(batch, state_dim)
-    score_weight = -(1 - level) * 0.449
+    offset, score_weight = random_noise(batch, state_dim)
 
     def run(loss: Callable[..., Tensor], **options: torch.dtype) -> Result:
         def of_inputs(*inputs: Tensor) -> Tensor:
@@ -169,6 +176,94 @@ def score_matching_loss_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVAL
     products = FEATURES * state_dim * (3 * ZETA_HIDDEN + 3)
     return Case(
         "score_matching_loss",
+        state_dim,
+        batch,
+        1,
+        rivals.admit(variants),
+        exact,
+        bfloat16_bound=Error(1e-2, 1.0),
+        flops=2.0 * batch * products,
+    )
+
+
+def representation_loss_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
+    """psi, zeta and their loss, with the gradients of all parameters, at the agent's sizes."""
+    torch.manual_seed(SEED)
+    state_dim, _ = SIZES[env]
+    representation = DiffSR(*SIZES[env], DiffSRConfig.for_env(env), seed=SEED).representation
+    networks = nn.ModuleList([representation.psi.trunk, representation.zeta.trunk])
+    retrained = copy.deepcopy(networks)
+    as_written = nn.ModuleList(eager.sequential(network) for network in networks)
+    x, perturbed = (torch.randn(batch, network.in_dim) for network in networks)
+    inputs = [x, perturbed, *random_noise(batch, state_dim)]
+
+    def run(
+        loss: Callable[..., Tensor],
+        networks: nn.ModuleList,
+        inputs: Sequence[Tensor] = inputs,
+        **options: torch.dtype,
+    ) -> Result:
+        value = loss(*networks, *inputs, **options)
+        return value, *torch.autograd.grad(value, [*networks.parameters()])
+
+    scales = scales_of(run(eager_diffsr.representation_loss, as_written))
+
+    def variant(
+        name: str,
+        loss: Callable[..., Tensor],
+        networks: nn.ModuleList,
+        before: Callable[[], object] | None = None,
+        **options: torch.dtype,
+    ) -> Variant:
+        call = functools.partial(run, loss, networks, **options)
+        return Variant(name, call, lambda: in_scale(call(), scales), before)
+
+    def in_jax() -> Variant | None:
+        if not (jax := rivals.jax_baselines()):
+            return None
+
+        def of_parameters(*arrays: Any) -> Any:
+            *parameters, x, perturbed, offset, score_weight = arrays
+            pairs = zip(parameters[::2], parameters[1::2], strict=True)
+            layers, of_psi = [(w.T, b) for w, b in pairs], len(networks[0].layers)
+            psi, zeta = layers[:of_psi], layers[of_psi:]
+            return jax.representation_loss(psi, zeta, x, perturbed, offset, score_weight)
+
+        parameters = list(networks.parameters())
+        call = jax.ForwardAndBackward(of_parameters, parameters, torch.ones(()), *inputs)
+        return Variant(JAX, call, lambda: in_scale(call.on(), scales), before=jax.rest)
+
+    variants = [
+        variant(BASELINE, eager_diffsr.representation_loss, as_written),
+        variant(
+            COMPILED,
+            torch.compile(eager_diffsr.representation_loss, dynamic=False),
+            as_written,
+        ),
+        in_jax(),
+        variant(OURS, ops.representation_loss, networks),
+        variant(
+            OURS_NEW_WEIGHTS,
+            ops.representation_loss,
+            retrained,
+            before=lambda: change_weights(retrained),
+        ),
+        variant(OURS_BF16, ops.representation_loss, networks, compute_dtype=torch.bfloat16),
+    ]
+
+    def exact() -> Tensor:
+        double = copy.deepcopy(as_written).double()
+        result = run(eager_diffsr.representation_loss, double, [i.double() for i in inputs])
+        return in_scale(result, scales)
+
+    # Every layer forward and back to its weight, and to its input but for the first; then psi's
+    # with zeta.
+    products = 3 * networks[0].out_dim * state_dim
+    for network in networks:
+        first, *others = (layer.weight.numel() for layer in network.layers)
+        products += 2 * first + 3 * sum(others)
+    return Case(
+        "representation_loss",
         state_dim,
         batch,
         1,

@@ -24,8 +24,24 @@ def score_matching_loss(
     psi: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, offset: Tensor, score_weight: Tensor
 ) -> Tensor:
     """From psi and zeta's last hidden layer on, as :meth:`EagerDiffSR.update_representation`."""
+    return _loss_of_scores(psi, linear(hidden, weight, bias), offset, score_weight)
+
+
+def representation_loss(
+    psi: nn.Module,
+    zeta: nn.Module,
+    x: Tensor,
+    perturbed: Tensor,
+    offset: Tensor,
+    score_weight: Tensor,
+) -> Tensor:
+    """Both networks and their loss, as :meth:`EagerDiffSR.update_representation`."""
+    return _loss_of_scores(psi(x), zeta(perturbed), offset, score_weight)
+
+
+def _loss_of_scores(psi: Tensor, zeta: Tensor, offset: Tensor, score_weight: Tensor) -> Tensor:
     batch, features = psi.shape
-    zeta = linear(hidden, weight, bias).reshape(batch, features, offset.shape[1])
+    zeta = zeta.reshape(batch, features, offset.shape[1])
     score = torch.bmm(psi.unsqueeze(1), zeta).squeeze(1)
     difference = offset + score_weight[:, None] * score
     return (1 / batch) * torch.sum(difference**2, dim=1).sum()

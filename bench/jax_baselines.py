@@ -374,6 +374,21 @@ def score_matching_loss(
     return jnp.square(score_weight[:, None] * score + offset).sum(axis=1).mean()
 
 
+def representation_loss(
+    psi: Layers,
+    zeta: Layers,
+    x: Array,
+    perturbed: Array,
+    offset: Array,
+    score_weight: Array,
+) -> Array:
+    *hidden, (weight, bias) = zeta
+    for w, b in hidden:
+        perturbed = jax.nn.elu(perturbed @ w + b)
+    features = mlp(x, psi, jax.nn.elu)
+    return score_matching_loss(features, perturbed, weight.T, bias, offset, score_weight)
+
+
 class ForwardAndBackward:
     """A function's value and its gradients at ``inputs``; ``constants`` follow them."""
 

@@ -16,7 +16,7 @@ from jax_baselines import (
     adam,
     layers,
     mlp,
-    score_matching_loss,
+    representation_loss,
     to_jax,
     to_torch,
 )
@@ -176,13 +176,10 @@ class JaxDiffSR:
         abar = self.abar[level][:, None]
         scaled = jnp.sqrt(1 - abar) * self.noise_scale * noise
         perturbed = jnp.sqrt(abar) * batch.next_state + scaled
-        *hidden, (weight, bias) = representation.zeta
-        x = jnp.concatenate([perturbed, abar], axis=1)
-        for w, b in hidden:
-            x = jax.nn.elu(x @ w + b)
-        psi = representation.features(batch.state, batch.action)
+        x = jnp.concatenate([batch.state, batch.action], axis=1)
+        zeta_input = jnp.concatenate([perturbed, abar], axis=1)
         score_weight = (1 - abar[:, 0]) * self.noise_scale
-        return score_matching_loss(psi, x, weight.T, bias, scaled, score_weight)
+        return representation_loss(*representation, x, zeta_input, scaled, score_weight)
 
     def draw(self, actor: Layers, state: Array, noise: Array) -> tuple[Array, Array]:
         """Actions ``[B, A]`` and their log densities ``[B, 1]``."""

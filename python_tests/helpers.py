@@ -25,6 +25,12 @@ GOLDEN = Path(__file__).parent / "golden"
 #: Instruction sets of this machine, best first.
 ISAS: list[str] = [] if _native._core is None else _native._core.available_isas()
 
+#: Rows at and around which kernels change from one block of rows to another; up to 256.
+BATCHES = (0, 1, 2, 3, 4, 5, 7, 8, 13, 15, 16, 17, 32, 33, 63, 64, 65, 130, 256)
+
+#: Widths at which AMX, which takes 32 inputs at a time, has none of them whole, one, and a rest.
+AMX_EDGES = (24, 40, 100)
+
 #: The activations that have CPU kernels, as torch has them.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,

@@ -41,6 +41,7 @@ def test_all_sections_are_measured_and_checked(stored: Path) -> None:
         "denoising_update",
         "rff_features",
         "score_matching_loss",
+        "representation_loss",
         "dipo_step",
         "diffsr_update",
     }
@@ -55,7 +56,8 @@ def test_all_sections_are_measured_and_checked(stored: Path) -> None:
 
 def test_jax_computes_the_same() -> None:
     pytest.importorskip("jax")
-    ops = ("reverse_diffusion", "action_gradient", "denoising_update", "diffsr_update")
+    ops = ("reverse_diffusion", "action_gradient", "denoising_update")
+    ops += ("representation_loss", "diffsr_update")
     done = bench("--quick", "--no-compile", "--no-save", "--brief", "--only", *ops)
     assert done.returncode == 0, done.stderr
     assert all("JAX" in line for line in done.stdout.splitlines())

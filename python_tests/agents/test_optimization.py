@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from diffcore.agents.optimization import ema_update_, frozen, gradient_step, make_adam
+from diffcore.agents.optimization import (
+    ema_update_,
+    frozen,
+    gradient_step,
+    load_moments,
+    make_adam,
+)
+
+STEPS = 6
+LR = 0.01
+PARTS = ("first", "late")
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 0.0])
@@ -66,3 +79,99 @@ def test_a_module_is_thawed_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), frozen(module):
         raise ZeroDivisionError
     assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+# -- the same bits as torch --------------------------------------------------------------------------
+
+
+class Twins:
+    """A network of two parts, stepped by ``gradient_step``, and its copy, stepped by torch alone."""
+
+    def __init__(self, *, parts: tuple[str, ...] = PARTS, fused: bool = True) -> None:
+        network = nn.ModuleDict({part: nn.Linear(5, 30) for part in PARTS})
+        self.networks = network, copy.deepcopy(network)
+        ours, theirs = (
+            [p for part in parts for p in twin[part].parameters()] for twin in self.networks
+        )
+        self.optimizers = (
+            make_adam(ours, lr=LR, eps=1e-8) if fused else torch.optim.Adam(ours, lr=LR),
+            torch.optim.Adam(theirs, lr=LR, fused=fused),
+        )
+
+    def step(self, *parts: str, max_norm: float = 0.0) -> Tensor:
+        """Step both on a loss of these parts, and compare all that a step changes."""
+        x = torch.randn(8, 5)
+        norms = [
+            step(sum(network[part](x).square().mean() for part in parts), optimizer, max_norm)
+            for step, network, optimizer in zip(
+                (gradient_step, torch_step), self.networks, self.optimizers, strict=True
+            )
+        ]
+        assert torch.equal(*norms)
+        for pair in zip(*(network.parameters() for network in self.networks), strict=True):
+            assert torch.equal(*pair)
+            ours, theirs = (o.state.get(p, {}) for o, p in zip(self.optimizers, pair, strict=True))
+            assert ours.keys() == theirs.keys()
+            for name, value in theirs.items():
+                assert torch.equal(ours[name], value), name
+        return norms[0]
+
+
+def torch_step(loss: Tensor, optimizer: torch.optim.Adam, max_norm: float) -> Tensor:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
+    optimizer.step()
+    return norm
+
+
+@pytest.mark.parametrize("max_norm", [0.05, 0.0])
+@pytest.mark.parametrize("fused", [True, False])
+def test_steps_follow_torch(fused: bool, max_norm: float) -> None:
+    twins = Twins(fused=fused)
+    for _ in range(STEPS):
+        assert twins.step(*PARTS, max_norm=max_norm) > max_norm
+
+
+def test_steps_follow_torch_after_moments_were_loaded() -> None:
+    """Of an optimiser with another learning rate, which isn't taken over."""
+    twins, saved = Twins(), Twins()
+    for optimizer in saved.optimizers:
+        optimizer.param_groups[0]["lr"] = 0.5
+    for _ in range(STEPS):
+        saved.step(*PARTS)
+    load_moments(twins.optimizers[0], saved.optimizers[0].state_dict())
+    twins.optimizers[1].load_state_dict(saved.optimizers[1].state_dict())
+    twins.optimizers[1].param_groups[0]["lr"] = LR
+    for _ in range(STEPS):
+        twins.step(*PARTS)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_first_gradient_may_come_late(fused: bool) -> None:
+    twins = Twins(fused=fused)
+    for parts in ["first"], ["first"], PARTS, ["late"], PARTS, ["first"]:
+        twins.step(*parts)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_second_group_may_come_late(fused: bool) -> None:
+    twins = Twins(fused=fused, parts=("first",))
+    twins.step("first")
+    for network, optimizer in zip(twins.networks, twins.optimizers, strict=True):
+        optimizer.add_param_group({"params": list(network["late"].parameters()), "lr": 0.003})
+    for _ in range(STEPS):
+        twins.step(*PARTS)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_hooks_run_at_every_step(fused: bool) -> None:
+    twins = Twins(fused=fused)
+    optimizer = twins.optimizers[0]
+    ran = []
+    optimizer.register_step_pre_hook(lambda *_: ran.append("before"))
+    optimizer.register_step_post_hook(lambda *_: ran.append("after"))
+    for _ in range(STEPS):
+        twins.step(*PARTS)
+    assert ran == ["before", "after"] * STEPS

@@ -11,6 +11,8 @@ import pytest
 import torch
 from helpers import (
     ACTIVATIONS,
+    AMX_EDGES,
+    BATCHES,
     assert_error_at_most_twice_eager,
     golden_critic,
     load_golden,
@@ -324,15 +326,22 @@ def test_threads_and_repeats_don_t_matter(
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("max_norm", [None, 0.05])
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hidden", AMX_EDGES)
 def test_a_row_doesn_t_depend_on_its_batch(
-    isa: str, set_threads: Callable[[int], None], max_norm: float | None, threads: int
+    isa: str,
+    set_threads: Callable[[int], None],
+    hidden: int,
+    compute_dtype: torch.dtype,
+    max_norm: float | None,
+    threads: int,
 ) -> None:
     set_threads(threads)
-    critic = nn.TwinCritic(17, 6, 100, 2)
+    critic = nn.TwinCritic(17, 6, hidden, 2)
     state, action = torch.randn(257, 17), torch.rand(257, 6) * 2 - 1
-    options = {"max_norm": max_norm, "clip_mode": "row"}
+    options = {"max_norm": max_norm, "clip_mode": "row", "compute_dtype": compute_dtype}
     whole = ops.action_gradient(critic, state, action, **options)
-    for rows in (0, 1, 2, 3, 4, 5, 7, 8, 13, 63, 64, 65, 130, 256):
+    for rows in BATCHES:
         for first in (0, 257 - rows):
             part = slice(first, first + rows)
             alone = ops.action_gradient(critic, state[part], action[part], **options)

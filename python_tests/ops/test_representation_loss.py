@@ -19,11 +19,13 @@ FEATURES, STATE = 6, 3
 needs_kernels = pytest.mark.skipif(_native._core is None, reason="needs the compiled module")
 
 
-def make_networks(hidden_layers: int = 1) -> tuple[MLP, MLP]:
-    """psi on 5 numbers, zeta on 4, of different depths."""
-    psi = MLP(5, 8, FEATURES, hidden_layers, "elu", "uniform")
+def make_networks(
+    hidden_layers: int = 1, hidden: int = 7, features: int = FEATURES
+) -> tuple[MLP, MLP]:
+    """psi on 5 numbers, zeta on 4, of different widths and depths."""
+    psi = MLP(5, hidden + 1, features, hidden_layers, "elu", "uniform")
     deeper = ("mish", "elu", "sin")[: hidden_layers + 1]
-    return psi, MLP(4, 7, FEATURES * STATE, hidden_layers + 1, deeper, "uniform")
+    return psi, MLP(4, hidden, features * STATE, hidden_layers + 1, deeper, "uniform")
 
 
 def make_inputs(batch: int = 9) -> list[Tensor]:
@@ -64,10 +66,16 @@ def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
 @pytest.mark.parametrize("hidden_layers", [1, 2])
 @pytest.mark.parametrize("batch", [1, 9, 70])
 @pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(("hidden", "features"), [(7, FEATURES), (43, 35)])  # above 32: AMX
 def test_the_same_bits_as_its_parts(
-    isa: str, hidden_layers: int, batch: int, compute_dtype: torch.dtype | None
+    isa: str,
+    hidden_layers: int,
+    batch: int,
+    compute_dtype: torch.dtype | None,
+    hidden: int,
+    features: int,
 ) -> None:
-    networks, inputs = make_networks(hidden_layers), make_inputs(batch)
+    networks, inputs = make_networks(hidden_layers, hidden, features), make_inputs(batch)
     options = {"compute_dtype": compute_dtype}
     ours = with_gradients(ops.representation_loss, networks, inputs, **options)
     assert_same(ours, with_gradients(in_parts, networks, inputs, **options))

@@ -12,6 +12,8 @@ import pytest
 import torch
 from helpers import (
     ACTIVATIONS,
+    AMX_EDGES,
+    BATCHES,
     EPS_ONLY,
     SAMPLERS,
     assert_error_at_most_twice_eager,
@@ -377,8 +379,10 @@ def test_bfloat16_rounds_like_torch(isa: str) -> None:
 # -- guarantees ------------------------------------------------------------------------------------
 
 
-def guarantee_problem() -> tuple[nn.Denoiser, DiffusionSchedule, dict[str, Tensor]]:
-    denoiser = nn.Denoiser(17, 6, 100, 2)
+def guarantee_problem(
+    hidden: int = 100,
+) -> tuple[nn.Denoiser, DiffusionSchedule, dict[str, Tensor]]:
+    denoiser = nn.Denoiser(17, 6, hidden, 2)
     return (
         denoiser,
         DiffusionSchedule.cosine(7),
@@ -412,13 +416,19 @@ def test_threads_and_repeats_don_t_matter(
 
 @torch.no_grad()
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hidden", AMX_EDGES)
 def test_a_row_doesn_t_depend_on_its_batch(
-    isa: str, set_threads: Callable[[int], None], threads: int
+    isa: str,
+    set_threads: Callable[[int], None],
+    hidden: int,
+    compute_dtype: torch.dtype,
+    threads: int,
 ) -> None:
     set_threads(threads)
-    denoiser, schedule, v = guarantee_problem()
-    whole = ops.reverse_diffusion(denoiser, schedule, **v)
-    for rows in (0, 1, 2, 3, 4, 5, 7, 8, 13, 63, 64, 65, 130, 256):
+    denoiser, schedule, v = guarantee_problem(hidden)
+    whole = ops.reverse_diffusion(denoiser, schedule, **v, compute_dtype=compute_dtype)
+    for rows in BATCHES:
         for first in (0, 257 - rows):
             part = slice(first, first + rows)
             alone = ops.reverse_diffusion(
@@ -427,6 +437,7 @@ def test_a_row_doesn_t_depend_on_its_batch(
                 v["state"][part],
                 x_init=v["x_init"][part],
                 noise=v["noise"][:, part],
+                compute_dtype=compute_dtype,
             )
             assert torch.equal(alone, whole[part])
 

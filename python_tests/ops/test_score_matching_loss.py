@@ -93,7 +93,10 @@ def test_golden_representation_step(backend: str, name: str) -> None:
         assert torch.allclose(parameter.detach()[rows], after, atol=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [(300, 100, 7, 200), (64, 40, 376, 60), (700, 65, 3, 300)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(300, 100, 7, 200), (64, 40, 376, 60), (700, 65, 3, 300), (64, 20, 2, 2048)],
+)
 def test_error_at_most_twice_eager(isa: str, sizes: tuple[int, int, int, int]) -> None:
     inputs = make_inputs(*sizes)
     ours, eager = run(inputs, "cpu"), run(inputs, "reference")
