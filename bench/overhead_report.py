@@ -172,7 +172,7 @@ def parts_of(median: dict[str, float]) -> dict[str, float]:
         "fingerprint": median["fingerprint"],
         "noise": noise,
         "kernel": kernel,
-        "new weights": median["inside, new weights"] - median["inside"],
+        "new weights": max(0.0, median["inside, new weights"] - median["inside"]),
     }
 
 
