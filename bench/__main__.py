@@ -147,8 +147,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for batch in sorted({min(options.batches), min(256, max(options.batches))}):
             say(f"contention, batch {batch}")
             case = workloads.reverse_diffusion_case(options.env, batch, chain, rivals=none)
-            ours = case.variant(workloads.OURS).call
-            timings = measure.contention(ours, seconds=options.seconds)
+            calls = (case.variant(name).call for name in (workloads.OURS, workloads.OPTIMISED))
+            timings = measure.contention(*calls, seconds=options.seconds)
             results["contention"] += [
                 {"batch": batch, "steps": chain, "call": name, **asdict(timing)}
                 for name, timing in timings.items()

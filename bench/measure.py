@@ -106,10 +106,13 @@ def latency(call: Callable[[], object], calls: int) -> dict[str, float]:
     }
 
 
-def contention(ours: Callable[[], object], *, seconds: float) -> dict[str, Timing]:
+def contention(
+    ours: Callable[[], object], eager: Callable[[], object], *, seconds: float
+) -> dict[str, Timing]:
     """What our calls and torch's cost each other: every call timed right after one of either kind.
 
-    torch's work is a forward and backward pass of a small MLP on 256 rows, on all its threads.
+    torch's work is a forward and backward pass of a small MLP on 256 rows, on all its threads. After
+    itself it finds its data in the caches; after an eager chain, torch's own work too, it doesn't.
     """
     model = nn.Sequential(nn.Linear(256, 256), nn.Mish(), nn.Linear(256, 256))
     x = torch.randn(256, 256)
@@ -123,6 +126,7 @@ def contention(ours: Callable[[], object], *, seconds: float) -> dict[str, Timin
     return interleave(
         [
             after(torchs, torchs, "torch after torch"),
+            after(eager, torchs, "torch after an eager chain"),
             after(ours, torchs, "torch after diffcore"),
             after(ours, ours, "diffcore after diffcore"),
             after(torchs, ours, "diffcore after torch"),
