@@ -375,8 +375,8 @@ DIFFCORE_INLINE int block_count(int rows, int vectors) {
 constexpr int amx_depth = 16;  // pairs
 
 // The shapes of this thread's tile registers: 0 to 3 hold the sums, row by row, 4 and 5 the rows, 6
-// and 7 the weights. Setting them takes as long as 250 multiply-adds, so whoever calls block_sums in a
-// loop keeps one of these outside; one at a time, since its end leaves the thread without any shape.
+// and 7 the weights. Setting them takes some 200 clock ticks, so whoever calls block_sums in a loop keeps
+// one of these outside; one at a time, since its end leaves the thread without any shape.
 class AmxTiles {
  public:
   AmxTiles() = default;
