@@ -135,7 +135,12 @@ struct Carver {
 };
 
 typedef float Float4x __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define DIFFCORE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else  // known to GCC before 12, too
 typedef int32_t Index4x __attribute__((vector_size(16)));
+#define DIFFCORE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Index4x{__VA_ARGS__})
+#endif
 
 // to[k * to_stride + n] = from[n * from_stride + k] for a 4 x 4 block.
 DIFFCORE_INLINE void transpose_4x4(const float* from, ptrdiff_t from_stride, float* to,
@@ -145,14 +150,14 @@ DIFFCORE_INLINE void transpose_4x4(const float* from, ptrdiff_t from_stride, flo
   memcpy(&b, from + from_stride, 16);
   memcpy(&c, from + 2 * from_stride, 16);
   memcpy(&d, from + 3 * from_stride, 16);
-  const Float4x ab0 = __builtin_shuffle(a, b, (Index4x){0, 4, 1, 5});
-  const Float4x ab1 = __builtin_shuffle(a, b, (Index4x){2, 6, 3, 7});
-  const Float4x cd0 = __builtin_shuffle(c, d, (Index4x){0, 4, 1, 5});
-  const Float4x cd1 = __builtin_shuffle(c, d, (Index4x){2, 6, 3, 7});
-  const Float4x r0 = __builtin_shuffle(ab0, cd0, (Index4x){0, 1, 4, 5});
-  const Float4x r1 = __builtin_shuffle(ab0, cd0, (Index4x){2, 3, 6, 7});
-  const Float4x r2 = __builtin_shuffle(ab1, cd1, (Index4x){0, 1, 4, 5});
-  const Float4x r3 = __builtin_shuffle(ab1, cd1, (Index4x){2, 3, 6, 7});
+  const Float4x ab0 = DIFFCORE_SHUFFLE(a, b, 0, 4, 1, 5);
+  const Float4x ab1 = DIFFCORE_SHUFFLE(a, b, 2, 6, 3, 7);
+  const Float4x cd0 = DIFFCORE_SHUFFLE(c, d, 0, 4, 1, 5);
+  const Float4x cd1 = DIFFCORE_SHUFFLE(c, d, 2, 6, 3, 7);
+  const Float4x r0 = DIFFCORE_SHUFFLE(ab0, cd0, 0, 1, 4, 5);
+  const Float4x r1 = DIFFCORE_SHUFFLE(ab0, cd0, 2, 3, 6, 7);
+  const Float4x r2 = DIFFCORE_SHUFFLE(ab1, cd1, 0, 1, 4, 5);
+  const Float4x r3 = DIFFCORE_SHUFFLE(ab1, cd1, 2, 3, 6, 7);
   memcpy(to, &r0, 16);
   memcpy(to + to_stride, &r1, 16);
   memcpy(to + 2 * to_stride, &r2, 16);
