@@ -60,7 +60,7 @@ DIFFCORE_INLINE Vec exp(Vec x) {
   return exp_in_range<precision>(limit_exponent(x));
 }
 
-// 1/x for positive normal x, as exact.
+// 1/x for positive normal x, no more exact than the value needs either.
 template <Precision precision>
 DIFFCORE_INLINE Vec inverse(Vec x) {
   return precision == Precision::float32 ? reciprocal(x) : rough_reciprocal(x);

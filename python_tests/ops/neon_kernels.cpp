@@ -63,9 +63,11 @@ struct Layers {
 
 template <class Pack>
 struct Packed {
-  void* memory;
+  void* memory = nullptr;
   Pack pack;
-  Packed(int64_t bytes) : memory(std::aligned_alloc(64, (bytes + 64) / 64 * 64)) {}
+  void* allocate(int64_t bytes) {
+    return memory = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64));
+  }
   ~Packed() { std::free(memory); }
 };
 
@@ -97,8 +99,8 @@ static void chain(Activation activation, Precision precision) {
   p.time_embedding = embedding.data();
   p.steps = steps;
   const auto run = [&](const Kernels& kernels) {
-    Packed<DenoiserPack> packed(kernels.denoiser_pack_bytes(p));
-    kernels.pack_denoiser(p, packed.memory, &packed.pack);
+    Packed<DenoiserPack> packed;
+    kernels.pack_denoiser(p, packed.allocate(kernels.denoiser_pack_bytes(p)), &packed.pack);
     Floats actions(batch * action_dim);
     ReverseDiffusionCall call{};
     call.denoiser = &packed.pack;
@@ -131,14 +133,13 @@ static void ascent(Activation activation, Precision precision) {
     p.action_dim = action_dim;
     p.activation = activation;
     p.precision = precision;
-    Packed<CriticPack> packed[2] = {0, 0};
+    Packed<CriticPack> packed[2];
     Floats improved(batch * action_dim);
     ActionGradientCall call{};
     for (int q = 0; q < 2; ++q) {
       for (int l = 0; l < 3; ++l) p.layers[l] = critics[q].parameters[static_cast<size_t>(l)];
-      std::free(packed[q].memory);
-      packed[q].memory = std::aligned_alloc(64, (kernels.critic_pack_bytes(p) + 64) / 64 * 64);
-      kernels.pack_critic(p, packed[q].memory, &packed[q].pack);
+      void* memory = packed[q].allocate(kernels.critic_pack_bytes(p));
+      kernels.pack_critic(p, memory, &packed[q].pack);
       call.critics[q] = &packed[q].pack;
     }
     call.batch = batch;
@@ -174,8 +175,8 @@ static void mlp(Activation activation) {
       p.layers[l] = layers.parameters[static_cast<size_t>(l)];
       p.activations[l] = l < 2 ? activation : Activation::identity;
     }
-    Packed<MlpPack> packed(kernels.mlp_pack_bytes(p));
-    kernels.pack_mlp(p, packed.memory, &packed.pack);
+    Packed<MlpPack> packed;
+    kernels.pack_mlp(p, packed.allocate(kernels.mlp_pack_bytes(p)), &packed.pack);
     Floats saved(static_cast<size_t>(batch * kernels.mlp_saved_width(packed.pack)));
     Floats results(batch * 3 + batch * state_dim);
     MlpCall forward{};
@@ -219,8 +220,9 @@ static void rff(RffKind kind) {
   const Layers layer({state_dim, features});
   const Floats x = random(batch * state_dim, 300.0f);  // arguments that need range reduction
   const auto run = [&](const Kernels& kernels) {
-    Packed<PackedLinear> packed(kernels.layer_pack_bytes(layer.parameters[0], false));
-    kernels.pack_layer(layer.parameters[0], false, packed.memory, &packed.pack);
+    Packed<PackedLinear> packed;
+    void* memory = packed.allocate(kernels.layer_pack_bytes(layer.parameters[0], false));
+    kernels.pack_layer(layer.parameters[0], false, memory, &packed.pack);
     Floats y(static_cast<size_t>(batch * features * (kind == RffKind::cos_sin ? 2 : 1)));
     RffCall call{};
     call.layer = &packed.pack;
