@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffcore.ops import _native
-from diffcore.ops._dispatch import Support
+from diffcore.ops._dispatch import Support, no_reason
 
 _NAMES = {"cpu": "CPU", "cuda": "CUDA", "triton": "Triton"}
 _LOWER_PRECISIONS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -53,7 +53,7 @@ def support(
     compute_dtype: torch.dtype | None = None,
     refused: str | None = None,
 ) -> Support:
-    """For every backend, in order of preference, why it can't take a call, or None.
+    """For every backend, in order of preference, what says why it can't take a call, or None.
 
     Args:
         kernels: the op's backends beside the reference, best first.
@@ -62,23 +62,27 @@ def support(
         compute_dtype: what to multiply in.
         refused: why no kernel can take the call, whatever the above.
     """
-    forward_mode = forward_ad._current_level >= 0
-    reasons: Support = {}
-    for name in kernels:
+
+    def reason(name: str) -> str | None:
         if refused is not None:
-            reasons[name] = refused
-        elif forward_mode:
-            reasons[name] = (
+            return refused
+        if forward_ad._current_level >= 0:
+            return (
                 "forward-mode derivatives are being taken, "
                 f"which the {_NAMES[name]} kernels don't have"
             )
-        else:
-            reasons[name] = _cannot_run(name, tensors, activations, layers, compute_dtype)
-    gpu = {name: reasons[name] for name in kernels if name != "cpu"}
-    cpu = {name: reasons[name] for name in kernels if name == "cpu"}
+        return _cannot_run(name, tensors, activations, layers, compute_dtype)
+
+    on_cpu = [name for name in kernels if name == "cpu"]
+    on_gpu = [name for name in kernels if name != "cpu"]
     if any(tensor.is_cuda for tensor in tensors):
-        return {**gpu, "reference": None, **cpu}
-    return {**cpu, "reference": None, **gpu}
+        order = [*on_gpu, "reference", *on_cpu]
+    else:
+        order = [*on_cpu, "reference", *on_gpu]
+    return {
+        name: no_reason if name == "reference" else functools.partial(reason, name)
+        for name in order
+    }
 
 
 def _cannot_run(

@@ -7,11 +7,17 @@ runs it. `reference` takes everything, so no call fails for want of a kernel.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-#: backend -> why it can't take the call, or None when it can; in order of preference.
-Support = dict[str, str | None]
+#: backend -> what says why it can't take the call, or None when it can; in order of preference. It is
+#: asked only of those that are thought of: looking at every tensor takes time.
+Support = dict[str, Callable[[], str | None]]
+
+
+def no_reason() -> None:
+    """The reference takes everything."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,10 @@ class Explanation:
 def choose(op: str, support: Support, forced: str | None) -> str:
     """The backend that runs: `forced` if given, else the first that can."""
     if forced is None:
-        return next(name for name, reason in support.items() if reason is None)
+        return next(name for name, reason in support.items() if reason() is None)
     if forced not in support:
         raise ValueError(f"backend: expected one of {', '.join(support)}, got {forced!r}")
-    reason = support[forced]
+    reason = support[forced]()
     if reason is not None:
         raise ValueError(f"backend: {op} can't run on {forced!r} here: {reason}")
     return forced
@@ -58,5 +64,5 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     support: Support = module.support(*args, **kwargs)
     backend = choose(op, support, kwargs.get("backend"))
     preferred = list(support)[: list(support).index(backend)]
-    passed_over = {name: reason for name in preferred if (reason := support[name]) is not None}
+    passed_over = {name: why for name in preferred if (why := support[name]()) is not None}
     return Explanation(op, backend, passed_over)

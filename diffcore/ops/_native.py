@@ -46,7 +46,8 @@ def op(name: str) -> Callable[[Callable[..., Any]], Any]:
 
     Its argument ``backend`` names the kernel that is to run. The same as
     ``torch.library.custom_op``, without the layers of Python that this puts around every call; they
-    took longer than a small network does.
+    took longer than a small network does. So does torch's dispatcher, which translates every argument
+    to its own types and back: what is returned here goes through it only where that does anything.
     """
 
     def register(function: Callable[..., Any]) -> Any:
@@ -54,9 +55,47 @@ def op(name: str) -> Callable[[Callable[..., Any]], Any]:
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, function, "CPU")
         _LIBRARY.impl(name, function, "CUDA")
-        return getattr(torch.ops.diffcore, name).default
+        dispatched = getattr(torch.ops.diffcore, name).default
+
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            if torch.compiler.is_compiling() or _dispatching(args):
+                return dispatched(*args)
+            return function(*args)
+
+        call.overload = dispatched  # type: ignore[attr-defined]
+        return call
 
     return register
+
+
+def _included_keys() -> int:
+    return torch._C._dispatch_tls_local_include_set().raw_repr()
+
+
+with torch.inference_mode(False):
+    _PLAIN_KEYS = {_included_keys()}
+with torch.inference_mode():
+    _PLAIN_KEYS.add(_included_keys())
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
+
+
+def _dispatching(args: tuple[Any, ...]) -> bool:
+    """Whether torch's dispatcher would do anything about a call but hand it to its kernel.
+
+    Modes, tracers and torch.func's transforms are entered in the thread's dispatch keys; a subclass
+    of Tensor may bring its own; the profiler wants to see the op.
+    """
+    return (
+        _included_keys() not in _PLAIN_KEYS
+        or torch._C._is_torch_function_mode_enabled()
+        or torch.autograd.profiler._is_profiler_enabled
+        or not all(
+            type(arg) in _PLAIN_TYPES
+            or (type(arg) is list and all(type(item) in _PLAIN_TYPES for item in arg))
+            for arg in args
+        )
+    )
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Any]:

@@ -219,7 +219,7 @@ def test_opcheck(cuda: str) -> None:
     q1, q2 = ([p.detach() for p in q.parameters()] for q in (critic.q1, critic.q2))
     state, action = torch.randn(4, 5, device=cuda), torch.rand(4, 3, device=cuda)
     fixed = (2, 0.03, 0.1, "batch", "adam", 1e-5, -1.0, 1.0, "cuda")
-    torch.library.opcheck(native.ascend, (state, action, q1, q2, "mish", "float32", *fixed))
+    torch.library.opcheck(native.ascend.overload, (state, action, q1, q2, "mish", "float32", *fixed))
 
 
 def test_a_critic_that_is_too_wide(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -409,7 +409,7 @@ def test_opcheck(cuda: str) -> None:
         nn.time_embedding(table.timesteps, 32).float().to(cuda),
         *(1.0, 1.0, "mish", "float32", True, "cuda"),
     )
-    torch.library.opcheck(native.chain, arguments)
+    torch.library.opcheck(native.chain.overload, arguments)
 
 
 # -- the plan --------------------------------------------------------------------------------------

@@ -146,11 +146,12 @@ def test_empty_batch_strides_and_wanted_gradients(cuda: str) -> None:
 def test_opcheck(cuda: str, kind: str) -> None:
     x, omega, bias = (t.to(cuda) for t in draw(6, 5, 9))
     arguments = (x, omega, bias, kind, 0.5, True, "float32", "cuda")
-    torch.library.opcheck(native.forward, arguments)
+    torch.library.opcheck(native.forward.overload, arguments)
     y, slope = native.forward(*arguments)
     saved = y if kind == "cos_sin" else slope
     wanted = (True, True, True, "float32", "cuda")
-    torch.library.opcheck(native.backward, (torch.randn_like(y), x, omega, saved, kind, *wanted))
+    arguments = (torch.randn_like(y), x, omega, saved, kind, *wanted)
+    torch.library.opcheck(native.backward.overload, arguments)
 
 
 def test_golden_critic(cuda: str) -> None:

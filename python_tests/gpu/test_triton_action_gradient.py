@@ -256,7 +256,7 @@ def test_opcheck_and_vmap(device: str) -> None:
     critic, state, action = drawn(device, nn.TwinCritic(5, 3, 16, 1), 4)
     q1, q2 = ([p.detach() for p in q.weights_and_biases()] for q in (critic.q1, critic.q2))
     settings = ("mish", "float32", 2, 0.03, 0.1, "batch", "adam", 1e-5, -1.0, 1.0, "triton")
-    torch.library.opcheck(ascend, (state, action, q1, q2, *settings))
+    torch.library.opcheck(ascend.overload, (state, action, q1, q2, *settings))
 
     def improve(action: Tensor) -> Tensor:
         options: dict[str, Any] = {"steps": 2, "max_norm": 0.05, "backend": "triton"}

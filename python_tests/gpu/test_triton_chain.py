@@ -273,7 +273,7 @@ def test_opcheck_and_vmap(device: str) -> None:
     state, x_init = on(device, torch.randn(4, 5), torch.randn(4, 3))
     table = on(device, torch.rand(2, 7), torch.rand(2, 32))
     arguments = (state, x_init, None, None, parameters, *table, 0.0, 1.0, "mish", "float32", True)
-    torch.library.opcheck(chain, (*arguments, "triton"))
+    torch.library.opcheck(chain.overload, (*arguments, "triton"))
 
     def sample(state: Tensor) -> Tensor:
         return ops.reverse_diffusion(

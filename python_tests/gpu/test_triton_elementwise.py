@@ -183,7 +183,7 @@ def test_step_under_vmap_and_opcheck(device: str) -> None:
 
     xs = torch.randn(3, 5, 4, device=device)
     torch.testing.assert_close(torch.vmap(stepped)(xs), torch.stack([stepped(x) for x in xs]))
-    torch.library.opcheck(step, (v["x"], v["eps"], c, v["noise"], None, 0.5, 1.0, "triton"))
+    torch.library.opcheck(step.overload, (v["x"], v["eps"], c, v["noise"], None, 0.5, 1.0, "triton"))
 
 
 # -- forward corruption ----------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_corruption_under_vmap_compile_and_opcheck(device: str) -> None:
     compiled = torch.compile(sample, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x0[:, 0], t[0]), one_by_one[0])
     levels = torch.rand(10, 2, device=device)
-    torch.library.opcheck(corrupt, (x0[:, 0], t[0], noise, levels, "triton"))
+    torch.library.opcheck(corrupt.overload, (x0[:, 0], t[0], noise, levels, "triton"))
 
 
 def test_corruption_runs_on_the_reference_unless_asked_on_a_cpu(device: str) -> None:

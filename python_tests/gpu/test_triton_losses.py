@@ -146,7 +146,7 @@ def test_opcheck_of_denoising(device: str) -> None:
     inputs, parameters = denoising_arguments(Data(5, hidden_layers=1), device)
     wanted = [True] * (2 + len(parameters))
     arguments = (*inputs, wanted, parameters, "float32", "triton")
-    torch.library.opcheck(denoising.loss_and_gradients, arguments)
+    torch.library.opcheck(denoising.loss_and_gradients.overload, arguments)
 
 
 @pytest.mark.parametrize("seed", [3, 2**62 + 12345])
@@ -156,7 +156,7 @@ def test_normals_are_those_of_every_backend(device: str, seed: int) -> None:
     for where in {"cpu", device}:  # a seed on the device is read there
         z = denoising.normals(seed_tensor.to(where), like.to(device), "triton")
         assert (z.cpu() - expected).abs().max() <= 1e-6
-    torch.library.opcheck(denoising.normals, (seed_tensor, like.to(device), "triton"))
+    torch.library.opcheck(denoising.normals.overload, (seed_tensor, like.to(device), "triton"))
 
 
 def test_draws_as_on_the_reference(device: str) -> None:
@@ -320,7 +320,7 @@ def test_strides_and_opcheck_of_score_matching(device: str) -> None:
     for a, b in zip(run(strided, "triton", device), run(inputs, "triton", device), strict=True):
         assert torch.equal(a, b)
     arguments = (*inputs, "float32", [True, False, True, True], "triton")
-    torch.library.opcheck(score_matching.loss_and_gradients, arguments)
+    torch.library.opcheck(score_matching.loss_and_gradients.overload, arguments)
 
 
 # -- representation loss ---------------------------------------------------------------------------

@@ -259,10 +259,10 @@ def test_opcheck(device: str) -> None:
     x, settings = torch.randn(5, 4, device=device), ("float32", "triton")
     for keep in (True, False):
         arguments: Any = (x, parameters, "mish,identity", keep, *settings)
-        torch.library.opcheck(native.forward, arguments)
+        torch.library.opcheck(native.forward.overload, arguments)
     y, saved = native.forward(x, parameters, "mish,identity", True, *settings)
     arguments = (torch.randn_like(y), x, saved, parameters, "mish,identity", True, True)
-    torch.library.opcheck(native.backward, (*arguments, *settings))
+    torch.library.opcheck(native.backward.overload, (*arguments, *settings))
 
 
 def test_compiles_whole_and_maps(device: str) -> None:

@@ -143,9 +143,9 @@ def test_golden_critic(device: str) -> None:
 def test_opcheck(device: str, kind: str) -> None:
     x, omega, bias = (t.to(device) for t in draw(6, 5, 9))
     arguments = (x, omega, bias, kind, 0.5, True, "float32", "triton")
-    torch.library.opcheck(native.forward, arguments)
+    torch.library.opcheck(native.forward.overload, arguments)
     y, slope = native.forward(*arguments)
     saved = y if kind == "cos_sin" else slope
     wanted = (True, True, True)
     settings = (kind, *wanted, "float32", "triton")
-    torch.library.opcheck(native.backward, (torch.randn_like(y), x, omega, saved, *settings))
+    torch.library.opcheck(native.backward.overload, (torch.randn_like(y), x, omega, saved, *settings))

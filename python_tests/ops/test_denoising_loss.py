@@ -242,8 +242,8 @@ def test_opcheck() -> None:
     for wanted in (True, False):
         flags = [wanted] * (2 + len(parameters))
         arguments = (*inputs, flags, parameters, "float32", "cpu")
-        torch.library.opcheck(native.loss_and_gradients, arguments)
-    torch.library.opcheck(native.normals, (torch.tensor(3), data.action, "cpu"))
+        torch.library.opcheck(native.loss_and_gradients.overload, arguments)
+    torch.library.opcheck(native.normals.overload, (torch.tensor(3), data.action, "cpu"))
 
 
 def test_compiles_whole() -> None:

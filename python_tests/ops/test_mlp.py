@@ -271,9 +271,9 @@ def test_opcheck() -> None:
     settings = ("float32", "cpu")
     arguments = (x, parameters, "mish,identity", True, *settings)
     _, saved = native.forward(*arguments)
-    torch.library.opcheck(native.forward, arguments)
+    torch.library.opcheck(native.forward.overload, arguments)
     arguments = (torch.randn(1, 5, 3), x, saved, parameters, "mish,identity", True, True, *settings)
-    torch.library.opcheck(native.backward, arguments)
+    torch.library.opcheck(native.backward.overload, arguments)
 
 
 def test_errors_do_not_grow_along_the_batch() -> None:

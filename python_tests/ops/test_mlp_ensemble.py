@@ -87,9 +87,9 @@ def test_opcheck_and_compile() -> None:
     x, flat = torch.randn(5, 23), [*itertools.chain(*networks)]
     arguments = (x, flat, "mish,sin,identity", True, "float32", "cpu")
     y, saved = native.forward(*arguments)
-    torch.library.opcheck(native.forward, arguments)
+    torch.library.opcheck(native.forward.overload, arguments)
     settings = (flat, "mish,sin,identity", True, True, "float32", "cpu")
-    torch.library.opcheck(native.backward, (torch.randn_like(y), x, saved, *settings))
+    torch.library.opcheck(native.backward.overload, (torch.randn_like(y), x, saved, *settings))
 
     compiled = torch.compile(
         lambda x: ops.mlp_ensemble(x, networks, ACTIVATIONS), fullgraph=True, backend="aot_eager"

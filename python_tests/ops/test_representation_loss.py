@@ -224,8 +224,9 @@ def test_autocast_hands_over_in_float32() -> None:
 @pytest.mark.parametrize("wanted", [[True] * 4, [False] * 4, [True, False, False, True]])
 def test_opcheck(wanted: list[bool]) -> None:
     networks = [[p.detach() for p in n.parameters()] for n in make_networks()]
-    arguments = (*make_inputs(), *networks, "elu,identity", "mish,elu", wanted)
-    torch.library.opcheck(native.loss_and_gradients, (*arguments, "float32", "float32", "cpu"))
+    settings = ("elu,identity", "mish,elu", wanted, "float32", "float32", "cpu")
+    arguments = (*make_inputs(), *networks, *settings)
+    torch.library.opcheck(native.loss_and_gradients.overload, arguments)
 
 
 @needs_kernels

@@ -203,11 +203,11 @@ def test_opcheck(kind: str) -> None:
     x, omega, bias = draw(6, 5, 9)
     settings = ("float32", "cpu")
     arguments = (x, omega, bias, kind, 0.5, True, *settings)
-    torch.library.opcheck(native.forward, arguments)
+    torch.library.opcheck(native.forward.overload, arguments)
     y, slope = native.forward(*arguments)
     saved = y if kind == "cos_sin" else slope
     arguments = (torch.randn_like(y), x, omega, saved, kind, True, True, True, *settings)
-    torch.library.opcheck(native.backward, arguments)
+    torch.library.opcheck(native.backward.overload, arguments)
 
 
 @pytest.mark.parametrize("how", ["features and mlp", "mlp"])

@@ -430,7 +430,7 @@ def test_autocast_hands_over_in_float32() -> None:
 @pytest.mark.parametrize("wanted", [[True] * 4, [False] * 4, [True, False, True, False]])
 def test_opcheck(wanted: list[bool]) -> None:
     inputs = make_inputs(5, 4, 3, 6)
-    torch.library.opcheck(native.loss_and_gradients, (*inputs, "float32", wanted, "cpu"))
+    torch.library.opcheck(native.loss_and_gradients.overload, (*inputs, "float32", wanted, "cpu"))
 
 
 @needs_kernels

@@ -172,12 +172,20 @@ def support(
         ours.q1.hidden_layers + 1,
         compute_dtype=compute_dtype,
     )
-    if reasons.get("cuda", "") is None and native.too_wide(
-        ours.state_dim,
-        ours.action_dim,
-        [ours.q1.hidden_dim] * ours.q1.hidden_layers,
+    rest_fits = reasons["cuda"]
+    reasons["cuda"] = lambda: rest_fits() or _too_wide_for_cuda(ours, state, compute_dtype)
+    return reasons
+
+
+def _too_wide_for_cuda(
+    critic: TwinCritic, state: Tensor, compute_dtype: torch.dtype | None
+) -> str | None:
+    if native.too_wide(
+        critic.state_dim,
+        critic.action_dim,
+        [critic.q1.hidden_dim] * critic.q1.hidden_layers,
         _backends.precision(compute_dtype, state),
         state.device.index or 0,
     ):
-        reasons["cuda"] = "the critic is too wide for a multiprocessor's shared memory"
-    return reasons
+        return "the critic is too wide for a multiprocessor's shared memory"
+    return None

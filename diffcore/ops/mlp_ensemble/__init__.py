@@ -72,10 +72,14 @@ def support(
                 and parameter.device == like.device
             ):
                 _reject(f"networks[{i}][{j}]", parameter, like)
-    if available["cpu"] is None and len(networks) > _native._core.max_networks:
-        most = _native._core.max_networks
-        available["cpu"] = f"{len(networks)} networks, the CPU kernels take at most {most}"
+    one_fits = available["cpu"]
+    available["cpu"] = lambda: one_fits() or _too_many(len(networks))
     return available
+
+
+def _too_many(networks: int) -> str | None:
+    most = _native._core.max_networks
+    return f"{networks} networks, the CPU kernels take at most {most}" if networks > most else None
 
 
 def _reject(name: str, parameter: Tensor, like: Tensor) -> None:

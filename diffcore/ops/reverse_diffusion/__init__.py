@@ -241,15 +241,19 @@ def support(
         ours.trunk.hidden_layers + 1,
         compute_dtype=compute_dtype,
     )
-    if reasons["cuda"] is None:
-        hidden = [ours.trunk.hidden_dim] * ours.trunk.hidden_layers
-        first = ours.action_dim + ours.time_dim + ours.state_dim
-        widths = [
-            [ours.time_dim, ours.time_mlp.hidden_dim, ours.time_dim],
-            [first, *hidden, ours.action_dim],
-        ]
-        precision = _backends.precision(compute_dtype, state)
-        reasons["cuda"] = native.why_not_cuda(
-            widths, ours.state_dim, precision, state.device.index or 0
-        )
+    rest_fits = reasons["cuda"]
+    reasons["cuda"] = lambda: rest_fits() or _too_large_for_cuda(ours, state, compute_dtype)
     return reasons
+
+
+def _too_large_for_cuda(
+    denoiser: Denoiser, state: Tensor, compute_dtype: torch.dtype | None
+) -> str | None:
+    hidden = [denoiser.trunk.hidden_dim] * denoiser.trunk.hidden_layers
+    first = denoiser.action_dim + denoiser.time_dim + denoiser.state_dim
+    widths = [
+        [denoiser.time_dim, denoiser.time_mlp.hidden_dim, denoiser.time_dim],
+        [first, *hidden, denoiser.action_dim],
+    ]
+    precision = _backends.precision(compute_dtype, state)
+    return native.why_not_cuda(widths, denoiser.state_dim, precision, state.device.index or 0)

@@ -1,0 +1,102 @@
+"""Plain calls go to the kernels directly; torch's dispatcher is used where it has something to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffcore.ops import _native
+from diffcore.ops.rff_features import native
+
+pytestmark = pytest.mark.skipif(_native._core is None, reason="needs the compiled module")
+
+
+def features(x: Tensor) -> Tensor:
+    y: Tensor = native.forward(x, torch.eye(3), None, "sin", 1.0, False, "float32", "cpu")[0]
+    return y
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class FunctionRecorder(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Logged(Tensor):
+    """A subclass that keeps a list of the ops it met."""
+
+    seen: list[str]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(func.name())
+        with torch._C._DisableTorchDispatch():
+            return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_the_op() -> None:
+    with Recorder() as mode:
+        features(torch.ones(2, 3))
+    assert "diffcore::rff_features" in mode.seen
+
+
+def test_a_function_mode_sees_the_op() -> None:
+    with FunctionRecorder() as mode:
+        features(torch.ones(2, 3))
+    assert any("diffcore" in name and "rff_features" in name for name in mode.seen)
+
+
+def test_a_subclass_of_tensor_sees_the_op() -> None:
+    Logged.seen = []
+    features(torch.ones(2, 3).as_subclass(Logged))
+    assert "diffcore::rff_features" in Logged.seen
+
+
+def test_the_profiler_sees_the_op() -> None:
+    with torch.profiler.profile() as profile:
+        features(torch.ones(2, 3))
+    assert "diffcore::rff_features" in {event.key for event in profile.key_averages()}
+
+
+def test_a_traced_call_becomes_part_of_the_graph() -> None:
+    traced = torch.jit.trace(features, torch.ones(2, 3))
+    assert "diffcore::rff_features" in str(traced.graph)
+    x = torch.rand(2, 3)
+    assert torch.equal(traced(x), features(x))
+
+
+@pytest.mark.parametrize(
+    "context", [nullcontext, torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")]
+)
+def test_plain_calls_skip_the_dispatcher(
+    context: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    parameters = [torch.nn.Parameter(torch.ones(1)), torch.ones(1)]
+    with context():
+        assert not _native._dispatching((torch.ones(1), parameters, None, "mish", 1.0, 2, True))
+
+
+def test_a_call_in_a_subclass_s_list_is_dispatched() -> None:
+    Logged.seen = []
+    assert _native._dispatching((torch.ones(1), [torch.ones(1).as_subclass(Logged)]))
