@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 
 def make_adam(parameters: Iterable[nn.Parameter], *, lr: float, eps: float) -> torch.optim.Adam:
@@ -67,21 +68,22 @@ class FusedAdam(torch.optim.Adam):
             (group, [p for p in group["params"] if p.grad is not None])
             for group in self.param_groups
         ]
-        if closure is not None or not all(self._is_plain(*group) for group in groups):
-            # Without torch's wrapper, which is around this method already and calls the hooks.
-            return inspect.unwrap(torch.optim.Adam.step)(self, closure)
+        if (
+            closure is not None
+            or self._is_watched()
+            or not all(self._is_plain(*group) for group in groups)
+        ):
+            return _torch_step(self, closure)
         for group, parameters in groups:
             states = [self.state[p] for p in parameters]
-            steps = [state["step"] for state in states]
             beta1, beta2 = group["betas"]
-            torch._foreach_add_(steps, 1)
             torch._fused_adam_(
                 parameters,
                 [p.grad for p in parameters],
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [],
-                steps,
+                _counted(states),
                 lr=group["lr"],
                 beta1=beta1,
                 beta2=beta2,
@@ -91,6 +93,19 @@ class FusedAdam(torch.optim.Adam):
                 maximize=False,
             )
         return None
+
+    # The mark by which torch knows a step that it has wrapped: it leaves this one alone.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _is_watched(self) -> bool:
+        """Whether a hook or the profiler waits for steps, whom torch's wrapper serves."""
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.autograd.profiler._is_profiler_enabled
+        )
 
     def _is_plain(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> bool:
         """Whether nothing is asked for but the kernel, and the first step has made the moments."""
@@ -102,6 +117,28 @@ class FusedAdam(torch.optim.Adam):
             and getattr(self, "grad_scale", None) is None  # a GradScaler's
             and getattr(self, "found_inf", None) is None
         )
+
+
+_torch_step = torch.optim.Optimizer.profile_hook_step(inspect.unwrap(torch.optim.Adam.step))
+
+
+def _counted(states: list[dict[str, Any]]) -> list[Tensor]:
+    """Every parameter's number of steps, one more than before.
+
+    The counts are elements of one tensor, as they stay unless a checkpoint is loaded, so that adding
+    to it adds to them all.
+    """
+    counts = [state["step"] for state in states]
+    together = counts[0]._base
+    if together is None or len(together) != len(counts) or any(
+        count._base is not together for count in counts
+    ):
+        together = torch.stack(counts)
+        counts = list(together.unbind())
+        for state, count in zip(states, counts, strict=True):
+            state["step"] = count
+    together.add_(1)
+    return counts
 
 
 @torch.no_grad()
