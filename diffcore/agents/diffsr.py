@@ -52,7 +52,13 @@ from diffcore.agents.base import (
 from diffcore.agents.checks import check_choice, check_integer, check_real, check_rows
 from diffcore.agents.environment_names import environment_base_name
 from diffcore.agents.exploration import EllipticalBonus, kernel_bonus
-from diffcore.agents.optimization import ema_update_, frozen, gradient_step, make_adam
+from diffcore.agents.optimization import (
+    ema_update_,
+    frozen,
+    gradient_step,
+    make_adam,
+    measured_step,
+)
 from diffcore.agents.replay_protocol import Batch, Replay
 from diffcore.agents.representation import DiffusionRepresentation
 from diffcore.nn import SquashedGaussian, Temperature, TwinRFFCritic
@@ -304,6 +310,8 @@ class DiffSR(BaseAgent):
                 self.device
             )
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        # What judges the actor's actions, and isn't trained with it.
+        self.judges = [*self.critic.parameters(), *self.representation.parameters()]
         self.temperature = Temperature(config.initial_temperature).to(self.device)
         self.elliptical_bonus: EllipticalBonus | None = None
         if config.bonus == "elliptical":
@@ -393,10 +401,12 @@ class DiffSR(BaseAgent):
         Returns:
             Metrics, as 0-d tensors on the agent's device: nothing here waits for the device.
         """
-        metrics: dict[str, float | Tensor] = {}
-        for _ in range(self.config.extra_feature_steps + 1):
-            batch = self.sample(replay)
-            metrics |= self.update_representation(batch)
+        steps, rows = self.config.extra_feature_steps + 1, self.config.batch_size
+        # Drawn together: small draws cost a call for every column of the replay.
+        *others, batch = replay.sample(steps * rows, self.generator).split(rows)
+        for other in others:
+            self.update_representation(other, measure=False)
+        metrics = self.update_representation(batch)
         bonus = self.exploration_bonus(batch, replay)
         metrics |= self.update_critic(batch, bonus)
         metrics |= self.update_actor(batch)
@@ -404,7 +414,12 @@ class DiffSR(BaseAgent):
         return metrics
 
     def update_representation(
-        self, batch: Batch, *, level: Tensor | None = None, noise: Tensor | None = None
+        self,
+        batch: Batch,
+        *,
+        level: Tensor | None = None,
+        noise: Tensor | None = None,
+        measure: bool = True,
     ) -> dict[str, float | Tensor]:
         """One optimiser step of psi and zeta on the score-matching loss (Eq. 18).
 
@@ -412,6 +427,7 @@ class DiffSR(BaseAgent):
             batch: transitions; rewards don't matter.
             level: ``[B]`` int64, the noise levels; None draws them uniformly.
             noise: ``[B, observation_dim]``; None draws it from N(0, I).
+            measure: whether to return metrics.
         """
         if self.config.freeze_representation:
             return {}
@@ -424,7 +440,10 @@ class DiffSR(BaseAgent):
             level=level,
             noise=noise,
         )
-        grad_norm = gradient_step(loss, self.representation_optimizer)
+        if not measure:
+            gradient_step(loss, self.representation_optimizer)
+            return {}
+        grad_norm = measured_step(loss, self.representation_optimizer)
         return {"score_loss": loss.detach(), "representation_grad_norm": grad_norm}
 
     @torch.no_grad()
@@ -480,7 +499,7 @@ class DiffSR(BaseAgent):
             gram = self.gram_regularizer(features)
             metrics["gram"] = gram.detach()
             loss = loss + config.gram_weight * gram
-        metrics["critic_grad_norm"] = gradient_step(loss, self.critic_optimizer)
+        metrics["critic_grad_norm"] = measured_step(loss, self.critic_optimizer)
         return metrics
 
     def gram_regularizer(self, features: Tensor) -> Tensor:
@@ -499,17 +518,18 @@ class DiffSR(BaseAgent):
 
         The policy descends ``alpha log pi(a|s) - min(Q1, Q2)(s, a)``, through a = a(s, noise).
         """
-        with frozen(self.critic, self.representation):
+        with frozen(self.judges):
             action, log_prob = self.actor.sample(batch.state, self._policy_noise(batch.action))
             q = torch.minimum(*self.critic(self.representation.psi(batch.state, action)))
             loss = (self.temperature().detach() * log_prob - q).mean()
-            grad_norm = gradient_step(loss, self.actor_optimizer)
-        surplus = -log_prob.detach().mean() + self.action_dim  # of entropy, above -action_dim
+            grad_norm = measured_step(loss, self.actor_optimizer)
+        entropy = -log_prob.detach().mean()
+        surplus = entropy + self.action_dim  # above -action_dim, which it is to come to
         gradient_step(self.temperature() * surplus, self.temperature_optimizer)
         return {
             "actor_loss": loss.detach(),
             "actor_grad_norm": grad_norm,
-            "entropy": -log_prob.detach().mean(),
+            "entropy": entropy,
             "temperature": self.temperature().detach(),
         }
 

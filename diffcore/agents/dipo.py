@@ -45,7 +45,7 @@ from diffcore.agents.base import (
 )
 from diffcore.agents.checks import check_choice, check_integer, check_real
 from diffcore.agents.environment_names import environment_base_name
-from diffcore.agents.optimization import ema_update_, gradient_step, make_adam
+from diffcore.agents.optimization import ema_update_, make_adam, measured_step
 from diffcore.agents.policies import DiffusionPolicy, MLPPolicy, Policy, VAEPolicy
 from diffcore.agents.replay_protocol import Batch, Replay
 from diffcore.nn import TwinCritic
@@ -354,7 +354,7 @@ class DIPO(BaseAgent):
             target = batch.reward + self.config.gamma * batch.mask * next_q
         q1, q2 = self.critic(batch.state, batch.action)
         loss = nn.functional.mse_loss(q1, target) + nn.functional.mse_loss(q2, target)
-        grad_norm = gradient_step(loss, self.critic_optimizer, self.config.ac_grad_norm)
+        grad_norm = measured_step(loss, self.critic_optimizer, self.config.ac_grad_norm)
         return {
             "critic_loss": loss.detach(),
             "critic_grad_norm": grad_norm,
@@ -388,7 +388,7 @@ class DIPO(BaseAgent):
         Args:
             loss: ``self.actor.loss(state, improved_action, ...)``.
         """
-        grad_norm = gradient_step(loss, self.actor_optimizer, self.config.ac_grad_norm)
+        grad_norm = measured_step(loss, self.actor_optimizer, self.config.ac_grad_norm)
         return {"actor_loss": loss.detach(), "actor_grad_norm": grad_norm}
 
     def update_targets(self) -> None:

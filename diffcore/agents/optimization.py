@@ -24,24 +24,42 @@ def load_moments(optimizer: torch.optim.Adam, state: dict[str, Any]) -> None:
     optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def gradient_step(
+def gradient_step(loss: Tensor, optimizer: torch.optim.Adam) -> None:
+    """Minimise ``loss`` by one step of ``optimizer``, whose parameters alone get gradients.
+
+    Gradients are gone afterwards: the next loss, whose op may compute its gradients together with it,
+    needs their memory.
+    """
+    parameters = _differentiate(loss, optimizer)
+    optimizer.step()
+    _forget_gradients(parameters)
+
+
+def measured_step(
     loss: Tensor, optimizer: torch.optim.Adam, max_norm: float = 0.0
 ) -> Tensor:
-    """Minimise ``loss`` by one step of ``optimizer``, its gradient's norm cut to ``max_norm``.
+    """:func:`gradient_step` with the gradient's norm cut to ``max_norm``.
 
-    The norm is taken over all parameters together; ``max_norm <= 0`` leaves it uncut. Gradients are
-    gone afterwards: the next loss, whose op may compute its gradients together with it, needs their
-    memory. Returns the norm before the cut, as a 0-d tensor.
+    The norm is taken over all parameters together; ``max_norm <= 0`` leaves it uncut. Returns the
+    norm before the cut, as a 0-d tensor.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter in parameters:
-        parameter.grad = None
-    loss.backward(inputs=parameters)
+    parameters = _differentiate(loss, optimizer)
     grad_norm = cut_norm_([p.grad for p in parameters if p.grad is not None], max_norm)
     optimizer.step()
+    _forget_gradients(parameters)
+    return grad_norm
+
+
+def _differentiate(loss: Tensor, optimizer: torch.optim.Adam) -> list[nn.Parameter]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    _forget_gradients(parameters)
+    loss.backward(inputs=parameters)
+    return parameters
+
+
+def _forget_gradients(parameters: list[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.grad = None
-    return grad_norm
 
 
 # torch's own functions put layers of Python around the same kernels, for gradients on several devices
@@ -148,17 +166,17 @@ def ema_update_(target: nn.Module, source: nn.Module, tau: float) -> None:
 
 
 @contextmanager
-def frozen(*modules: nn.Module) -> Iterator[None]:
-    """What is computed in this block has no gradient in these modules' parameters.
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """What is computed in this block has no gradient in these parameters.
 
     Kernels then don't compute what nobody would read. Everything else differentiates as usual, the
-    modules' inputs too.
+    inputs of the parameters' modules too.
     """
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
+    thawed = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in thawed:
+        parameter.requires_grad = False
     try:
         yield
     finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+        for parameter in thawed:
+            parameter.requires_grad = True

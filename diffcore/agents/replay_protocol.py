@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -27,6 +27,11 @@ class Batch:
     """``[B, observation_dim]``"""
     mask: Tensor
     """``[B, 1]``, 0 where the value of ``next_state`` must not be bootstrapped, else 1."""
+
+    def split(self, rows: int) -> list[Batch]:
+        """Views of ``rows`` transitions each, in order; the last may have fewer."""
+        columns = [getattr(self, field.name).split(rows) for field in fields(self)]
+        return [Batch(*parts) for parts in zip(*columns, strict=True)]
 
 
 class Replay(Protocol):

@@ -31,6 +31,7 @@ class DiffusionRepresentation(nn.Module):
     """
 
     alpha_bar: Tensor
+    _levels: Tensor  # [K, 4]: abar, sqrt(abar), sigma sqrt(1 - abar), sigma (1 - abar)
 
     def __init__(
         self,
@@ -51,8 +52,11 @@ class DiffusionRepresentation(nn.Module):
         self.compute_dtype = compute_dtype
         self.psi = Psi(state_dim, action_dim, feature_dim, psi_hidden_dim)
         self.zeta = Zeta(state_dim, feature_dim, zeta_hidden_dim, conditioning=conditioning)
-        alpha_bar = schedule.alphas_cumprod.to(torch.get_default_dtype())
-        self.register_buffer("alpha_bar", alpha_bar, persistent=False)
+        alpha_bar, dtype = schedule.alphas_cumprod, torch.get_default_dtype()
+        spread = 1 - alpha_bar
+        columns = [alpha_bar, alpha_bar.sqrt(), noise_scale * spread.sqrt(), noise_scale * spread]
+        self.register_buffer("alpha_bar", alpha_bar.to(dtype), persistent=False)
+        self.register_buffer("_levels", torch.stack(columns, dim=1).to(dtype), persistent=False)
 
     def loss(
         self,
@@ -83,16 +87,17 @@ class DiffusionRepresentation(nn.Module):
             )
         if noise is None:
             noise = torch.empty_like(next_state).normal_(generator=generator)
-        alpha_bar = self.alpha_bar[level].unsqueeze(-1)
-        scaled_noise = (1 - alpha_bar).sqrt() * (self.noise_scale * noise)
-        perturbed = alpha_bar.sqrt() * next_state + scaled_noise
+        at_level = self._levels.index_select(0, level)
+        alpha_bar, signal, noise_std, score_weight = at_level.split(1, dim=1)
+        scaled_noise = noise_std * noise
+        perturbed = torch.addcmul(scaled_noise, signal, next_state)
         return ops.representation_loss(
             self.psi.trunk,
             self.zeta.trunk,
             self.psi.inputs(state, action),
             self.zeta.inputs(perturbed, alpha_bar, level),
             offset=scaled_noise,
-            score_weight=(1 - alpha_bar.squeeze(-1)) * self.noise_scale,
+            score_weight=score_weight.squeeze(1),
             compute_dtype=self.compute_dtype,
         )
 

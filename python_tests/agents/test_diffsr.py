@@ -229,19 +229,24 @@ def test_the_last_representation_batch_serves_critic_and_actor(
     def remember(name: str) -> None:
         method: Callable[..., Any] = getattr(agent, name)
 
-        def call(batch: Batch, *others: Any) -> Any:
+        def call(batch: Batch, *others: Any, **settings: Any) -> Any:
             calls.append((name, batch))
-            return method(batch, *others)
+            return method(batch, *others, **settings)
 
         monkeypatch.setattr(agent, name, call)
 
     for name in ("update_representation", "update_critic", "update_actor"):
         remember(name)
     agent.update(replay)
-    assert len(replay.drawn) == extra + 1
-    expected = [("update_representation", batch) for batch in replay.drawn]
-    expected += [("update_critic", replay.drawn[-1]), ("update_actor", replay.drawn[-1])]
-    assert [(name, id(batch)) for name, batch in calls] == [(n, id(b)) for n, b in expected]
+    [drawn] = replay.drawn
+    names = ["update_representation"] * (extra + 1) + ["update_critic", "update_actor"]
+    assert [name for name, _ in calls] == names
+    *steps, critic_batch, actor_batch = [batch for _, batch in calls]
+    assert critic_batch is actor_batch is steps[-1]
+    for field in dataclasses.fields(Batch):
+        parts = [getattr(batch, field.name) for batch in steps]
+        assert [len(part) for part in parts] == [16] * (extra + 1)
+        assert torch.equal(torch.cat(parts), getattr(drawn, field.name))
     assert replay.written == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from diffcore.agents.optimization import (
     gradient_step,
     load_moments,
     make_adam,
+    measured_step,
 )
 
 STEPS = 6
@@ -26,7 +28,7 @@ PARTS = ("first", "late")
 def test_gradient_step_cuts_the_joint_norm(max_norm: float) -> None:
     first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     optimizer = make_adam([first, second], lr=1.0, eps=1.0)
-    norm = gradient_step((3 * first + 4 * second).sum(), optimizer, max_norm)
+    norm = measured_step((3 * first + 4 * second).sum(), optimizer, max_norm)
     assert float(norm) == pytest.approx(5.0)
     scale = max_norm / 5 if max_norm else 1.0
     for parameter, slope in ((first, 3.0), (second, 4.0)):
@@ -42,12 +44,13 @@ def test_ema_moves_by_tau() -> None:
     assert target.weight.requires_grad
 
 
-def test_gradients_go_to_the_optimisers_parameters_alone() -> None:
+@pytest.mark.parametrize("step", [gradient_step, measured_step])
+def test_gradients_go_to_the_optimisers_parameters_alone(step: Callable[..., object]) -> None:
     first, second = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     seen = []
     for parameter in (first, second):
         parameter.register_post_accumulate_grad_hook(seen.append)
-    gradient_step(3 * first * second, make_adam([first], lr=1.0, eps=1.0))
+    step(3 * first * second, make_adam([first], lr=1.0, eps=1.0))
     assert len(seen) == 1
     assert seen[0] is first
     assert second.grad is None
@@ -56,7 +59,7 @@ def test_gradients_go_to_the_optimisers_parameters_alone() -> None:
 
 def test_a_step_on_parameters_that_the_loss_does_not_depend_on_moves_nothing() -> None:
     used, unused = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
-    norm = gradient_step(3 * used, make_adam([unused], lr=1.0, eps=1.0))
+    norm = measured_step(3 * used, make_adam([unused], lr=1.0, eps=1.0))
     assert float(norm) == 0.0
     assert used.item() == unused.item() == 1.0
     assert used.grad is None
@@ -66,7 +69,7 @@ def test_a_frozen_module_passes_gradients_on_and_takes_none() -> None:
     module = nn.Linear(2, 1)
     module.bias.requires_grad_(False)
     x = torch.ones(3, 2, requires_grad=True)
-    with frozen(module):
+    with frozen(module.parameters()):
         module(x).sum().backward()
     assert x.grad is not None
     assert module.weight.grad is None
@@ -76,7 +79,7 @@ def test_a_frozen_module_passes_gradients_on_and_takes_none() -> None:
 
 def test_a_module_is_thawed_after_an_error() -> None:
     module = nn.Linear(2, 1)
-    with pytest.raises(ZeroDivisionError), frozen(module):
+    with pytest.raises(ZeroDivisionError), frozen(module.parameters()):
         raise ZeroDivisionError
     assert all(parameter.requires_grad for parameter in module.parameters())
 
@@ -85,7 +88,7 @@ def test_a_module_is_thawed_after_an_error() -> None:
 
 
 class Twins:
-    """A network of two parts, stepped by ``gradient_step``, and its copy, stepped by torch alone."""
+    """A network of two parts, stepped by ``measured_step``, and its copy, stepped by torch alone."""
 
     def __init__(self, *, parts: tuple[str, ...] = PARTS, fused: bool = True) -> None:
         network = nn.ModuleDict({part: nn.Linear(5, 30) for part in PARTS})
@@ -104,7 +107,7 @@ class Twins:
         norms = [
             step(sum(network[part](x).square().mean() for part in parts), optimizer, max_norm)
             for step, network, optimizer in zip(
-                (gradient_step, torch_step), self.networks, self.optimizers, strict=True
+                (measured_step, torch_step), self.networks, self.optimizers, strict=True
             )
         ]
         assert torch.equal(*norms)
@@ -163,6 +166,18 @@ def test_a_second_group_may_come_late(fused: bool) -> None:
         optimizer.add_param_group({"params": list(network["late"].parameters()), "lr": 0.003})
     for _ in range(STEPS):
         twins.step(*PARTS)
+
+
+def test_a_step_without_the_norm_is_the_same_step() -> None:
+    twins = Twins()
+    networks = twins.networks
+    for _ in range(STEPS):
+        x = torch.randn(8, 5)
+        for step, network in zip((gradient_step, measured_step), networks, strict=True):
+            optimizer = twins.optimizers[networks.index(network)]
+            step(sum(network[part](x).square().mean() for part in PARTS), optimizer)
+    for pair in zip(*(network.parameters() for network in networks), strict=True):
+        assert torch.equal(*pair)
 
 
 @pytest.mark.parametrize("fused", [True, False])
