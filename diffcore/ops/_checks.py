@@ -61,6 +61,11 @@ def check_tensor(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(value.shape)}")
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """``[..., in]`` -> ``[rows, in]``: x itself where it is that, without a view in the graph."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
 def check_features(name: str, value: Any, width: int) -> None:
     """A tensor of any leading dimensions whose last one is this wide."""
     if not isinstance(value, Tensor):

@@ -77,7 +77,7 @@ with torch.inference_mode(False):
     _PLAIN_KEYS = {_included_keys()}
 with torch.inference_mode():
     _PLAIN_KEYS.add(_included_keys())
-_PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter, list, type(None), bool, int, float, str}
 
 
 def _dispatching(args: tuple[Any, ...]) -> bool:
@@ -90,11 +90,8 @@ def _dispatching(args: tuple[Any, ...]) -> bool:
         _included_keys() not in _PLAIN_KEYS
         or torch._C._is_torch_function_mode_enabled()
         or torch.autograd.profiler._is_profiler_enabled
-        or not all(
-            type(arg) in _PLAIN_TYPES
-            or (type(arg) is list and all(type(item) in _PLAIN_TYPES for item in arg))
-            for arg in args
-        )
+        or not _PLAIN_TYPES.issuperset(map(type, args))
+        or not all(_PLAIN_TYPES.issuperset(map(type, arg)) for arg in args if type(arg) is list)
     )
 
 

@@ -34,8 +34,8 @@ def chain(
     state = state.contiguous()
     x_init = None if x_init is None else x_init.contiguous()
     noise = None if noise is None else noise.contiguous()
-    batch, steps = len(state), len(coefficients)
-    action_dim = len(parameters[-1])
+    batch, steps = state.shape[0], coefficients.shape[0]
+    action_dim = parameters[-1].shape[0]
     actions = state.new_empty(batch, action_dim)
     trajectory = state.new_empty(steps + 1 if keep_trajectory else 0, batch, action_dim)
     if not batch:

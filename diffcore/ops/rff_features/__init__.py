@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffcore.ops import _backends, _dispatch, _native
 from diffcore.ops._checks import (
+    as_rows,
     check_choice,
     check_like,
     check_number,
@@ -58,14 +59,14 @@ def rff_features(
     chosen = _dispatch.choose("rff_features", available, backend)
     if chosen == "reference":
         return reference.rff_features(x, omega, bias, kind=kind, scale=scale)
-    rows, precision = x.reshape(-1, x.shape[-1]), _backends.precision(None, x)
+    rows, precision = as_rows(x), _backends.precision(None, x)
     differentiable = any(t is not None and t.requires_grad for t in (x, omega, bias))
     if torch.is_grad_enabled() and differentiable:
         arguments = (rows, omega, bias, kind, float(scale), precision, chosen)
         y = _native.apply(native.RffFeatures, *arguments)[0]
     else:
         y = native.forward(rows, omega, bias, kind, float(scale), False, precision, chosen)[0]
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return y if rows is x else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def support(

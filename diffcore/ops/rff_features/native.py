@@ -39,16 +39,17 @@ def forward(
         from diffcore.ops.rff_features import triton
 
         return triton.forward(x, omega, bias, kind, scale, keep, precision)
-    y = x.new_empty(len(x), _width(omega, kind))
+    batch = x.shape[0]
+    y = x.new_empty(batch, _width(omega, kind))
     keep = keep and kind != "cos_sin"
-    slope = x.new_empty(len(x) if keep else 0, len(omega))
-    if len(x):
+    slope = x.new_empty(batch if keep else 0, omega.shape[0])
+    if batch:
         module = _native._cuda if backend == "cuda" else _native._core
         module.rff_features(
             _layer(omega, bias),
             getattr(module.RffKind, kind),
             scale,
-            len(x),
+            batch,
             x.data_ptr(),
             y.data_ptr(),
             slope.data_ptr() if keep else 0,
@@ -99,16 +100,17 @@ def backward(
         wanted = (wants_x, wants_omega, wants_bias)
         return triton.backward(grad_y, x, omega, saved, kind, *wanted, precision)
     wants_parameters = wants_omega or wants_bias
-    empty = x.new_zeros if not len(x) else x.new_empty
-    grad_x = empty(len(x) if wants_x else 0, x.shape[1])
-    grad_omega = empty(len(omega) if wants_parameters else 0, x.shape[1])
-    grad_bias = empty(len(omega) if wants_bias else 0)
-    if len(x):
+    batch, features, width = x.shape[0], omega.shape[0], x.shape[1]
+    empty = x.new_empty if batch else x.new_zeros
+    grad_x = empty(batch if wants_x else 0, width)
+    grad_omega = empty(features if wants_parameters else 0, width)
+    grad_bias = empty(features if wants_bias else 0)
+    if batch:
         module = _native._cuda if backend == "cuda" else _native._core
         call = (
             _layer(omega, None),
             getattr(module.RffKind, kind),
-            len(x),
+            batch,
             x.data_ptr(),
             saved.data_ptr(),
             grad_y.data_ptr(),
@@ -122,7 +124,7 @@ def backward(
             module.rff_features_backward(*call, workspace.data_ptr(), _native.queue(x))
         else:
             module.rff_features_backward(*call, torch.get_num_threads())
-    return [grad_x, grad_omega if wants_omega else grad_omega.new_empty(0, x.shape[1]), grad_bias]
+    return [grad_x, grad_omega if wants_omega else grad_omega.new_empty(0, width), grad_bias]
 
 
 @_native.fake("rff_features_backward")
