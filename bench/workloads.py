@@ -304,6 +304,9 @@ def mlp_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
     x = torch.randn(batch, model.in_dim, requires_grad=True)
     compiled_model = torch.compile(eager.sequential(copy.deepcopy(model)), dynamic=False)
 
+    in_bf16 = copy.deepcopy(model)
+    in_bf16.compute_dtype = torch.bfloat16
+
     def gradients(run: Callable[[Tensor], Tensor], of: nn.Module, x: Tensor = x) -> Tensor:
         y = run(x).sum()
         parameters = list(of.parameters())
@@ -327,6 +330,7 @@ def mlp_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
             retrained,
             before=functools.partial(change_weights, retrained),
         ),
+        same(OURS_BF16, in_bf16, in_bf16),
     ]
     products = model.in_dim * model.hidden_dim + model.hidden_dim
     products += (model.hidden_layers - 1) * model.hidden_dim**2
@@ -337,8 +341,14 @@ def mlp_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
         1,
         rivals.admit(variants),
         exact,
+        bfloat16_bound=Error(2e-5 * batch**0.5, 1e-2 * batch**0.5),
         flops=2.0 * 3 * batch * products,
     )
+
+
+#: Allowed in bf16 in what a fresh Adam's step moves, in learning rates: it goes by a gradient's sign,
+#: which a tiny gradient may have either way.
+MOVED_IN_BFLOAT16 = Error(2e-3, 2.0)
 
 
 class Update:
@@ -399,6 +409,10 @@ def critic_update_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> 
     def compiled(critic: TwinCritic) -> Any:
         return torch.compile(eager.Critic(critic), dynamic=False)
 
+    def in_bf16(critic: TwinCritic) -> TwinCritic:
+        critic.q1.compute_dtype = critic.q2.compute_dtype = torch.bfloat16
+        return critic
+
     jax = rivals.jax_baselines()
     in_jax = jax and jax.critic_update(start, state, action, target, Update.lr, Update.eps)
     variants = [
@@ -407,6 +421,7 @@ def critic_update_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> 
         variant(COMPILED, compiled),
         jax and Variant(JAX, in_jax, in_jax.moved, before=jax.rest),
         variant(OURS, lambda critic: critic),
+        variant(OURS_BF16, in_bf16),
     ]
     return Case(
         "critic_update",
@@ -415,6 +430,7 @@ def critic_update_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> 
         1,
         rivals.admit(variants),
         lambda: update(eager.Critic, fused=False, dtype=torch.float64).moved(),
+        bfloat16_bound=MOVED_IN_BFLOAT16,
     )
 
 
@@ -429,6 +445,7 @@ def denoising_update_case(
     state, action = torch.randn(batch, state_dim), torch.rand(batch, action_dim) * 2 - 1
     t, noise = torch.randint(steps, (batch,)), torch.randn(batch, action_dim)
     given = {"t": t, "noise": noise}
+    bfloat16: Any = {"compute_dtype": torch.bfloat16}
 
     def as_written(*, fused: bool, **fixed: Tensor) -> Update:
         diffusion = eager.GaussianDiffusion(copy.deepcopy(start), schedule)
@@ -439,12 +456,18 @@ def denoising_update_case(
         diffusion.model = torch.compile(diffusion.model, dynamic=False)
         return Update(diffusion, lambda: diffusion.loss(state, action, **fixed), fused=True)
 
-    def ours(*, dtype: torch.dtype = torch.float32, **fixed: Tensor) -> Update:
+    def ours(
+        *,
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+        **fixed: Tensor,
+    ) -> Update:
         denoiser = copy.deepcopy(start).to(dtype)
         s, a = state.to(dtype), action.to(dtype)
 
         def loss() -> Tensor:
-            return ops.denoising_loss(denoiser, schedule, s, a, **fixed)
+            settings = {**fixed, "compute_dtype": compute_dtype}
+            return ops.denoising_loss(denoiser, schedule, s, a, **settings)
 
         return Update(denoiser, loss, fused=True)
 
@@ -458,6 +481,7 @@ def denoising_update_case(
         Variant(COMPILED, compiled(), compiled(**given).moved),
         jax and Variant(JAX, in_jax, in_jax.moved, before=jax.rest),
         Variant(OURS, ours(), ours(**given).moved),
+        Variant(OURS_BF16, ours(**bfloat16), ours(**bfloat16, **given).moved),
     ]
     return Case(
         "denoising_update",
@@ -466,6 +490,7 @@ def denoising_update_case(
         steps,
         rivals.admit(variants),
         lambda: ours(dtype=torch.float64, t=t, noise=noise.double()).moved(),
+        bfloat16_bound=MOVED_IN_BFLOAT16,
     )
 
 

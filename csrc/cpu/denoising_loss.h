@@ -11,105 +11,115 @@ namespace diffcore {
 namespace DIFFCORE_ISA {
 
 // What all rows leave behind for the weight gradients.
+template <class Operand>
 struct DenoisingRows {
-  Rows<float> embedding;    // the time MLP's input
-  Rows<float> trunk_input;  // [x_t, time features, state]
-  MlpSaved time_saved, trunk_saved;
-  MlpDeltas time_deltas, trunk_deltas;
+  using Input = typename Operand::Input;
+  Rows<Input> embedding;    // the time MLP's input
+  Rows<Input> trunk_input;  // [x_t, time features, state]
+  MlpSaved<Operand> time_saved, trunk_saved;
+  MlpDeltas<Operand> time_deltas, trunk_deltas;
   double* row_loss;
 
   static DenoisingRows take(const DenoisingLossCall& call, Carver* memory) {
     const MlpPack &time = *call.time_mlp, &trunk = *call.trunk;
     const int64_t rows = call.batch;
-    const auto saved = [&](const MlpPack& pack, Rows<float> x) {
-      const int64_t bytes = static_cast<int64_t>(sizeof(float)) * rows * MlpSaved::width(pack);
-      return MlpSaved::at(pack, x, memory->take<float>(bytes), rows);
+    const auto saved = [&](const MlpPack& pack, Rows<Input> x) {
+      const int64_t bytes = static_cast<int64_t>(sizeof(float)) * rows * mlp_saved_width(pack);
+      auto s = MlpSaved<Operand>::at(pack, memory->take<float>(bytes), rows);
+      s.input[0] = x;
+      return s;
     };
     DenoisingRows r;
-    r.embedding = take_rows<float>(memory, rows, time.forward[0].in);
-    r.trunk_input = take_rows<float>(memory, rows, trunk.forward[0].in);
+    r.embedding = take_rows<Input>(memory, rows, time.forward[0].in);
+    r.trunk_input = take_rows<Input>(memory, rows, trunk.forward[0].in);
     r.time_saved = saved(time, r.embedding);
     r.trunk_saved = saved(trunk, r.trunk_input);
-    r.time_deltas = MlpDeltas::take(time, rows, memory);
-    r.trunk_deltas = MlpDeltas::take(trunk, rows, memory);
+    r.time_deltas = MlpDeltas<Operand>::take(time, rows, memory);
+    r.trunk_deltas = MlpDeltas<Operand>::take(trunk, rows, memory);
     r.row_loss = memory->take<double>(static_cast<int64_t>(sizeof(double)) * rows);
     return r;
   }
 };
 
 struct DenoisingTile {
-  Rows<float> time_features, eps, grad_input;
+  Rows<float> time_features, trunk_input, eps, grad_input;
 
   static DenoisingTile take(const DenoisingLossCall& call, int rows, Carver* memory) {
+    const int in = call.trunk->forward[0].in;
     DenoisingTile t;
     t.time_features = take_rows<float>(memory, rows, call.time_dim);
+    t.trunk_input = take_rows<float>(memory, rows, in);
     t.eps = take_rows<float>(memory, rows, call.action_dim);
-    t.grad_input = take_rows<float>(memory, rows, call.trunk->forward[0].in);
+    t.grad_input = take_rows<float>(memory, rows, in);
     return t;
   }
 };
 
-static void denoising_loss_tile(const DenoisingLossCall& call, Span span, const DenoisingRows& all,
-                                const DenoisingTile& tile, bool backward) {
+template <class Operand>
+static void denoising_loss_tile(const DenoisingLossCall& call, Span span,
+                                const DenoisingRows<Operand>& all, const DenoisingTile& tile,
+                                bool backward) {
   const MlpPack &time = *call.time_mlp, &trunk = *call.trunk;
   const int A = call.action_dim, E = call.time_dim, S = call.state_dim;
   const auto bytes = [](int floats) { return sizeof(float) * static_cast<size_t>(floats); };
 
-  for (int64_t row = span.first; row < span.first + span.rows; ++row)
-    memcpy(all.embedding.row(row), call.embedding + call.t[row] * E, bytes(E));
-  mlp_forward_tile(time, span.rows, all.time_saved.from(span.first, time.layer_count),
-                   tile.time_features, backward);
+  for (int64_t row = span.first; row < span.first + span.rows; ++row) {
+    convert_rows<Operand>(call.embedding + call.t[row] * E, E, 1, E, rows_from(all.embedding, row));
+  }
+  const auto time_saved = all.time_saved.from(span.first, time.layer_count);
+  mlp_forward_tile(time, span.rows, time_saved, tile.time_features, backward);
 
   for (int i = 0; i < span.rows; ++i) {
     const int64_t row = span.first + i;
     const float* level = call.levels + 2 * call.t[row];
-    float* input = all.trunk_input.row(row);
+    float* input = tile.trunk_input.row(i);
     for (int n = 0; n < A; ++n)
       input[n] = level[0] * call.action[row * A + n] + level[1] * call.noise[row * A + n];
     memcpy(input + A, tile.time_features.row(i), bytes(E));
     memcpy(input + A + E, call.state + row * S, bytes(S));
   }
-  const MlpSaved trunk_saved = all.trunk_saved.from(span.first, trunk.layer_count);
+  convert_rows<Operand>(tile.trunk_input.data, tile.trunk_input.stride, span.rows, A + E + S,
+                        rows_from(all.trunk_input, span.first));
+  const auto trunk_saved = all.trunk_saved.from(span.first, trunk.layer_count);
   mlp_forward_tile(trunk, span.rows, trunk_saved, tile.eps, backward);
 
-  const MlpDeltas trunk_deltas = all.trunk_deltas.from(span.first, trunk.layer_count);
-  const Rows<float> grad_eps = trunk_deltas.delta[trunk.layer_count - 1];
   const float scale = static_cast<float>(2.0 / (static_cast<double>(call.batch) * A));
   for (int i = 0; i < span.rows; ++i) {
     const int64_t row = span.first + i;
     double loss = 0.0;
     for (int n = 0; n < A; ++n) {
-      const float residual = tile.eps.row(i)[n] - call.noise[row * A + n];
+      float* eps = tile.eps.row(i) + n;
+      const float residual = *eps - call.noise[row * A + n];
       loss += static_cast<double>(residual) * residual;
-      grad_eps.row(i)[n] = scale * residual;
+      *eps = scale * residual;  // the loss's slope at eps takes its place
     }
     all.row_loss[row] = loss;
   }
   if (!backward) return;
 
-  mlp_backward_tile(trunk, span.rows, trunk_saved, trunk_deltas, tile.grad_input);
-  const MlpDeltas time_deltas = all.time_deltas.from(span.first, time.layer_count);
+  mlp_backward_tile(trunk, span.rows, trunk_saved, tile.eps.data, tile.eps.stride,
+                    all.trunk_deltas.from(span.first, trunk.layer_count), tile.grad_input);
   for (int i = 0; i < span.rows; ++i) {
     const int64_t row = span.first + i;
     const float* grad_input = tile.grad_input.row(i);
-    memcpy(time_deltas.delta[time.layer_count - 1].row(i), grad_input + A, bytes(E));
     if (call.grad_state) memcpy(call.grad_state + row * S, grad_input + A + E, bytes(S));
     if (call.grad_action) {
       const float level = call.levels[2 * call.t[row]];
       for (int n = 0; n < A; ++n) call.grad_action[row * A + n] = level * grad_input[n];
     }
   }
-  mlp_backward_tile(time, span.rows, all.time_saved.from(span.first, time.layer_count), time_deltas,
-                    {nullptr, 0});
+  mlp_backward_tile(time, span.rows, time_saved, tile.grad_input.data + A, tile.grad_input.stride,
+                    all.time_deltas.from(span.first, time.layer_count), {nullptr, 0});
 }
 
+template <class Operand>
 static void denoising_loss(const DenoisingLossCall& call) {
   Carver sizes{nullptr};
-  DenoisingRows::take(call, &sizes);
+  DenoisingRows<Operand>::take(call, &sizes);
   Carver memory{thread_scratch(Scratch::call, sizes.used)};
-  const DenoisingRows all = DenoisingRows::take(call, &memory);
+  const auto all = DenoisingRows<Operand>::take(call, &memory);
 
-  WeightGradient list[2 * max_layers];
+  WeightGradient<typename Operand::Input> list[2 * max_layers];
   int gradients = 0;
   if (call.grad_weights) {
     gradients = list_gradients(*call.time_mlp, all.time_saved, all.time_deltas, call.grad_weights,
@@ -136,6 +146,14 @@ static void denoising_loss(const DenoisingLossCall& call) {
   double sum = 0.0;
   for (int64_t row = 0; row < call.batch; ++row) sum += all.row_loss[row];
   *call.loss = static_cast<float>(sum / (static_cast<double>(call.batch) * call.action_dim));
+}
+
+static void denoising_loss(const DenoisingLossCall& call) {
+  if (call.trunk->precision == Precision::bfloat16) {
+    denoising_loss<Bfloat16Operand>(call);
+  } else {
+    denoising_loss<Float32Operand>(call);
+  }
 }
 
 }  // namespace DIFFCORE_ISA

@@ -290,7 +290,9 @@ std::shared_ptr<const Packed<CriticPack>> packed_critic(const CriticParameters& 
 
 std::shared_ptr<const Packed<MlpPack>> packed_mlp(const MlpParameters& p) {
   const Kernels& kernels = active_kernels();
-  PackKey key(kernels, p.layers[0], {p.layer_count, p.forward, p.backward, p.backward_to_input});
+  PackKey key(
+      kernels, p.layers[0],
+      {p.layer_count, static_cast<int>(p.precision), p.forward, p.backward, p.backward_to_input});
   for (int l = 0; l < p.layer_count; ++l) {
     key.add(p.layers[l]);
     key.shape.push_back(static_cast<int>(p.activations[l]));

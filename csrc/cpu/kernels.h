@@ -149,6 +149,7 @@ struct MlpParameters {
   LinearParameters layers[max_layers];
   Activation activations[max_layers];
   int layer_count;
+  Precision precision;
   bool forward;
   bool backward;
   bool backward_to_input;
@@ -160,6 +161,7 @@ struct MlpPack {
   PackedLinear backward[max_layers];  // transposed
   Activation activations[max_layers];
   int layer_count;
+  Precision precision;
 };
 
 constexpr int max_networks = 8;

@@ -73,6 +73,9 @@ DIFFCORE_INLINE Rows<T> take_rows(Carver* memory, int64_t rows, int columns) {
   return {memory->take<T>(static_cast<int64_t>(sizeof(T)) * rows * stride), stride};
 }
 
+template <class T>
+constexpr int per_line = 64 / static_cast<int>(sizeof(T));  // values of a cache line
+
 // Asks for a block's cache lines while the product before its use keeps the CPU busy: it has a few
 // bytes of every row, a pattern in which no CPU sees what comes next.
 template <class T>
@@ -80,30 +83,31 @@ DIFFCORE_INLINE void prefetch_block(Rows<T> r, int row, int count, int column, i
   if (!r.data) return;
   for (int i = 0; i < count; ++i) {
     const T* first = r.row(row + i) + column;
-    for (int n = 0; n < columns; n += line) __builtin_prefetch(first + n);
+    for (int n = 0; n < columns; n += per_line<T>) __builtin_prefetch(first + n);
     __builtin_prefetch(first + columns - 1);
   }
 }
 
 // Fetches a block of rows into L2, a few lines at every call, while products keep the CPU busy: for
 // pieces of rows that are too short for the hardware to see a stream.
+template <class T>
 struct Prefetcher {
-  const float* row;
+  const T* row;
   ptrdiff_t stride;
   int rows;
   int columns;
   int lines_per_call;
   int column = 0;
 
-  Prefetcher(const float* first, ptrdiff_t row_stride, int row_count, int column_count, int calls)
+  Prefetcher(const T* first, ptrdiff_t row_stride, int row_count, int column_count, int calls)
       : row(first), stride(row_stride), rows(row_count), columns(column_count) {
-    const int64_t lines = ceil_div(columns, line) * rows;
+    const int64_t lines = ceil_div(columns, per_line<T>) * rows;
     lines_per_call = static_cast<int>(ceil_div(lines, calls));
   }
   void operator()() {
     for (int i = 0; i < lines_per_call && rows > 0; ++i) {
       __builtin_prefetch(row + column, 0, 2);
-      column += line;
+      column += per_line<T>;
       if (column < columns) continue;
       column = 0;
       row += stride;
@@ -133,9 +137,9 @@ DIFFCORE_INLINE void linear_activate(Rows<typename In::Input> x, int rows,
 }
 
 // out = x W^T + offset.
-template <class In>
+template <class In, class Out = Float32Operand>
 DIFFCORE_INLINE void linear_store(Rows<typename In::Input> x, int rows, const PackedLinear& layer,
-                                  Offset offset, Rows<float> out) {
+                                  Offset offset, Rows<typename Out::Input> out) {
   linear<In>(
       x.data, x.stride, rows, layer, offset,
       [&](int row, int count, int column, int columns) {
@@ -144,16 +148,16 @@ DIFFCORE_INLINE void linear_store(Rows<typename In::Input> x, int rows, const Pa
       [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {
         for (int i = 0; i < count; ++i)
           for (int n = 0; n < columns; n += W)
-            store(out.row(row + i) + column + n, load(sums + i * stride + n));
+            Out::store_activation(out.row(row + i) + column + n, load(sums + i * stride + n));
       });
 }
 
 // out = (x W^T) * factor, element by element; without a factor where it has no memory.
-template <class In>
+template <class In, class Out>
 DIFFCORE_INLINE void linear_multiply(Rows<typename In::Input> x, int rows,
                                      const PackedLinear& layer, Rows<float> factor,
-                                     Rows<float> out) {
-  if (!factor.data) return linear_store<In>(x, rows, layer, bias_only(layer), out);
+                                     Rows<typename Out::Input> out) {
+  if (!factor.data) return linear_store<In, Out>(x, rows, layer, bias_only(layer), out);
   linear<In>(
       x.data, x.stride, rows, layer, bias_only(layer),
       [&](int row, int count, int column, int columns) {
@@ -163,12 +167,14 @@ DIFFCORE_INLINE void linear_multiply(Rows<typename In::Input> x, int rows,
       [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {
         for (int i = 0; i < count; ++i)
           for (int n = 0; n < columns; n += W)
-            store(out.row(row + i) + column + n,
-                  load(sums + i * stride + n) * load(factor.row(row + i) + column + n));
+            Out::store_activation(
+                out.row(row + i) + column + n,
+                load(sums + i * stride + n) * load(factor.row(row + i) + column + n));
       });
 }
 
-DIFFCORE_INLINE Rows<float> rows_from(Rows<float> r, int64_t first) {
+template <class T>
+DIFFCORE_INLINE Rows<T> rows_from(Rows<T> r, int64_t first) {
   return {r.data ? r.row(first) : nullptr, r.stride};
 }
 
@@ -182,6 +188,26 @@ DIFFCORE_INLINE void copy_rows(const float* from, ptrdiff_t from_stride, int64_t
   for (int64_t i = 0; i < rows; ++i) {
     memcpy(to.row(i), from + i * from_stride, sizeof(float) * static_cast<size_t>(columns));
     for (int n = columns; n < padded(columns); ++n) to.row(i)[n] = 0.0f;
+  }
+}
+
+// Rows as a product reads them: times `factor` where that has memory, of the operand's type, padded
+// with zeros.
+template <class Operand>
+static void convert_rows(const float* from, ptrdiff_t from_stride, int64_t rows, int columns,
+                         Rows<typename Operand::Input> to, Rows<float> factor = {nullptr, 0}) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* row = from + i * from_stride;
+    const auto store_vector = [&](int n, Vec value) {
+      if (factor.data) value = value * load(factor.row(i) + n);
+      Operand::store_activation(to.row(i) + n, value);
+    };
+    int n = 0;
+    for (; n + W <= columns; n += W) store_vector(n, load(row + n));
+    if (n == columns) continue;
+    float rest[W] = {};
+    memcpy(rest, row + n, sizeof(float) * static_cast<size_t>(columns - n));
+    store_vector(n, load(rest));
   }
 }
 

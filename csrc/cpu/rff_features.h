@@ -5,7 +5,7 @@
 // cosine and sine the features are each other's slopes.
 #pragma once
 
-#include "mlp.h"
+#include "weight_gradient.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
@@ -119,7 +119,7 @@ static void rff_features_backward(const RffBackwardCall& call) {
   Carver memory{thread_scratch(Scratch::call, sizes.used)};
   const Rows<float> delta = take_rows<float>(&memory, call.batch, features);
   const Rows<float> x = {const_cast<float*>(call.x), in};
-  const WeightGradient omega = {delta, x, in, features, call.grad_omega, call.grad_bias};
+  const WeightGradient<float> omega = {delta, x, in, features, call.grad_omega, call.grad_bias};
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

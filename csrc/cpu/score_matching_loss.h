@@ -17,7 +17,7 @@
 // what is one number a row (score, g) is then one vector, and no sum runs across lanes.
 #pragma once
 
-#include "mlp.h"
+#include "weight_gradient.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
@@ -32,10 +32,6 @@ constexpr int state_chunk = 16;   // coordinates summed before they join the tot
 // Features that share such rows, from L2: some register blocks of them.
 template <class Operand>
 constexpr int feature_share = Operand::whole_tiles ? 2 * amx_rows : 4 * max_tile_rows;
-
-// Values that a row of a panel covers: 1, or a pair.
-template <class Operand>
-constexpr int step_of = Operand::precision == Precision::bfloat16 ? 2 : 1;
 
 // ---- packing ---------------------------------------------------------------------------------
 
@@ -53,55 +49,7 @@ static void pack_lanes(const float* rows, ptrdiff_t stride, int count, int in,
   }
 }
 
-// `columns` columns of `in` rows, panel by panel: panels[n][k][column]. The last panel's missing
-// columns are zero.
-template <class Operand>
-static void pack_columns(const float* rows, ptrdiff_t stride, int in, int columns,
-                         typename Operand::Weight* panels) {
-  using Weight = typename Operand::Weight;
-  const int depth = Operand::depth(in), whole = columns / panel_width;
-  const ptrdiff_t panel_size = static_cast<ptrdiff_t>(depth) * panel_width;
-  for (int k = 0; k < depth; ++k) {
-    const float* first = rows + k * step_of<Operand> * stride;
-    const bool alone = step_of<Operand> * k + 1 == in;
-    Weight* to = panels + static_cast<ptrdiff_t>(k) * panel_width;
-    for (int n = 0; n < whole; ++n, first += panel_width, to += panel_size) {
-      if constexpr (Operand::precision == Precision::float32) {
-        memcpy(to, first, sizeof(float) * panel_width);
-      } else if (alone) {
-        for (int c = 0; c < panel_width; ++c) to[c] = Operand::weight(first[c], 0.0f);
-      } else {
-        for (int c = 0; c < panel_width; ++c) to[c] = Operand::weight(first[c], first[stride + c]);
-      }
-    }
-    const int present = columns % panel_width;
-    if (present == 0) continue;
-    for (int c = 0; c < panel_width; ++c) {
-      const bool single = step_of<Operand> == 1 || alone;
-      to[c] =
-          c < present ? Operand::weight(first[c], single ? 0.0f : first[stride + c]) : Weight(0);
-    }
-  }
-}
-
-// Rows as the left side of a product reads them: of the operand's type, padded with zeros.
-template <class Operand>
-static void convert_rows(const float* from, ptrdiff_t from_stride, int64_t rows, int columns,
-                         Rows<typename Operand::Input> to) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* row = from + i * from_stride;
-    int n = 0;
-    for (; n + W <= columns; n += W) Operand::store_activation(to.row(i) + n, load(row + n));
-    if (n == columns) continue;
-    float rest[W] = {};
-    memcpy(rest, row + n, sizeof(float) * static_cast<size_t>(columns - n));
-    Operand::store_activation(to.row(i) + n, load(rest));
-  }
-}
-
 // ---- the product -----------------------------------------------------------------------------
-
-constexpr float no_offset[panel_width] = {};
 
 // `count` rows cut into register blocks that are as even as they come.
 template <class Operand>

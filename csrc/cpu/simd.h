@@ -79,7 +79,7 @@ DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
   *exponent = {_mm512_cvtepi32_ps(e)};
   *mantissa = {_mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(e, 23)))};
 }
-// Round to bfloat16, nearest even, result kept as float; NaN stays NaN.
+// Round to bfloat16, nearest even, result kept as float; NaN stays NaN, by its upper half alone.
 DIFFCORE_INLINE Vec round_to_bf16(Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -87,7 +87,21 @@ DIFFCORE_INLINE Vec round_to_bf16(Vec a) {
       _mm512_and_si512(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))),
                        _mm512_set1_epi32(static_cast<int>(0xffff0000)));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  return {_mm512_mask_blend_ps(nan, _mm512_castsi512_ps(rounded), a.v)};
+  return {_mm512_mask_add_ps(_mm512_castsi512_ps(rounded), nan, a.v, a.v)};
+}
+// A vector of bfloat16.
+DIFFCORE_INLINE Vec load(const uint16_t* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+DIFFCORE_INLINE void store(uint16_t* p, Vec a) {
+#if defined(DIFFCORE_NATIVE_BF16)
+  const __m256i bits = (__m256i)_mm512_cvtneps_pbh(a.v);
+#else
+  const __m512i rounded = _mm512_castps_si512(round_to_bf16(a).v);
+  const __m256i bits = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#endif
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
 }
 // Pairs of bfloat16 packed as 32-bit words: the value at the even position is in the low half.
 DIFFCORE_INLINE Vec low_bf16(const uint32_t* p) {
@@ -96,6 +110,15 @@ DIFFCORE_INLINE Vec low_bf16(const uint32_t* p) {
 DIFFCORE_INLINE Vec high_bf16(const uint32_t* p) {
   return {_mm512_castsi512_ps(
       _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+}
+// One such pair in every lane.
+DIFFCORE_INLINE void broadcast_pair(const uint16_t* p, Vec* low, Vec* high) {
+  int32_t pair;
+  memcpy(&pair, p, sizeof pair);
+  const __m512i bits = _mm512_set1_epi32(pair);
+  *low = {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
+  *high = {
+      _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
 }
 
 #elif defined(DIFFCORE_ISA_AVX2)
@@ -164,8 +187,18 @@ DIFFCORE_INLINE Vec round_to_bf16(Vec a) {
   const __m256i rounded =
       _mm256_and_si256(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))),
                        _mm256_set1_epi32(static_cast<int>(0xffff0000)));
-  return {
-      _mm256_blendv_ps(_mm256_castsi256_ps(rounded), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
+  return {_mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_add_ps(a.v, a.v),
+                           _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
+}
+DIFFCORE_INLINE Vec load(const uint16_t* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+DIFFCORE_INLINE void store(uint16_t* p, Vec a) {
+  const __m256i bits = _mm256_srli_epi32(_mm256_castps_si256(round_to_bf16(a).v), 16);
+  const __m128i packed =
+      _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
 }
 DIFFCORE_INLINE Vec low_bf16(const uint32_t* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -174,6 +207,14 @@ DIFFCORE_INLINE Vec low_bf16(const uint32_t* p) {
 DIFFCORE_INLINE Vec high_bf16(const uint32_t* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {
+      _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
+}
+DIFFCORE_INLINE void broadcast_pair(const uint16_t* p, Vec* low, Vec* high) {
+  int32_t pair;
+  memcpy(&pair, p, sizeof pair);
+  const __m256i bits = _mm256_set1_epi32(pair);
+  *low = {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
+  *high = {
       _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
 }
 
@@ -236,7 +277,13 @@ DIFFCORE_INLINE Vec round_to_bf16(Vec a) {
   const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
   const uint32x4_t rounded =
       vandq_u32(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff))), vdupq_n_u32(0xffff0000u));
-  return {vbslq_f32(vceqq_f32(a.v, a.v), vreinterpretq_f32_u32(rounded), a.v)};
+  return {vbslq_f32(vceqq_f32(a.v, a.v), vreinterpretq_f32_u32(rounded), vaddq_f32(a.v, a.v))};
+}
+DIFFCORE_INLINE Vec load(const uint16_t* p) {
+  return {vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(p)), 16))};
+}
+DIFFCORE_INLINE void store(uint16_t* p, Vec a) {
+  vst1_u16(p, vshrn_n_u32(vreinterpretq_u32_f32(round_to_bf16(a).v), 16));
 }
 DIFFCORE_INLINE Vec low_bf16(const uint32_t* p) {
   return {vreinterpretq_f32_u32(vshlq_n_u32(vld1q_u32(p), 16))};
@@ -244,12 +291,20 @@ DIFFCORE_INLINE Vec low_bf16(const uint32_t* p) {
 DIFFCORE_INLINE Vec high_bf16(const uint32_t* p) {
   return {vreinterpretq_f32_u32(vandq_u32(vld1q_u32(p), vdupq_n_u32(0xffff0000u)))};
 }
+DIFFCORE_INLINE void broadcast_pair(const uint16_t* p, Vec* low, Vec* high) {
+  uint32_t pair;
+  memcpy(&pair, p, sizeof pair);
+  const uint32x4_t bits = vdupq_n_u32(pair);
+  *low = {vreinterpretq_f32_u32(vshlq_n_u32(bits, 16))};
+  *high = {vreinterpretq_f32_u32(vandq_u32(bits, vdupq_n_u32(0xffff0000u)))};
+}
 
 #else  // baseline: GCC/Clang vector extensions, any CPU
 
 typedef float Float4 __attribute__((vector_size(16)));
 typedef int32_t Int4 __attribute__((vector_size(16)));
 typedef uint32_t Word4 __attribute__((vector_size(16)));
+typedef uint16_t Half4 __attribute__((vector_size(8)));
 
 struct Vec {
   static constexpr int width = 4;
@@ -312,7 +367,16 @@ DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
 DIFFCORE_INLINE Vec round_to_bf16(Vec a) {
   const Word4 bits = (Word4)a.v;
   const Word4 rounded = (bits + ((bits >> 16) & 1u) + 0x7fffu) & 0xffff0000u;
-  return select({a.v == a.v}, {(Float4)rounded}, a);
+  return select({a.v == a.v}, {(Float4)rounded}, a + a);
+}
+DIFFCORE_INLINE Vec load(const uint16_t* p) {
+  Half4 bits;
+  memcpy(&bits, p, sizeof bits);
+  return {(Float4)(__builtin_convertvector(bits, Word4) << 16)};
+}
+DIFFCORE_INLINE void store(uint16_t* p, Vec a) {
+  const Half4 bits = __builtin_convertvector((Word4)round_to_bf16(a).v >> 16, Half4);
+  memcpy(p, &bits, sizeof bits);
 }
 DIFFCORE_INLINE Vec low_bf16(const uint32_t* p) {
   Word4 bits;
@@ -323,6 +387,13 @@ DIFFCORE_INLINE Vec high_bf16(const uint32_t* p) {
   Word4 bits;
   memcpy(&bits, p, sizeof bits);
   return {(Float4)(bits & 0xffff0000u)};
+}
+DIFFCORE_INLINE void broadcast_pair(const uint16_t* p, Vec* low, Vec* high) {
+  uint32_t pair;
+  memcpy(&pair, p, sizeof pair);
+  const Word4 bits = {pair, pair, pair, pair};
+  *low = {(Float4)(bits << 16)};
+  *high = {(Float4)(bits & 0xffff0000u)};
 }
 
 #endif

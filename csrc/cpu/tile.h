@@ -55,19 +55,23 @@ struct Float32Operand {
 };
 
 struct Bfloat16Operand {
-  using Weight = uint32_t;
 #if defined(DIFFCORE_AMX)
   static constexpr bool whole_tiles = true;
 #else
   static constexpr bool whole_tiles = false;
 #endif
+  using Input = uint16_t;
+  using Weight = uint32_t;
   static constexpr Precision precision = Precision::bfloat16;
   DIFFCORE_INLINE int depth(int in) { return (in + 1) / 2; }
   DIFFCORE_INLINE Weight weight(float first, float second) {
-    return to_bf16(first) | static_cast<uint32_t>(to_bf16(second)) << 16;
+    return weight(to_bf16(first), to_bf16(second));
   }
+  DIFFCORE_INLINE Weight weight(Input first, Input second) {
+    return first | static_cast<uint32_t>(second) << 16;
+  }
+  DIFFCORE_INLINE void store_activation(Input* p, Vec value) { store(p, value); }
 #if defined(DIFFCORE_NATIVE_BF16)
-  using Input = uint16_t;
   template <int rows, int vectors>
   DIFFCORE_INLINE void multiply_add(const Input* x, ptrdiff_t x_stride, int k,
                                     const Weight* const (&panel)[vectors],
@@ -84,11 +88,7 @@ struct Bfloat16Operand {
       for (int j = 0; j < vectors; ++j) sum[i][j].v = _mm512_dpbf16_ps(sum[i][j].v, w[j], xi);
     }
   }
-  DIFFCORE_INLINE void store_activation(Input* p, Vec value) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(value.v));
-  }
 #else
-  using Input = float;
   template <int rows, int vectors>
   DIFFCORE_INLINE void multiply_add(const Input* x, ptrdiff_t x_stride, int k,
                                     const Weight* const (&panel)[vectors],
@@ -101,8 +101,8 @@ struct Bfloat16Operand {
     }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
-      const Vec x0 = broadcast(x[i * x_stride + 2 * k]),
-                x1 = broadcast(x[i * x_stride + 2 * k + 1]);
+      Vec x0, x1;
+      broadcast_pair(x + i * x_stride + 2 * k, &x0, &x1);
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) {
         sum[i][j] = fma(x1, high[j], sum[i][j]);
@@ -110,9 +110,12 @@ struct Bfloat16Operand {
       }
     }
   }
-  DIFFCORE_INLINE void store_activation(Input* p, Vec value) { store(p, round_to_bf16(value)); }
 #endif
 };
+
+// Values that a row of a panel covers: 1, or a pair.
+template <class Operand>
+constexpr int step_of = Operand::precision == Precision::bfloat16 ? 2 : 1;
 
 // ---- packing -------------------------------------------------------------------------------
 
@@ -164,37 +167,85 @@ DIFFCORE_INLINE void transpose_4x4(const float* from, ptrdiff_t from_stride, flo
   memcpy(to + 3 * to_stride, &r3, 16);
 }
 
+// The same with pairs: to[k * to_stride + n] = from[n * from_stride + 2 k] and the value behind it,
+// for 4 rows of 4 pairs.
+DIFFCORE_INLINE void transpose_4x4_pairs(const float* from, ptrdiff_t from_stride, uint32_t* to,
+                                         ptrdiff_t to_stride) {
+  uint16_t rounded[4][8];
+  for (int n = 0; n < 4; ++n)
+    for (int k = 0; k < 8; ++k) rounded[n][k] = to_bf16(from[n * from_stride + k]);
+  // Pairs move as floats do: nothing is computed.
+  transpose_4x4(reinterpret_cast<const float*>(rounded), 4, reinterpret_cast<float*>(to),
+                to_stride);
+}
+
 // Element (n, k) of the packed matrix is weight[n * out_stride + k * in_stride].
 template <class Operand>
 void pack_panels(const float* weight, ptrdiff_t out_stride, ptrdiff_t in_stride, int in, int out,
                  typename Operand::Weight* panels) {
   using Weight = typename Operand::Weight;
-  constexpr int pair = Operand::precision == Precision::bfloat16 ? 2 : 1;
+  constexpr int step = step_of<Operand>;
   for (int n = 0; n < out; n += panel_width) {
     const int columns = out - n > W ? panel_width : W;
     const int present = out - n < columns ? out - n : columns;
     const float* source = weight + n * out_stride;
     int k = 0;
-    if constexpr (pair == 1) {
-      if (in_stride == 1 && present == columns) {
-        for (; k + 4 <= in; k += 4)
-          for (int c = 0; c < columns; c += 4)
-            transpose_4x4(source + c * out_stride + k, out_stride, panels + k * columns + c,
-                          columns);
+    if (in_stride == 1 && present == columns) {
+      for (; k + 4 * step <= in; k += 4 * step) {
+        for (int c = 0; c < columns; c += 4) {
+          const float* from = source + c * out_stride + k;
+          Weight* to = panels + k / step * columns + c;
+          if constexpr (step == 1) {
+            transpose_4x4(from, out_stride, to, columns);
+          } else {
+            transpose_4x4_pairs(from, out_stride, to, columns);
+          }
+        }
       }
     }
-    for (; k < in; k += pair) {
-      Weight* row = panels + static_cast<ptrdiff_t>(k / pair) * columns;
+    for (; k < in; k += step) {
+      Weight* row = panels + static_cast<ptrdiff_t>(k / step) * columns;
       const float* first = source + k * in_stride;
       const float* second = first + in_stride;
       const bool last_alone = k + 1 >= in;
       for (int c = 0; c < present; ++c) {
         row[c] = Operand::weight(first[c * out_stride],
-                                 pair == 1 || last_alone ? 0.0f : second[c * out_stride]);
+                                 step == 1 || last_alone ? 0.0f : second[c * out_stride]);
       }
       for (int c = present; c < columns; ++c) row[c] = Weight(0);
     }
     panels += static_cast<ptrdiff_t>(Operand::depth(in)) * columns;
+  }
+}
+
+// `columns` columns of `in` rows, panel by panel: panels[n][k][column]. The last panel's missing
+// columns are zero.
+template <class Operand, class Value>
+void pack_columns(const Value* rows, ptrdiff_t stride, int in, int columns,
+                  typename Operand::Weight* panels) {
+  using Weight = typename Operand::Weight;
+  const int depth = Operand::depth(in), whole = columns / panel_width;
+  const ptrdiff_t panel_size = static_cast<ptrdiff_t>(depth) * panel_width;
+  for (int k = 0; k < depth; ++k) {
+    const Value* first = rows + k * step_of<Operand> * stride;
+    const bool alone = step_of<Operand> * k + 1 == in;
+    Weight* to = panels + static_cast<ptrdiff_t>(k) * panel_width;
+    for (int n = 0; n < whole; ++n, first += panel_width, to += panel_size) {
+      if constexpr (Operand::precision == Precision::float32) {
+        memcpy(to, first, sizeof(float) * panel_width);
+      } else if (alone) {
+        for (int c = 0; c < panel_width; ++c) to[c] = Operand::weight(first[c], Value(0));
+      } else {
+        for (int c = 0; c < panel_width; ++c) to[c] = Operand::weight(first[c], first[stride + c]);
+      }
+    }
+    const int present = columns % panel_width;
+    if (present == 0) continue;
+    for (int c = 0; c < panel_width; ++c) {
+      const bool single = step_of<Operand> == 1 || alone;
+      to[c] = c < present ? Operand::weight(first[c], single ? Value(0) : first[stride + c])
+                          : Weight(0);
+    }
   }
 }
 
@@ -231,6 +282,7 @@ struct Offset {
   ptrdiff_t stride;
 };
 
+constexpr float no_offset[panel_width] = {};
 constexpr int max_vectors = 8;
 
 // Sums of `rows` rows and `vectors` vectors of outputs, into `out`. Row k of a panel lies

@@ -121,8 +121,10 @@ void action_gradient(const std::vector<Layer>& first, const std::vector<Layer>& 
 }
 
 // Networks of one shape, as [network 0's layers, network 1's layers, ...].
-MlpParameters mlp_parameters(const Layer* layers, const std::vector<Activation>& activations) {
+MlpParameters mlp_parameters(const Layer* layers, const std::vector<Activation>& activations,
+                             Precision precision) {
   MlpParameters parameters{};
+  parameters.precision = precision;
   parameters.layer_count = static_cast<int>(activations.size());
   for (int l = 0; l < parameters.layer_count; ++l) {
     parameters.layers[l] = linear_parameters(layers[l]);
@@ -136,11 +138,11 @@ using PackedMlp = std::shared_ptr<const Packed<MlpPack>>;
 enum class Direction { forward, backward, backward_to_input };
 
 std::vector<PackedMlp> packed_mlps(const std::vector<Layer>& layers,
-                                   const std::vector<Activation>& activations,
+                                   const std::vector<Activation>& activations, Precision precision,
                                    Direction direction) {
   std::vector<PackedMlp> packed;
   for (size_t first = 0; first < layers.size(); first += activations.size()) {
-    MlpParameters parameters = mlp_parameters(&layers[first], activations);
+    MlpParameters parameters = mlp_parameters(&layers[first], activations, precision);
     parameters.forward = direction == Direction::forward;
     parameters.backward = !parameters.forward;
     parameters.backward_to_input = direction == Direction::backward_to_input;
@@ -165,8 +167,10 @@ struct GradientAddresses {
   float* const* bias_list() const { return wanted ? biases.data() : nullptr; }
 };
 
-int mlp_saved_width(const std::vector<Layer>& layers, const std::vector<Activation>& activations) {
+int mlp_saved_width(const std::vector<Layer>& layers, const std::vector<Activation>& activations,
+                    Precision precision) {
   MlpPack shape{};
+  shape.precision = precision;
   shape.layer_count = static_cast<int>(activations.size());
   for (int l = 0; l < shape.layer_count; ++l) {
     shape.forward[l].in = std::get<2>(layers[l]);
@@ -177,9 +181,11 @@ int mlp_saved_width(const std::vector<Layer>& layers, const std::vector<Activati
 }
 
 void mlp_forward(const std::vector<Layer>& layers, const std::vector<Activation>& activations,
-                 int64_t batch, Address x, Address y, Address saved, int threads) {
+                 Precision precision, int64_t batch, Address x, Address y, Address saved,
+                 int threads) {
   const py::gil_scoped_release unlocked;
-  const std::vector<PackedMlp> networks = packed_mlps(layers, activations, Direction::forward);
+  const std::vector<PackedMlp> networks =
+      packed_mlps(layers, activations, precision, Direction::forward);
   MlpCall call{};
   for (const auto& network : networks) call.networks[call.network_count++] = &network->pack;
   call.batch = batch;
@@ -191,11 +197,11 @@ void mlp_forward(const std::vector<Layer>& layers, const std::vector<Activation>
 }
 
 void mlp_backward(const std::vector<Layer>& layers, const std::vector<Activation>& activations,
-                  int64_t batch, Address x, Address saved, Address grad_y, Address grad_x,
-                  const std::vector<Address>& grad_parameters, int threads) {
+                  Precision precision, int64_t batch, Address x, Address saved, Address grad_y,
+                  Address grad_x, const std::vector<Address>& grad_parameters, int threads) {
   const py::gil_scoped_release unlocked;
-  const std::vector<PackedMlp> networks =
-      packed_mlps(layers, activations, grad_x ? Direction::backward_to_input : Direction::backward);
+  const std::vector<PackedMlp> networks = packed_mlps(
+      layers, activations, precision, grad_x ? Direction::backward_to_input : Direction::backward);
   const GradientAddresses gradients(grad_parameters);
   MlpBackwardCall call{};
   for (const auto& network : networks) call.networks[call.network_count++] = &network->pack;
@@ -210,10 +216,11 @@ void mlp_backward(const std::vector<Layer>& layers, const std::vector<Activation
   active_kernels().mlp_backward(call);
 }
 
-void denoising_loss(const std::vector<Layer>& layers, Activation activation, int64_t batch,
-                    int state_dim, int action_dim, Address state, Address action, Address noise,
-                    Address t, Address levels, Address embedding, Address loss, Address grad_state,
-                    Address grad_action, const std::vector<Address>& grad_parameters, int threads) {
+void denoising_loss(const std::vector<Layer>& layers, Activation activation, Precision precision,
+                    int64_t batch, int state_dim, int action_dim, Address state, Address action,
+                    Address noise, Address t, Address levels, Address embedding, Address loss,
+                    Address grad_state, Address grad_action,
+                    const std::vector<Address>& grad_parameters, int threads) {
   const py::gil_scoped_release unlocked;
   const GradientAddresses gradients(grad_parameters);
   const bool backward = gradients.wanted || grad_state || grad_action;
@@ -221,7 +228,7 @@ void denoising_loss(const std::vector<Layer>& layers, Activation activation, int
   const auto pack = [&](const Layer* first, size_t depth, bool backward_to_input) {
     std::vector<Activation> activations(depth, activation);
     activations.back() = Activation::identity;
-    MlpParameters parameters = mlp_parameters(first, activations);
+    MlpParameters parameters = mlp_parameters(first, activations, precision);
     parameters.forward = true;
     parameters.backward = backward;
     parameters.backward_to_input = backward_to_input;
@@ -325,7 +332,7 @@ class Workspace {
 // before it, and behind it backwards where a gradient of theirs is wanted.
 void representation_loss(const std::vector<Layer>& psi, const std::vector<Activation>& psi_kinds,
                          std::vector<Layer> zeta, const std::vector<Activation>& zeta_kinds,
-                         Precision last_precision, int64_t batch, int state_dim, Address x,
+                         Precision precision, int64_t batch, int state_dim, Address x,
                          Address perturbed, Address offset, Address score_weight, Address loss,
                          Address grad_x, Address grad_perturbed,
                          const std::vector<Address>& grad_psi, std::vector<Address> grad_zeta,
@@ -345,8 +352,10 @@ void representation_loss(const std::vector<Layer>& psi, const std::vector<Activa
 
   const int features = outputs / state_dim;
   const int64_t psi_floats = batch * features, hidden_floats = batch * hidden_dim;
-  const int64_t psi_saved_floats = through_psi ? batch * mlp_saved_width(psi, psi_kinds) : 0;
-  const int64_t hidden_saved_floats = through_zeta ? batch * mlp_saved_width(zeta, zeta_kinds) : 0;
+  const int64_t psi_saved_floats =
+      through_psi ? batch * mlp_saved_width(psi, psi_kinds, precision) : 0;
+  const int64_t hidden_saved_floats =
+      through_zeta ? batch * mlp_saved_width(zeta, zeta_kinds, precision) : 0;
   Workspace workspace(2 * (Workspace::padded(psi_floats) + Workspace::padded(hidden_floats)) +
                       Workspace::padded(psi_saved_floats) + Workspace::padded(hidden_saved_floats));
   const Address psi_out = workspace.take(psi_floats), hidden = workspace.take(hidden_floats);
@@ -355,16 +364,17 @@ void representation_loss(const std::vector<Layer>& psi, const std::vector<Activa
   const Address grad_psi_out = through_psi ? workspace.take(psi_floats) : 0;
   const Address grad_hidden = through_zeta ? workspace.take(hidden_floats) : 0;
 
-  mlp_forward(psi, psi_kinds, batch, x, psi_out, psi_saved, threads);
-  mlp_forward(zeta, zeta_kinds, batch, perturbed, hidden, hidden_saved, threads);
-  score_matching_loss(batch, features, state_dim, hidden_dim, last_precision, psi_out, hidden,
-                      weight, bias, offset, score_weight, loss, grad_psi_out, grad_hidden,
-                      grad_weight, grad_bias, threads);
+  mlp_forward(psi, psi_kinds, precision, batch, x, psi_out, psi_saved, threads);
+  mlp_forward(zeta, zeta_kinds, precision, batch, perturbed, hidden, hidden_saved, threads);
+  score_matching_loss(batch, features, state_dim, hidden_dim, precision, psi_out, hidden, weight,
+                      bias, offset, score_weight, loss, grad_psi_out, grad_hidden, grad_weight,
+                      grad_bias, threads);
   if (through_psi)
-    mlp_backward(psi, psi_kinds, batch, x, psi_saved, grad_psi_out, grad_x, grad_psi, threads);
+    mlp_backward(psi, psi_kinds, precision, batch, x, psi_saved, grad_psi_out, grad_x, grad_psi,
+                 threads);
   if (through_zeta)
-    mlp_backward(zeta, zeta_kinds, batch, perturbed, hidden_saved, grad_hidden, grad_perturbed,
-                 grad_zeta, threads);
+    mlp_backward(zeta, zeta_kinds, precision, batch, perturbed, hidden_saved, grad_hidden,
+                 grad_perturbed, grad_zeta, threads);
 }
 
 void normals(uint64_t seed, uint32_t step, int64_t first_row, int64_t rows, int columns,

@@ -188,7 +188,7 @@ class DiffSRConfig:
     bonus_samples: int = 256
     """Transitions of the replay that a kernel bonus compares with, drawn anew in every update."""
     compute_dtype: ComputeDtype = "float32"
-    """Arithmetic of zeta's last layer in the representation steps. Weights stay float32."""
+    """What all networks multiply in, forward and backward. Weights, Adam, losses stay float32."""
     start_steps: int = 25_000
     """Environment steps with random actions before the first update."""
     buffer_size: int = 1_000_000
@@ -292,10 +292,9 @@ class DiffSR(BaseAgent):
         device: str | torch.device = "cpu",
     ) -> None:
         # Independent streams for the initial weights and all the rest.
-        super().__init__(
-            observation_dim, action_dim, config, seed=seed, device=device, streams=2
-        )
+        super().__init__(observation_dim, action_dim, config, seed=seed, device=device, streams=2)
         self.switches = MODES[config.mode]
+        compute_dtype = torch_dtype(config.compute_dtype)
         with seeded_weights(self.seeds[0]):
             self.representation = self._make_representation().to(self.device)
             critic = TwinRFFCritic(
@@ -304,11 +303,13 @@ class DiffSR(BaseAgent):
                 config.fourier_frequencies,
                 config.fourier_kind,
                 config.fourier_lengthscale,
+                compute_dtype,
             )
             self.critic = critic.to(self.device)
-            self.actor = SquashedGaussian(observation_dim, action_dim, config.hidden_dim).to(
-                self.device
+            actor = SquashedGaussian(
+                observation_dim, action_dim, config.hidden_dim, compute_dtype=compute_dtype
             )
+            self.actor = actor.to(self.device)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         # What judges the actor's actions, and isn't trained with it.
         self.judges = [*self.critic.parameters(), *self.representation.parameters()]

@@ -166,7 +166,7 @@ class DIPOConfig:
     update_actor_target_every: int = 1
     """Move the target actor in every n-th update."""
     compute_dtype: ComputeDtype = "float32"
-    """Arithmetic of sampling and of the action gradient. Weights stay float32."""
+    """What all networks multiply in, forward and backward. Weights, Adam, losses stay float32."""
     start_steps: int = 10_000
     """Environment steps with random actions before the first update."""
     buffer_size: int = 1_000_000
@@ -239,13 +239,17 @@ class DIPO(BaseAgent):
         device: str | torch.device = "cpu",
     ) -> None:
         # Independent streams for the initial weights, the deterministic start and all the rest.
-        super().__init__(
-            observation_dim, action_dim, config, seed=seed, device=device, streams=3
-        )
+        super().__init__(observation_dim, action_dim, config, seed=seed, device=device, streams=3)
         self.switches = MODES[config.mode]
+        compute_dtype = torch_dtype(config.compute_dtype)
         with seeded_weights(self.seeds[0]):
             self.actor = self._make_policy(deterministic_seed=self.seeds[1]).to(self.device)
-            critic = TwinCritic(observation_dim, action_dim, hidden_dim=config.hidden_dim)
+            critic = TwinCritic(
+                observation_dim,
+                action_dim,
+                hidden_dim=config.hidden_dim,
+                compute_dtype=compute_dtype,
+            )
             self.critic = critic.to(self.device)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
@@ -401,18 +405,21 @@ class DIPO(BaseAgent):
     def _make_policy(self, deterministic_seed: int) -> Policy:
         config = self.config
         sizes = (self.observation_dim, self.action_dim)
+        network: dict[str, Any] = {
+            "hidden_dim": config.hidden_dim,
+            "compute_dtype": torch_dtype(config.compute_dtype),
+        }
         if config.policy == "mlp":
-            return MLPPolicy(*sizes, hidden_dim=config.hidden_dim)
+            return MLPPolicy(*sizes, **network)
         if config.policy == "vae":
             # As in the released code the latent is as wide as a hidden layer.
-            return VAEPolicy(*sizes, hidden_dim=config.hidden_dim, latent_dim=config.hidden_dim)
+            return VAEPolicy(*sizes, **network, latent_dim=config.hidden_dim)
         return DiffusionPolicy(
             *sizes,
-            hidden_dim=config.hidden_dim,
+            **network,
             schedule=getattr(DiffusionSchedule, config.schedule)(config.diffusion_steps),
             solver=config.solver,
             noise_ratio=config.noise_ratio,
-            compute_dtype=torch_dtype(config.compute_dtype),
             deterministic_seed=deterministic_seed,
         )
 

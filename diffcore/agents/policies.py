@@ -61,7 +61,7 @@ class DiffusionPolicy(Policy):
         schedule: the noise levels of training and of sampling.
         solver: which solver ``diffcore.ops.reverse_diffusion`` runs the chain with.
         noise_ratio: factor on the chain's noise when exploring; 0 is used when not.
-        compute_dtype: arithmetic of sampling; None follows the weights.
+        compute_dtype: what sampling and the loss multiply in; None follows the weights.
         deterministic_seed: seed of the one start ``x_K`` that deterministic samples share.
     """
 
@@ -149,6 +149,7 @@ class DiffusionPolicy(Policy):
             t=t,
             noise=noise,
             generator=generator,
+            compute_dtype=self.compute_dtype,
         )
 
 
@@ -166,10 +167,11 @@ class MLPPolicy(Policy):
         *,
         hidden_dim: int,
         exploration_std: float = 0.1,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.exploration_std = exploration_std
-        self.mean = MLP(observation_dim, hidden_dim, action_dim)
+        self.mean = MLP(observation_dim, hidden_dim, action_dim, compute_dtype=compute_dtype)
 
     @torch.no_grad()
     def sample(
@@ -205,13 +207,16 @@ class VAEPolicy(Policy):
         hidden_dim: int,
         latent_dim: int,
         kl_weight: float = 0.1,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.latent_dim = latent_dim
         self.kl_weight = kl_weight
         # The encoder returns the latent's mean and log variance, side by side.
-        self.encoder = MLP(action_dim + observation_dim, hidden_dim, 2 * latent_dim)
-        self.decoder = MLP(latent_dim + observation_dim, hidden_dim, action_dim)
+        widths = (action_dim + observation_dim, hidden_dim, 2 * latent_dim)
+        self.encoder = MLP(*widths, compute_dtype=compute_dtype)
+        widths = (latent_dim + observation_dim, hidden_dim, action_dim)
+        self.decoder = MLP(*widths, compute_dtype=compute_dtype)
 
     @torch.no_grad()
     def sample(

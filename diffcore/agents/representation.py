@@ -27,7 +27,7 @@ class DiffusionRepresentation(nn.Module):
         feature_dim: d, the width of psi.
         psi_hidden_dim, zeta_hidden_dim: widths of the hidden layers.
         conditioning: how zeta learns of the level; see :class:`diffcore.nn.Zeta`.
-        compute_dtype: arithmetic of zeta's last layer in the loss; None follows the weights.
+        compute_dtype: what psi, zeta and the loss multiply in; None follows the weights.
     """
 
     alpha_bar: Tensor
@@ -50,8 +50,16 @@ class DiffusionRepresentation(nn.Module):
         self.schedule = schedule
         self.noise_scale = noise_scale
         self.compute_dtype = compute_dtype
-        self.psi = Psi(state_dim, action_dim, feature_dim, psi_hidden_dim)
-        self.zeta = Zeta(state_dim, feature_dim, zeta_hidden_dim, conditioning=conditioning)
+        self.psi = Psi(
+            state_dim, action_dim, feature_dim, psi_hidden_dim, compute_dtype=compute_dtype
+        )
+        self.zeta = Zeta(
+            state_dim,
+            feature_dim,
+            zeta_hidden_dim,
+            conditioning=conditioning,
+            compute_dtype=compute_dtype,
+        )
         alpha_bar, dtype = schedule.alphas_cumprod, torch.get_default_dtype()
         spread = 1 - alpha_bar
         columns = [alpha_bar, alpha_bar.sqrt(), noise_scale * spread.sqrt(), noise_scale * spread]

@@ -21,6 +21,8 @@ class SquashedGaussian(nn.Module):
         state_dim, action_dim: widths.
         hidden_dim, hidden_layers, activation: see :class:`diffcore.nn.MLP`; weights start orthogonal.
         log_std_bounds: the lowest and the highest log standard deviation.
+        compute_dtype: of the network; see :class:`diffcore.nn.MLP`. Its outputs are float32 sums, and
+            everything after it is float32.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class SquashedGaussian(nn.Module):
         hidden_layers: int = 2,
         activation: str = "elu",
         log_std_bounds: tuple[float, float] = (-5.0, 2.0),
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         low, high = log_std_bounds
@@ -38,9 +41,8 @@ class SquashedGaussian(nn.Module):
         check_number("log_std_bounds[1]", high, above=low)
         self.state_dim, self.action_dim = state_dim, action_dim
         self.log_std_bounds = (low, high)
-        self.trunk = MLP(
-            state_dim, hidden_dim, 2 * action_dim, hidden_layers, activation, init="orthogonal"
-        )
+        widths = (state_dim, hidden_dim, 2 * action_dim)
+        self.trunk = MLP(*widths, hidden_layers, activation, "orthogonal", compute_dtype)
 
     def forward(self, state: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
         """state ``[B, S]`` -> mean and log standard deviation before the tanh, ``[B, A]`` each."""

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from diffcore.ops._activations import ACTIVATIONS
-from diffcore.ops._checks import check_choice, check_features, check_positive_int
+from diffcore.ops._checks import (
+    check_choice,
+    check_compute_dtype,
+    check_features,
+    check_positive_int,
+)
 from diffcore.ops.mlp import mlp
 from diffcore.ops.mlp_ensemble import mlp_ensemble
 
@@ -30,6 +35,8 @@ class MLP(nn.Module):
             layers, or a sequence with one for each.
         init: how layers start. ``truncated_normal``: see above; ``uniform``: as ``torch.nn.Linear``
             does, weights and biases within 1 / sqrt(fan_in); ``orthogonal``: biases at 0.
+        compute_dtype: what its calls multiply in; see :func:`diffcore.ops.mlp`. Ops that take a whole
+            network, such as losses, are told by an argument of their own.
     """
 
     def __init__(
@@ -40,6 +47,7 @@ class MLP(nn.Module):
         hidden_layers: int = 3,
         activation: str | Sequence[str] = "mish",
         init: str = "truncated_normal",
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_positive_int("in_dim", in_dim)
@@ -47,6 +55,7 @@ class MLP(nn.Module):
         check_positive_int("out_dim", out_dim)
         check_positive_int("hidden_layers", hidden_layers)
         check_choice("init", init, _INITS)
+        check_compute_dtype(compute_dtype)
         if not isinstance(activation, (str, Sequence)):
             check_choice("activation", activation, ACTIVATIONS)
         hidden = [activation] * hidden_layers if isinstance(activation, str) else [*activation]
@@ -57,6 +66,7 @@ class MLP(nn.Module):
         self.in_dim, self.hidden_dim, self.out_dim = in_dim, hidden_dim, out_dim
         self.hidden_layers = hidden_layers
         self.activations = [*hidden, "identity"]
+        self.compute_dtype = compute_dtype
         widths = [in_dim] + [hidden_dim] * hidden_layers + [out_dim]
         self.layers = nn.ModuleList(_linear(a, b, init) for a, b in itertools.pairwise(widths))
 
@@ -72,7 +82,10 @@ class MLP(nn.Module):
         check_features("x", x, self.in_dim)
         parameters = self.weights_and_biases()[: 2 * layers]
         activations = self.activations[:layers]
-        return mlp(x, parameters[::2], parameters[1::2], activations, backend=backend)
+        weights, biases = parameters[::2], parameters[1::2]
+        return mlp(
+            x, weights, biases, activations, compute_dtype=self.compute_dtype, backend=backend
+        )
 
     def weights_and_biases(self) -> list[Tensor]:
         """``list(parameters())``, without the walk through all modules, for the ops' hot paths."""
@@ -174,7 +187,7 @@ class TwinCritic(nn.Module):
 
     Args:
         state_dim, action_dim: widths; the input is ``[state, action]``.
-        hidden_dim, hidden_layers, activation: see :class:`MLP`.
+        hidden_dim, hidden_layers, activation, compute_dtype: see :class:`MLP`.
     """
 
     def __init__(
@@ -184,13 +197,16 @@ class TwinCritic(nn.Module):
         hidden_dim: int = 256,
         hidden_layers: int = 3,
         activation: str = "mish",
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_positive_int("state_dim", state_dim)
         check_positive_int("action_dim", action_dim)
         self.state_dim, self.action_dim, self.activation = state_dim, action_dim, activation
-        self.q1 = MLP(state_dim + action_dim, hidden_dim, 1, hidden_layers, activation)
-        self.q2 = MLP(state_dim + action_dim, hidden_dim, 1, hidden_layers, activation)
+        widths = (state_dim + action_dim, hidden_dim, 1)
+        self.q1, self.q2 = (
+            MLP(*widths, hidden_layers, activation, compute_dtype=compute_dtype) for _ in range(2)
+        )
 
     def weights_and_biases(self) -> list[Tensor]:
         """``list(parameters())``: see :meth:`MLP.weights_and_biases`."""
@@ -204,5 +220,6 @@ class TwinCritic(nn.Module):
         check_features("action", action, self.action_dim)
         x = torch.cat([state, action], dim=-1)
         networks = [self.q1.weights_and_biases(), self.q2.weights_and_biases()]
-        q1, q2 = mlp_ensemble(x, networks, self.q1.activations, backend=backend).unbind(0)
+        kinds, dtype = self.q1.activations, self.q1.compute_dtype
+        q1, q2 = mlp_ensemble(x, networks, kinds, compute_dtype=dtype, backend=backend).unbind(0)
         return q1, q2

@@ -21,7 +21,7 @@ class Psi(nn.Module):
     Args:
         state_dim, action_dim: widths; the input is ``[state, action]``.
         feature_dim: d.
-        hidden_dim, hidden_layers, activation: see :class:`diffcore.nn.MLP`.
+        hidden_dim, hidden_layers, activation, compute_dtype: see :class:`diffcore.nn.MLP`.
     """
 
     def __init__(
@@ -32,15 +32,15 @@ class Psi(nn.Module):
         hidden_dim: int = 256,
         hidden_layers: int = 1,
         activation: str = "elu",
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_positive_int("state_dim", state_dim)
         check_positive_int("action_dim", action_dim)
         check_positive_int("feature_dim", feature_dim)
         self.state_dim, self.action_dim, self.feature_dim = state_dim, action_dim, feature_dim
-        self.trunk = MLP(
-            state_dim + action_dim, hidden_dim, feature_dim, hidden_layers, activation, "uniform"
-        )
+        widths = (state_dim + action_dim, hidden_dim, feature_dim)
+        self.trunk = MLP(*widths, hidden_layers, activation, "uniform", compute_dtype)
 
     def forward(self, state: Tensor, action: Tensor, *, backend: str | None = None) -> Tensor:
         """state ``[B, S]``, action ``[B, A]`` -> ``[B, d]``."""
@@ -62,7 +62,7 @@ class Zeta(nn.Module):
     Args:
         state_dim: S, the width of the perturbed next state.
         feature_dim: d.
-        hidden_dim, hidden_layers, activation: see :class:`diffcore.nn.MLP`.
+        hidden_dim, hidden_layers, activation, compute_dtype: see :class:`diffcore.nn.MLP`.
         conditioning: how zeta learns of the noise level. ``alpha_bar``: abar is one more input;
             ``time_embedding``: a sinusoidal embedding of its index, through a small MLP.
         time_dim: width of that embedding, even.
@@ -77,6 +77,7 @@ class Zeta(nn.Module):
         activation: str = "elu",
         conditioning: str = "alpha_bar",
         time_dim: int = 32,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_positive_int("state_dim", state_dim)
@@ -90,7 +91,8 @@ class Zeta(nn.Module):
         self.time_mlp: MLP | None = None
         level_dim = 1
         if conditioning == "time_embedding":
-            self.time_mlp = MLP(time_dim, 2 * time_dim, time_dim, 1, "relu", "uniform")
+            widths = (time_dim, 2 * time_dim, time_dim)
+            self.time_mlp = MLP(*widths, 1, "relu", "uniform", compute_dtype)
             level_dim = time_dim
         self.trunk = MLP(
             state_dim + level_dim,
@@ -99,6 +101,7 @@ class Zeta(nn.Module):
             hidden_layers,
             activation,
             "uniform",
+            compute_dtype,
         )
 
     @property
@@ -152,6 +155,8 @@ class RFFCritic(nn.Module):
         kind: f: "sin", "cos" or, twice as wide, "cos_sin".
         lengthscale: of the Gaussian kernel that drawn frequencies stand for. psi's distances grow
             with the square root of its width.
+        compute_dtype: of the layers behind drawn frequencies, or of all where these are learned; see
+            :class:`diffcore.nn.MLP`.
     """
 
     def __init__(
@@ -161,6 +166,7 @@ class RFFCritic(nn.Module):
         frequencies: str = "learned",
         kind: str = "sin",
         lengthscale: float = 16.0,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_choice("frequencies", frequencies, FREQUENCIES)
@@ -168,7 +174,8 @@ class RFFCritic(nn.Module):
         self.fourier: RandomFourierFeatures | None = None
         if frequencies == "learned" and kind != "cos_sin":
             # f is an activation, and the whole critic one MLP.
-            self.head = MLP(feature_dim, hidden_dim, 1, 2, (kind, "elu"), "uniform")
+            widths = (feature_dim, hidden_dim, 1)
+            self.head = MLP(*widths, 2, (kind, "elu"), "uniform", compute_dtype)
             return
         self.fourier = RandomFourierFeatures(
             feature_dim,
@@ -179,7 +186,7 @@ class RFFCritic(nn.Module):
             learnable=frequencies == "learned",
             bias=kind != "cos_sin",
         )
-        self.head = MLP(self.fourier.out_dim, hidden_dim, 1, 1, "elu", "uniform")
+        self.head = MLP(self.fourier.out_dim, hidden_dim, 1, 1, "elu", "uniform", compute_dtype)
 
     @property
     def second(self) -> nn.Linear:
@@ -210,10 +217,12 @@ class TwinRFFCritic(nn.Module):
         frequencies: str = "learned",
         kind: str = "sin",
         lengthscale: float = 16.0,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.q1 = RFFCritic(feature_dim, hidden_dim, frequencies, kind, lengthscale)
-        self.q2 = RFFCritic(feature_dim, hidden_dim, frequencies, kind, lengthscale)
+        settings = (frequencies, kind, lengthscale, compute_dtype)
+        self.q1 = RFFCritic(feature_dim, hidden_dim, *settings)
+        self.q2 = RFFCritic(feature_dim, hidden_dim, *settings)
 
     def forward(self, psi: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
         """psi ``[B, feature_dim]`` -> (q1, q2), each ``[B, 1]``."""
@@ -222,7 +231,8 @@ class TwinRFFCritic(nn.Module):
         heads = self.q1.head, self.q2.head
         check_features("psi", psi, heads[0].in_dim)
         networks = [head.weights_and_biases() for head in heads]
-        q1, q2 = mlp_ensemble(psi, networks, heads[0].activations, backend=backend).unbind(0)
+        kinds, dtype = heads[0].activations, heads[0].compute_dtype
+        q1, q2 = mlp_ensemble(psi, networks, kinds, compute_dtype=dtype, backend=backend).unbind(0)
         return q1, q2
 
     def phi(self, psi: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:

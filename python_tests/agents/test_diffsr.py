@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diffcore import DiffusionSchedule, ops
 from diffcore.agents import Batch, DiffSR, DiffSRConfig
 from diffcore.agents.diffsr import ModeSwitches, gram_distance
+from diffcore.nn import MLP
 
 SWITCHES = [field.name for field in dataclasses.fields(ModeSwitches)]
 
@@ -368,7 +369,7 @@ def test_an_empty_mask_stops_the_bootstrap() -> None:
 @pytest.mark.parametrize(
     ("compute_dtype", "expected"), [("float32", None), ("bfloat16", torch.bfloat16)]
 )
-def test_compute_dtype_reaches_the_op(
+def test_compute_dtype_reaches_every_product(
     compute_dtype: Any, expected: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[torch.dtype | None] = []
@@ -382,6 +383,9 @@ def test_compute_dtype_reaches_the_op(
     agent = make_agent(compute_dtype=compute_dtype)
     agent.update(TensorReplay.random())
     assert asked == [expected, expected]
+    parts = (agent.representation, agent.critic, agent.critic_target, agent.actor)
+    networks = [m for part in parts for m in part.modules() if isinstance(m, MLP)]
+    assert {network.compute_dtype for network in networks} == {expected}
     assert all(p.dtype == torch.float32 for p in agent.representation.parameters())
 
 

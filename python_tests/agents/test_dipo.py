@@ -24,6 +24,7 @@ from diffcore.agents import (
     Policy,
     VAEPolicy,
 )
+from diffcore.nn import MLP
 from diffcore.ops import _dispatch
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -445,7 +446,7 @@ def test_without_exploration_only_the_start_of_the_chain_is_random() -> None:
 @pytest.mark.parametrize(
     ("compute_dtype", "expected"), [("float32", None), ("bfloat16", torch.bfloat16)]
 )
-def test_compute_dtype_reaches_both_ops(
+def test_compute_dtype_reaches_every_product(
     compute_dtype: str, expected: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, torch.dtype | None] = {}
@@ -461,8 +462,17 @@ def test_compute_dtype_reaches_both_ops(
 
     spy("reverse_diffusion")
     spy("action_gradient")
-    make_agent(compute_dtype=compute_dtype).update(TensorReplay.random())
-    assert asked == {"reverse_diffusion": expected, "action_gradient": expected}
+    spy("denoising_loss")
+    agent = make_agent(compute_dtype=compute_dtype)
+    agent.update(TensorReplay.random())
+    names = ("reverse_diffusion", "action_gradient", "denoising_loss")
+    assert asked == dict.fromkeys(names, expected)
+    for critic in (agent.critic, agent.critic_target):
+        assert {critic.q1.compute_dtype, critic.q2.compute_dtype} == {expected}
+    for policy in ("mlp", "vae"):
+        agent = make_agent(compute_dtype=compute_dtype, policy=policy)
+        networks = [m for m in agent.actor.modules() if isinstance(m, MLP)]
+        assert {network.compute_dtype for network in networks} == {expected}
 
 
 def test_bfloat16_keeps_float32_at_the_boundary() -> None:

@@ -11,7 +11,7 @@ import torch
 from helpers import golden_critic, load_golden, plain_critic, plain_denoiser, plain_mlp
 from torch import Tensor
 
-from diffcore import nn
+from diffcore import nn, ops
 
 ACTIVATIONS = ("identity", "relu", "elu", "silu", "gelu", "mish", "tanh", "sin", "cos")
 
@@ -169,6 +169,31 @@ def test_autocast() -> None:
         q1, _ = critic(state.bfloat16(), action.bfloat16())
     assert q1.dtype == torch.float32
     torch.testing.assert_close(q1, critic(state.bfloat16().float(), action.bfloat16().float())[0])
+
+
+def test_compute_dtype() -> None:
+    """A module's calls, forward and backward, are the op's in its precision; weights stay float32."""
+    critic = nn.TwinCritic(5, 3, 40, compute_dtype=torch.bfloat16)
+    state, action = torch.randn(9, 5), torch.randn(9, 3)
+    networks = [q.weights_and_biases() for q in (critic.q1, critic.q2)]
+    expected = ops.mlp_ensemble(
+        torch.cat([state, action], 1),
+        networks,
+        critic.q1.activations,
+        compute_dtype=torch.bfloat16,
+    )
+    values = critic(state, action)
+    assert all(map(torch.equal, values, expected))
+    exact = ops.mlp_ensemble(torch.cat([state, action], 1), networks, critic.q1.activations)
+    assert not torch.equal(values[0], exact[0])
+    sum(values).sum().backward()
+    assert {p.grad.dtype for p in critic.parameters()} == {torch.float32}
+    network = nn.MLP(5, 40, 2, 1, compute_dtype=torch.bfloat16)
+    weight, bias, *_ = network.weights_and_biases()
+    hidden = ops.mlp(state, [weight], [bias], ["mish"], compute_dtype=torch.bfloat16)
+    assert torch.equal(network.hidden(state), hidden)
+    with pytest.raises(ValueError, match="compute_dtype: expected None"):
+        nn.MLP(5, 40, 2, compute_dtype=torch.float64)
 
 
 def test_inference_mode_leaves_nothing_behind() -> None:

@@ -164,12 +164,13 @@ static void ascent(Activation activation, Precision precision) {
           run(baseline::kernels), bound(precision));
 }
 
-static void mlp(Activation activation) {
+static void mlp(Activation activation, Precision precision) {
   const Layers layers({state_dim, hidden, hidden, 3});
   const Floats x = random(batch * state_dim), grad_y = random(batch * 3);
   const auto run = [&](const Kernels& kernels) {
     MlpParameters p{};
     p.layer_count = 3;
+    p.precision = precision;
     p.forward = p.backward = p.backward_to_input = true;
     for (int l = 0; l < 3; ++l) {
       p.layers[l] = layers.parameters[static_cast<size_t>(l)];
@@ -211,8 +212,8 @@ static void mlp(Activation activation) {
     for (const Floats& g : gradients) results.insert(results.end(), g.begin(), g.end());
     return results;
   };
-  compare(named("mlp", activation, Precision::float32), run(neon::kernels), run(baseline::kernels),
-          2e-5);
+  compare(named("mlp", activation, precision), run(neon::kernels), run(baseline::kernels),
+          bound(precision));
 }
 
 static void rff(RffKind kind) {
@@ -291,8 +292,8 @@ int main() {
     for (const Precision precision : {Precision::float32, Precision::bfloat16}) {
       chain(activation, precision);
       ascent(activation, precision);
+      mlp(activation, precision);
     }
-    mlp(activation);
   }
   for (const RffKind kind : {RffKind::sin, RffKind::cos, RffKind::cos_sin}) rff(kind);
   for (const Precision precision : {Precision::float32, Precision::bfloat16})

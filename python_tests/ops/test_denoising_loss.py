@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ACTIVATIONS, assert_error_at_most_twice_eager
+from helpers import ACTIVATIONS, assert_error_at_most_twice_eager, root_mean_square
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,6 +16,7 @@ from diffcore import DiffusionSchedule, explain, nn, ops
 from diffcore.ops.denoising_loss import _tables, native
 
 SCHEDULE = DiffusionSchedule.cosine(20)
+PRECISIONS = [torch.float32, torch.bfloat16]
 
 
 class Data:
@@ -30,11 +31,16 @@ class Data:
         self.state, self.action = torch.randn(batch, state_dim), torch.rand(batch, action_dim)
         self.t, self.noise = torch.randint(20, (batch,)), torch.randn(batch, action_dim)
 
-    def run(self, backend: str | None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    def run(
+        self,
+        backend: str | None,
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+    ) -> list[Tensor]:
         """[loss, gradients of state, action and the parameters], everything in `dtype`."""
         denoiser = self.denoiser.to(dtype)
         state, action = (x.to(dtype).requires_grad_() for x in (self.state, self.action))
-        given = {"t": self.t, "noise": self.noise.to(dtype)}
+        given = {"t": self.t, "noise": self.noise.to(dtype), "compute_dtype": compute_dtype}
         loss = ops.denoising_loss(denoiser, SCHEDULE, state, action, **given, backend=backend)
         grads = torch.autograd.grad(loss, [state, action, *denoiser.parameters()])
         self.denoiser.to(torch.float32)
@@ -69,6 +75,23 @@ def test_awkward_sizes(isa: str, batch: int, sizes: dict[str, int]) -> None:
         assert (a - b).abs().max() <= 2e-6 * max(1.0, b.abs().max().item())
 
 
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a != "relu"])
+@pytest.mark.parametrize("batch", [300, 64])
+def test_bfloat16_is_within_its_bound(isa: str, activation: str, batch: int) -> None:
+    data = Data(batch, activation=activation, hidden_dim=100)
+    for module in data.denoiser.modules():  # weights as they are in training
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    ours = data.run("cpu", compute_dtype=torch.bfloat16)
+    exact = data.run("reference", torch.float64)
+    assert abs(ours[0] - exact[0]) <= 0.01 * exact[0]
+    for a, b in zip(ours[1:], exact[1:], strict=True):
+        # A bias's gradient is a sum over the batch, of which little may be left.
+        bound = 0.05 if b.ndim == 1 else 0.02
+        assert root_mean_square(a - b) <= bound * root_mean_square(b)
+        assert root_mean_square(a - b) >= 1e-4 * root_mean_square(b)  # it isn't float32 after all
+
+
 def test_gradients_of_the_reference() -> None:
     denoiser = nn.Denoiser(2, 2, hidden_dim=4, hidden_layers=1, time_dim=4).double()
     action = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
@@ -89,35 +112,39 @@ def test_is_the_loss_written_out() -> None:
     torch.testing.assert_close(data.run("cpu")[0], expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("compute_dtype", PRECISIONS)
 def test_same_bits_for_any_number_of_threads_and_on_repeat(
-    isa: str, set_threads: Callable[[int], None]
+    isa: str, set_threads: Callable[[int], None], compute_dtype: torch.dtype
 ) -> None:
     data = Data(301)
     results = []
     for threads in (1, 2, 2):
         set_threads(threads)
-        results.append(data.run("cpu"))
+        results.append(data.run("cpu", compute_dtype=compute_dtype))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_a_row_does_not_depend_on_its_batch(isa: str) -> None:
+@pytest.mark.parametrize("compute_dtype", PRECISIONS)
+def test_a_row_does_not_depend_on_its_batch(isa: str, compute_dtype: torch.dtype) -> None:
     data = Data(256)
-    whole = data.run("cpu")
+    whole = data.run("cpu", compute_dtype=compute_dtype)
     for rows in (slice(0, 1), slice(100, 164)):
         part = Data(1)
         part.denoiser = data.denoiser
         part.state, part.action = data.state[rows], data.action[rows]
         part.t, part.noise = data.t[rows], data.noise[rows]
         share = 256 / len(part.t)  # a power of two: exact
-        for whole_grad, grad in zip(whole[1:3], part.run("cpu")[1:3], strict=True):
+        alone = part.run("cpu", compute_dtype=compute_dtype)
+        for whole_grad, grad in zip(whole[1:3], alone[1:3], strict=True):
             assert torch.equal(whole_grad[rows] * share, grad)
 
 
-def test_nan_stays_in_its_row(isa: str) -> None:
+@pytest.mark.parametrize("compute_dtype", PRECISIONS)
+def test_nan_stays_in_its_row(isa: str, compute_dtype: torch.dtype) -> None:
     data = Data(9)
     data.state[5, 2] = float("nan")
-    loss, grad_state, grad_action, *_ = data.run("cpu")
+    loss, grad_state, grad_action, *_ = data.run("cpu", compute_dtype=compute_dtype)
     assert torch.isnan(loss)
     for grad in (grad_state, grad_action):
         assert torch.isnan(grad).any(1).tolist() == [i == 5 for i in range(9)]
@@ -214,9 +241,10 @@ def test_draws_levels_uniformly() -> None:
     assert float((counts - 1000).abs().max()) < 190  # six standard deviations
 
 
-def test_empty_batch() -> None:
+@pytest.mark.parametrize("compute_dtype", PRECISIONS)
+def test_empty_batch(compute_dtype: torch.dtype) -> None:
     data = Data(0)
-    loss, _, _, *grads = data.run("cpu")
+    loss, _, _, *grads = data.run("cpu", compute_dtype=compute_dtype)
     assert torch.isnan(loss)
     assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
 
@@ -241,21 +269,24 @@ def test_opcheck() -> None:
     inputs = (data.state, data.action, data.noise, data.t, levels, embedding, "mish")
     for wanted in (True, False):
         flags = [wanted] * (2 + len(parameters))
-        arguments = (*inputs, flags, parameters, "float32", "cpu")
-        torch.library.opcheck(native.loss_and_gradients.overload, arguments)
+        for precision in ("float32", "bfloat16"):
+            arguments = (*inputs, flags, parameters, precision, "cpu")
+            torch.library.opcheck(native.loss_and_gradients.overload, arguments)
     torch.library.opcheck(native.normals.overload, (torch.tensor(3), data.action, "cpu"))
 
 
-def test_compiles_whole() -> None:
+@pytest.mark.parametrize("compute_dtype", PRECISIONS)
+def test_compiles_whole(compute_dtype: torch.dtype) -> None:
     data = Data(16)
-    given = {"t": data.t, "noise": data.noise}
+    given = {"t": data.t, "noise": data.noise, "compute_dtype": compute_dtype}
+    expected_gradients = data.run("cpu", compute_dtype=compute_dtype)[3:]
 
     def loss(state: Tensor, action: Tensor) -> Tensor:
         return ops.denoising_loss(data.denoiser, SCHEDULE, state, action, **given)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     compiled(data.state, data.action).backward()
-    for parameter, expected in zip(data.denoiser.parameters(), data.run("cpu")[3:], strict=True):
+    for parameter, expected in zip(data.denoiser.parameters(), expected_gradients, strict=True):
         torch.testing.assert_close(parameter.grad, expected)
 
 
@@ -289,6 +320,7 @@ def test_func_grad_and_vmap() -> None:
         ({"t": torch.full((5,), -1)}, "t: expected levels in 0..19"),
         ({"noise": torch.randn(5, 2)}, r"noise: expected shape \[5, 3\], got \[5, 2\]"),
         ({"generator": 3}, "generator: expected a torch.Generator, got int"),
+        ({"compute_dtype": torch.float64}, "compute_dtype: expected None"),
         ({"backend": "gpu"}, "backend: expected one of cpu, reference"),
     ],
 )

@@ -23,23 +23,33 @@ def make_networks(count: int, widths: tuple[int, ...] = (23, 100, 65, 3)) -> lis
     return [network() for _ in range(count)]
 
 
-def run(x: Tensor, networks: list[list[Tensor]], grad_y: Tensor, backend: str) -> list[Tensor]:
+def run(
+    x: Tensor,
+    networks: list[list[Tensor]],
+    grad_y: Tensor,
+    backend: str,
+    compute_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
     """[y, gradient of x, gradients of all parameters]."""
     x = x.detach().requires_grad_()
-    y = ops.mlp_ensemble(x, networks, ACTIVATIONS, backend=backend)
+    y = ops.mlp_ensemble(x, networks, ACTIVATIONS, compute_dtype=compute_dtype, backend=backend)
     return [y.detach(), *torch.autograd.grad(y, [x, *itertools.chain(*networks)], grad_y)]
 
 
 @pytest.mark.parametrize("batch", [1, 7, 8, 65, 257])
 @pytest.mark.parametrize("count", [1, 2, 8])
-def test_same_bits_as_one_after_the_other(isa: str, batch: int, count: int) -> None:
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_as_one_after_the_other(
+    isa: str, batch: int, count: int, compute_dtype: torch.dtype
+) -> None:
     networks = make_networks(count)
     x, grad_y = torch.randn(batch, 23), torch.randn(count, batch, 3)
-    y, grad_x, *grads = run(x, networks, grad_y, "cpu")
+    y, grad_x, *grads = run(x, networks, grad_y, "cpu", compute_dtype)
+    settings = {"compute_dtype": compute_dtype, "backend": "cpu"}
     alone = torch.zeros(batch, 23)
     for i, network in enumerate(networks):
         leaf = x.clone().requires_grad_()
-        y_alone = ops.mlp(leaf, network[::2], network[1::2], ACTIVATIONS, backend="cpu")
+        y_alone = ops.mlp(leaf, network[::2], network[1::2], ACTIVATIONS, **settings)
         leaf_grad, *expected = torch.autograd.grad(y_alone, [leaf, *network], grad_y[i])
         assert torch.equal(y[i], y_alone)
         assert all(map(torch.equal, grads[6 * i : 6 * i + 6], expected))
@@ -47,12 +57,15 @@ def test_same_bits_as_one_after_the_other(isa: str, batch: int, count: int) -> N
     assert torch.equal(grad_x, alone)
 
 
-def test_same_bits_for_any_number_of_threads(isa: str, set_threads: Callable[[int], None]) -> None:
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_for_any_number_of_threads(
+    isa: str, set_threads: Callable[[int], None], compute_dtype: torch.dtype
+) -> None:
     networks, x, grad_y = make_networks(2), torch.randn(301, 23), torch.randn(2, 301, 3)
     results = []
     for threads in (1, 2, 2):
         set_threads(threads)
-        results.append(run(x, networks, grad_y, "cpu"))
+        results.append(run(x, networks, grad_y, "cpu", compute_dtype))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
@@ -82,17 +95,21 @@ def test_second_derivative_is_refused() -> None:
         grads[0].sum().backward()
 
 
-def test_opcheck_and_compile() -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_opcheck_and_compile(precision: str) -> None:
     networks = [[p.detach() for p in network] for network in make_networks(2)]
     x, flat = torch.randn(5, 23), [*itertools.chain(*networks)]
-    arguments = (x, flat, "mish,sin,identity", True, "float32", "cpu")
+    arguments = (x, flat, "mish,sin,identity", True, precision, "cpu")
     y, saved = native.forward(*arguments)
     torch.library.opcheck(native.forward.overload, arguments)
-    settings = (flat, "mish,sin,identity", True, True, "float32", "cpu")
+    settings = (flat, "mish,sin,identity", True, True, precision, "cpu")
     torch.library.opcheck(native.backward.overload, (torch.randn_like(y), x, saved, *settings))
 
+    dtype = getattr(torch, precision)
     compiled = torch.compile(
-        lambda x: ops.mlp_ensemble(x, networks, ACTIVATIONS), fullgraph=True, backend="aot_eager"
+        lambda x: ops.mlp_ensemble(x, networks, ACTIVATIONS, compute_dtype=dtype),
+        fullgraph=True,
+        backend="aot_eager",
     )
     assert torch.equal(compiled(x), y)
 

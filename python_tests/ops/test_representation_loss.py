@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from helpers import root_mean_square
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -41,9 +43,12 @@ def make_inputs(batch: int = 9) -> list[Tensor]:
 def in_parts(
     psi: MLP, zeta: MLP, x: Tensor, perturbed: Tensor, *rest: Tensor, **options: Any
 ) -> Tensor:
-    last = zeta.layers[-1]
-    features, hidden = psi(x), zeta.hidden(perturbed)
-    return ops.score_matching_loss(features, hidden, last.weight, last.bias, *rest, **options)  # type: ignore[arg-type]
+    *parameters, weight, bias = zeta.weights_and_biases()
+    kinds = zeta.activations[:-1]
+    hidden = ops.mlp(perturbed, parameters[::2], parameters[1::2], kinds, **options)
+    parameters = psi.weights_and_biases()
+    features = ops.mlp(x, parameters[::2], parameters[1::2], psi.activations, **options)
+    return ops.score_matching_loss(features, hidden, weight, bias, *rest, **options)
 
 
 def with_gradients(
@@ -88,6 +93,20 @@ def test_close_to_exact(backend: str) -> None:
     exact = with_gradients(ops.representation_loss, networks, inputs, backend="reference")
     for a, b in zip(ours, exact, strict=True):
         assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_is_within_its_bound(isa: str) -> None:
+    networks, inputs = make_networks(1, 100, 70), make_inputs(256)
+    ours = with_gradients(
+        ops.representation_loss, networks, inputs, compute_dtype=torch.bfloat16, backend="cpu"
+    )
+    double = tuple(copy.deepcopy(network).double() for network in networks)
+    exact = with_gradients(ops.representation_loss, double, [t.double() for t in inputs])
+    for a, b in zip(ours, exact, strict=True):
+        assert root_mean_square(a - b) <= 0.02 * root_mean_square(b)
+    # It isn't float32 after all, in no layer's gradient.
+    for a, b in zip(ours[1:], exact[1:], strict=True):
+        assert root_mean_square(a - b) >= 1e-4 * root_mean_square(b)
 
 
 def test_gradient_of_the_reference() -> None:
@@ -224,9 +243,9 @@ def test_autocast_hands_over_in_float32() -> None:
 @pytest.mark.parametrize("wanted", [[True] * 4, [False] * 4, [True, False, False, True]])
 def test_opcheck(wanted: list[bool]) -> None:
     networks = [[p.detach() for p in n.parameters()] for n in make_networks()]
-    settings = ("elu,identity", "mish,elu", wanted, "float32", "float32", "cpu")
-    arguments = (*make_inputs(), *networks, *settings)
-    torch.library.opcheck(native.loss_and_gradients.overload, arguments)
+    arguments = (*make_inputs(), *networks, "elu,identity", "mish,elu", wanted)
+    for precision in ("float32", "bfloat16"):
+        torch.library.opcheck(native.loss_and_gradients.overload, (*arguments, precision, "cpu"))
 
 
 @needs_kernels

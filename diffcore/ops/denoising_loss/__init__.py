@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _backends, _dispatch, _native, _philox
-from diffcore.ops._checks import check_levels, check_like, check_tensor, out_of_autocast
+from diffcore.ops._checks import (
+    check_compute_dtype,
+    check_levels,
+    check_like,
+    check_tensor,
+    out_of_autocast,
+)
 from diffcore.ops.denoising_loss import native, reference
 from diffcore.ops.q_sample import cached_levels
 from diffcore.schedule import DiffusionSchedule
@@ -32,6 +38,7 @@ def denoising_loss(
     t: Tensor | None = None,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
+    compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Mean of ``(z - eps(sqrt(abar_t) a + sqrt(1 - abar_t) z, s, t))^2`` over all entries.
@@ -52,6 +59,9 @@ def denoising_loss(
         noise: ``z``, ``[B, A]``; drawn from N(0, I) if None, the same for the same generator on any
             backend.
         generator: source of ``t`` and ``noise``. The default generator if None.
+        compute_dtype: of the denoiser's products, as in :func:`diffcore.ops.mlp`: with
+            ``torch.bfloat16`` the loss is within 1%, the root mean square of a gradient's error
+            within 2% of the gradient's.
         backend: "triton", "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
@@ -64,7 +74,16 @@ def denoising_loss(
     from diffcore.nn import Denoiser
 
     state, action, noise = out_of_autocast(denoiser, state, action, noise)
-    available = support(denoiser, schedule, state, action, t=t, noise=noise, generator=generator)
+    available = support(
+        denoiser,
+        schedule,
+        state,
+        action,
+        t=t,
+        noise=noise,
+        generator=generator,
+        compute_dtype=compute_dtype,
+    )
     chosen = _dispatch.choose("denoising_loss", available, backend)
     if t is None:
         t = torch.randint(schedule.K, (len(action),), generator=generator, device=action.device)
@@ -86,7 +105,7 @@ def denoising_loss(
     inputs = (state, action, noise, t, levels, embedding, denoiser.activation)
     differentiable = (state, action, *parameters)
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in differentiable]
-    settings = (_backends.precision(None, action), chosen)
+    settings = (_backends.precision(compute_dtype, action), chosen)
     if any(wanted):
         arguments = (*inputs, wanted, *settings, *parameters)
         return _native.apply(native.DenoisingLoss, *arguments)[0]
@@ -125,6 +144,7 @@ def support(
     t: Tensor | None = None,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
+    compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
@@ -148,6 +168,7 @@ def support(
         check_levels(t, "action", action)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+    check_compute_dtype(compute_dtype)
 
     if ours is None:
         not_ours = "the denoiser isn't a diffcore.nn.Denoiser"
@@ -162,5 +183,6 @@ def support(
         [state, *parameters],
         [ours.activation],
         ours.trunk.hidden_layers + 1,
+        compute_dtype=compute_dtype,
         refused=refused,
     )

@@ -54,6 +54,7 @@ def loss_and_gradients(
         core.denoising_loss(
             _native.addresses(parameters),
             getattr(core.Activation, activation),
+            getattr(core.Precision, precision),
             batch,
             state.shape[1],
             action.shape[1],

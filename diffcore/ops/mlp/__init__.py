@@ -9,7 +9,13 @@ from torch import Tensor
 
 from diffcore.ops import _backends, _dispatch, _native
 from diffcore.ops._activations import ACTIVATIONS
-from diffcore.ops._checks import check_choice, check_like, check_tensor, out_of_autocast
+from diffcore.ops._checks import (
+    check_choice,
+    check_compute_dtype,
+    check_like,
+    check_tensor,
+    out_of_autocast,
+)
 from diffcore.ops.mlp import native, reference
 
 KERNELS = ("triton", "cpu")
@@ -21,13 +27,13 @@ def mlp(
     biases: Sequence[Tensor],
     activations: Sequence[str],
     *,
+    compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """``f_L(W_L ... f_1(W_1 x + b_1) ... + b_L)``.
 
     Differentiable in ``x``, the weights and the biases. The fused kernel can't be differentiated
-    twice and says so; the reference can. On a GPU under autocast it multiplies in autocast's dtype,
-    with float32 sums and results.
+    twice and says so; the reference can.
 
     Args:
         x: ``[..., in]``.
@@ -35,6 +41,12 @@ def mlp(
         biases: one ``[out]`` a layer.
         activations: one a layer, the last often "identity": identity, relu, elu, silu, gelu, mish,
             tanh, sin or cos.
+        compute_dtype: ``torch.bfloat16`` rounds both sides of every product, forward and backward,
+            as torch.autocast would: x, weights, activations, and the gradients on their way back.
+            Sums, biases and results are float32. An error's root mean square is within 1% of that of
+            the result or gradient itself for the usual three or four layers. ``torch.float16``
+            likewise, on GPUs only. None or ``torch.float32``: float32 throughout; on a GPU None is
+            autocast's dtype where that is on. The reference keeps to its arguments' own precision.
         backend: "triton", "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
@@ -45,20 +57,24 @@ def mlp(
             forced backend that can't run this call.
     """
     [x] = out_of_autocast(weights[0] if weights else None, x)
-    available = support(x, weights, biases, activations)
+    available = support(x, weights, biases, activations, compute_dtype=compute_dtype)
     chosen = _dispatch.choose("mlp", available, backend)
     if chosen == "reference":
         return reference.mlp(x, weights, biases, activations)
     parameters = [p for pair in zip(weights, biases, strict=True) for p in pair]
-    y = run_native(x, parameters, activations, chosen)
+    y = run_native(x, parameters, activations, compute_dtype, chosen)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def run_native(
-    x: Tensor, parameters: list[Tensor], activations: Sequence[str], backend: str
+    x: Tensor,
+    parameters: list[Tensor],
+    activations: Sequence[str],
+    compute_dtype: torch.dtype | None,
+    backend: str,
 ) -> Tensor:
     """``[N, rows of x, out]``: N networks, whose parameters come one network after the other."""
-    names, settings = ",".join(activations), (_backends.precision(None, x), backend)
+    names, settings = ",".join(activations), (_backends.precision(compute_dtype, x), backend)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
         return _native.apply(native.MLP, rows, names, *settings, *parameters)[0]
@@ -71,6 +87,7 @@ def support(
     biases: Sequence[Tensor],
     activations: Sequence[str],
     *,
+    compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
@@ -84,7 +101,8 @@ def support(
     for i, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
         _check_layer(i, weight, bias, activation, width, x)
         width = weight.shape[0]
-    return _backends.support(KERNELS, [x], activations, len(weights))
+    check_compute_dtype(compute_dtype)
+    return _backends.support(KERNELS, [x], activations, len(weights), compute_dtype=compute_dtype)
 
 
 def _check_layer(

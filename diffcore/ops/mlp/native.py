@@ -35,12 +35,14 @@ def run_forward(
     layers, functions = _native.addresses(parameters), kinds(activations)
     networks, batch = len(layers) // len(functions), len(x)
     y = x.new_empty(networks, batch, len(parameters[-1]))
-    width = core.mlp_saved_width(layers, functions) if keep else 0
+    multiplied_in = getattr(core.Precision, precision)
+    width = core.mlp_saved_width(layers, functions, multiplied_in) if keep else 0
     saved = x.new_empty(networks, batch if keep else 0, width)
     if batch:
         core.mlp_forward(
             layers,
             functions,
+            multiplied_in,
             batch,
             x.data_ptr(),
             y.data_ptr(),
@@ -64,7 +66,9 @@ def _(
         width = triton.saved_width(parameters, activations, keep)
     else:
         shapes = [(0, 0, w.shape[1], w.shape[0]) for w in parameters[::2]]
-        width = _native._core.mlp_saved_width(shapes, kinds(activations)) if keep else 0
+        core = _native._core
+        settings = (kinds(activations), getattr(core.Precision, precision))
+        width = core.mlp_saved_width(shapes, *settings) if keep else 0
     return (
         x.new_empty(networks, len(x), len(parameters[-1])),
         x.new_empty(networks, len(x) if keep else 0, width),
@@ -93,10 +97,12 @@ def run_backward(
     batch = len(x)
     grad_x = x.new_empty(batch if wants_x else 0, x.shape[1])
     if batch:
+        core = _native._core
         grads = [torch.empty_like(p) for p in parameters] if wants_parameters else []
-        _native._core.mlp_backward(
+        core.mlp_backward(
             _native.addresses(parameters),
             kinds(activations),
+            getattr(core.Precision, precision),
             batch,
             x.data_ptr(),
             saved.data_ptr(),

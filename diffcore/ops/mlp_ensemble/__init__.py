@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from diffcore.ops import _dispatch, _native
@@ -18,6 +19,7 @@ def mlp_ensemble(
     networks: Sequence[Sequence[Tensor]],
     activations: Sequence[str],
     *,
+    compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """:func:`diffcore.ops.mlp` of every network, such as the two critics of an actor-critic agent.
@@ -29,6 +31,7 @@ def mlp_ensemble(
         networks: every network's parameters as ``[weight, bias, weight, bias, ...]`` from input to
             output, weights ``[out, in]``. The networks have the same shapes.
         activations: one a layer, the same for every network; see :func:`diffcore.ops.mlp`.
+        compute_dtype: what to multiply in; see :func:`diffcore.ops.mlp`.
         backend: "triton", "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
@@ -39,11 +42,12 @@ def mlp_ensemble(
             forced backend that can't run this call.
     """
     [x] = out_of_autocast(networks[0][0] if networks and networks[0] else None, x)
-    available = support(x, networks, activations)
+    available = support(x, networks, activations, compute_dtype=compute_dtype)
     chosen = _dispatch.choose("mlp_ensemble", available, backend)
     if chosen == "reference":
         return reference.mlp_ensemble(x, networks, activations)
-    y = run_native(x, [p for network in networks for p in network], activations, chosen)
+    parameters = [p for network in networks for p in network]
+    y = run_native(x, parameters, activations, compute_dtype, chosen)
     return y.reshape(len(networks), *x.shape[:-1], y.shape[-1])
 
 
@@ -52,13 +56,14 @@ def support(
     networks: Sequence[Sequence[Tensor]],
     activations: Sequence[str],
     *,
+    compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
     if not networks:
         raise ValueError("networks: expected at least one network, got none")
     first = networks[0]
-    available = mlp_support(x, first[::2], first[1::2], activations)
+    available = mlp_support(x, first[::2], first[1::2], activations, compute_dtype=compute_dtype)
     for i, network in enumerate(networks[1:], start=1):
         if len(network) != len(first):
             raise ValueError(

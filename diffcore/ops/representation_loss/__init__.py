@@ -47,7 +47,9 @@ def representation_loss(
         perturbed: ``[B, zeta's inputs]``.
         offset: ``[B, S]``.
         score_weight: ``[B]``.
-        compute_dtype: of zeta's last layer; see :func:`diffcore.ops.score_matching_loss`.
+        compute_dtype: of all products, the networks' as in :func:`diffcore.ops.mlp` and the loss's
+            as in :func:`diffcore.ops.score_matching_loss`: with ``torch.bfloat16`` the loss is within
+            2%, the root mean square of a gradient's error within 2% of the gradient's.
         backend: "triton", "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
@@ -72,7 +74,6 @@ def representation_loss(
         ",".join(psi.activations),
         ",".join(zeta.activations[:-1]),
         wanted,
-        _backends.precision(None, x),
         _backends.precision(compute_dtype, x),
         chosen,
     )

@@ -29,14 +29,13 @@ def loss_and_gradients(
     zeta_activations: str,
     wanted: list[bool],
     precision: str,
-    last_precision: str,
     backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
     """(loss, its gradients with respect to [x, perturbed, *psi, *zeta]).
 
-    `psi`, `zeta`: their parameters. `zeta_activations`: without the last layer's, which multiplies
-    in `last_precision`. `wanted`: whether to compute the gradients of x, of perturbed, of psi's
-    parameters and of zeta's; the others come back without rows.
+    `psi`, `zeta`: their parameters. `zeta_activations`: without the last layer's. `wanted`: whether
+    to compute the gradients of x, of perturbed, of psi's parameters and of zeta's; the others come
+    back without rows.
     """
     tensors = [t.contiguous() for t in (x, perturbed, *psi, *zeta)]
     x, perturbed, *parameters = tensors
@@ -44,7 +43,7 @@ def loss_and_gradients(
     if not len(x) or backend == "triton":
         arguments = (x, perturbed, offset, score_weight, psi, zeta)
         names = (psi_activations, zeta_activations)
-        return _in_parts(*arguments, *names, wanted, precision, last_precision, backend)
+        return _in_parts(*arguments, *names, wanted, precision, backend)
     offset, score_weight = offset.contiguous(), score_weight.contiguous()
     loss = x.new_empty(())
     grads = [
@@ -58,7 +57,7 @@ def loss_and_gradients(
         mlp.kinds(psi_activations),
         _native.addresses(zeta),
         mlp.kinds(zeta_activations),
-        getattr(core.Precision, last_precision),
+        getattr(core.Precision, precision),
         len(x),
         offset.shape[1],
         *[t.data_ptr() for t in (x, perturbed, offset, score_weight, loss)],
@@ -82,7 +81,6 @@ def _in_parts(
     zeta_activations: str,
     wanted: list[bool],
     precision: str,
-    last_precision: str,
     backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
     """The same by the ops of the parts, undispatched."""
@@ -101,7 +99,7 @@ def _in_parts(
         bias,
         offset,
         score_weight,
-        last_precision,
+        precision,
         [through_psi, through_zeta, wants_zeta, wants_zeta],
         backend,
     )
@@ -149,7 +147,6 @@ def _(
     zeta_activations: str,
     wanted: list[bool],
     precision: str,
-    last_precision: str,
     backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
     return x.new_empty(()), [
@@ -182,21 +179,18 @@ class RepresentationLoss(torch.autograd.Function):
         zeta_activations: str,
         wanted: list[bool],
         precision: str,
-        last_precision: str,
         backend: str,
         psi_count: int,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         networks = list(parameters[:psi_count]), list(parameters[psi_count:])
-        settings = (psi_activations, zeta_activations, wanted, precision, last_precision, backend)
-        loss, grads = loss_and_gradients(
-            x, perturbed, offset, score_weight, *networks, *settings
-        )
+        settings = (psi_activations, zeta_activations, wanted, precision, backend)
+        loss, grads = loss_and_gradients(x, perturbed, offset, score_weight, *networks, *settings)
         return loss, *grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tensors, wanted, psi_count, parameters = inputs[:4], inputs[6], inputs[10], inputs[11:]
+        tensors, wanted, psi_count, parameters = inputs[:4], inputs[6], inputs[9], inputs[10:]
         ctx.wanted = _each(wanted, parameters[:psi_count], parameters[psi_count:])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # no zeros as large as what is kept
@@ -208,4 +202,4 @@ class RepresentationLoss(torch.autograd.Function):
         grads, inputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         scaled = _fused_loss.scaled("representation_loss", grad_loss, grads, inputs)
         wanted = [g if want else None for g, want in zip(scaled, ctx.wanted, strict=True)]
-        return *wanted[:2], *[None] * 9, *wanted[2:]
+        return *wanted[:2], *[None] * 8, *wanted[2:]
