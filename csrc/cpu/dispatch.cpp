@@ -9,6 +9,7 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -139,6 +140,10 @@ int usable_threads(int wanted) {
   return forked || wanted < 1 ? 1 : wanted;
 }
 
+int threads_for(int64_t rows, int wanted) {
+  return rows < least_shared_rows ? 1 : usable_threads(wanted);
+}
+
 char* thread_scratch(Scratch slot, int64_t bytes) {
   thread_local ThreadBuffer buffers[scratch_slots];
   ThreadBuffer& buffer = buffers[static_cast<int>(slot)];
@@ -190,25 +195,57 @@ struct Fingerprint {
   }
 };
 
+struct Piece {
+  const float* values;
+  int64_t count;
+};
+
+constexpr int64_t fingerprint_chunk = 8 * 1024;  // floats
+constexpr int64_t shared_reading = 64 * 1024;    // floats that two threads read sooner than one
+
+// Of all the pieces. Every chunk has a fingerprint of its own, so that threads can share them out, and
+// the result is the fingerprint of those.
+Fingerprint fingerprint(const Kernels& kernels, const std::vector<Piece>& pieces, int threads) {
+  std::vector<Piece> chunks;
+  int64_t total = 0;
+  for (const Piece& piece : pieces) {
+    total += piece.count;
+    for (int64_t start = 0; start < piece.count; start += fingerprint_chunk)
+      chunks.push_back({piece.values + start, std::min(fingerprint_chunk, piece.count - start)});
+  }
+  Fingerprint start;
+  for (uint32_t i = 0; i < 64; ++i) start.lanes[i] = i;
+  std::vector<Fingerprint> parts(chunks.size(), start);
+  const auto count = static_cast<int64_t>(chunks.size());
+#pragma omp parallel for num_threads(threads) if (threads > 1 && total >= shared_reading)
+  for (int64_t i = 0; i < count; ++i)
+    kernels.fingerprint(chunks[i].values, chunks[i].count, parts[i].lanes);
+  for (const Fingerprint& part : parts)
+    kernels.fingerprint(reinterpret_cast<const float*>(part.lanes), 64, start.lanes);
+  return start;
+}
+
 // What identifies a pack: who reads it, where its parameters lie, their shapes, their content.
 struct PackKey {
   const Kernels* kernels;
   const void* address;
   std::vector<int> shape;
   Fingerprint content;
+  std::vector<Piece> pieces;
+  int threads;
 
   PackKey(const Kernels& k, const LinearParameters& first, std::vector<int> sizes)
-      : kernels(&k), address(first.weight), shape(std::move(sizes)) {
-    for (uint32_t i = 0; i < 64; ++i) content.lanes[i] = i;
-  }
-  void add(const float* values, int64_t count) {
-    kernels->fingerprint(values, count, content.lanes);
-  }
+      : kernels(&k), address(first.weight), shape(std::move(sizes)), threads(first.threads) {}
+  void add(const float* values, int64_t count) { pieces.push_back({values, count}); }
   void add(const LinearParameters& layer) {
     // Parameters come whole: the rows lie `row_stride` apart with nothing between them.
     add(layer.weight, static_cast<int64_t>(layer.out) * layer.row_stride);
     if (layer.bias) add(layer.bias, layer.out);
     shape.insert(shape.end(), {layer.in, layer.out, layer.row_stride});
+  }
+  void read_content() {
+    content = fingerprint(*kernels, pieces, threads);
+    pieces.clear();
   }
   bool same_place(const PackKey& other) const {
     return kernels == other.kernels && address == other.address && shape == other.shape;
@@ -233,8 +270,9 @@ const int cache_fork_handler = pthread_atfork(
 // build(memory) fills a pack; bytes is the memory that it needs. An outdated pack's memory is used
 // again unless a call in another thread still reads it.
 template <class Pack, class Build>
-std::shared_ptr<const Packed<Pack>> find_or_build(const PackKey& key, int64_t bytes, Build build) {
+std::shared_ptr<const Packed<Pack>> find_or_build(PackKey key, int64_t bytes, Build build) {
   (void)cache_fork_handler;
+  key.read_content();
   std::shared_ptr<Packed<Pack>> packed;
   {
     const std::lock_guard<std::mutex> lock(cache_mutex);
@@ -256,7 +294,7 @@ std::shared_ptr<const Packed<Pack>> find_or_build(const PackKey& key, int64_t by
   ++built;
   const std::lock_guard<std::mutex> lock(cache_mutex);
   auto& entries = cache<Pack>;
-  entries.push_front({key, packed});
+  entries.push_front({std::move(key), packed});
   if (entries.size() > cached_packs) entries.pop_back();
   return packed;
 }

@@ -22,6 +22,8 @@ void use_isa(const std::string& isa);
 // 1 in a child process that was forked while a team of OpenMP threads existed (the GNU runtime can't
 // rebuild its pool there), else `wanted`.
 int usable_threads(int wanted);
+// The same for a call of so many rows.
+int threads_for(int64_t rows, int wanted);
 
 // Asks for huge pages in what lies whole within `bytes` of memory, whoever owns it. The first write to
 // fresh memory then faults once in 2 MiB, not once in 4 KiB.

@@ -11,6 +11,7 @@ enum class Activation : int { identity, relu, elu, silu, tanh, mish, gelu, sin, 
 enum class Precision : int { float32, bfloat16 };
 
 constexpr int max_layers = 16;
+constexpr int least_shared_rows = 8;  // with fewer a second thread isn't worth waking
 
 // torch.nn.Linear: weight [out, in], rows `row_stride` apart, bias [out].
 struct LinearParameters {
@@ -19,6 +20,7 @@ struct LinearParameters {
   int in;
   int out;
   int row_stride;
+  int threads;  // that may read and pack it together
 };
 
 // A weight matrix in the order in which the tile kernel reads it; see tile.h.

@@ -218,12 +218,12 @@ DIFFCORE_INLINE void write_rows(Rows<float> from, int64_t rows, int columns, flo
 }
 
 // Tiles of at most 64 rows, so that a tile's buffers share L2 with the weights, evenly filled and as
-// many as keep all threads busy to the end; but under 4 rows a second thread isn't worth waking.
+// many as keep all threads busy to the end; but of at least 4.
 constexpr int max_tile = 64;
-constexpr int min_tile = 4;
+constexpr int min_tile = least_shared_rows / 2;
 
 DIFFCORE_INLINE int64_t tile_count(int64_t batch, int threads) {
-  if (batch < 2 * min_tile) return 1;
+  if (batch < least_shared_rows) return 1;
   const int64_t per_round = static_cast<int64_t>(threads) * max_tile;
   const int64_t rounds = (batch + per_round - 1) / per_round;
   const int64_t tiles = rounds * threads;

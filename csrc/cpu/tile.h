@@ -249,6 +249,8 @@ void pack_columns(const Value* rows, ptrdiff_t stride, int in, int columns,
   }
 }
 
+constexpr int64_t shared_packing = 16 * 1024;  // weights that two threads pack sooner than one
+
 // Packs columns [first, first + in) of the layer's weight, or, transposed, the way back through
 // them: from gradients at the layer's `out` outputs to gradients at those `in` inputs.
 enum class Direction { forward, backward };
@@ -263,10 +265,16 @@ PackedLinear pack_linear(const LinearParameters& layer, int first, int in, Direc
   float* bias = memory->take<float>(4 * static_cast<int64_t>(padded(to)));
   if (panels) {
     const float* weight = layer.weight + first;
-    if (forward) {
-      pack_panels<Operand>(weight, layer.row_stride, 1, from, to, panels);
-    } else {
-      pack_panels<Operand>(weight, 1, layer.row_stride, from, to, panels);
+    const ptrdiff_t out_stride = forward ? layer.row_stride : 1;
+    const ptrdiff_t in_stride = forward ? 1 : layer.row_stride;
+    const ptrdiff_t panel_size = static_cast<ptrdiff_t>(Operand::depth(from)) * panel_width;
+    const int count = static_cast<int>(ceil_div(to, panel_width));
+    const bool shared = layer.threads > 1 && panel_size * count >= shared_packing;
+#pragma omp parallel for num_threads(layer.threads) if (shared)
+    for (int p = 0; p < count; ++p) {
+      const int n = p * panel_width;
+      pack_panels<Operand>(weight + n * out_stride, out_stride, in_stride, from,
+                           to - n < panel_width ? to - n : panel_width, panels + p * panel_size);
     }
     for (int n = 0; n < padded(to); ++n) bias[n] = with_bias && n < to ? layer.bias[n] : 0.0f;
   }

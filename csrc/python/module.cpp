@@ -27,9 +27,10 @@ T* pointer(Address address) {
 // (weight address, bias address, in, out)
 using Layer = std::tuple<Address, Address, int, int>;
 
-LinearParameters linear_parameters(const Layer& layer) {
+// `threads` read and pack it.
+LinearParameters linear_parameters(const Layer& layer, int threads) {
   const auto& [weight, bias, in, out] = layer;
-  return {pointer<const float>(weight), pointer<const float>(bias), in, out, in};
+  return {pointer<const float>(weight), pointer<const float>(bias), in, out, in, threads};
 }
 
 void reverse_diffusion(const std::vector<Layer>& layers, int action_dim, int state_dim,
@@ -38,12 +39,13 @@ void reverse_diffusion(const std::vector<Layer>& layers, int action_dim, int sta
                        Address x_init, Address noise, uint64_t seed, float noise_scale, float clip,
                        Address trajectory, Address actions, int threads) {
   const py::gil_scoped_release unlocked;
+  const int packing = threads_for(batch, threads);
   DenoiserParameters parameters{};
-  parameters.time_hidden = linear_parameters(layers[0]);
-  parameters.time_out = linear_parameters(layers[1]);
+  parameters.time_hidden = linear_parameters(layers[0], packing);
+  parameters.time_out = linear_parameters(layers[1], packing);
   parameters.trunk_layers = static_cast<int>(layers.size()) - 2;
   for (int l = 0; l < parameters.trunk_layers; ++l)
-    parameters.trunk[l] = linear_parameters(layers[l + 2]);
+    parameters.trunk[l] = linear_parameters(layers[l + 2], packing);
   parameters.action_dim = action_dim;
   parameters.state_dim = state_dim;
   parameters.activation = activation;
@@ -86,11 +88,12 @@ void action_gradient(const std::vector<Layer>& first, const std::vector<Layer>& 
                      float lr, float eps, float max_norm, NormClip norm_clip,
                      ActionOptimizer optimizer, float low, float high, int threads) {
   const py::gil_scoped_release unlocked;
+  threads = threads_for(batch, threads);
   const auto pack = [&](const std::vector<Layer>& layers) {
     CriticParameters parameters{};
     parameters.layer_count = static_cast<int>(layers.size());
     for (int l = 0; l < parameters.layer_count; ++l)
-      parameters.layers[l] = linear_parameters(layers[l]);
+      parameters.layers[l] = linear_parameters(layers[l], threads);
     parameters.state_dim = state_dim;
     parameters.action_dim = action_dim;
     parameters.activation = activation;
@@ -116,18 +119,18 @@ void action_gradient(const std::vector<Layer>& first, const std::vector<Layer>& 
   call.optimizer = optimizer;
   call.low = low;
   call.high = high;
-  call.threads = usable_threads(threads);
+  call.threads = threads;
   active_kernels().action_gradient(call);
 }
 
 // Networks of one shape, as [network 0's layers, network 1's layers, ...].
 MlpParameters mlp_parameters(const Layer* layers, const std::vector<Activation>& activations,
-                             Precision precision) {
+                             Precision precision, int threads) {
   MlpParameters parameters{};
   parameters.precision = precision;
   parameters.layer_count = static_cast<int>(activations.size());
   for (int l = 0; l < parameters.layer_count; ++l) {
-    parameters.layers[l] = linear_parameters(layers[l]);
+    parameters.layers[l] = linear_parameters(layers[l], threads);
     parameters.activations[l] = activations[l];
   }
   return parameters;
@@ -139,10 +142,10 @@ enum class Direction { forward, backward, backward_to_input };
 
 std::vector<PackedMlp> packed_mlps(const std::vector<Layer>& layers,
                                    const std::vector<Activation>& activations, Precision precision,
-                                   Direction direction) {
+                                   Direction direction, int threads) {
   std::vector<PackedMlp> packed;
   for (size_t first = 0; first < layers.size(); first += activations.size()) {
-    MlpParameters parameters = mlp_parameters(&layers[first], activations, precision);
+    MlpParameters parameters = mlp_parameters(&layers[first], activations, precision, threads);
     parameters.forward = direction == Direction::forward;
     parameters.backward = !parameters.forward;
     parameters.backward_to_input = direction == Direction::backward_to_input;
@@ -184,15 +187,16 @@ void mlp_forward(const std::vector<Layer>& layers, const std::vector<Activation>
                  Precision precision, int64_t batch, Address x, Address y, Address saved,
                  int threads) {
   const py::gil_scoped_release unlocked;
+  threads = threads_for(batch, threads);
   const std::vector<PackedMlp> networks =
-      packed_mlps(layers, activations, precision, Direction::forward);
+      packed_mlps(layers, activations, precision, Direction::forward, threads);
   MlpCall call{};
   for (const auto& network : networks) call.networks[call.network_count++] = &network->pack;
   call.batch = batch;
   call.x = pointer<const float>(x);
   call.y = pointer<float>(y);
   call.saved = pointer<float>(saved);
-  call.threads = usable_threads(threads);
+  call.threads = threads;
   active_kernels().mlp_forward(call);
 }
 
@@ -200,8 +204,10 @@ void mlp_backward(const std::vector<Layer>& layers, const std::vector<Activation
                   Precision precision, int64_t batch, Address x, Address saved, Address grad_y,
                   Address grad_x, const std::vector<Address>& grad_parameters, int threads) {
   const py::gil_scoped_release unlocked;
-  const std::vector<PackedMlp> networks = packed_mlps(
-      layers, activations, precision, grad_x ? Direction::backward_to_input : Direction::backward);
+  threads = threads_for(batch, threads);
+  const auto direction = grad_x ? Direction::backward_to_input : Direction::backward;
+  const std::vector<PackedMlp> networks =
+      packed_mlps(layers, activations, precision, direction, threads);
   const GradientAddresses gradients(grad_parameters);
   MlpBackwardCall call{};
   for (const auto& network : networks) call.networks[call.network_count++] = &network->pack;
@@ -212,7 +218,7 @@ void mlp_backward(const std::vector<Layer>& layers, const std::vector<Activation
   call.grad_x = pointer<float>(grad_x);
   call.grad_weights = gradients.weight_list();
   call.grad_biases = gradients.bias_list();
-  call.threads = usable_threads(threads);
+  call.threads = threads;
   active_kernels().mlp_backward(call);
 }
 
@@ -222,13 +228,14 @@ void denoising_loss(const std::vector<Layer>& layers, Activation activation, Pre
                     Address grad_state, Address grad_action,
                     const std::vector<Address>& grad_parameters, int threads) {
   const py::gil_scoped_release unlocked;
+  threads = threads_for(batch, threads);
   const GradientAddresses gradients(grad_parameters);
   const bool backward = gradients.wanted || grad_state || grad_action;
   // The time MLP has two layers, the trunk the rest.
   const auto pack = [&](const Layer* first, size_t depth, bool backward_to_input) {
     std::vector<Activation> activations(depth, activation);
     activations.back() = Activation::identity;
-    MlpParameters parameters = mlp_parameters(first, activations, precision);
+    MlpParameters parameters = mlp_parameters(first, activations, precision, threads);
     parameters.forward = true;
     parameters.backward = backward;
     parameters.backward_to_input = backward_to_input;
@@ -255,30 +262,30 @@ void denoising_loss(const std::vector<Layer>& layers, Activation activation, Pre
   call.grad_action = pointer<float>(grad_action);
   call.grad_weights = gradients.weight_list();
   call.grad_biases = gradients.bias_list();
-  call.threads = usable_threads(threads);
+  call.threads = threads;
   active_kernels().denoising_loss(call);
 }
 
 void rff_features(const Layer& omega, RffKind kind, float scale, int64_t batch, Address x,
                   Address y, Address slope, int threads) {
   const py::gil_scoped_release unlocked;
-  const auto layer = packed_layer(linear_parameters(omega), false);
+  threads = threads_for(batch, threads);
+  const auto layer = packed_layer(linear_parameters(omega, threads), false);
   active_kernels().rff_features({&layer->pack, batch, kind, scale, pointer<const float>(x),
-                                 pointer<float>(y), pointer<float>(slope),
-                                 usable_threads(threads)});
+                                 pointer<float>(y), pointer<float>(slope), threads});
 }
 
 void rff_features_backward(const Layer& omega, RffKind kind, int64_t batch, Address x,
                            Address saved, Address grad_y, Address grad_x, Address grad_omega,
                            Address grad_bias, int threads) {
   const py::gil_scoped_release unlocked;
-  const LinearParameters parameters = linear_parameters(omega);
+  threads = threads_for(batch, threads);
+  const LinearParameters parameters = linear_parameters(omega, threads);
   const auto layer = grad_x ? packed_layer(parameters, true) : nullptr;
-  active_kernels().rff_features_backward({layer ? &layer->pack : nullptr, batch, parameters.in,
-                                          parameters.out, kind, pointer<const float>(x),
-                                          pointer<const float>(saved), pointer<const float>(grad_y),
-                                          pointer<float>(grad_x), pointer<float>(grad_omega),
-                                          pointer<float>(grad_bias), usable_threads(threads)});
+  active_kernels().rff_features_backward(
+      {layer ? &layer->pack : nullptr, batch, parameters.in, parameters.out, kind,
+       pointer<const float>(x), pointer<const float>(saved), pointer<const float>(grad_y),
+       pointer<float>(grad_x), pointer<float>(grad_omega), pointer<float>(grad_bias), threads});
 }
 
 void score_matching_loss(int64_t batch, int features, int state_dim, int hidden_dim,
@@ -287,6 +294,7 @@ void score_matching_loss(int64_t batch, int features, int state_dim, int hidden_
                          Address grad_psi, Address grad_hidden, Address grad_weight,
                          Address grad_bias, int threads) {
   const py::gil_scoped_release unlocked;
+  threads = threads_for(batch, threads);
   ScoreMatchingLossCall call{};
   call.batch = batch;
   call.features = features;
@@ -304,7 +312,7 @@ void score_matching_loss(int64_t batch, int features, int state_dim, int hidden_
   call.grad_hidden = pointer<float>(grad_hidden);
   call.grad_weight = pointer<float>(grad_weight);
   call.grad_bias = pointer<float>(grad_bias);
-  call.threads = usable_threads(threads);
+  call.threads = threads;
   if (grad_weight) {  // hundreds of MiB with a long state, and fresh at every call
     prefer_huge_pages(call.grad_weight, int64_t{4} * features * state_dim * hidden_dim);
   }

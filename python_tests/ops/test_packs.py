@@ -105,6 +105,35 @@ def test_as_many_networks_as_an_agent_has_stay_packed() -> None:
     assert built(lambda: [op.call("cpu") for _ in range(3) for op in networks]) == 0
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_share_the_reading_and_the_packing(
+    isa: str, threads: int, set_threads: Callable[[int], None]
+) -> None:
+    """Of weights large enough for it; nobody can tell from the result."""
+    layer, x = torch.nn.Linear(331, 517), torch.randn(9, 331)
+    corner = layer.weight.detach()[-1, -1]
+    first = corner.clone()
+
+    def features() -> Tensor:
+        return ops.rff_features(x, layer.weight, layer.bias, backend="cpu")
+
+    def results() -> tuple[Tensor, Tensor]:
+        y = features()
+        return y, torch.autograd.grad(y.sum(), layer.weight)[0]
+
+    set_threads(threads)
+    together = results()
+    set_threads(1)
+    assert built(features) == 0  # the fingerprint is the same
+    corner.add_(1.0)
+    assert built(features) == 1
+    corner.copy_(first)
+    assert all(map(torch.equal, together, results()))
+    set_threads(threads)
+    corner.add_(1.0)
+    assert built(features) == 1
+
+
 # -- never stale -----------------------------------------------------------------------------------
 
 
