@@ -10,6 +10,7 @@ from torch import Tensor
 from diffcore.ops import _backends, _dispatch, _native
 from diffcore.ops._activations import ACTIVATIONS
 from diffcore.ops._checks import (
+    as_rows,
     check_choice,
     check_compute_dtype,
     check_like,
@@ -75,7 +76,7 @@ def run_native(
 ) -> Tensor:
     """``[N, rows of x, out]``: N networks, whose parameters come one network after the other."""
     names, settings = ",".join(activations), (_backends.precision(compute_dtype, x), backend)
-    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    rows = as_rows(x)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
         return _native.apply(native.MLP, rows, names, *settings, *parameters)[0]
     return native.forward(rows, parameters, names, False, *settings)[0]

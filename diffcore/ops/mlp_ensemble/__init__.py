@@ -48,7 +48,7 @@ def mlp_ensemble(
         return reference.mlp_ensemble(x, networks, activations)
     parameters = [p for network in networks for p in network]
     y = run_native(x, parameters, activations, compute_dtype, chosen)
-    return y.reshape(len(networks), *x.shape[:-1], y.shape[-1])
+    return y if x.ndim == 2 else y.reshape(len(networks), *x.shape[:-1], y.shape[-1])
 
 
 def support(
