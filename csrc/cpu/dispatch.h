@@ -1,6 +1,7 @@
 // Chooses the instruction set, keeps packed weights, and gives threads their scratch memory.
 #pragma once
 
+#include <chrono>
 #include <memory>
 #include <string>
 #include <vector>
@@ -22,6 +23,23 @@ void use_isa(const std::string& isa);
 // 1 in a child process that was forked while a team of OpenMP threads existed (the GNU runtime can't
 // rebuild its pool there), else `wanted`.
 int usable_threads(int wanted);
+
+// How many threads may run one tile together, and the bytes of a layer's weights that make it worth
+// each one's while.
+struct TeamLimits {
+  int threads;
+  int64_t share;
+};
+
+// A team that meets many times in a call is fast if all its threads run at once. But one that is
+// asleep, or whose CPU another process has, keeps the rest waiting, for milliseconds. After such a call
+// the calling thread runs its tiles alone, in calls that take thirty times as long together: where teams
+// are always late they cost a thirtieth of the time.
+TeamLimits team_limits(int threads);
+// Ends the call that began at `start`.
+void team_ended(std::chrono::steady_clock::time_point start, bool late);
+// Teams whatever they cost, for tests.
+void always_use_teams(bool always);
 
 // Asks for huge pages in what lies whole within `bytes` of memory, whoever owns it. The first write to
 // fresh memory then faults once in 2 MiB, not once in 4 KiB.

@@ -73,6 +73,9 @@ struct ReverseDiffusionCall {
   float* trajectory;  // [steps + 1, batch, action_dim] or null: x before every step, and the last
   float* actions;     // [batch, action_dim]
   int threads;
+  int team_threads;    // how many of them may run a tile together,
+  int64_t team_share;  // and the least bytes of a layer's weights for each of those
+  bool* team_late;     // set where one of them kept another waiting
 };
 
 // One step of a sampler on `count` numbers.

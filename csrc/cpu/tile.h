@@ -227,6 +227,14 @@ PackedLinear pack_linear(const LinearParameters& layer, int first, int in, Direc
   return {panels, bias, from, to};
 }
 
+// Columns [first, first + count) of a packed layer, as a layer: whole panels, but for the layer's end.
+template <class Operand>
+DIFFCORE_INLINE PackedLinear layer_columns(const PackedLinear& layer, int first, int count) {
+  const auto* panels = static_cast<const typename Operand::Weight*>(layer.panels);
+  const ptrdiff_t before = static_cast<ptrdiff_t>(first) * Operand::depth(layer.in);
+  return {panels + before, layer.bias + first, layer.in, count};
+}
+
 // ---- the product ----------------------------------------------------------------------------
 
 // What a layer is added to: the bias, and where `rows` isn't null one more row vector per row.
