@@ -143,7 +143,12 @@ int usable_threads(int wanted) {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-thread_local Clock::duration alone_for{};
+
+// What a late team or two may take.
+constexpr Clock::duration full_credit = std::chrono::milliseconds(10);
+
+thread_local Clock::duration credit = full_credit;
+thread_local bool without_teams = false;
 std::atomic<bool> always_teams{false};
 
 // A core reads this much from its L2 in 0.6 us; to meet another and fetch what it wrote takes 0.4 us.
@@ -153,16 +158,21 @@ constexpr int64_t team_share = 80 * 1024;
 
 TeamLimits team_limits(int threads) {
   if (always_teams) return {threads, 1};
-  return {alone_for > Clock::duration::zero() ? 1 : threads, team_share};
+  return {without_teams ? 1 : threads, team_share};
 }
 
-void team_ended(Clock::time_point start, bool late) {
+void team_ended(Clock::time_point start, TeamWork work) {
   const Clock::duration took = Clock::now() - start;
-  if (late) {
-    alone_for = 30 * took;
-  } else {
-    alone_for -= std::min(alone_for, took);
+  if (work == TeamWork::late) {
+    credit -= took;
+  } else if (work == TeamWork::in_time) {
+    credit += took / 4;  // it would have taken a quarter more, at least
+  } else if (without_teams) {
+    credit += took / 30;
   }
+  credit = std::min(credit, full_credit);
+  if (credit < Clock::duration::zero()) without_teams = true;
+  if (credit == full_credit) without_teams = false;
 }
 
 void always_use_teams(bool always) { always_teams = always; }

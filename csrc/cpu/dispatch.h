@@ -32,12 +32,12 @@ struct TeamLimits {
 };
 
 // A team that meets many times in a call is fast if all its threads run at once. But one that is
-// asleep, or whose CPU another process has, keeps the rest waiting, for milliseconds. After such a call
-// the calling thread runs its tiles alone, in calls that take thirty times as long together: where teams
-// are always late they cost a thirtieth of the time.
+// asleep, or whose CPU another process has, keeps the rest waiting, for milliseconds. So teams keep an
+// account for the thread that calls: calls in time earn a part of what they took, late ones cost it,
+// and without credit tiles are run alone until a thirtieth of the time has made up for it.
 TeamLimits team_limits(int threads);
 // Ends the call that began at `start`.
-void team_ended(std::chrono::steady_clock::time_point start, bool late);
+void team_ended(std::chrono::steady_clock::time_point start, TeamWork work);
 // Teams whatever they cost, for tests.
 void always_use_teams(bool always);
 

@@ -57,6 +57,9 @@ struct DenoiserPack {
   Precision precision;
 };
 
+// Whether threads ran a tile together, and whether one of them kept another waiting.
+enum class TeamWork : int { none, in_time, late };
+
 struct ReverseDiffusionCall {
   const DenoiserPack* denoiser;
   int64_t batch;
@@ -75,7 +78,7 @@ struct ReverseDiffusionCall {
   int threads;
   int team_threads;    // how many of them may run a tile together,
   int64_t team_share;  // and the least bytes of a layer's weights for each of those
-  bool* team_late;     // set where one of them kept another waiting
+  TeamWork* team_work;
 };
 
 // One step of a sampler on `count` numbers.

@@ -246,6 +246,7 @@ static void run_by_team(const ReverseDiffusionCall& call, int threads) {
   auto* const arrivals = team_memory.take<Arrivals>(arrivals_bytes);
   memset(arrivals, 0, static_cast<size_t>(arrivals_bytes));
 
+  *call.team_work = TeamWork::in_time;
 #pragma omp parallel num_threads(threads) firstprivate(team_memory)
   {
     Carver own{thread_scratch(Scratch::tile, own_sizes.used)};
@@ -253,7 +254,10 @@ static void run_by_team(const ReverseDiffusionCall& call, int threads) {
     // OpenMP may grant fewer threads than it was asked for.
     Team team(arrivals, omp_get_num_threads(), omp_get_thread_num());
     reverse_diffusion_tile(call, {0, rows}, buffers, &team);
-    if (team.kept_waiting()) __atomic_store_n(call.team_late, true, __ATOMIC_RELAXED);
+    if (team.kept_waiting()) {
+#pragma omp atomic write
+      *call.team_work = TeamWork::late;
+    }
   }
 }
 

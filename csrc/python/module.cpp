@@ -72,11 +72,11 @@ void reverse_diffusion(const std::vector<Layer>& layers, int action_dim, int sta
   const TeamLimits team = team_limits(call.threads);
   call.team_threads = team.threads;
   call.team_share = team.share;
-  bool late = false;
-  call.team_late = &late;
+  TeamWork team_work = TeamWork::none;
+  call.team_work = &team_work;
   const auto start = std::chrono::steady_clock::now();
   active_kernels().reverse_diffusion(call);
-  team_ended(start, late);
+  team_ended(start, team_work);
 }
 
 void reverse_step(int64_t count, Address x, Address eps, Address noise, Address x0_previous,

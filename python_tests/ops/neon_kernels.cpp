@@ -115,10 +115,10 @@ static void chain(Activation activation, Precision precision, int batch) {
     call.clip = 1.0f;
     call.actions = actions.data();
     call.threads = threads;
-    bool late = false;
+    TeamWork team_work = TeamWork::none;
     call.team_threads = threads;
     call.team_share = 1;
-    call.team_late = &late;
+    call.team_work = &team_work;
     kernels.reverse_diffusion(call);
     return actions;
   };

@@ -165,7 +165,7 @@ os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
 torch.set_num_threads(2)
 denoiser = nn.Denoiser(5, 3).requires_grad_(False)
 before = _native._core.team_threads(2)
-for _ in range(3):
+for _ in range(30):
     ops.reverse_diffusion(denoiser, DiffusionSchedule.cosine(50), torch.randn(1, 5))
 print(before, _native._core.team_threads(2))
 """
