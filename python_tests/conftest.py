@@ -55,6 +55,14 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def teams() -> Iterator[None]:
+    """Small batches are shared among threads however narrow the layers, and whatever it costs."""
+    _native._core.always_use_teams(True)
+    yield
+    _native._core.always_use_teams(False)
+
+
 def _use(isa: str) -> Iterator[str]:
     before = _native._core.isa()
     _native._core.use_isa(isa)

@@ -1,6 +1,7 @@
 // Chooses the instruction set, keeps packed weights, and gives threads their scratch memory.
 #pragma once
 
+#include <chrono>
 #include <memory>
 #include <string>
 #include <vector>
@@ -24,6 +25,23 @@ void use_isa(const std::string& isa);
 int usable_threads(int wanted);
 // The same for a call of so many rows.
 int threads_for(int64_t rows, int wanted);
+
+// How many threads may run one tile together, and the bytes of a layer's weights that make it worth
+// each one's while.
+struct TeamLimits {
+  int threads;
+  int64_t share;
+};
+
+// A team that meets many times in a call is fast if all its threads run at once. But one that is
+// asleep, or whose CPU another process has, keeps the rest waiting, for milliseconds. So teams keep an
+// account for the thread that calls: calls in time earn a part of what they took, late ones cost it,
+// and without credit tiles are run alone until a thirtieth of the time has made up for it.
+TeamLimits team_limits(int threads);
+// Ends the call that began at `start`.
+void team_ended(std::chrono::steady_clock::time_point start, TeamWork work);
+// Teams whatever they cost, for tests.
+void always_use_teams(bool always);
 
 // Asks for huge pages in what lies whole within `bytes` of memory, whoever owns it. The first write to
 // fresh memory then faults once in 2 MiB, not once in 4 KiB.

@@ -59,6 +59,9 @@ struct DenoiserPack {
   Precision precision;
 };
 
+// Whether threads ran a tile together, and whether one of them kept another waiting.
+enum class TeamWork : int { none, in_time, late };
+
 struct ReverseDiffusionCall {
   const DenoiserPack* denoiser;
   int64_t batch;
@@ -75,6 +78,9 @@ struct ReverseDiffusionCall {
   float* trajectory;  // [steps + 1, batch, action_dim] or null: x before every step, and the last
   float* actions;     // [batch, action_dim]
   int threads;
+  int team_threads;    // how many of them may run a tile together,
+  int64_t team_share;  // and the least bytes of a layer's weights for each of those
+  TeamWork* team_work;
 };
 
 // One step of a sampler on `count` numbers.

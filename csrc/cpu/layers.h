@@ -69,22 +69,23 @@ struct Rows {
 
 template <class T>
 DIFFCORE_INLINE Rows<T> take_rows(Carver* memory, int64_t rows, int columns) {
-  const ptrdiff_t stride = buffer_stride(columns);
+  const ptrdiff_t stride = buffer_stride<T>(columns);
   return {memory->take<T>(static_cast<int64_t>(sizeof(T)) * rows * stride), stride};
 }
 
-template <class T>
-constexpr int per_line = 64 / static_cast<int>(sizeof(T));  // values of a cache line
-
 // Asks for a block's cache lines while the product before its use keeps the CPU busy: it has a few
-// bytes of every row, a pattern in which no CPU sees what comes next.
-template <class T>
+// bytes of every row, a pattern in which no CPU sees what comes next. Lines for writing come without a
+// copy left in another core's cache, on which the store would have to wait.
+enum class For { reading, writing };
+
+template <For use = For::writing, class T>
 DIFFCORE_INLINE void prefetch_block(Rows<T> r, int row, int count, int column, int columns) {
+  constexpr int write = use == For::writing, step = line_of<T>;
   if (!r.data) return;
   for (int i = 0; i < count; ++i) {
     const T* first = r.row(row + i) + column;
-    for (int n = 0; n < columns; n += per_line<T>) __builtin_prefetch(first + n);
-    __builtin_prefetch(first + columns - 1);
+    for (int n = 0; n < columns; n += step) __builtin_prefetch(first + n, write);
+    __builtin_prefetch(first + columns - 1, write);
   }
 }
 
@@ -101,13 +102,13 @@ struct Prefetcher {
 
   Prefetcher(const T* first, ptrdiff_t row_stride, int row_count, int column_count, int calls)
       : row(first), stride(row_stride), rows(row_count), columns(column_count) {
-    const int64_t lines = ceil_div(columns, per_line<T>) * rows;
+    const int64_t lines = ceil_div(columns, line_of<T>) * rows;
     lines_per_call = static_cast<int>(ceil_div(lines, calls));
   }
   void operator()() {
     for (int i = 0; i < lines_per_call && rows > 0; ++i) {
       __builtin_prefetch(row + column, 0, 2);
-      column += per_line<T>;
+      column += line_of<T>;
       if (column < columns) continue;
       column = 0;
       row += stride;
@@ -161,7 +162,7 @@ DIFFCORE_INLINE void linear_multiply(Rows<typename In::Input> x, int rows,
   linear<In>(
       x.data, x.stride, rows, layer, bias_only(layer),
       [&](int row, int count, int column, int columns) {
-        prefetch_block(factor, row, count, column, columns);
+        prefetch_block<For::reading>(factor, row, count, column, columns);
         prefetch_block(out, row, count, column, columns);
       },
       [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {

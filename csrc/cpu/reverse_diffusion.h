@@ -4,11 +4,19 @@
 // stay in L1/L2, and only the weights are read again at every step. All that doesn't depend on x is
 // taken out of the loop: the state's part of the first layer is computed once per row, the time
 // embedding's part once per step (when the weights are packed).
+//
+// A batch too small for a tile a thread is one tile, and there the weights are all there is to read:
+// a team of threads shares out every wide layer's columns, and each thread reads its part of the
+// weights from its own L2. All the rest is thin, and done by every thread for itself: the same
+// instructions on the same numbers, so that all threads agree on x without a word.
 #pragma once
+
+#include <omp.h>
 
 #include "layers.h"
 #include "philox.h"
 #include "reverse_step.h"
+#include "team.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
@@ -90,10 +98,13 @@ DIFFCORE_INLINE int noise_block_steps(const ReverseDiffusionCall& call, int rows
 
 template <class Operand>
 struct ChainBuffers {
+  using Input = typename Operand::Input;
   Rows<float> x, x0, z, eps, state_part;
-  Rows<typename Operand::Input> hidden[2];
+  Rows<Input> first_hidden;
+  Rows<Input> wide_hidden[2];  // the team's
 
-  static ChainBuffers take(const ReverseDiffusionCall& call, int rows, Carver* memory) {
+  static ChainBuffers take(const ReverseDiffusionCall& call, int rows, Carver* memory,
+                           Carver* team_memory) {
     ChainBuffers b;
     b.x = take_rows<float>(memory, rows, call.action_dim);
     b.x0 = take_rows<float>(memory, rows, call.action_dim);
@@ -102,10 +113,11 @@ struct ChainBuffers {
     b.z = take_rows<float>(memory, rows > philox_lanes ? rows : philox_lanes, call.action_dim);
     b.eps = take_rows<float>(memory, rows, call.action_dim);
     b.state_part = take_rows<float>(memory, rows, call.denoiser->action_input.out);
+    b.first_hidden = take_rows<Input>(memory, rows, call.denoiser->action_input.out);
     int widest = call.denoiser->action_input.out;
     for (int l = 1; l < call.denoiser->trunk_layers - 1; ++l)
       widest = call.denoiser->trunk[l].out > widest ? call.denoiser->trunk[l].out : widest;
-    for (auto& h : b.hidden) h = take_rows<typename Operand::Input>(memory, rows, widest);
+    for (auto& h : b.wide_hidden) h = take_rows<Input>(team_memory, rows, widest);
     return b;
   }
 };
@@ -124,9 +136,24 @@ DIFFCORE_INLINE void solver_step(const SolverStep& step, int rows, int columns, 
   }
 }
 
+// out = f(x W^T + b), of which every thread of the team computes its share; all of it is there then.
+template <class Operand>
+DIFFCORE_INLINE void wide_layer(Team* team, Rows<typename Operand::Input> x, int rows,
+                                const PackedLinear& layer, ActivateFunction<Operand> function,
+                                Rows<typename Operand::Input> out) {
+  const Columns mine = team->share(layer.out);
+  const PackedLinear share = layer_columns<Operand>(layer, mine.first, mine.count);
+  linear_activate<Operand, Operand>(x, rows, share, bias_only(share), function,
+                                    {out.data + mine.first, out.stride}, {nullptr, 0});
+  if (team->alone()) return;
+  team->wait();
+  // The others' columns lie in their caches: asked for at once, they come together.
+  prefetch_block<For::reading>(out, 0, rows, 0, layer.out);
+}
+
 template <class Operand>
 static void reverse_diffusion_tile(const ReverseDiffusionCall& call, Span span,
-                                   const ChainBuffers<Operand>& b) {
+                                   const ChainBuffers<Operand>& b, Team* team) {
   const DenoiserPack& denoiser = *call.denoiser;
   const int rows = span.rows, columns = call.action_dim;
   const auto function = activate_function<Operand>(denoiser.activation);
@@ -147,22 +174,26 @@ static void reverse_diffusion_tile(const ReverseDiffusionCall& call, Span span,
     fill_normals(call.seed, 0, 1, span.first, rows, columns, b.x.data, b.x.stride);
   }
 
+  // The team's two buffers are written by turns, from step to step as well: when one is written
+  // again, a barrier lies behind every thread's last look at it.
+  int turn = 0;
   for (int step = 0; step < call.steps; ++step) {
     const float* c = call.coefficients + step * table_columns;
     const int64_t step_offset = step * call.batch * columns + actions_before;
-    if (call.trajectory) write_rows(b.x, rows, columns, call.trajectory + step_offset);
+    if (call.trajectory && team->leads())
+      write_rows(b.x, rows, columns, call.trajectory + step_offset);
     const Offset first = {denoiser.step_bias + step * denoiser.step_bias_stride, b.state_part.data,
                           b.state_part.stride};
+    // A thread that is alone needs no buffer to itself: the one that isn't next will do.
+    auto hidden = team->alone() ? b.wide_hidden[turn ^ 1] : b.first_hidden;
     linear_activate<Float32Operand, Operand>(b.x, rows, denoiser.action_input, first, function,
-                                             b.hidden[0], {nullptr, 0});
-    int current = 0;
-    for (int l = 1; l < denoiser.trunk_layers - 1; ++l, current ^= 1) {
-      linear_activate<Operand, Operand>(b.hidden[current], rows, denoiser.trunk[l],
-                                        bias_only(denoiser.trunk[l]), function,
-                                        b.hidden[current ^ 1], {nullptr, 0});
+                                             hidden, {nullptr, 0});
+    for (int l = 1; l < denoiser.trunk_layers - 1; ++l, turn ^= 1) {
+      wide_layer<Operand>(team, hidden, rows, denoiser.trunk[l], function, b.wide_hidden[turn]);
+      hidden = b.wide_hidden[turn];
     }
     const PackedLinear& last = denoiser.trunk[denoiser.trunk_layers - 1];
-    linear_store<Operand>(b.hidden[current], rows, last, bias_only(last), b.eps);
+    linear_store<Operand>(hidden, rows, last, bias_only(last), b.eps);
 
     Rows<float> z = b.z;
     if (call.noise) {
@@ -179,6 +210,7 @@ static void reverse_diffusion_tile(const ReverseDiffusionCall& call, Span span,
     solver_step(SolverStep(c, call.noise_scale, call.clip), rows, columns, b.x, b.x0, b.eps, z);
   }
 
+  if (!team->leads()) return;
   if (call.trajectory) {
     write_rows(b.x, rows, columns,
                call.trajectory + call.steps * call.batch * columns + actions_before);
@@ -190,20 +222,70 @@ static void reverse_diffusion_tile(const ReverseDiffusionCall& call, Span span,
   write_rows(b.x, rows, columns, call.actions + actions_before);
 }
 
+// As many threads as have each their share's worth of a wide layer's weights to read.
 template <class Operand>
-static void reverse_diffusion(const ReverseDiffusionCall& call) {
+static int team_size(const ReverseDiffusionCall& call) {
+  const DenoiserPack& denoiser = *call.denoiser;
+  const int wide_layers = denoiser.trunk_layers - 2;
+  int64_t bytes = 0;
+  for (int l = 1; l <= wide_layers; ++l)
+    bytes += panel_bytes<Operand>(denoiser.trunk[l].in, denoiser.trunk[l].out);
+  int threads = call.team_threads;
+  while (threads > 1 && bytes <= wide_layers * threads * call.team_share) --threads;
+  return threads;
+}
+
+template <class Operand>
+static void run_by_team(const ReverseDiffusionCall& call, int threads) {
+  const int rows = static_cast<int>(call.batch);
+  Carver own_sizes{nullptr}, team_sizes{nullptr};
+  const auto arrivals_bytes = static_cast<int64_t>(sizeof(Arrivals)) * threads;
+  team_sizes.take<Arrivals>(arrivals_bytes);
+  ChainBuffers<Operand>::take(call, rows, &own_sizes, &team_sizes);
+  Carver team_memory{thread_scratch(Scratch::call, team_sizes.used)};
+  auto* const arrivals = team_memory.take<Arrivals>(arrivals_bytes);
+  memset(arrivals, 0, static_cast<size_t>(arrivals_bytes));
+
+  *call.team_work = TeamWork::in_time;
+#pragma omp parallel num_threads(threads) firstprivate(team_memory)
+  {
+    Carver own{thread_scratch(Scratch::tile, own_sizes.used)};
+    const auto buffers = ChainBuffers<Operand>::take(call, rows, &own, &team_memory);
+    // OpenMP may grant fewer threads than it was asked for.
+    Team team(arrivals, omp_get_num_threads(), omp_get_thread_num());
+    reverse_diffusion_tile(call, {0, rows}, buffers, &team);
+    if (team.kept_waiting()) {
+#pragma omp atomic write
+      *call.team_work = TeamWork::late;
+    }
+  }
+}
+
+template <class Operand>
+static void run_by_tiles(const ReverseDiffusionCall& call) {
   const int64_t tiles = tile_count(call.batch, call.threads);
   const int threads = tiles < call.threads ? static_cast<int>(tiles) : call.threads;
   const int most_rows = tile_span(call.batch, tiles, 0).rows;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Carver sizes{nullptr};
-    ChainBuffers<Operand>::take(call, most_rows, &sizes);
+    ChainBuffers<Operand>::take(call, most_rows, &sizes, &sizes);
     Carver memory{thread_scratch(Scratch::tile, sizes.used)};
-    const auto buffers = ChainBuffers<Operand>::take(call, most_rows, &memory);
+    const auto buffers = ChainBuffers<Operand>::take(call, most_rows, &memory, &memory);
+    Team alone;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t tile = 0; tile < tiles; ++tile)
-      reverse_diffusion_tile(call, tile_span(call.batch, tiles, tile), buffers);
+      reverse_diffusion_tile(call, tile_span(call.batch, tiles, tile), buffers, &alone);
+  }
+}
+
+template <class Operand>
+static void reverse_diffusion(const ReverseDiffusionCall& call) {
+  const int team = tile_count(call.batch, call.threads) == 1 ? team_size<Operand>(call) : 1;
+  if (team > 1) {
+    run_by_team<Operand>(call, team);
+  } else {
+    run_by_tiles<Operand>(call);
   }
 }
 

@@ -25,10 +25,15 @@ DIFFCORE_INLINE int round_up(int n, int multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 DIFFCORE_INLINE int padded(int n) { return round_up(n, W); }
-constexpr int line = 16;  // floats of a cache line
+template <class T>
+constexpr int line_of = 64 / static_cast<int>(sizeof(T));  // elements of a cache line
+constexpr int line = line_of<float>;                       // floats
 // Distance of two rows in an activation buffer: whole lines, at least a vector more than padded(n).
 // The extra line keeps rows of a power-of-two width from falling into the same cache sets.
-DIFFCORE_INLINE int buffer_stride(int n) { return round_up(n, line) + line; }
+template <class T>
+DIFFCORE_INLINE int buffer_stride(int n) {
+  return round_up(n, line_of<T>) + line_of<T>;
+}
 
 struct Float32Operand {
   using Input = float;
@@ -279,6 +284,14 @@ PackedLinear pack_linear(const LinearParameters& layer, int first, int in, Direc
     for (int n = 0; n < padded(to); ++n) bias[n] = with_bias && n < to ? layer.bias[n] : 0.0f;
   }
   return {panels, bias, from, to};
+}
+
+// Columns [first, first + count) of a packed layer, as a layer: whole panels, but for the layer's end.
+template <class Operand>
+DIFFCORE_INLINE PackedLinear layer_columns(const PackedLinear& layer, int first, int count) {
+  const auto* panels = static_cast<const typename Operand::Weight*>(layer.panels);
+  const ptrdiff_t before = static_cast<ptrdiff_t>(first) * Operand::depth(layer.in);
+  return {panels + before, layer.bias + first, layer.in, count};
 }
 
 // ---- the product ----------------------------------------------------------------------------

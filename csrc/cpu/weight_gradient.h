@@ -76,7 +76,7 @@ struct OuterProduct<uint16_t> {
   static constexpr int block = block_rows<Operand>(2);
   static constexpr int blocks_at_once = Operand::whole_tiles ? 2 : 4;
   static constexpr int panels_of_deltas = (blocks_at_once * block + panel_width - 1) / panel_width;
-  static constexpr int delta_stride = rows_at_once + per_line<uint16_t>;
+  static constexpr int delta_stride = rows_at_once + line_of<uint16_t>;
   uint32_t* inputs;  // [panel][pair of rows][panel_width]
   uint32_t* pairs;   // [panel][pair of rows][panel_width]: deltas on their way
   uint16_t* deltas;  // [output][row]
@@ -169,7 +169,7 @@ static void weight_gradient_part(const WeightGradient<Input>& g, int64_t batch,
       const int64_t next = limited(group + blocks_at_once);
       const int n = output(group), after = output(next);
       product.copy_deltas({delta.data + n, delta.stride}, depth, after - n);
-      const int fetched = after / per_line<Input> * per_line<Input>;
+      const int fetched = after / line_of<Input> * line_of<Input>;
       const int fetch_end = output(limited(next + blocks_at_once));
       Prefetcher<Input> fetch(delta.data + fetched, delta.stride, depth, fetch_end - fetched,
                               static_cast<int>(next - group) * panels.rows);

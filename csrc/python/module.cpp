@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -70,7 +71,14 @@ void reverse_diffusion(const std::vector<Layer>& layers, int action_dim, int sta
   call.trajectory = pointer<float>(trajectory);
   call.actions = pointer<float>(actions);
   call.threads = usable_threads(threads);
+  const TeamLimits team = team_limits(call.threads);
+  call.team_threads = team.threads;
+  call.team_share = team.share;
+  TeamWork team_work = TeamWork::none;
+  call.team_work = &team_work;
+  const auto start = std::chrono::steady_clock::now();
   active_kernels().reverse_diffusion(call);
+  team_ended(start, team_work);
 }
 
 void reverse_step(int64_t count, Address x, Address eps, Address noise, Address x0_previous,
@@ -436,6 +444,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("native_bf16", [] { return active_kernels().native_bf16; });
   m.def("available_isas", &available_isas);
   m.def("use_isa", &use_isa);
+  m.def("team_threads", [](int threads) { return team_limits(threads).threads; });
+  m.def("always_use_teams", &always_use_teams);
   m.def("packs_built", &packs_built);
   m.def("fingerprint", &fingerprint);  // what every call does to its weights, for benchmarks
   m.def("reverse_diffusion", &reverse_diffusion);

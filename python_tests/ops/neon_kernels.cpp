@@ -81,7 +81,7 @@ static std::string named(const char* op, Activation activation, Precision precis
 // bfloat16 values on either side of a rounding are 2^-8 apart.
 static double bound(Precision precision) { return precision == Precision::bfloat16 ? 3e-2 : 2e-5; }
 
-static void chain(Activation activation, Precision precision) {
+static void chain(Activation activation, Precision precision, int batch) {
   const int time_dim = 8;
   const Layers time({time_dim, 2 * time_dim, time_dim});
   const Layers trunk({action_dim + time_dim + state_dim, hidden, hidden, action_dim});
@@ -115,6 +115,10 @@ static void chain(Activation activation, Precision precision) {
     call.clip = 1.0f;
     call.actions = actions.data();
     call.threads = threads;
+    TeamWork team_work = TeamWork::none;
+    call.team_threads = threads;
+    call.team_share = 1;
+    call.team_work = &team_work;
     kernels.reverse_diffusion(call);
     return actions;
   };
@@ -290,7 +294,8 @@ int main() {
   for (int a = 0; a <= static_cast<int>(Activation::cos); ++a) {
     const Activation activation = static_cast<Activation>(a);
     for (const Precision precision : {Precision::float32, Precision::bfloat16}) {
-      chain(activation, precision);
+      chain(activation, precision, batch);
+      chain(activation, precision, 2);  // by a team
       ascent(activation, precision);
       mlp(activation, precision);
     }

@@ -136,6 +136,42 @@ def test_several_python_threads_at_once(isa: str) -> None:
         assert torch.equal(result, expected[i % len(networks)])
 
 
+def test_several_teams_at_once(teams: None) -> None:
+    """Each call's threads meet each other, and nobody else."""
+    schedule, denoiser = DiffusionSchedule.linear(20), nn.Denoiser(5, 3, 64).requires_grad_(False)
+    x, noise, states = torch.randn(2, 3), torch.randn(20, 2, 3), torch.randn(4, 2, 5)
+
+    def call(i: int) -> Tensor:
+        torch.set_num_threads(2)  # torch has a number for each thread
+        return ops.reverse_diffusion(denoiser, schedule, states[i % 4], x_init=x, noise=noise)
+
+    expected = [call(i) for i in range(4)]
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(call, range(60)))
+    for i, result in enumerate(results):
+        assert torch.equal(result, expected[i % 4])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a CPU to itself")
+def test_late_teams_are_done_without() -> None:
+    """Two threads that share a CPU wait for each other all the time."""
+    script = """
+import os
+import torch
+from diffcore import DiffusionSchedule, nn, ops
+from diffcore.ops import _native
+
+os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
+torch.set_num_threads(2)
+denoiser = nn.Denoiser(5, 3).requires_grad_(False)
+before = _native._core.team_threads(2)
+for _ in range(30):
+    ops.reverse_diffusion(denoiser, DiffusionSchedule.cosine(50), torch.randn(1, 5))
+print(before, _native._core.team_threads(2))
+"""
+    assert run_script(script).stdout == "2 1\n"
+
+
 def test_other_python_threads_run_on() -> None:
     """The GIL is released: a thread that sleeps for a millisecond at a time isn't kept waiting for a
     call of hundreds."""

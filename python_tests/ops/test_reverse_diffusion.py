@@ -414,6 +414,59 @@ def test_threads_and_repeats_don_t_matter(
             assert torch.equal(results[0], other)
 
 
+#: (hidden, layers): one wide layer or several, none at all, fewer panels than threads, a narrow last
+#: panel, panels that don't come out even.
+TEAM_SIZES = [(3, 2), (20, 1), (33, 3), (100, 2), (160, 6), (256, 4), (1024, 2)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given_noise", [True, False], ids=["given", "drawn"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("hidden", "layers"), TEAM_SIZES)
+def test_a_team_s_size_doesn_t_matter(
+    isa: str,
+    teams: None,
+    set_threads: Callable[[int], None],
+    hidden: int,
+    layers: int,
+    precision: str,
+    given_noise: bool,
+) -> None:
+    """Fewer than 8 rows are run by all threads together; every x on the way is the same."""
+    denoiser = nn.Denoiser(17, 6, hidden, layers)
+    steps = 10  # the noise of a single row is drawn for 8 at a time
+    table = DiffusionSchedule.cosine(steps).solver("ddpm")
+    embedding = nn.time_embedding(table.timesteps, denoiser.time_dim).float()
+    for rows in range(1, 10):
+        noise = (torch.randn(rows, 6), torch.randn(steps, rows, 6), None)
+        inputs = noise if given_noise else (None, None, torch.tensor(7))
+
+        def run(
+            threads: int, state: Tensor, inputs: tuple[Tensor | None, ...]
+        ) -> tuple[Tensor, Tensor]:
+            set_threads(threads)
+            return chain(
+                state,
+                *inputs,
+                list(denoiser.parameters()),
+                table.coefficients.float(),
+                embedding,
+                1.0,
+                1.0,
+                denoiser.activation,
+                precision,
+                True,
+                "cpu",
+            )
+
+        state = torch.randn(rows, 17)
+        expected = run(1, state, inputs)
+        assert torch.isfinite(expected[1]).all()
+        for threads in (2, 3, 4, 2):
+            for result, one_thread_s in zip(run(threads, state, inputs), expected, strict=True):
+                assert torch.equal(result, one_thread_s)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
