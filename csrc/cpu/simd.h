@@ -79,7 +79,8 @@ DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
   *exponent = {_mm512_cvtepi32_ps(e)};
   *mantissa = {_mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(e, 23)))};
 }
-// Round to bfloat16, nearest even, result kept as float; NaN stays NaN, by its upper half alone.
+// Round to bfloat16, nearest even, result kept as float; NaN stays NaN,
+// whose upper half alone is one, too.
 DIFFCORE_INLINE Vec round_to_bf16(Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

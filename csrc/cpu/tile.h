@@ -176,7 +176,7 @@ DIFFCORE_INLINE void transpose_4x4(const float* from, ptrdiff_t from_stride, flo
 // for 4 rows of 4 pairs.
 DIFFCORE_INLINE void transpose_4x4_pairs(const float* from, ptrdiff_t from_stride, uint32_t* to,
                                          ptrdiff_t to_stride) {
-  uint16_t rounded[4][8];
+  alignas(16) uint16_t rounded[4][8];
   for (int n = 0; n < 4; ++n)
     for (int k = 0; k < 8; ++k) rounded[n][k] = to_bf16(from[n * from_stride + k]);
   // Pairs move as floats do: nothing is computed.

@@ -125,6 +125,10 @@ def test_bfloat16_rounds_like_torch(isa: str) -> None:
     )
     for result in (y, grad_x):
         assert torch.equal(result, values.bfloat16().float())
+    quiet, signalling = 0x7FC00000, 0x7F800001  # of which the upper half alone is infinity
+    nans = torch.tensor([quiet, signalling, quiet - 2**31], dtype=torch.int32).view(torch.float32)
+    y = ops.mlp(nans[:, None], [weight], [bias], ["identity"], compute_dtype=torch.bfloat16)
+    assert y.isnan().all()
 
 
 def test_float16_has_no_kernel() -> None:

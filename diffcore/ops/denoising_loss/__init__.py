@@ -61,7 +61,7 @@ def denoising_loss(
         generator: source of ``t`` and ``noise``. The default generator if None.
         compute_dtype: of the denoiser's products, as in :func:`diffcore.ops.mlp`: with
             ``torch.bfloat16`` the loss is within 1%, the root mean square of a gradient's error
-            within 2% of the gradient's.
+            within 2% of the gradient's, with the exceptions named there.
         backend: "triton", "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:

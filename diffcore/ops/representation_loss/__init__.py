@@ -49,7 +49,8 @@ def representation_loss(
         score_weight: ``[B]``.
         compute_dtype: of all products, the networks' as in :func:`diffcore.ops.mlp` and the loss's
             as in :func:`diffcore.ops.score_matching_loss`: with ``torch.bfloat16`` the loss is within
-            2%, the root mean square of a gradient's error within 2% of the gradient's.
+            2%, the root mean square of a gradient's error within 2% of the gradient's, with the
+            exceptions named there.
         backend: "triton", "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
