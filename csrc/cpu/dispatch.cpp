@@ -154,6 +154,7 @@ constexpr Clock::duration full_credit = std::chrono::milliseconds(10);
 thread_local Clock::duration credit = full_credit;
 thread_local bool without_teams = false;
 std::atomic<bool> always_teams{false};
+std::atomic<int64_t> teams{0};
 
 // A core reads this much from its L2 in 0.6 us; to meet another and fetch what it wrote takes 0.4 us.
 constexpr int64_t team_share = 80 * 1024;
@@ -167,6 +168,7 @@ TeamLimits team_limits(int threads) {
 
 void team_ended(Clock::time_point start, TeamWork work) {
   const Clock::duration took = Clock::now() - start;
+  if (work != TeamWork::none) ++teams;
   if (work == TeamWork::late) {
     credit -= std::min(took, full_credit / 2);  // some of it was work
   } else if (work == TeamWork::in_time) {
@@ -180,6 +182,8 @@ void team_ended(Clock::time_point start, TeamWork work) {
 }
 
 void always_use_teams(bool always) { always_teams = always; }
+
+int64_t teams_run() { return teams; }
 
 char* thread_scratch(Scratch slot, int64_t bytes) {
   thread_local ThreadBuffer buffers[scratch_slots];

@@ -42,6 +42,8 @@ TeamLimits team_limits(int threads);
 void team_ended(std::chrono::steady_clock::time_point start, TeamWork work);
 // Teams whatever they cost, for tests.
 void always_use_teams(bool always);
+// How many calls were run by a team, for tests.
+int64_t teams_run();
 
 // Asks for huge pages in what lies whole within `bytes` of memory, whoever owns it. The first write to
 // fresh memory then faults once in 2 MiB, not once in 4 KiB.

@@ -119,6 +119,16 @@ struct Prefetcher {
 
 DIFFCORE_INLINE Offset bias_only(const PackedLinear& layer) { return {layer.bias, nullptr, 0}; }
 
+// Clears what stands past the end of rows of odd width, of which a block was just written: in bfloat16
+// it makes a pair with the last value. Its weight is zero, but it came of zeros times x, and isn't zero
+// itself where x is infinite.
+template <class Out>
+DIFFCORE_INLINE void end_pairs(Rows<typename Out::Input> out, int row, int count, int column,
+                               int columns, int width) {
+  if (Out::precision == Precision::float32 || width % 2 == 0 || column + columns < width) return;
+  for (int i = 0; i < count; ++i) out.row(row + i)[width] = 0;
+}
+
 // out = f(x W^T + offset), and where `slope` has memory slope = f'(...).
 template <class In, class Out>
 DIFFCORE_INLINE void linear_activate(Rows<typename In::Input> x, int rows,
@@ -134,6 +144,7 @@ DIFFCORE_INLINE void linear_activate(Rows<typename In::Input> x, int rows,
       [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {
         function(sums, stride, count, columns, out.row(row) + column, out.stride,
                  slope.data ? slope.row(row) + column : nullptr, slope.stride);
+        end_pairs<Out>(out, row, count, column, columns, layer.out);
       });
 }
 
@@ -150,6 +161,7 @@ DIFFCORE_INLINE void linear_store(Rows<typename In::Input> x, int rows, const Pa
         for (int i = 0; i < count; ++i)
           for (int n = 0; n < columns; n += W)
             Out::store_activation(out.row(row + i) + column + n, load(sums + i * stride + n));
+        end_pairs<Out>(out, row, count, column, columns, layer.out);
       });
 }
 
@@ -171,6 +183,7 @@ DIFFCORE_INLINE void linear_multiply(Rows<typename In::Input> x, int rows,
             Out::store_activation(
                 out.row(row + i) + column + n,
                 load(sums + i * stride + n) * load(factor.row(row + i) + column + n));
+        end_pairs<Out>(out, row, count, column, columns, layer.out);
       });
 }
 
@@ -209,6 +222,7 @@ static void convert_rows(const float* from, ptrdiff_t from_stride, int64_t rows,
     float rest[W] = {};
     memcpy(rest, row + n, sizeof(float) * static_cast<size_t>(columns - n));
     store_vector(n, load(rest));
+    end_pairs<Operand>(to, static_cast<int>(i), 1, n, W, columns);
   }
 }
 

@@ -141,7 +141,7 @@ template <class Operand>
 DIFFCORE_INLINE void wide_layer(Team* team, Rows<typename Operand::Input> x, int rows,
                                 const PackedLinear& layer, ActivateFunction<Operand> function,
                                 Rows<typename Operand::Input> out) {
-  const Columns mine = team->share(layer.out);
+  const Columns mine = team->share<typename Operand::Input>(layer.out);
   const PackedLinear share = layer_columns<Operand>(layer, mine.first, mine.count);
   linear_activate<Operand, Operand>(x, rows, share, bias_only(share), function,
                                     {out.data + mine.first, out.stride}, {nullptr, 0});

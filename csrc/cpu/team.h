@@ -8,10 +8,10 @@
 namespace diffcore {
 namespace DIFFCORE_ISA {
 
-// How many barriers a thread has reached, two cache lines for each: CPUs fetch them in pairs.
+// How many barriers a thread has reached. CPUs fetch cache lines in pairs: no two counts share one.
 struct Arrivals {
   int64_t count;
-  char apart[2 * 64 - sizeof(int64_t)];
+  char apart[3 * 64 - sizeof(int64_t)];
 };
 
 // Columns [first, first + count) of a layer.
@@ -30,10 +30,12 @@ class Team {
   bool alone() const { return size_ == 1; }
   bool leads() const { return rank_ == 0; }
 
-  // This thread's share: whole panels, and whole cache lines, so that no two threads write to one.
+  // This thread's share of a row of T: whole panels, and whole cache lines, so that no two threads write
+  // to one.
+  template <class T>
   Columns share(int columns) const {
     if (alone()) return {0, columns};
-    constexpr int unit = panel_width > line ? panel_width : line;
+    constexpr int unit = panel_width > line_of<T> ? panel_width : line_of<T>;
     const int units = static_cast<int>(ceil_div(columns, unit));
     const int first = units * rank_ / size_ * unit, end = units * (rank_ + 1) / size_ * unit;
     return {first, (end < columns ? end : columns) - first};

@@ -140,7 +140,8 @@ struct GradientGrid {
   static GradientGrid of(const WeightGradient<Input>& g) {
     const int64_t blocks = ceil_div(g.out, OuterProduct<Input>::block);
     const int64_t panels = ceil_div(g.in, panel_width);
-    return {blocks, panels, 1, ceil_div(panels, panels_at_once)};
+    // Without any input there is still the bias's gradient, which goes with the first part.
+    return {blocks, panels, 1, panels > 0 ? ceil_div(panels, panels_at_once) : 1};
   }
 };
 
@@ -230,7 +231,7 @@ static void weight_gradients(const WeightGradient<Input>* list, int count, int64
     int g = 0;
     int64_t part = item;
     while (part >= grids[g].parts()) part -= grids[g++].parts();
-    weight_gradient_part(list[g], batch, grids[g], part, product);
+    if (list[g].in > 0) weight_gradient_part(list[g], batch, grids[g], part, product);
     if (part == 0 && list[g].bias) bias_gradient(list[g], batch);
   }
 }

@@ -446,6 +446,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("use_isa", &use_isa);
   m.def("team_threads", [](int threads) { return team_limits(threads).threads; });
   m.def("always_use_teams", &always_use_teams);
+  m.def("teams_run", &teams_run);
   m.def("packs_built", &packs_built);
   m.def("fingerprint", &fingerprint);  // what every call does to its weights, for benchmarks
   m.def("reverse_diffusion", &reverse_diffusion);

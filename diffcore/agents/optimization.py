@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,7 @@ def cut_norm_(gradients: list[Tensor], max_norm: float) -> Tensor:
     return norm
 
 
+@final
 class FusedAdam(torch.optim.Adam):
     """``torch.optim.Adam(fused=True)``, to whose kernel :meth:`step` goes directly where it can."""
 
@@ -122,7 +123,7 @@ class FusedAdam(torch.optim.Adam):
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or torch.autograd.profiler._is_profiler_enabled
+            or torch.autograd._profiler_enabled()
         )
 
     def _is_plain(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> bool:
@@ -131,6 +132,7 @@ class FusedAdam(torch.optim.Adam):
             parameters
             and group["fused"]
             and not (group["amsgrad"] or group["maximize"])
+            and not group.get("decoupled_weight_decay")
             and all(self.state[p] for p in parameters)
             and getattr(self, "grad_scale", None) is None  # a GradScaler's
             and getattr(self, "found_inf", None) is None
@@ -143,12 +145,15 @@ _torch_step = torch.optim.Optimizer.profile_hook_step(inspect.unwrap(torch.optim
 def _counted(states: list[dict[str, Any]]) -> list[Tensor]:
     """Every parameter's number of steps, one more than before.
 
-    The counts are elements of one tensor, as they stay unless a checkpoint is loaded, so that adding
-    to it adds to them all.
+    On the CPU, where torch would add to one after the other, the counts are elements of one tensor,
+    as they stay unless a checkpoint is loaded.
     """
     counts = [state["step"] for state in states]
+    if not counts[0].is_cpu:
+        torch._foreach_add_(counts, 1)
+        return counts
     together = counts[0]._base
-    if together is None or len(together) != len(counts) or any(
+    if together is None or together.shape != (len(counts),) or any(
         count._base is not together for count in counts
     ):
         together = torch.stack(counts)

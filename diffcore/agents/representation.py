@@ -48,7 +48,7 @@ class DiffusionRepresentation(nn.Module):
     ) -> None:
         super().__init__()
         self.schedule = schedule
-        self.noise_scale = noise_scale
+        self._noise_scale = noise_scale
         self.compute_dtype = compute_dtype
         self.psi = Psi(
             state_dim, action_dim, feature_dim, psi_hidden_dim, compute_dtype=compute_dtype
@@ -65,6 +65,11 @@ class DiffusionRepresentation(nn.Module):
         columns = [alpha_bar, alpha_bar.sqrt(), noise_scale * spread.sqrt(), noise_scale * spread]
         self.register_buffer("alpha_bar", alpha_bar.to(dtype), persistent=False)
         self.register_buffer("_levels", torch.stack(columns, dim=1).to(dtype), persistent=False)
+
+    @property
+    def noise_scale(self) -> float:
+        """sigma."""
+        return self._noise_scale
 
     def loss(
         self,

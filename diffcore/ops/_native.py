@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,26 +74,49 @@ def _included_keys() -> int:
     return torch._C._dispatch_tls_local_include_set().raw_repr()
 
 
-with torch.inference_mode(False):
-    _PLAIN_KEYS = {_included_keys()}
-with torch.inference_mode():
-    _PLAIN_KEYS.add(_included_keys())
-_PLAIN_TYPES = {Tensor, torch.nn.Parameter, list, type(None), bool, int, float, str}
+def _plain_keys() -> set[int]:
+    """What a thread starts with, in inference mode and out of it."""
+    keys = set()
+
+    def look() -> None:
+        for inference in (False, True):
+            with torch.inference_mode(inference):
+                keys.add(_included_keys())
+
+    # In a thread of its own: this one may be in a mode while diffcore is imported.
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return keys
+
+
+_PLAIN_KEYS = _plain_keys()
+_PLAIN_TYPES = {type(None), bool, int, float, str}
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def _dispatching(args: tuple[Any, ...]) -> bool:
     """Whether torch's dispatcher would do anything about a call but hand it to its kernel.
 
-    Modes, tracers and torch.func's transforms are entered in the thread's dispatch keys; a subclass
-    of Tensor may bring its own; the profiler wants to see the op.
+    Modes, tracers and torch.func's transforms are entered in the thread's dispatch keys; the profiler
+    wants to see the op; a subclass of Tensor may bring a meaning of its own, and a tensor to be read
+    negated, as zeros, or through a wrapper hasn't in memory what it stands for.
     """
     return (
         _included_keys() not in _PLAIN_KEYS
         or torch._C._is_torch_function_mode_enabled()
-        or torch.autograd.profiler._is_profiler_enabled
-        or not _PLAIN_TYPES.issuperset(map(type, args))
-        or not all(_PLAIN_TYPES.issuperset(map(type, arg)) for arg in args if type(arg) is list)
+        or torch.autograd._profiler_enabled()
+        or not all(
+            all(map(_is_plain, arg)) if type(arg) is list else _is_plain(arg) for arg in args
+        )
     )
+
+
+def _is_plain(value: Any) -> bool:
+    kind = type(value)
+    if kind is not Tensor and kind is not torch.nn.Parameter:
+        return kind in _PLAIN_TYPES
+    return not (value.is_neg() or value._is_zerotensor() or _is_wrapped(value))
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Any]:

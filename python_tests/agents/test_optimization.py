@@ -151,6 +151,29 @@ def test_steps_follow_torch_after_moments_were_loaded() -> None:
         twins.step(*PARTS)
 
 
+def test_loaded_counts_may_be_views() -> None:
+    twins = Twins()
+    for _ in range(STEPS):
+        twins.step(*PARTS)
+    for optimizer in twins.optimizers:
+        state = copy.deepcopy(optimizer.state_dict())
+        for entry in state["state"].values():
+            entry["step"] = entry["step"].clone().view(())
+        optimizer.load_state_dict(state)
+    for _ in range(STEPS):
+        twins.step(*PARTS)
+
+
+def test_weight_decay_follows_torch() -> None:
+    for decoupled in (False, True):
+        twins = Twins()
+        for optimizer in twins.optimizers:
+            group = optimizer.param_groups[0]
+            group["weight_decay"], group["decoupled_weight_decay"] = 0.5, decoupled
+        for _ in range(STEPS):
+            twins.step(*PARTS)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_first_gradient_may_come_late(fused: bool) -> None:
     twins = Twins(fused=fused)

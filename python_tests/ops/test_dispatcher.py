@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffcore import ops
 from diffcore.ops import _native
 from diffcore.ops.rff_features import native
 
@@ -100,3 +104,66 @@ def test_plain_calls_skip_the_dispatcher(
 def test_a_call_in_a_subclass_s_list_is_dispatched() -> None:
     Logged.seen = []
     assert _native._dispatching((torch.ones(1), [torch.ones(1).as_subclass(Logged)]))
+
+
+# -- tensors that don't hold in memory what they stand for -------------------------------------------
+
+
+def identity(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    weight = torch.eye(x.shape[-1]) if weight is None else weight
+    return ops.mlp(x, [weight], [torch.zeros(len(weight))], ["identity"], backend="cpu")
+
+
+def test_negated_tensors_are_read_negated() -> None:
+    x, weight = torch.randn(4, 3), torch.randn(3, 3)
+    assert torch.equal(identity(torch._neg_view(x)), -x)
+    assert torch.equal(identity(x, torch._neg_view(weight)), identity(x, -weight))
+    z = torch.view_as_complex(torch.randn(1, 1, 2)).conj()
+    assert z.imag.is_neg()
+    assert torch.equal(identity(z.imag), z.imag.clone())
+    x.requires_grad_()
+    [grad] = torch.autograd.grad(identity(x), x, torch._neg_view(torch.ones(4, 3)))
+    assert torch.equal(grad, -torch.ones(4, 3))
+
+
+def test_a_tensor_of_zeros_without_memory() -> None:
+    assert torch.equal(identity(torch._efficientzerotensor(4, 3)), torch.zeros(4, 3))
+
+
+def test_a_tensor_that_outlived_its_transform() -> None:
+    leaked: list[Tensor] = []
+
+    def loss(x: Tensor) -> Tensor:
+        leaked.append(x)
+        return x.sum()
+
+    x = torch.randn(4, 3)
+    torch.func.grad(loss)(x)
+    with torch.no_grad():
+        assert torch.equal(identity(leaked[0]), x)
+
+
+def test_diffcore_may_be_imported_in_a_mode() -> None:
+    script = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Recorder(TorchDispatchMode):
+    seen = []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+with Recorder() as mode:
+    from diffcore import ops
+    from diffcore.ops import _native
+    ops.rff_features(torch.ones(2, 3), torch.eye(3), backend="cpu")
+print("diffcore::rff_features" in mode.seen, _native._dispatching((torch.ones(1),)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.stdout == "True False\n", done.stderr

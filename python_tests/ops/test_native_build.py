@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -136,18 +137,20 @@ def test_several_python_threads_at_once(isa: str) -> None:
         assert torch.equal(result, expected[i % len(networks)])
 
 
-def test_several_teams_at_once(teams: None) -> None:
+def test_several_teams_at_once(teams: None, set_threads: Callable[[int], None]) -> None:
     """Each call's threads meet each other, and nobody else."""
     schedule, denoiser = DiffusionSchedule.linear(20), nn.Denoiser(5, 3, 64).requires_grad_(False)
     x, noise, states = torch.randn(2, 3), torch.randn(20, 2, 3), torch.randn(4, 2, 5)
 
     def call(i: int) -> Tensor:
-        torch.set_num_threads(2)  # torch has a number for each thread
+        set_threads(2)  # torch has a number for each thread
         return ops.reverse_diffusion(denoiser, schedule, states[i % 4], x_init=x, noise=noise)
 
     expected = [call(i) for i in range(4)]
     with ThreadPoolExecutor(3) as pool:
+        before = _native._core.teams_run()
         results = list(pool.map(call, range(60)))
+        assert _native._core.teams_run() - before == 60
     for i, result in enumerate(results):
         assert torch.equal(result, expected[i % 4])
 

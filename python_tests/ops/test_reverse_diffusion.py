@@ -30,6 +30,7 @@ from torch import Tensor
 
 import diffcore
 from diffcore import DiffusionSchedule, nn, ops
+from diffcore.ops import _native
 from diffcore.ops.reverse_diffusion.native import chain
 from diffcore.schedule import SOLVERS, SolverTable
 
@@ -437,6 +438,7 @@ def test_a_team_s_size_doesn_t_matter(
     steps = 10  # the noise of a single row is drawn for 8 at a time
     table = DiffusionSchedule.cosine(steps).solver("ddpm")
     embedding = nn.time_embedding(table.timesteps, denoiser.time_dim).float()
+    has_work_for_two = layers > 1
     for rows in range(1, 10):
         noise = (torch.randn(rows, 6), torch.randn(steps, rows, 6), None)
         inputs = noise if given_noise else (None, None, torch.tensor(7))
@@ -463,7 +465,10 @@ def test_a_team_s_size_doesn_t_matter(
         expected = run(1, state, inputs)
         assert torch.isfinite(expected[1]).all()
         for threads in (2, 3, 4, 2):
-            for result, one_thread_s in zip(run(threads, state, inputs), expected, strict=True):
+            before = _native._core.teams_run()
+            results = run(threads, state, inputs)
+            assert _native._core.teams_run() - before == (rows < 8 and has_work_for_two)
+            for result, one_thread_s in zip(results, expected, strict=True):
                 assert torch.equal(result, one_thread_s)
 
 
