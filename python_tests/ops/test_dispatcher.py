@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
+from helpers import run_script
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -160,10 +158,4 @@ with Recorder() as mode:
     ops.rff_features(torch.ones(2, 3), torch.eye(3), backend="cpu")
 print("diffcore::rff_features" in mode.seen, _native._dispatching((torch.ones(1),)))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.stdout == "True False\n", done.stderr
+    assert run_script(script).stdout == "True False\n"
