@@ -192,7 +192,8 @@ def sweep(op: Op, quick: bool, seconds: float) -> list[Point]:
     found = []
     for point in points:
         varies, shape, n = point
-        cores = n if shape.batch >= 8 else 1  # no second thread is woken for fewer rows
+        # For fewer rows no second thread is woken, but by the chain for a team.
+        cores = n if shape.batch >= 8 or op.name == "reverse_diffusion" else 1
         at_peak = shape.steps * shape.batch * op.flops_per_row(shape) / peak[cores]
         weights = op.weights(shape)
         rate = rates.setdefault(weights, read_rate(weights))
