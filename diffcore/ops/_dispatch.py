@@ -37,12 +37,15 @@ class Explanation:
 def choose(op: str, support: Support, forced: str | None) -> str:
     """The backend that runs: `forced` if given, else the first that can."""
     if forced is None:
-        return next(name for name, reason in support.items() if reason() is None)
+        for name, reason in support.items():
+            if reason() is None:
+                return name
+        raise AssertionError("the reference takes everything")
     if forced not in support:
         raise ValueError(f"backend: expected one of {', '.join(support)}, got {forced!r}")
-    reason = support[forced]()
-    if reason is not None:
-        raise ValueError(f"backend: {op} can't run on {forced!r} here: {reason}")
+    why = support[forced]()
+    if why is not None:
+        raise ValueError(f"backend: {op} can't run on {forced!r} here: {why}")
     return forced
 
 

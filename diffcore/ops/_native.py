@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, List, get_args, get_origin, get_type_hints  # noqa: UP035
 
 # torch first: it brings its own OpenMP runtime, and an extension loaded after it shares that copy
 # and its threads instead of starting a second pool.
@@ -52,7 +53,7 @@ def op(name: str) -> Callable[[Callable[..., Any]], Any]:
     """
 
     def register(function: Callable[..., Any]) -> Any:
-        schema = torch.library.infer_schema(function, mutates_args=())
+        schema = torch.library.infer_schema(_with_typing_lists(function), mutates_args=())
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, function, "CPU")
         _LIBRARY.impl(name, function, "CUDA")
@@ -68,6 +69,29 @@ def op(name: str) -> Callable[[Callable[..., Any]], Any]:
         return call
 
     return register
+
+
+def _with_typing_lists(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function's signature with ``typing.List`` for ``list``, which torch 2.6 wants there."""
+
+    def older(kind: Any) -> Any:
+        inner = tuple(map(older, get_args(kind)))
+        if get_origin(kind) is list:
+            return List[inner[0]]  # type: ignore[valid-type]  # noqa: UP006
+        if get_origin(kind) is tuple:
+            return tuple[inner]  # type: ignore[valid-type]
+        return kind
+
+    hints = {name: older(kind) for name, kind in get_type_hints(function).items()}
+    signature = inspect.signature(function)
+    parameters = [p.replace(annotation=hints[p.name]) for p in signature.parameters.values()]
+
+    def prototype() -> None: ...
+
+    prototype.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=parameters, return_annotation=hints["return"]
+    )
+    return prototype
 
 
 def _included_keys() -> int:
