@@ -34,6 +34,12 @@ class Explanation:
         return "\n".join(lines)
 
 
+def restrict(support: Support, name: str, further: Callable[[], str | None]) -> None:
+    """Give a backend one more reason not to take the call, asked for where it has no other."""
+    reason = support[name]
+    support[name] = lambda: reason() or further()
+
+
 def choose(op: str, support: Support, forced: str | None) -> str:
     """The backend that runs: `forced` if given, else the first that can."""
     if forced is None:

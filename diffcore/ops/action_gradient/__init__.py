@@ -172,8 +172,7 @@ def support(
         ours.q1.hidden_layers + 1,
         compute_dtype=compute_dtype,
     )
-    rest_fits = reasons["cuda"]
-    reasons["cuda"] = lambda: rest_fits() or _too_wide_for_cuda(ours, state, compute_dtype)
+    _dispatch.restrict(reasons, "cuda", lambda: _too_wide_for_cuda(ours, state, compute_dtype))
     return reasons
 
 

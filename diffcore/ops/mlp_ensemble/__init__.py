@@ -77,8 +77,7 @@ def support(
                 and parameter.device == like.device
             ):
                 _reject(f"networks[{i}][{j}]", parameter, like)
-    one_fits = available["cpu"]
-    available["cpu"] = lambda: one_fits() or _too_many(len(networks))
+    _dispatch.restrict(available, "cpu", lambda: _too_many(len(networks)))
     return available
 
 

@@ -241,8 +241,7 @@ def support(
         ours.trunk.hidden_layers + 1,
         compute_dtype=compute_dtype,
     )
-    rest_fits = reasons["cuda"]
-    reasons["cuda"] = lambda: rest_fits() or _too_large_for_cuda(ours, state, compute_dtype)
+    _dispatch.restrict(reasons, "cuda", lambda: _too_large_for_cuda(ours, state, compute_dtype))
     return reasons
 
 
