@@ -1,7 +1,7 @@
 """Compare diffcore with eager PyTorch, torch.compile and JAX: ``python bench``.
 
-Results are checked first. Then all variants of a case are timed in turns, in this one process; run
-it on a quiet machine. Ends with the tables and with a JSON file under bench/results/.
+Results are checked first. Then all variants of a case are timed in bursts by turns, in this one
+process; run it on a quiet machine. Ends with the tables and with a JSON file under bench/results/.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def rff_features_case(batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
     variants = [
         variant(BASELINE, as_written),
         variant(COMPILED, torch.compile(as_written, dynamic=False)),
-        jax and Variant(JAX, in_jax, lambda: in_scale(in_jax.on(), scales), before=jax.rest),
+        jax and Variant(JAX, in_jax, lambda: in_scale(in_jax.on(), scales)),
         variant(OURS, ops.rff_features),
         Variant(
             OURS_NEW_WEIGHTS,
@@ -159,7 +159,7 @@ def score_matching_loss_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVAL
     variants = [
         variant(BASELINE, eager_diffsr.score_matching_loss),
         variant(COMPILED, torch.compile(eager_diffsr.score_matching_loss, dynamic=False)),
-        jax and Variant(JAX, in_jax, lambda: in_scale(in_jax.on(), scales), before=jax.rest),
+        jax and Variant(JAX, in_jax, lambda: in_scale(in_jax.on(), scales)),
         variant(OURS, ops.score_matching_loss),
         variant(OURS_BF16, ops.score_matching_loss, compute_dtype=torch.bfloat16),
     ]
@@ -231,7 +231,7 @@ def representation_loss_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVAL
 
         parameters = list(networks.parameters())
         call = jax.ForwardAndBackward(of_parameters, parameters, torch.ones(()), *inputs)
-        return Variant(JAX, call, lambda: in_scale(call.on(), scales), before=jax.rest)
+        return Variant(JAX, call, lambda: in_scale(call.on(), scales))
 
     variants = [
         variant(BASELINE, eager_diffsr.representation_loss, as_written),
@@ -336,7 +336,6 @@ def diffsr_update_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> 
             JAX,
             lambda: jax_agent.update(arrays),
             lambda: as_one(start.moved(*given)),
-            before=jax.rest,
         )
 
     def exact() -> Tensor:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -36,11 +35,6 @@ PyTree = Any
 def use_threads(threads: int) -> None:
     """Size of JAX's thread pool; has an effect before JAX is first used only."""
     os.environ["NPROC"] = str(threads)
-
-
-def rest() -> None:
-    """Before a timed call: torch's threads go on spinning for a moment, on cores that JAX needs."""
-    time.sleep(0.005)
 
 
 def to_jax(tensor: Tensor) -> Array:

@@ -16,12 +16,12 @@ SLOWER_BY = 0.10
 
 Results = dict[str, Any]
 LEGEND = """\
-Medians of calls made in turns in one process. *New weights*: all parameters were changed in place
-before each call. *Of peak*: diffcore's share, in float32, of the multiply-add peak of the cores it
-used, measured in the same run and counting matrix products only. *torch.compile* runs the
-hand-optimised code, 10 steps to a graph. *JAX*: jit, and scan over the steps, on a thread pool of
-its own of the same size. *dipo_step*: one action and one whole update. *diffsr_update*: 4
-representation steps, then critic and actor."""
+Medians of calls in one process, in short bursts, variant by variant in turns. *New weights*: all
+parameters were changed in place before each call. *Of peak*: diffcore's share, in float32, of the
+multiply-add peak of the cores it used, measured in the same run and counting matrix products only.
+*torch.compile* runs the hand-optimised code, 10 steps to a graph. *JAX*: jit, and scan over the
+steps, on a thread pool of its own of the same size. *dipo_step*: one action and one whole update.
+*diffsr_update*: 4 representation steps, then critic and actor."""
 
 
 def duration(seconds: float) -> str:
@@ -77,6 +77,7 @@ def tables(results: Results) -> str:
                 variant,
                 duration(row["median"]),
                 _middle_half(row),
+                duration(row["first"]) if "first" in row else "",
                 f"{speed_up[case._replace(variant=variant)]:.2f}x",
                 _peak_fraction(row, results["peak_flops"]),
                 _error(row["error"]),
@@ -85,7 +86,7 @@ def tables(results: Results) -> str:
             for variant, row in variants.items()
             if case.op == op
         ]
-        header = ["state", "batch", "steps", "variant", "median", "middle half"]
+        header = ["state", "batch", "steps", "variant", "median", "middle half", "after a rest"]
         header += ["speed-up", "of peak", "error"]
         parts += [f"**{op}**", table(header, rows)]
     return "\n\n".join([*parts, summary(results)])

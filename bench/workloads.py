@@ -206,7 +206,7 @@ def reverse_diffusion_case(env: str, batch: int, steps: int, *, rivals: Rivals =
             lambda: compiled_sampler(state),
             lambda: compiled_sampler(state, **given),
         ),
-        jax and Variant(JAX, jax_sampler, lambda: jax_sampler.on(**given), before=jax.rest),
+        jax and Variant(JAX, jax_sampler, lambda: jax_sampler.on(**given)),
         Variant(OURS, ours, lambda: ours(**given)),
         Variant(
             OURS_NEW_WEIGHTS,
@@ -270,7 +270,7 @@ def action_gradient_case(
         same(BASELINE, as_written),
         same(OPTIMISED, lambda: optimised(state, action)),
         same(COMPILED, lambda: compiled_ascent(state, action)),
-        jax and Variant(JAX, jax_ascent, jax_ascent.on, before=jax.rest),
+        jax and Variant(JAX, jax_ascent, jax_ascent.on),
         same(OURS, ours),
         same(
             OURS_NEW_WEIGHTS,
@@ -419,7 +419,7 @@ def critic_update_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> 
         variant(BASELINE, eager.Critic, fused=False),
         variant(OPTIMISED, eager.Critic),
         variant(COMPILED, compiled),
-        jax and Variant(JAX, in_jax, in_jax.moved, before=jax.rest),
+        jax and Variant(JAX, in_jax, in_jax.moved),
         variant(OURS, lambda critic: critic),
         variant(OURS_BF16, in_bf16),
     ]
@@ -479,7 +479,7 @@ def denoising_update_case(
         Variant(BASELINE, as_written(fused=False), as_written(fused=False, **given).moved),
         Variant(OPTIMISED, as_written(fused=True), as_written(fused=True, **given).moved),
         Variant(COMPILED, compiled(), compiled(**given).moved),
-        jax and Variant(JAX, in_jax, in_jax.moved, before=jax.rest),
+        jax and Variant(JAX, in_jax, in_jax.moved),
         Variant(OURS, ours(), ours(**given).moved),
         Variant(OURS_BF16, ours(**bfloat16), ours(**bfloat16, **given).moved),
     ]
@@ -527,7 +527,7 @@ def dipo_step_case(env: str, steps: int, *, rivals: Rivals = ALL_RIVALS) -> Case
             arrays = jax_agent.update(arrays)
 
         given = (batch, next_action, t, noise)
-        return Variant(JAX, step, lambda: start.moved(*given), before=jax.rest)
+        return Variant(JAX, step, lambda: start.moved(*given))
 
     def ours(name: str, compute_dtype: str) -> Variant:
         our_agent = agent(compute_dtype)
