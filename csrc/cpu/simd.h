@@ -62,14 +62,9 @@ DIFFCORE_INLINE Vec flip_by_bit_1(Vec a, Vec by) {
   return {
       _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a.v), _mm512_slli_epi32(bit, 30)))};
 }
-// 1/a for positive normal a, to about 1 ulp: one Newton step on the 14-bit estimate.
-DIFFCORE_INLINE Vec reciprocal(Vec a) {
-  const __m512 r = _mm512_rcp14_ps(a.v);
-  return {_mm512_mul_ps(r, _mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(2.0f)))};
-}
-// The same to 14 bits.
+// 1 / a to 14 bits at least.
 DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return {_mm512_rcp14_ps(a.v)}; }
-// a * 2^n for integral n.
+// a * 2^n for integral n, where both a and the product are normal numbers, or a is NaN.
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 // For positive normal a: mantissa in [sqrt(1/2), sqrt(2)) and the matching exponent.
 DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
@@ -163,17 +158,10 @@ DIFFCORE_INLINE Vec flip_by_bit_1(Vec a, Vec by) {
   const __m256i bit = _mm256_and_si256(_mm256_castps_si256(by.v), _mm256_set1_epi32(2));
   return {_mm256_xor_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(bit, 30)))};
 }
-DIFFCORE_INLINE Vec reciprocal(Vec a) { return broadcast(1.0f) / a; }
-DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return reciprocal(a); }
+DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return broadcast(1.0f) / a; }
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
-  // In two halves, so that the scale itself neither overflows nor turns subnormal.
-  const __m256i k = _mm256_cvtps_epi32(n.v);
-  const __m256i half = _mm256_srai_epi32(k, 1);
-  const __m256i bias = _mm256_set1_epi32(127);
-  const __m256i first = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
-  const __m256i second = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(k, half), bias), 23);
-  return {
-      _mm256_mul_ps(_mm256_mul_ps(a.v, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second))};
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
+  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), exponent))};
 }
 DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
   const __m256i bits = _mm256_castps_si256(a.v);
@@ -257,15 +245,10 @@ DIFFCORE_INLINE Vec flip_by_bit_1(Vec a, Vec by) {
   const uint32x4_t bit = vandq_u32(vreinterpretq_u32_f32(by.v), vdupq_n_u32(2));
   return {vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(a.v), vshlq_n_u32(bit, 30)))};
 }
-DIFFCORE_INLINE Vec reciprocal(Vec a) { return broadcast(1.0f) / a; }
-DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return reciprocal(a); }
+DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return broadcast(1.0f) / a; }
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
-  const int32x4_t k = vcvtnq_s32_f32(n.v);
-  const int32x4_t half = vshrq_n_s32(k, 1);
-  const int32x4_t bias = vdupq_n_s32(127);
-  const int32x4_t first = vshlq_n_s32(vaddq_s32(half, bias), 23);
-  const int32x4_t second = vshlq_n_s32(vaddq_s32(vsubq_s32(k, half), bias), 23);
-  return {vmulq_f32(vmulq_f32(a.v, vreinterpretq_f32_s32(first)), vreinterpretq_f32_s32(second))};
+  const int32x4_t exponent = vshlq_n_s32(vcvtnq_s32_f32(n.v), 23);
+  return {vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a.v), exponent))};
 }
 DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
   const int32x4_t bits = vreinterpretq_s32_f32(a.v);
@@ -353,12 +336,9 @@ DIFFCORE_INLINE Vec sqrt(Vec a) {
   for (int i = 0; i < 4; ++i) a.v[i] = __builtin_sqrtf(a.v[i]);
   return a;
 }
-DIFFCORE_INLINE Vec reciprocal(Vec a) { return broadcast(1.0f) / a; }
-DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return reciprocal(a); }
-DIFFCORE_INLINE Int4 to_int(Float4 a) { return __builtin_convertvector(a, Int4); }
+DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return broadcast(1.0f) / a; }
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
-  const Int4 k = to_int(n.v), half = k >> 1;
-  return {a.v * (Float4)((half + 127) << 23) * (Float4)(((k - half) + 127) << 23)};
+  return {(Float4)((Int4)a.v + (__builtin_convertvector(n.v, Int4) << 23))};
 }
 DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
   const Int4 bits = (Int4)a.v, e = (bits - 0x3f3504f3) >> 23;
