@@ -4,11 +4,13 @@
 #pragma once
 
 #include "activations.h"
+#include "tile.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
 
-constexpr int philox_lanes = 16;  // a multiple of every vector width
+// Two of the widest vectors: a round's products take long to arrive, and two chains of them overlap.
+constexpr int philox_lanes = 32;
 
 // Ten rounds on `philox_lanes` counters at once, in place.
 DIFFCORE_INLINE void philox_rounds(uint64_t seed, uint32_t (&c)[4][philox_lanes]) {
@@ -46,46 +48,47 @@ DIFFCORE_INLINE void box_muller(const uint32_t (&a)[philox_lanes],
   }
 }
 
-// Where a lane's four normals belong.
-struct NormalsPosition {
-  int block;
-  int64_t row;
-  int step;
-  DIFFCORE_INLINE void advance(NormalsPosition* p, int blocks, int64_t rows) {
-    if (++p->block < blocks) return;
-    p->block = 0;
-    if (++p->row < rows) return;
-    p->row = 0;
-    ++p->step;
-  }
-};
+// Writes columns [4 block, columns) of up to `philox_lanes` rows, four at most, from z[column][row].
+DIFFCORE_INLINE void write_block(const float (&z)[4][philox_lanes], int rows, int columns,
+                                 float* out, ptrdiff_t out_stride) {
+  int row = 0;
+  if (columns >= 4)
+    for (; row + 4 <= rows; row += 4)
+      transpose_4x4(z[0] + row, philox_lanes, out + row * out_stride, out_stride);
+  for (; row < rows; ++row)
+    for (int i = 0; i < 4 && i < columns; ++i) out[row * out_stride + i] = z[i][row];
+}
 
 // Normals of `steps` steps from `first_step` on, for `rows` rows from `first_row` on:
 // out[(step * rows + row) * out_stride + column].
 static inline void fill_normals(uint64_t seed, uint32_t first_step, int steps, int64_t first_row,
                                 int64_t rows, int columns, float* out, ptrdiff_t out_stride) {
-  const int blocks = (columns + 3) / 4;
-  NormalsPosition from = {0, 0, 0}, to = from;
-  for (int64_t left = steps * rows * blocks; left > 0; left -= philox_lanes) {
-    uint32_t c[4][philox_lanes];
+  for (int64_t start = 0, left = steps * rows; left > 0;
+       start += philox_lanes, left -= philox_lanes) {
+    // A lane has one row of one step, and draws its columns in blocks of four.
+    uint64_t row[philox_lanes];
+    uint32_t step[philox_lanes];
     for (int l = 0; l < philox_lanes; ++l) {
-      const uint64_t row = static_cast<uint64_t>(first_row + from.row);
-      c[0][l] = static_cast<uint32_t>(from.block);
-      c[1][l] = static_cast<uint32_t>(row);
-      c[2][l] = first_step + static_cast<uint32_t>(from.step);
-      c[3][l] = static_cast<uint32_t>(row >> 32);
-      NormalsPosition::advance(&from, blocks, rows);
+      const int64_t steps_before = steps == 1 ? 0 : (start + l) / rows;
+      row[l] = static_cast<uint64_t>(first_row + start + l - steps_before * rows);
+      step[l] = first_step + static_cast<uint32_t>(steps_before);
     }
-    philox_rounds(seed, c);
-    float z[4][philox_lanes];
-    box_muller(c[0], c[1], z[0], z[1]);
-    box_muller(c[2], c[3], z[2], z[3]);
-    for (int l = 0; l < philox_lanes && l < left; ++l) {
-      float* p = out + (to.step * rows + to.row) * out_stride + 4 * to.block;
-      const int here = columns - 4 * to.block < 4 ? columns - 4 * to.block : 4;
-      for (int i = 0; i < here; ++i) p[i] = z[i][l];
-      NormalsPosition::advance(&to, blocks, rows);
+    const int count = left < philox_lanes ? static_cast<int>(left) : philox_lanes;
+    for (int column = 0; column < columns; column += 4) {
+      uint32_t c[4][philox_lanes];
+      for (int l = 0; l < philox_lanes; ++l) {
+        c[0][l] = static_cast<uint32_t>(column / 4);
+        c[1][l] = static_cast<uint32_t>(row[l]);
+        c[2][l] = step[l];
+        c[3][l] = static_cast<uint32_t>(row[l] >> 32);
+      }
+      philox_rounds(seed, c);
+      float z[4][philox_lanes];
+      box_muller(c[0], c[1], z[0], z[1]);
+      box_muller(c[2], c[3], z[2], z[3]);
+      write_block(z, count, columns - column, out + column, out_stride);
     }
+    out += count * out_stride;
   }
 }
 

@@ -91,9 +91,8 @@ static void pack_denoiser(const DenoiserParameters& p, void* block, DenoiserPack
 }
 
 // Steps whose noise is drawn at a time: as many as fill the generator's lanes when rows are few.
-DIFFCORE_INLINE int noise_block_steps(const ReverseDiffusionCall& call, int rows) {
-  const int lanes_a_step = rows * ((call.action_dim + 3) / 4);
-  return lanes_a_step >= philox_lanes ? 1 : philox_lanes / lanes_a_step;
+DIFFCORE_INLINE int noise_block_steps(int rows) {
+  return rows >= philox_lanes ? 1 : philox_lanes / rows;
 }
 
 template <class Operand>
@@ -166,7 +165,7 @@ static void reverse_diffusion_tile(const ReverseDiffusionCall& call, Span span,
   // Lanes past the last column keep zeros: they take part in the vector arithmetic.
   clear_rows(b.x, rows);
   clear_rows(b.x0, rows);
-  const int noise_steps = noise_block_steps(call, rows);
+  const int noise_steps = noise_block_steps(rows);
   clear_rows(b.z, noise_steps * rows);
   if (call.x_init) {
     copy_rows(call.x_init + actions_before, columns, rows, columns, b.x);
