@@ -11,6 +11,7 @@ from helpers import ISAS, run_script
 import diffcore
 from diffcore import DiffusionSchedule, nn, ops
 from diffcore.ops import _native
+from diffcore.ops._compile import constant_under_compile
 
 SCHEDULE = DiffusionSchedule.linear(4)
 
@@ -136,3 +137,19 @@ def test_show_config_with_a_bad_instruction_set() -> None:
 def test_public_names_exist(module: Any) -> None:
     for name in module.__all__:
         assert getattr(module, name) is not None
+
+
+def test_import_leaves_the_compiler_alone() -> None:
+    """Importing it takes torch a second, which a run that compiles nothing can do without."""
+    done = run_script("import sys, diffcore.ops; print('torch._dynamo' in sys.modules)")
+    assert done.stdout.strip() == "False"
+
+
+def test_constants_are_marked_as_torch_marks_them() -> None:
+    def ours() -> None: ...
+
+    def torchs() -> None: ...
+
+    assert constant_under_compile(ours) is ours
+    torch.compiler.assume_constant_result(torchs)
+    assert vars(ours) == vars(torchs)

@@ -60,10 +60,10 @@ DIFFCORE_INLINE Vec exp(Vec x) {
   return exp_in_range<precision>(limit_exponent(x));
 }
 
-// a / b for positive normal b, no more exact than the value needs either.
+// 1/x for positive normal x, no more exact than the value needs either.
 template <Precision precision>
-DIFFCORE_INLINE Vec quotient(Vec a, Vec b) {
-  return precision == Precision::float32 ? a / b : a * rough_reciprocal(b);
+DIFFCORE_INLINE Vec inverse(Vec x) {
+  return precision == Precision::float32 ? broadcast(1.0f) / x : rough_reciprocal(x);
 }
 
 // exp(x) - 1 without cancellation near 0.
@@ -215,7 +215,7 @@ struct ActivationFunction<Activation::elu, precision> {
 template <Precision precision>
 struct ActivationFunction<Activation::silu, precision> {
   DIFFCORE_INLINE Vec sigmoid(Vec x) {
-    return quotient<precision>(broadcast(1.0f), broadcast(1.0f) + exp<precision>(zero() - x));
+    return inverse<precision>(broadcast(1.0f) + exp<precision>(zero() - x));
   }
   DIFFCORE_INLINE Vec value(Vec x) { return at_least(broadcast(lowest_exponent), x) * sigmoid(x); }
   DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
@@ -258,14 +258,14 @@ struct ActivationFunction<Activation::mish, precision> {
     x = at_least(broadcast(lowest_exponent), x);
     const Vec e = exp_in_range<precision>(at_most(broadcast(20.0f), x));
     const Vec n = fma(e, e, e + e);
-    return x * quotient<precision>(n, n + broadcast(2.0f));
+    return x * (n * inverse<precision>(n + broadcast(2.0f)));
   }
   DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
     x = at_least(broadcast(lowest_exponent), x);
     const Vec limited = at_most(broadcast(20.0f), x);
     const Vec e = exp_in_range<precision>(limited);
     const Vec n = fma(e, e, e + e);
-    const Vec r = quotient<precision>(broadcast(1.0f), n + broadcast(2.0f));
+    const Vec r = inverse<precision>(n + broadcast(2.0f));
     const Vec t = n * r;
     // mish'(x) = t + 4 x e (1 + e) / (n + 2)^2
     *slope = fma(limited * r * broadcast(4.0f), fma(e, e, e) * r, t);

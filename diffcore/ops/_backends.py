@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffcore.ops import _native
+from diffcore.ops._compile import constant_under_compile
 from diffcore.ops._dispatch import Support, no_reason
 
 _NAMES = {"cpu": "CPU", "cuda": "CUDA", "triton": "Triton"}
@@ -150,7 +151,7 @@ def _device_lacks(device: torch.device) -> str | None:
     return f"{device} has compute capability {capability[0]}.{capability[1]}, 8.0 is the least"
 
 
-@torch.compiler.assume_constant_result
+@constant_under_compile
 @functools.cache
 def _driver_lacks(index: int) -> str | None:
     """Why the CUDA kernels, which were built with a CUDA of their own, can't run on a device."""

@@ -68,6 +68,18 @@ def test_error_at_most_twice_eager(isa: str, activation: str) -> None:
             assert (a - c).abs().max() <= 1e-6 * max(1.0, c.abs().max().item())
 
 
+@pytest.mark.parametrize("compute_dtype", PRECISIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_value_is_the_same_where_a_gradient_will_be_taken(
+    isa: str, activation: str, compute_dtype: torch.dtype
+) -> None:
+    layers = make_layers([5, 40, 33], activation)
+    x = 3 * torch.randn(100, 5)
+    alone = ops.mlp(x, *layers, compute_dtype=compute_dtype, backend="cpu")
+    kept = ops.mlp(x.requires_grad_(), *layers, compute_dtype=compute_dtype, backend="cpu")
+    assert kept.requires_grad and torch.equal(kept, alone)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 7, 12, 13, 63, 64, 65, 130, 257, 600])
 @pytest.mark.parametrize(
     "widths", [[1, 1, 1], [4, 3, 2], [17, 31, 33, 1], [5, 16, 32, 48], [376, 40, 9], [7, 3]]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _native
+from diffcore.ops._compile import constant_under_compile
 
 
 @_native.op("action_gradient")
@@ -90,7 +91,7 @@ def ascend(
     return improved
 
 
-@torch.compiler.assume_constant_result
+@constant_under_compile
 def too_wide(
     state_dim: int, action_dim: int, hidden: list[int], precision: str, device: int
 ) -> bool:

@@ -17,6 +17,7 @@ from diffcore.ops._checks import (
     check_tensor,
     out_of_autocast,
 )
+from diffcore.ops._compile import constant_under_compile
 from diffcore.ops.denoising_loss import native, reference
 from diffcore.ops.q_sample import cached_levels
 from diffcore.schedule import DiffusionSchedule
@@ -116,7 +117,7 @@ def _reference_noise(seed: Tensor, action: Tensor) -> Tensor:
     return _philox.normals(seed, 0, *action.shape, dtype=action.dtype, device=action.device)
 
 
-@torch.compiler.assume_constant_result
+@constant_under_compile
 def _tables(
     schedule: DiffusionSchedule, time_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

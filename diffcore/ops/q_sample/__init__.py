@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffcore.ops import _backends, _dispatch, _native
 from diffcore.ops._checks import check_levels, check_like, check_tensor
+from diffcore.ops._compile import constant_under_compile
 from diffcore.ops.q_sample import native, reference
 from diffcore.schedule import DiffusionSchedule
 
@@ -55,7 +56,7 @@ def q_sample(
         raise ValueError(f"t: expected levels in 0..{schedule.K - 1}, got {t}") from error
 
 
-@torch.compiler.assume_constant_result
+@constant_under_compile
 def _levels(schedule: DiffusionSchedule, device: torch.device) -> Tensor:
     """float32 ``[K, 2]``: sqrt(abar), sqrt(1 - abar)."""
     return cached_levels(schedule, device)

@@ -18,6 +18,7 @@ from diffcore.ops._checks import (
     check_tensor,
     out_of_autocast,
 )
+from diffcore.ops._compile import constant_under_compile
 from diffcore.ops.reverse_diffusion import native, reference
 from diffcore.schedule import SOLVERS, DiffusionSchedule, SolverTable
 
@@ -144,7 +145,7 @@ def _run_native(
 # torch.compile, which looks at the outer function's mark and doesn't see through the inner cache.
 
 
-@torch.compiler.assume_constant_result
+@constant_under_compile
 def _coefficients(
     schedule: DiffusionSchedule, solver: str | SolverTable, device: torch.device
 ) -> Tensor:
@@ -152,7 +153,7 @@ def _coefficients(
     return _cached_coefficients(schedule, solver, device)
 
 
-@torch.compiler.assume_constant_result
+@constant_under_compile
 def _embedding(
     schedule: DiffusionSchedule, solver: str | SolverTable, dim: int, device: torch.device
 ) -> Tensor:

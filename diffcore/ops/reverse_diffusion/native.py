@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffcore.ops import _native
 from diffcore.ops._activations import ACTIVATIONS
+from diffcore.ops._compile import constant_under_compile
 
 
 @_native.op("reverse_diffusion")
@@ -92,7 +93,7 @@ def chain(
     return actions, trajectory
 
 
-@torch.compiler.assume_constant_result
+@constant_under_compile
 def why_not_cuda(
     widths: list[list[int]], state_dim: int, precision: str, device: int
 ) -> str | None:
