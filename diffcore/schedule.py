@@ -25,7 +25,8 @@ class SolverTable:
         x0 = clip(c0 * x - c1 * eps)
         x  = c2 * x0 + c3 * x + c4 * eps + c5 * z + c6 * x0_of_the_previous_step
 
-    with ``z ~ N(0, I)`` and ``c0 .. c6 = coefficients[i]``.
+    with ``z ~ N(0, I)`` and ``c0 .. c6 = coefficients[i]``. The ops keep what they derive from a
+    table: make a new one instead of changing its tensors in place.
 
     Attributes:
         timesteps: int64 ``[steps]``, the noise level each step starts from, falling.

@@ -61,6 +61,16 @@ def check_tensor(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(value.shape)}")
 
 
+def check_denoised(eps: Any, x: Tensor) -> None:
+    """What a denoiser returned for x: broadcasting would hide a wrong shape."""
+    if not isinstance(eps, Tensor):
+        raise TypeError(f"denoiser: expected it to return a tensor, got {type(eps).__name__}")
+    if eps.shape != x.shape:
+        raise ValueError(
+            f"denoiser: expected it to return shape {list(x.shape)} like x, got {list(eps.shape)}"
+        )
+
+
 def as_rows(x: Tensor) -> Tensor:
     """``[..., in]`` -> ``[rows, in]``: x itself where it is that, without a view in the graph."""
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])

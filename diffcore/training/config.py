@@ -55,6 +55,9 @@ class TrainConfig:
     """Write the run to this new directory instead."""
 
     def __post_init__(self) -> None:
+        for name in ("runs_dir", "run_dir"):  # given as text, maybe
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)))
         if not self.env:
             raise ConfigError("env must be the id of an environment, got an empty string")
         _check_integer("seed", self.seed, at_least=0)

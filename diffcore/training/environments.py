@@ -50,7 +50,7 @@ class BoxEnvironment(gym.Wrapper[FloatArray, FloatArray, Any, Any]):
         if not (np.isfinite(box.low).all() and np.isfinite(box.high).all()):
             raise EnvError(
                 f"{name} has the unbounded action space {box}; every bound must be finite "
-                "(gymnasium.wrappers.RescaleAction or a Box of your own can give it bounds)"
+                "(gymnasium.wrappers.TransformAction with an action_space can give it bounds)"
             )
         self._action_box = box
         self._low = box.low.astype(np.float64)

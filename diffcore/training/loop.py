@@ -105,7 +105,7 @@ def train(
 
 
 def resume(
-    path: Path,
+    path: Path | str,
     *,
     total_steps: int | None = None,
     device: str | None = None,
@@ -178,7 +178,7 @@ class LoadedAgent:
     agent_config: AgentConfig
 
 
-def load_agent(path: Path, device: str = "cpu") -> LoadedAgent:
+def load_agent(path: Path | str, device: str = "cpu") -> LoadedAgent:
     """The agent of a run as its checkpoint has it, to act with.
 
     Args:

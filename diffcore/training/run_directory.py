@@ -69,12 +69,13 @@ class RunDirectory:
         return run
 
     @classmethod
-    def open(cls, path: Path) -> RunDirectory:
+    def open(cls, path: Path | str) -> RunDirectory:
         """An existing run.
 
         Raises:
             RunError: if ``path`` isn't one.
         """
+        path = Path(path)
         run = cls(path)
         if not path.is_dir():
             raise RunError(f"there is no run directory {path}")

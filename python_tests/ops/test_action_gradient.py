@@ -578,6 +578,15 @@ def test_any_callable_is_a_critic() -> None:
         ({"clip_mode": "all"}, ValueError, "^clip_mode: expected one of batch, row, got 'all'"),
         ({"compute_dtype": torch.float64}, ValueError, "^compute_dtype: "),
         ({"backend": "gpu"}, ValueError, "^backend: expected one of .*got 'gpu'"),
+        ({"critic": lambda s, a: a.sum(1, keepdim=True)}, TypeError, "^critic: .*, got Tensor"),
+        ({"critic": lambda s, a: (a.sum(1),) * 2}, ValueError, r"^critic: .*, got shape \[2\]"),
+        ({"critic": lambda s, a: (None, None)}, TypeError, r"^critic: .*\[2, 1\], got NoneType"),
+        ({"critic": lambda s, a: ()}, TypeError, "^critic: expected it to return one or more"),
+        (
+            {"critic": torch.no_grad()(lambda s, a: (a.sum(1, keepdim=True),) * 2)},
+            ValueError,
+            "^critic: expected values that can be differentiated",
+        ),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -588,3 +597,19 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
     }
     with pytest.raises(error, match=message):
         ops.action_gradient(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_any_number_of_values(count: int) -> None:
+    """The least of them is climbed, row by row."""
+    offsets, tops = torch.tensor([0.0, 9.0, 0.0]), torch.tensor([0.5, 0.0, -0.5])
+
+    def critic(state: Tensor, action: Tensor) -> list[Tensor]:
+        return [
+            offsets[i] - (action - tops[i]).square().sum(1, keepdim=True) for i in range(count)
+        ]
+
+    action = torch.tensor([[-0.6, -0.6], [0.6, 0.6]])
+    improved = ops.action_gradient(critic, torch.ones(2, 1), action, steps=5, optimizer="ascent")
+    towards = [[0.5], [-0.5]] if count == 3 else [[0.5], [0.5]]
+    assert torch.equal((improved - action).sign(), (torch.tensor(towards) - action).sign())

@@ -322,6 +322,8 @@ def test_func_grad_and_vmap() -> None:
         ({"generator": 3}, "generator: expected a torch.Generator, got int"),
         ({"compute_dtype": torch.float64}, "compute_dtype: expected None"),
         ({"backend": "gpu"}, "backend: expected one of cpu, reference"),
+        ({"denoiser": lambda x, s, t: x[:, None]}, r"^denoiser: .* shape \[5, \d+\] like x, got"),
+        ({"denoiser": lambda x, s, t: x.mean()}, r"^denoiser: .* like x, got \[\]"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:

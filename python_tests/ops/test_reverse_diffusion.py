@@ -714,6 +714,17 @@ def test_meta_tensors() -> None:
             r"^noise: expected shape \[2, 2, 3\]",
         ),
         ({"generator": 7}, TypeError, "^generator: expected a torch.Generator, got int"),
+        (
+            {"denoiser": lambda x, s, t: x[:, :1]},
+            ValueError,
+            r"^denoiser: expected it to return shape \[2, 3\] like x, got \[2, 1\]",
+        ),
+        ({"denoiser": lambda x, s, t: None}, TypeError, "^denoiser: .* a tensor, got NoneType"),
+        (
+            {"solver": DiffusionSchedule.linear(9).solver("ddim", steps=4)},
+            ValueError,
+            "^solver: expected levels of the schedule, 0 to 3, got a table of another .* to 8",
+        ),
         ({"compute_dtype": torch.float64}, ValueError, "^compute_dtype: "),
         ({"compute_dtype": "bfloat16"}, ValueError, "^compute_dtype: .* got 'bfloat16'"),
         ({"backend": "gpu"}, ValueError, "^backend: expected one of .*got 'gpu'"),

@@ -121,7 +121,7 @@ def test_a_run_leaves_everything_in_its_directory(
     assert read_csv(run.timing)[0] == ["step", "seconds", "steps_per_second"]
 
     weights = safetensors.torch.load_file(run.weights)
-    loaded = load_agent(result.run)
+    loaded = load_agent(str(result.run))
     assert loaded.step == 60
     assert_equal_trees(weights, loaded.agent.weights())
     assert list(run.tensorboard.iterdir())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -24,7 +24,7 @@ from diffcore.ops.action_gradient import native, reference
 if TYPE_CHECKING:
     from diffcore.nn import TwinCritic
 
-    AnyCritic: TypeAlias = TwinCritic | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    AnyCritic: TypeAlias = TwinCritic | Callable[[Tensor, Tensor], Sequence[Tensor]]
 
 KERNELS = ("cuda", "triton", "cpu")
 
@@ -52,8 +52,9 @@ def action_gradient(
     no gradient of the critic's parameters is computed.
 
     Args:
-        critic: a :class:`diffcore.nn.TwinCritic`, or any callable ``(state, action) -> (q1, q2)``
-            with ``[B, 1]`` each and no side effects (that one runs on the reference).
+        critic: a :class:`diffcore.nn.TwinCritic`, or any callable ``(state, action) -> (q1, ...)``
+            with one or more values, ``[B, 1]`` each, of which every row climbs the least, and no side
+            effects (that one runs on the reference).
         state: ``[B, S]``.
         action: ``[B, A]``; not changed.
         steps: number of steps; 0 returns a copy.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 def action_gradient(
-    critic: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    critic: Callable[[Tensor, Tensor], Sequence[Tensor]],
     state: Tensor,
     action: Tensor,
     steps: int,
@@ -25,7 +27,7 @@ def action_gradient(
     action = action.detach().clone()
 
     def objective(action: Tensor) -> tuple[Tensor, Tensor]:
-        q = torch.min(*critic(state, action))
+        q = _least(critic(state, action), len(action))
         return -q.sum(), q
 
     first_moment, second_moment = torch.zeros_like(action), torch.zeros_like(action)
@@ -46,3 +48,21 @@ def action_gradient(
             action = action - lr * gradient
         action = action.clamp(low, high)
     return action
+
+
+def _least(values: Any, batch: int) -> Tensor:
+    """The least of what a critic returned, row by row."""
+    expected = f"expected it to return one or more values [{batch}, 1]"
+    if not isinstance(values, (tuple, list)) or not values:
+        raise TypeError(f"critic: {expected}, got {type(values).__name__}")
+    for q in values:
+        if not isinstance(q, Tensor):
+            raise TypeError(f"critic: {expected}, got {type(q).__name__}")
+        if q.shape != (batch, 1):
+            raise ValueError(f"critic: {expected}, got shape {list(q.shape)}")
+        if not q.requires_grad:
+            raise ValueError(
+                "critic: expected values that can be differentiated in the action, got none "
+                "(from under torch.no_grad(), for instance)"
+            )
+    return functools.reduce(torch.minimum, values)

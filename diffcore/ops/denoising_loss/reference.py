@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from diffcore.ops._checks import check_denoised
 from diffcore.ops.q_sample import q_sample
 from diffcore.schedule import DiffusionSchedule
 
@@ -19,4 +20,6 @@ def denoising_loss(
     noise: Tensor,
 ) -> Tensor:
     noisy_action = q_sample(action, t, noise, schedule)
-    return (denoiser(noisy_action, state, t) - noise).square().mean()
+    eps = denoiser(noisy_action, state, t)
+    check_denoised(eps, noisy_action)
+    return (eps - noise).square().mean()

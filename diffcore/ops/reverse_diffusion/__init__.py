@@ -162,7 +162,15 @@ def _embedding(
 
 
 def _table(schedule: DiffusionSchedule, solver: str | SolverTable) -> SolverTable:
-    return schedule.solver(solver) if isinstance(solver, str) else solver
+    if isinstance(solver, str):
+        return schedule.solver(solver)
+    highest = int(solver.timesteps.max())
+    if highest >= schedule.K:
+        raise ValueError(
+            f"solver: expected levels of the schedule, 0 to {schedule.K - 1}, got a table of another "
+            f"that goes up to {highest}"
+        )
+    return solver
 
 
 @lru_cache(maxsize=256)

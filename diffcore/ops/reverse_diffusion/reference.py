@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _philox
+from diffcore.ops._checks import check_denoised
 from diffcore.ops.reverse_step.reference import reverse_step
 from diffcore.schedule import SolverTable
 
@@ -36,7 +37,7 @@ def reverse_diffusion(
     for i in range(table.steps):
         t = table.timesteps[i].to(state.device).expand(batch)
         z = noise[i] if noise is not None else draw(i + 1) if noise_scale != 0 else None
-        x, x0 = reverse_step(
-            x, denoiser(x, state, t), table.coefficients[i], z, x0, noise_scale, clip
-        )
+        eps = denoiser(x, state, t)
+        check_denoised(eps, x)
+        x, x0 = reverse_step(x, eps, table.coefficients[i], z, x0, noise_scale, clip)
     return x.clamp(-clip, clip)
