@@ -436,6 +436,7 @@ def test_errors_do_not_grow_along_the_batch(compute_dtype: torch.dtype) -> None:
         ({"biases": [torch.zeros(8)]}, ValueError, "biases: expected 2, one a layer, got 1"),
         ({"biases": [torch.zeros(8), torch.zeros(4)]}, ValueError, r"biases\[1\]: expected shape"),
         ({"activations": ["mish"]}, ValueError, "activations: expected 2, one a layer, got 1"),
+        ({"activations": "mish"}, TypeError, "activations: expected a list, .* the text 'mish'"),
         ({"activations": ["mish", "swish"]}, ValueError, r"activations\[1\]: expected one of"),
         ({"compute_dtype": torch.float64}, ValueError, "^compute_dtype: expected None"),
         ({"backend": "gpu"}, ValueError, "backend: expected one of cpu, reference"),
