@@ -161,9 +161,10 @@ constexpr int64_t team_share = 80 * 1024;
 
 }  // namespace
 
-TeamLimits team_limits(int threads) {
-  if (always_teams) return {threads, 1};
-  return {without_teams ? 1 : threads, team_share};
+TeamOptions team_options(int threads, TeamWork* work) {
+  *work = TeamWork::none;
+  if (always_teams) return {threads, 1, work};
+  return {without_teams ? 1 : threads, team_share, work};
 }
 
 void team_ended(Clock::time_point start, TeamWork work) {
@@ -242,7 +243,7 @@ struct Piece {
 };
 
 constexpr int64_t fingerprint_chunk = 8 * 1024;  // floats
-constexpr int64_t shared_reading = 64 * 1024;    // floats that two threads read sooner than one
+constexpr int64_t shared_reading = 256 * 1024;   // floats that two threads read sooner than one
 
 // Of all the pieces. Every chunk has a fingerprint of its own, so that threads can share them out, and
 // the result is the fingerprint of those.
@@ -308,8 +309,8 @@ std::list<CacheEntry<Pack>> cache;  // newest first
 const int cache_fork_handler = pthread_atfork(
     [] { cache_mutex.lock(); }, [] { cache_mutex.unlock(); }, [] { cache_mutex.unlock(); });
 
-// build(memory) fills a pack; bytes is the memory that it needs. An outdated pack's memory is used
-// again unless a call in another thread still reads it.
+// build(memory, pack) fills a pack; bytes is the memory that it needs. An outdated pack's memory is
+// used again unless a call in another thread still reads it.
 template <class Pack, class Build>
 std::shared_ptr<const Packed<Pack>> find_or_build(PackKey key, int64_t bytes, Build build) {
   (void)cache_fork_handler;
@@ -342,7 +343,8 @@ std::shared_ptr<const Packed<Pack>> find_or_build(PackKey key, int64_t bytes, Bu
 
 }  // namespace
 
-std::shared_ptr<const Packed<DenoiserPack>> packed_denoiser(const DenoiserParameters& p) {
+std::shared_ptr<const Packed<DenoiserPack>> packed_denoiser(const DenoiserParameters& p,
+                                                            TeamWork* work) {
   const Kernels& kernels = active_kernels();
   PackKey key(kernels, p.trunk[0],
               {p.action_dim, p.state_dim, p.steps, p.trunk_layers, static_cast<int>(p.activation),
@@ -351,20 +353,24 @@ std::shared_ptr<const Packed<DenoiserPack>> packed_denoiser(const DenoiserParame
   key.add(p.time_out);
   for (int l = 0; l < p.trunk_layers; ++l) key.add(p.trunk[l]);
   key.add(p.time_embedding, static_cast<int64_t>(p.steps) * p.time_hidden.in);
-  return find_or_build<DenoiserPack>(
-      key, kernels.denoiser_pack_bytes(p),
-      [&](void* block, DenoiserPack* pack) { kernels.pack_denoiser(p, block, pack); });
+  return find_or_build<DenoiserPack>(key, kernels.denoiser_pack_bytes(p),
+                                     [&](void* block, DenoiserPack* pack) {
+                                       const TeamWork how = kernels.pack_denoiser(p, block, pack);
+                                       if (work) *work = std::max(*work, how);
+                                     });
 }
 
-std::shared_ptr<const Packed<CriticPack>> packed_critic(const CriticParameters& p) {
+std::shared_ptr<const Packed<CriticPack>> packed_critic(const CriticParameters& p, TeamWork* work) {
   const Kernels& kernels = active_kernels();
   PackKey key(kernels, p.layers[0],
               {p.action_dim, p.state_dim, p.layer_count, static_cast<int>(p.activation),
                static_cast<int>(p.precision)});
   for (int l = 0; l < p.layer_count; ++l) key.add(p.layers[l]);
-  return find_or_build<CriticPack>(
-      key, kernels.critic_pack_bytes(p),
-      [&](void* block, CriticPack* pack) { kernels.pack_critic(p, block, pack); });
+  return find_or_build<CriticPack>(key, kernels.critic_pack_bytes(p),
+                                   [&](void* block, CriticPack* pack) {
+                                     const TeamWork how = kernels.pack_critic(p, block, pack);
+                                     if (work) *work = std::max(*work, how);
+                                   });
 }
 
 std::shared_ptr<const Packed<MlpPack>> packed_mlp(const MlpParameters& p) {

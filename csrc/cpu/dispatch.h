@@ -26,18 +26,13 @@ int usable_threads(int wanted);
 // The same for a call of so many rows.
 int threads_for(int64_t rows, int wanted);
 
-// How many threads may run one tile together, and the bytes of a layer's weights that make it worth
-// each one's while.
-struct TeamLimits {
-  int threads;
-  int64_t share;
-};
-
+// How a call's threads may work together on what is no more than a tile; `work` will say how they did.
+//
 // A team that meets many times in a call is fast if all its threads run at once. But one that is
 // asleep, or whose CPU another process has, keeps the rest waiting, for milliseconds. So teams keep an
 // account for the thread that calls: calls in time earn a part of what they took, late ones cost it,
 // and without credit tiles are run alone until a thirtieth of the time has made up for it.
-TeamLimits team_limits(int threads);
+TeamOptions team_options(int threads, TeamWork* work);
 // Ends the call that began at `start`.
 void team_ended(std::chrono::steady_clock::time_point start, TeamWork work);
 // Teams whatever they cost, for tests.
@@ -73,9 +68,11 @@ struct Packed {
 
 // Packs of the given parameters. Kept in a small cache and found again by the parameters' addresses
 // and CONTENT: however a weight was changed (optimiser step, `.data`, a NumPy view), a stale pack is
-// never used.
-std::shared_ptr<const Packed<DenoiserPack>> packed_denoiser(const DenoiserParameters&);
-std::shared_ptr<const Packed<CriticPack>> packed_critic(const CriticParameters&);
+// never used. Where `work` isn't null, it is as much
+// at least as how threads packed together.
+std::shared_ptr<const Packed<DenoiserPack>> packed_denoiser(const DenoiserParameters&,
+                                                            TeamWork* work);
+std::shared_ptr<const Packed<CriticPack>> packed_critic(const CriticParameters&, TeamWork* work);
 std::shared_ptr<const Packed<MlpPack>> packed_mlp(const MlpParameters&);
 // One layer, or, transposed, the way back through it; its bias may be null.
 std::shared_ptr<const Packed<PackedLinear>> packed_layer(const LinearParameters&, bool transposed);

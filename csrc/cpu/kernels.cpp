@@ -16,27 +16,32 @@ namespace DIFFCORE_ISA {
 // One round of the fingerprint, a bijection of the lane for any word and of the word for any lane: a
 // change of a single value always shows. The rotation carries the top bits down, where the
 // multiplication spreads them; without it two flipped signs could cancel.
-DIFFCORE_INLINE uint32_t mix(uint32_t lane, uint32_t word) {
-  lane ^= word;
-  lane = lane << 13 | lane >> 19;
-  return lane * 0x9E3779B1u;
+template <class Lane>
+DIFFCORE_INLINE void mix(Lane* lane, const Lane& word) {
+  const Lane mixed = *lane ^ word;
+  *lane = (mixed << 13 | mixed >> 19) * 0x9E3779B1u;
 }
 
 // 64 lanes, each over every 64th word: a change of several values stays hidden only where all the
 // lanes that it touches come out the same by chance, 2^-32 each.
 static void fingerprint(const float* values, int64_t count, uint32_t state[64]) {
+  typedef uint32_t Lanes __attribute__((vector_size(4 * W)));  // an array would live in memory
+  constexpr int vectors = 64 / W;
   int64_t i = 0;
-  uint32_t local[64];
-  memcpy(local, state, sizeof local);
+  Lanes lanes[vectors];
+  memcpy(lanes, state, sizeof lanes);
   for (; i + 64 <= count; i += 64) {
-    uint32_t words[64];
-    memcpy(words, values + i, sizeof words);
-    for (int l = 0; l < 64; ++l) local[l] = mix(local[l], words[l]);
+#pragma GCC unroll 16
+    for (int v = 0; v < vectors; ++v) {
+      Lanes words;
+      memcpy(&words, values + i + v * W, sizeof words);
+      mix(&lanes[v], words);
+    }
   }
-  for (int l = 0; i < count; ++i, ++l) local[l] = mix(local[l], as_bits(values[i]));
+  memcpy(state, lanes, sizeof lanes);
+  for (int l = 0; i < count; ++i, ++l) mix(&state[l], as_bits(values[i]));
   // So that the same values in another arrangement of tensors differ.
-  local[count & 63] = mix(local[count & 63], static_cast<uint32_t>(count));
-  memcpy(state, local, sizeof local);
+  mix(&state[count & 63], static_cast<uint32_t>(count));
 }
 
 #if defined(DIFFCORE_NATIVE_BF16)

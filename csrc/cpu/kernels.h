@@ -20,7 +20,7 @@ struct LinearParameters {
   int in;
   int out;
   int row_stride;
-  int threads;  // that may read and pack it together
+  int threads;  // that may read and pack it, and the rest of its network, together
 };
 
 // A weight matrix in the order in which the tile kernel reads it; see tile.h.
@@ -59,8 +59,15 @@ struct DenoiserPack {
   Precision precision;
 };
 
-// Whether threads ran a tile together, and whether one of them kept another waiting.
+// Whether threads worked together, and whether one of them kept another waiting.
 enum class TeamWork : int { none, in_time, late };
+
+// Threads that may run one tile together.
+struct TeamOptions {
+  int threads;    // how many at most,
+  int64_t share;  // and the least bytes of a layer's weights for each of them
+  TeamWork* work;
+};
 
 struct ReverseDiffusionCall {
   const DenoiserPack* denoiser;
@@ -78,9 +85,7 @@ struct ReverseDiffusionCall {
   float* trajectory;  // [steps + 1, batch, action_dim] or null: x before every step, and the last
   float* actions;     // [batch, action_dim]
   int threads;
-  int team_threads;    // how many of them may run a tile together,
-  int64_t team_share;  // and the least bytes of a layer's weights for each of those
-  TeamWork* team_work;
+  TeamOptions team;
 };
 
 // One step of a sampler on `count` numbers.
@@ -150,6 +155,7 @@ struct ActionGradientCall {
   float low;
   float high;
   int threads;
+  TeamOptions team;
 };
 
 // An MLP: layer, activation, layer, activation, ... and which ways through it will be taken.
@@ -276,11 +282,11 @@ struct Kernels {
   bool native_bf16;
   void (*fingerprint)(const float* values, int64_t count, uint32_t state[64]);
   int64_t (*denoiser_pack_bytes)(const DenoiserParameters&);
-  void (*pack_denoiser)(const DenoiserParameters&, void* block, DenoiserPack*);
+  TeamWork (*pack_denoiser)(const DenoiserParameters&, void* block, DenoiserPack*);
   void (*reverse_diffusion)(const ReverseDiffusionCall&);
   void (*reverse_step)(const ReverseStepCall&);
   int64_t (*critic_pack_bytes)(const CriticParameters&);
-  void (*pack_critic)(const CriticParameters&, void* block, CriticPack*);
+  TeamWork (*pack_critic)(const CriticParameters&, void* block, CriticPack*);
   void (*action_gradient)(const ActionGradientCall&);
   void (*normals)(const NormalsCall&);
   int64_t (*mlp_pack_bytes)(const MlpParameters&);

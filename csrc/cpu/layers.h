@@ -191,6 +191,10 @@ template <class T>
 DIFFCORE_INLINE Rows<T> rows_from(Rows<T> r, int64_t first) {
   return {r.data ? r.row(first) : nullptr, r.stride};
 }
+template <class T>
+DIFFCORE_INLINE Rows<T> columns_from(Rows<T> r, int first) {
+  return {r.data ? r.data + first : nullptr, r.stride};
+}
 
 DIFFCORE_INLINE void clear_rows(Rows<float> r, int64_t rows) {
   memset(r.data, 0, sizeof(float) * static_cast<size_t>(rows * r.stride));

@@ -8,13 +8,14 @@
 // weights, and on the way back the deltas. Sums, biases, slopes and all results are float32.
 #pragma once
 
+#include "team.h"
 #include "weight_gradient.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
 
 template <class Operand>
-static void carve_mlp(const MlpParameters& p, Carver* memory, MlpPack* pack) {
+static void carve_mlp(const MlpParameters& p, Carver* memory, MlpPack* pack, Packer packer) {
   pack->layer_count = p.layer_count;
   pack->precision = p.precision;
   for (int l = 0; l < p.layer_count; ++l) {
@@ -24,33 +25,36 @@ static void carve_mlp(const MlpParameters& p, Carver* memory, MlpPack* pack) {
     pack->forward[l] = {nullptr, nullptr, layer.in, layer.out};
     pack->backward[l] = {nullptr, nullptr, layer.out, layer.in};
     if (p.forward) {
-      pack->forward[l] = pack_linear<Operand>(layer, 0, layer.in, Direction::forward, true, memory);
+      pack->forward[l] =
+          pack_linear<Operand>(layer, 0, layer.in, Direction::forward, true, packer, memory);
     }
     if (backward) {
       pack->backward[l] =
-          pack_linear<Operand>(layer, 0, layer.in, Direction::backward, false, memory);
+          pack_linear<Operand>(layer, 0, layer.in, Direction::backward, false, packer, memory);
     }
   }
 }
 
-static void carve_mlp(const MlpParameters& p, Carver* memory, MlpPack* pack) {
+static void carve_mlp(const MlpParameters& p, Carver* memory, MlpPack* pack, Packer packer) {
   if (p.precision == Precision::bfloat16) {
-    carve_mlp<Bfloat16Operand>(p, memory, pack);
+    carve_mlp<Bfloat16Operand>(p, memory, pack, packer);
   } else {
-    carve_mlp<Float32Operand>(p, memory, pack);
+    carve_mlp<Float32Operand>(p, memory, pack, packer);
   }
 }
 
 static int64_t mlp_pack_bytes(const MlpParameters& p) {
   Carver memory{nullptr};
   MlpPack pack;
-  carve_mlp(p, &memory, &pack);
+  carve_mlp(p, &memory, &pack, Packer());
   return memory.used;
 }
 
 static void pack_mlp(const MlpParameters& p, void* block, MlpPack* pack) {
-  Carver memory{static_cast<char*>(block)};
-  carve_mlp(p, &memory, pack);
+  pack_by_team(p.layers[0].threads, mlp_pack_bytes(p), block, pack,
+               [&](Carver* memory, MlpPack* pieces, Team* team) {
+                 carve_mlp(p, memory, pieces, team->packer());
+               });
 }
 
 // Distance of two rows of what a layer saves: whole vectors on every instruction set, since

@@ -11,9 +11,6 @@
 // instructions on the same numbers, so that all threads agree on x without a word.
 #pragma once
 
-#include <omp.h>
-
-#include "layers.h"
 #include "philox.h"
 #include "reverse_step.h"
 #include "team.h"
@@ -23,7 +20,9 @@ namespace DIFFCORE_ISA {
 
 // Pieces of a denoiser pack; with no memory behind the carver it only measures.
 template <class Operand>
-static void carve_denoiser(const DenoiserParameters& p, Carver* memory, DenoiserPack* pack) {
+static void carve_denoiser(const DenoiserParameters& p, Carver* memory, DenoiserPack* pack,
+                           Team* team) {
+  const Packer packer = team->packer();
   const LinearParameters& first = p.trunk[0];
   const int time_dim = p.time_out.out;
   pack->trunk_layers = p.trunk_layers;
@@ -32,13 +31,13 @@ static void carve_denoiser(const DenoiserParameters& p, Carver* memory, Denoiser
   pack->precision = Operand::precision;
   // The input is [x, time embedding, state]; x and state meet float weights in either precision:
   // the layer is thin, and x is what the chain refines.
-  pack->action_input =
-      pack_linear<Float32Operand>(first, 0, p.action_dim, Direction::forward, false, memory);
+  pack->action_input = pack_linear<Float32Operand>(first, 0, p.action_dim, Direction::forward,
+                                                   false, packer, memory);
   pack->state_input = pack_linear<Float32Operand>(first, p.action_dim + time_dim, p.state_dim,
-                                                  Direction::forward, false, memory);
+                                                  Direction::forward, false, packer, memory);
   for (int l = 1; l < p.trunk_layers; ++l) {
-    pack->trunk[l] =
-        pack_linear<Operand>(p.trunk[l], 0, p.trunk[l].in, Direction::forward, true, memory);
+    pack->trunk[l] = pack_linear<Operand>(p.trunk[l], 0, p.trunk[l].in, Direction::forward, true,
+                                          packer, memory);
   }
   pack->step_bias_stride = padded(first.out);
   float* step_bias =
@@ -47,17 +46,26 @@ static void carve_denoiser(const DenoiserParameters& p, Carver* memory, Denoiser
 
   // step_bias[i] = W_t time_mlp(embedding of step i) + b, max_tile steps at a time.
   const PackedLinear hidden = pack_linear<Float32Operand>(p.time_hidden, 0, p.time_hidden.in,
-                                                          Direction::forward, true, memory);
-  const PackedLinear out =
-      pack_linear<Float32Operand>(p.time_out, 0, p.time_out.in, Direction::forward, true, memory);
-  const PackedLinear into_trunk =
-      pack_linear<Float32Operand>(first, p.action_dim, time_dim, Direction::forward, true, memory);
-  const Rows<float> h = take_rows<float>(memory, max_tile, p.time_hidden.out);
-  const Rows<float> t = take_rows<float>(memory, max_tile, time_dim);
+                                                          Direction::forward, true, packer, memory);
+  const PackedLinear out = pack_linear<Float32Operand>(p.time_out, 0, p.time_out.in,
+                                                       Direction::forward, true, packer, memory);
+  const PackedLinear into_trunk = pack_linear<Float32Operand>(
+      first, p.action_dim, time_dim, Direction::forward, true, packer, memory);
   if (!memory->base) return;
+  team->wait();
+  const auto take_buffers = [&](Carver* own, Rows<float>* h, Rows<float>* t) {
+    *h = take_rows<float>(own, max_tile, p.time_hidden.out);
+    *t = take_rows<float>(own, max_tile, time_dim);
+  };
+  Rows<float> h, t;
+  Carver sizes{nullptr};
+  take_buffers(&sizes, &h, &t);
+  Carver own{thread_scratch(Scratch::tile, sizes.used)};
+  take_buffers(&own, &h, &t);
   const auto function = activate_function<Float32Operand>(p.activation);
-  for (int step = 0; step < p.steps; step += max_tile) {
-    const int rows = p.steps - step < max_tile ? p.steps - step : max_tile;
+  const int end = p.steps * (packer.rank + 1) / packer.count;
+  for (int step = p.steps * packer.rank / packer.count; step < end; step += max_tile) {
+    const int rows = end - step < max_tile ? end - step : max_tile;
     const int width = p.time_hidden.in;
     const Rows<float> embedding = {
         const_cast<float*>(p.time_embedding) + static_cast<ptrdiff_t>(step) * width, width};
@@ -70,24 +78,28 @@ static void carve_denoiser(const DenoiserParameters& p, Carver* memory, Denoiser
   }
 }
 
-static void carve_denoiser(const DenoiserParameters& p, Carver* memory, DenoiserPack* pack) {
+static void carve_denoiser(const DenoiserParameters& p, Carver* memory, DenoiserPack* pack,
+                           Team* team) {
   if (p.precision == Precision::bfloat16) {
-    carve_denoiser<Bfloat16Operand>(p, memory, pack);
+    carve_denoiser<Bfloat16Operand>(p, memory, pack, team);
   } else {
-    carve_denoiser<Float32Operand>(p, memory, pack);
+    carve_denoiser<Float32Operand>(p, memory, pack, team);
   }
 }
 
 static int64_t denoiser_pack_bytes(const DenoiserParameters& p) {
   Carver memory{nullptr};
   DenoiserPack pack;
-  carve_denoiser(p, &memory, &pack);
+  Team alone;
+  carve_denoiser(p, &memory, &pack, &alone);
   return memory.used;
 }
 
-static void pack_denoiser(const DenoiserParameters& p, void* block, DenoiserPack* pack) {
-  Carver memory{static_cast<char*>(block)};
-  carve_denoiser(p, &memory, pack);
+static TeamWork pack_denoiser(const DenoiserParameters& p, void* block, DenoiserPack* pack) {
+  return pack_by_team(p.trunk[0].threads, denoiser_pack_bytes(p), block, pack,
+                      [&](Carver* memory, DenoiserPack* pieces, Team* team) {
+                        carve_denoiser(p, memory, pieces, team);
+                      });
 }
 
 // Steps whose noise is drawn at a time: as many as fill the generator's lanes when rows are few.
@@ -135,21 +147,6 @@ DIFFCORE_INLINE void solver_step(const SolverStep& step, int rows, int columns, 
   }
 }
 
-// out = f(x W^T + b), of which every thread of the team computes its share; all of it is there then.
-template <class Operand>
-DIFFCORE_INLINE void wide_layer(Team* team, Rows<typename Operand::Input> x, int rows,
-                                const PackedLinear& layer, ActivateFunction<Operand> function,
-                                Rows<typename Operand::Input> out) {
-  const Columns mine = team->share<typename Operand::Input>(layer.out);
-  const PackedLinear share = layer_columns<Operand>(layer, mine.first, mine.count);
-  linear_activate<Operand, Operand>(x, rows, share, bias_only(share), function,
-                                    {out.data + mine.first, out.stride}, {nullptr, 0});
-  if (team->alone()) return;
-  team->wait();
-  // The others' columns lie in their caches: asked for at once, they come together.
-  prefetch_block<For::reading>(out, 0, rows, 0, layer.out);
-}
-
 template <class Operand>
 static void reverse_diffusion_tile(const ReverseDiffusionCall& call, Span span,
                                    const ChainBuffers<Operand>& b, Team* team) {
@@ -188,8 +185,12 @@ static void reverse_diffusion_tile(const ReverseDiffusionCall& call, Span span,
     linear_activate<Float32Operand, Operand>(b.x, rows, denoiser.action_input, first, function,
                                              hidden, {nullptr, 0});
     for (int l = 1; l < denoiser.trunk_layers - 1; ++l, turn ^= 1) {
-      wide_layer<Operand>(team, hidden, rows, denoiser.trunk[l], function, b.wide_hidden[turn]);
+      const PackedLinear& layer = denoiser.trunk[l];
+      share_of_layer<Operand>(*team, hidden, rows, layer, function, b.wide_hidden[turn],
+                              {nullptr, 0});
       hidden = b.wide_hidden[turn];
+      team->wait();
+      team->fetch(hidden, rows, layer.out);
     }
     const PackedLinear& last = denoiser.trunk[denoiser.trunk_layers - 1];
     linear_store<Operand>(hidden, rows, last, bias_only(last), b.eps);
@@ -221,43 +222,16 @@ static void reverse_diffusion_tile(const ReverseDiffusionCall& call, Span span,
   write_rows(b.x, rows, columns, call.actions + actions_before);
 }
 
-// As many threads as have each their share's worth of a wide layer's weights to read.
-template <class Operand>
-static int team_size(const ReverseDiffusionCall& call) {
-  const DenoiserPack& denoiser = *call.denoiser;
-  const int wide_layers = denoiser.trunk_layers - 2;
-  int64_t bytes = 0;
-  for (int l = 1; l <= wide_layers; ++l)
-    bytes += panel_bytes<Operand>(denoiser.trunk[l].in, denoiser.trunk[l].out);
-  int threads = call.team_threads;
-  while (threads > 1 && bytes <= wide_layers * threads * call.team_share) --threads;
-  return threads;
-}
-
 template <class Operand>
 static void run_by_team(const ReverseDiffusionCall& call, int threads) {
   const int rows = static_cast<int>(call.batch);
   Carver own_sizes{nullptr}, team_sizes{nullptr};
-  const auto arrivals_bytes = static_cast<int64_t>(sizeof(Arrivals)) * threads;
-  team_sizes.take<Arrivals>(arrivals_bytes);
   ChainBuffers<Operand>::take(call, rows, &own_sizes, &team_sizes);
-  Carver team_memory{thread_scratch(Scratch::call, team_sizes.used)};
-  auto* const arrivals = team_memory.take<Arrivals>(arrivals_bytes);
-  memset(arrivals, 0, static_cast<size_t>(arrivals_bytes));
-
-  *call.team_work = TeamWork::in_time;
-#pragma omp parallel num_threads(threads) firstprivate(team_memory)
-  {
+  run_team(threads, team_sizes.used, call.team.work, [&](Team* team, Carver team_memory) {
     Carver own{thread_scratch(Scratch::tile, own_sizes.used)};
     const auto buffers = ChainBuffers<Operand>::take(call, rows, &own, &team_memory);
-    // OpenMP may grant fewer threads than it was asked for.
-    Team team(arrivals, omp_get_num_threads(), omp_get_thread_num());
-    reverse_diffusion_tile(call, {0, rows}, buffers, &team);
-    if (team.kept_waiting()) {
-#pragma omp atomic write
-      *call.team_work = TeamWork::late;
-    }
-  }
+    reverse_diffusion_tile(call, {0, rows}, buffers, team);
+  });
 }
 
 template <class Operand>
@@ -280,7 +254,10 @@ static void run_by_tiles(const ReverseDiffusionCall& call) {
 
 template <class Operand>
 static void reverse_diffusion(const ReverseDiffusionCall& call) {
-  const int team = tile_count(call.batch, call.threads) == 1 ? team_size<Operand>(call) : 1;
+  const DenoiserPack& denoiser = *call.denoiser;
+  const bool one_tile = tile_count(call.batch, call.threads) == 1;
+  const int team =
+      one_tile ? team_size<Operand>(call.team, denoiser.trunk + 1, denoiser.trunk_layers - 2) : 1;
   if (team > 1) {
     run_by_team<Operand>(call, team);
   } else {

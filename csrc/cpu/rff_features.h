@@ -5,27 +5,31 @@
 // cosine and sine the features are each other's slopes.
 #pragma once
 
+#include "team.h"
 #include "weight_gradient.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
 
-static PackedLinear carve_layer(const LinearParameters& layer, bool transposed, Carver* memory) {
+static PackedLinear carve_layer(const LinearParameters& layer, bool transposed, Packer packer,
+                                Carver* memory) {
   return pack_linear<Float32Operand>(layer, 0, layer.in,
                                      transposed ? Direction::backward : Direction::forward,
-                                     !transposed && layer.bias, memory);
+                                     !transposed && layer.bias, packer, memory);
 }
 
 static int64_t layer_pack_bytes(const LinearParameters& layer, bool transposed) {
   Carver memory{nullptr};
-  carve_layer(layer, transposed, &memory);
+  carve_layer(layer, transposed, Packer(), &memory);
   return memory.used;
 }
 
 static void pack_layer(const LinearParameters& layer, bool transposed, void* block,
                        PackedLinear* pack) {
-  Carver memory{static_cast<char*>(block)};
-  *pack = carve_layer(layer, transposed, &memory);
+  pack_by_team(layer.threads, layer_pack_bytes(layer, transposed), block, pack,
+               [&](Carver* memory, PackedLinear* packed, Team* team) {
+                 *packed = carve_layer(layer, transposed, team->packer(), memory);
+               });
 }
 
 // The first `count` lanes, where a row ends within the vector.

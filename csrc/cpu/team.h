@@ -1,9 +1,11 @@
-// Threads that run one tile together: each computes a share of every wide layer's columns.
+// Threads that run one tile together: each computes a share of every wide layer's columns. And threads
+// that pack weights together: each fills a share of the panels.
 #pragma once
 
+#include <omp.h>
 #include <sched.h>
 
-#include "tile.h"
+#include "layers.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
@@ -28,6 +30,7 @@ class Team {
   Team(Arrivals* arrivals, int size, int rank) : arrivals_(arrivals), size_(size), rank_(rank) {}
 
   bool alone() const { return size_ == 1; }
+  Packer packer() const { return {rank_, size_}; }
   bool leads() const { return rank_ == 0; }
 
   // This thread's share of a row of T: whole panels, and whole cache lines, so that no two threads write
@@ -46,6 +49,7 @@ class Team {
   // acquire load of the count their reads behind it. Each count has one writer, and only grows: a
   // thread that is already past this barrier is seen as having reached it.
   void wait() {
+    if (alone()) return;
     __atomic_store_n(&arrivals_[rank_].count, ++reached_, __ATOMIC_RELEASE);
     for (int other = 0; other < size_; ++other) {
       for (int spins = 0; __atomic_load_n(&arrivals_[other].count, __ATOMIC_ACQUIRE) < reached_;) {
@@ -57,6 +61,12 @@ class Team {
         }
       }
     }
+  }
+  // Asks for rows of which the others wrote their columns before a wait: those lie in their caches, and
+  // come together when they are asked for at once.
+  template <class T>
+  void fetch(Rows<T> r, int rows, int columns) const {
+    if (!alone()) prefetch_block<For::reading>(r, 0, rows, 0, columns);
   }
   // Whether it ever waited for a thread that must have been off its CPU.
   bool kept_waiting() const { return patience_ < patience; }
@@ -82,6 +92,76 @@ class Team {
   int64_t reached_ = 0;
   int patience_ = patience;
 };
+
+// out = f(x W^T + b), and where `slope` has memory slope = f'(...): this thread's columns of them.
+template <class Operand>
+DIFFCORE_INLINE void share_of_layer(const Team& team, Rows<typename Operand::Input> x, int rows,
+                                    const PackedLinear& layer, ActivateFunction<Operand> function,
+                                    Rows<typename Operand::Input> out, Rows<float> slope) {
+  const Columns mine = team.share<typename Operand::Input>(layer.out);
+  const PackedLinear share = layer_columns<Operand>(layer, mine.first, mine.count);
+  linear_activate<Operand, Operand>(x, rows, share, bias_only(share), function,
+                                    columns_from(out, mine.first), columns_from(slope, mine.first));
+}
+
+// How many of a call's threads run a tile whose wide layers are those `count`: as many as have each
+// their share's worth of a layer's weights to read.
+template <class Operand>
+static int team_size(const TeamOptions& team, const PackedLinear* layers, int count) {
+  int64_t bytes = 0;
+  for (int l = 0; l < count; ++l) bytes += panel_bytes<Operand>(layers[l].in, layers[l].out);
+  int threads = team.threads;
+  while (threads > 1 && bytes <= count * threads * team.share) --threads;
+  return threads;
+}
+
+// Runs body(team, memory) by a team of up to `threads` threads, each with a carver of the same
+// `shared_bytes`. `work` is then as much at least as how they worked together.
+template <class Body>
+static void run_team(int threads, int64_t shared_bytes, TeamWork* work, Body body) {
+  const auto arrivals_bytes = static_cast<int64_t>(sizeof(Arrivals)) * threads;
+  Carver memory{thread_scratch(Scratch::call, arrivals_bytes + shared_bytes)};
+  auto* const arrivals = memory.take<Arrivals>(arrivals_bytes);
+  memset(arrivals, 0, static_cast<size_t>(arrivals_bytes));
+  bool late = false;
+#pragma omp parallel num_threads(threads)
+  {
+    // OpenMP may grant fewer threads than it was asked for.
+    Team team(arrivals, omp_get_num_threads(), omp_get_thread_num());
+    body(&team, memory);
+    if (team.kept_waiting()) {
+#pragma omp atomic write
+      late = true;
+    }
+  }
+  const TeamWork how = late ? TeamWork::late : TeamWork::in_time;
+  if (*work < how) *work = how;
+}
+
+constexpr int64_t packed_by_a_thread = 64 * 1024;  // bytes that two pack sooner than one, each
+
+// Fills a block of `bytes` with a pack, by up to `threads` threads: carve(memory, pack, team) is called
+// by all of them, lays out the same pieces for each, and fills those that are its own.
+template <class Pack, class Carve>
+static TeamWork pack_by_team(int threads, int64_t bytes, void* block, Pack* pack, Carve carve) {
+  TeamWork work = TeamWork::none;
+  const int64_t most = bytes / packed_by_a_thread;
+  if (most < threads) threads = static_cast<int>(most);
+  const Carver whole{static_cast<char*>(block)};
+  if (threads <= 1) {
+    Team alone;
+    Carver memory = whole;
+    carve(&memory, pack, &alone);
+    return work;
+  }
+  run_team(threads, 0, &work, [&](Team* team, Carver) {
+    Pack same;
+    Carver memory = whole;
+    carve(&memory, team->leads() ? pack : &same, team);
+    team->wait();  // sees who is late
+  });
+  return work;
+}
 
 }  // namespace DIFFCORE_ISA
 }  // namespace diffcore

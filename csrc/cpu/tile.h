@@ -254,15 +254,20 @@ void pack_columns(const Value* rows, ptrdiff_t stride, int in, int columns,
   }
 }
 
-constexpr int64_t shared_packing = 16 * 1024;  // weights that two threads pack sooner than one
+// A thread's place among those that pack the same weights.
+struct Packer {
+  int rank = 0;
+  int count = 1;
+};
 
 // Packs columns [first, first + in) of the layer's weight, or, transposed, the way back through
-// them: from gradients at the layer's `out` outputs to gradients at those `in` inputs.
+// them: from gradients at the layer's `out` outputs to gradients at those `in` inputs. Of the panels
+// each packer fills its share.
 enum class Direction { forward, backward };
 
 template <class Operand>
 PackedLinear pack_linear(const LinearParameters& layer, int first, int in, Direction direction,
-                         bool with_bias, Carver* memory) {
+                         bool with_bias, Packer packer, Carver* memory) {
   using Weight = typename Operand::Weight;
   const bool forward = direction == Direction::forward;
   const int from = forward ? in : layer.out, to = forward ? layer.out : in;
@@ -272,16 +277,16 @@ PackedLinear pack_linear(const LinearParameters& layer, int first, int in, Direc
     const float* weight = layer.weight + first;
     const ptrdiff_t out_stride = forward ? layer.row_stride : 1;
     const ptrdiff_t in_stride = forward ? 1 : layer.row_stride;
-    const ptrdiff_t panel_size = static_cast<ptrdiff_t>(Operand::depth(from)) * panel_width;
-    const int count = static_cast<int>(ceil_div(to, panel_width));
-    const bool shared = layer.threads > 1 && panel_size * count >= shared_packing;
-#pragma omp parallel for num_threads(layer.threads) if (shared)
-    for (int p = 0; p < count; ++p) {
-      const int n = p * panel_width;
-      pack_panels<Operand>(weight + n * out_stride, out_stride, in_stride, from,
-                           to - n < panel_width ? to - n : panel_width, panels + p * panel_size);
+    const int64_t count = ceil_div(to, panel_width);
+    const int begin = static_cast<int>(count * packer.rank / packer.count) * panel_width;
+    int end = static_cast<int>(count * (packer.rank + 1) / packer.count) * panel_width;
+    if (end > to) end = to;
+    if (begin < end) {
+      pack_panels<Operand>(weight + begin * out_stride, out_stride, in_stride, from, end - begin,
+                           panels + static_cast<ptrdiff_t>(begin) * Operand::depth(from));
     }
-    for (int n = 0; n < padded(to); ++n) bias[n] = with_bias && n < to ? layer.bias[n] : 0.0f;
+    if (packer.rank == 0)
+      for (int n = 0; n < padded(to); ++n) bias[n] = with_bias && n < to ? layer.bias[n] : 0.0f;
   }
   return {panels, bias, from, to};
 }
@@ -305,6 +310,10 @@ struct Offset {
 
 constexpr float no_offset[panel_width] = {};
 constexpr int max_vectors = 8;
+// A single row wants four panels at once, for enough independent sums. But two panels of long vectors
+// are as much as L2 feeds, and from larger layers than of so many bytes they come sooner: Zen 5 fetches
+// most lines of four such streams twice.
+constexpr int64_t four_panels_at_once = 128 * 1024;
 
 // Sums of `rows` rows and `vectors` vectors of outputs, into `out`. Row k of a panel lies
 // `panel_step` weights behind row k - 1: next to it in packed weights.
@@ -591,6 +600,8 @@ DIFFCORE_INLINE void linear(const typename Operand::Input* x, ptrdiff_t x_stride
   const typename Operand::Weight* panels =
       static_cast<const typename Operand::Weight*>(layer.panels);
   const int columns = padded(layer.out);
+  const bool four_at_once =
+      W < 16 || panel_bytes<Operand>(layer.in, layer.out) <= four_panels_at_once;
   BlockState<Operand> state;
   for (int n = 0; n < columns;) {
     const int left = columns - n;
@@ -599,7 +610,7 @@ DIFFCORE_INLINE void linear(const typename Operand::Input* x, ptrdiff_t x_stride
     TileFunction<Operand> wide = nullptr;
     if (Operand::whole_tiles) {
       // A tile has enough of them however few its rows.
-    } else if (rows == 1 && left >= 4 * panel_width) {
+    } else if (rows == 1 && left >= 4 * panel_width && four_at_once) {
       wide = tile_sums<Operand, 1, 8>;
       width = 4 * panel_width;
     } else if (rows <= 3 && left >= 2 * panel_width) {

@@ -40,7 +40,13 @@ void reverse_diffusion(const std::vector<Layer>& layers, int action_dim, int sta
                        Address x_init, Address noise, uint64_t seed, float noise_scale, float clip,
                        Address trajectory, Address actions, int threads) {
   const py::gil_scoped_release unlocked;
-  const int packing = threads_for(batch, threads);
+  const auto start = std::chrono::steady_clock::now();
+  TeamWork work;
+  threads = usable_threads(threads);
+  const TeamOptions team = team_options(threads, &work);
+  // Before a call of milliseconds it doesn't matter how the threads that packed were woken.
+  const bool small = batch < least_shared_rows;
+  const int packing = small ? team.threads : threads;
   DenoiserParameters parameters{};
   parameters.time_hidden = linear_parameters(layers[0], packing);
   parameters.time_out = linear_parameters(layers[1], packing);
@@ -53,7 +59,7 @@ void reverse_diffusion(const std::vector<Layer>& layers, int action_dim, int sta
   parameters.precision = precision;
   parameters.time_embedding = pointer<const float>(time_embedding);
   parameters.steps = steps;
-  const auto denoiser = packed_denoiser(parameters);
+  const auto denoiser = packed_denoiser(parameters, small ? &work : nullptr);
 
   ReverseDiffusionCall call{};
   call.denoiser = &denoiser->pack;
@@ -70,15 +76,10 @@ void reverse_diffusion(const std::vector<Layer>& layers, int action_dim, int sta
   call.clip = clip;
   call.trajectory = pointer<float>(trajectory);
   call.actions = pointer<float>(actions);
-  call.threads = usable_threads(threads);
-  const TeamLimits team = team_limits(call.threads);
-  call.team_threads = team.threads;
-  call.team_share = team.share;
-  TeamWork team_work = TeamWork::none;
-  call.team_work = &team_work;
-  const auto start = std::chrono::steady_clock::now();
+  call.threads = threads;
+  call.team = team;
   active_kernels().reverse_diffusion(call);
-  team_ended(start, team_work);
+  team_ended(start, work);
 }
 
 void reverse_step(int64_t count, Address x, Address eps, Address noise, Address x0_previous,
@@ -96,17 +97,23 @@ void action_gradient(const std::vector<Layer>& first, const std::vector<Layer>& 
                      float lr, float eps, float max_norm, NormClip norm_clip,
                      ActionOptimizer optimizer, float low, float high, int threads) {
   const py::gil_scoped_release unlocked;
-  threads = threads_for(batch, threads);
+  const auto start = std::chrono::steady_clock::now();
+  TeamWork work;
+  threads = usable_threads(threads);
+  const TeamOptions team = team_options(threads, &work);
+  // Before a call of milliseconds it doesn't matter how the threads that packed were woken.
+  const bool small = batch < least_shared_rows;
+  const int packing = small ? team.threads : threads;
   const auto pack = [&](const std::vector<Layer>& layers) {
     CriticParameters parameters{};
     parameters.layer_count = static_cast<int>(layers.size());
     for (int l = 0; l < parameters.layer_count; ++l)
-      parameters.layers[l] = linear_parameters(layers[l], threads);
+      parameters.layers[l] = linear_parameters(layers[l], packing);
     parameters.state_dim = state_dim;
     parameters.action_dim = action_dim;
     parameters.activation = activation;
     parameters.precision = precision;
-    return packed_critic(parameters);
+    return packed_critic(parameters, small ? &work : nullptr);
   };
   const auto critic1 = pack(first), critic2 = pack(second);
 
@@ -128,7 +135,9 @@ void action_gradient(const std::vector<Layer>& first, const std::vector<Layer>& 
   call.low = low;
   call.high = high;
   call.threads = threads;
+  call.team = team;
   active_kernels().action_gradient(call);
+  team_ended(start, work);
 }
 
 // Networks of one shape, as [network 0's layers, network 1's layers, ...].
@@ -444,7 +453,10 @@ PYBIND11_MODULE(_core, m) {
   m.def("native_bf16", [] { return active_kernels().native_bf16; });
   m.def("available_isas", &available_isas);
   m.def("use_isa", &use_isa);
-  m.def("team_threads", [](int threads) { return team_limits(threads).threads; });
+  m.def("team_threads", [](int threads) {
+    TeamWork work;
+    return team_options(threads, &work).threads;
+  });
   m.def("always_use_teams", &always_use_teams);
   m.def("teams_run", &teams_run);
   m.def("packs_built", &packs_built);

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,12 +91,14 @@ class MLP(nn.Module):
     def weights_and_biases(self) -> list[Tensor]:
         """``list(parameters())``, without the walk through all modules, for the ops' hot paths."""
         result: list[Tensor] = []
-        for layer in self.layers:
-            own = layer._parameters  # ten times quicker than attributes of a module
+        # These dictionaries are ten times quicker than attributes of a module.
+        layers: Any = self._modules["layers"]
+        for layer in layers._modules.values():
+            own = layer._parameters
             if "weight" in own and "bias" in own:
-                result += own.values()  # type: ignore[arg-type]
+                result += own.values()
             else:  # parametrized, by spectral_norm for instance
-                result += (layer.weight, layer.bias)  # type: ignore[arg-type]
+                result += (layer.weight, layer.bias)
         return result
 
 
@@ -171,7 +174,8 @@ class Denoiser(nn.Module):
 
     def weights_and_biases(self) -> list[Tensor]:
         """``list(parameters())``: see :meth:`MLP.weights_and_biases`."""
-        return self.time_mlp.weights_and_biases() + self.trunk.weights_and_biases()
+        own: dict[str, Any] = self._modules
+        return [*own["time_mlp"].weights_and_biases(), *own["trunk"].weights_and_biases()]
 
     def forward(self, x: Tensor, state: Tensor, t: Tensor, *, backend: str | None = None) -> Tensor:
         """x ``[B, A]``, state ``[B, S]``, t integer ``[B]`` -> eps ``[B, A]``."""
@@ -210,7 +214,8 @@ class TwinCritic(nn.Module):
 
     def weights_and_biases(self) -> list[Tensor]:
         """``list(parameters())``: see :meth:`MLP.weights_and_biases`."""
-        return self.q1.weights_and_biases() + self.q2.weights_and_biases()
+        own: dict[str, Any] = self._modules
+        return [*own["q1"].weights_and_biases(), *own["q2"].weights_and_biases()]
 
     def forward(
         self, state: Tensor, action: Tensor, *, backend: str | None = None

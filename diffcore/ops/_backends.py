@@ -58,7 +58,7 @@ def support(
 
     Args:
         kernels: the op's backends beside the reference, best first.
-        tensors: the call's, which a kernel takes on its own device in float32.
+        tensors: the call's, which a kernel takes on its own device in float32; the first says which.
         activations, layers: the network's.
         compute_dtype: what to multiply in.
         refused: why no kernel can take the call, whatever the above.
@@ -76,13 +76,10 @@ def support(
 
     on_cpu = [name for name in kernels if name == "cpu"]
     on_gpu = [name for name in kernels if name != "cpu"]
-    if any(tensor.is_cuda for tensor in tensors):
-        order = [*on_gpu, "reference", *on_cpu]
-    else:
-        order = [*on_cpu, "reference", *on_gpu]
+    first, last = (on_gpu, on_cpu) if tensors[0].is_cuda else (on_cpu, on_gpu)
     return {
         name: no_reason if name == "reference" else functools.partial(reason, name)
-        for name in order
+        for name in (*first, "reference", *last)
     }
 
 
@@ -98,8 +95,9 @@ def _cannot_run(
     if reason is not None:
         return reason
     device = "cpu" if name == "cpu" or _runs_on_cpu(name) else "cuda"
+    on_cpu, float32 = device == "cpu", torch.float32
     for tensor in tensors:
-        if tensor.dtype is torch.float32 and (tensor.is_cpu if device == "cpu" else tensor.is_cuda):
+        if tensor.dtype is float32 and (tensor.is_cpu if on_cpu else tensor.is_cuda):
             continue  # quicker than a look at its device, and every call looks at every tensor
         if tensor.device.type != device:
             return f"a tensor is on {tensor.device}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def check_number(
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
-    choices = list(choices)
+    choices = tuple(choices)
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
@@ -50,12 +50,14 @@ def check_tensor(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
-    tail = shape[1:] if shape and shape[0] == "..." else shape
-    ranks_fit = value.ndim >= len(tail) if len(tail) < len(shape) else value.ndim == len(shape)
-    fits = ranks_fit and all(
-        isinstance(want, str) or have == want
-        for have, want in zip(value.shape[value.ndim - len(tail) :], tail, strict=True)
-    )
+    sizes: Sequence[int] = value.shape
+    tail = shape
+    if shape and shape[0] == "...":
+        tail = shape[1:]
+        sizes = sizes[len(sizes) - len(tail) :] if len(sizes) >= len(tail) else ()
+    fits = len(sizes) == len(tail)
+    for have, want in zip(sizes, tail, strict=False):
+        fits = fits and (isinstance(want, str) or have == want)
     if not fits:
         wanted = ", ".join(str(s) for s in shape)
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(value.shape)}")
@@ -105,12 +107,18 @@ def check_levels(t: Any, other_name: str, other: Tensor) -> None:
         raise ValueError(f"t: expected shape {list(other.shape[:1])}, got {list(t.shape)}")
 
 
+_COMPUTE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
+
+
 def check_compute_dtype(value: Any) -> None:
-    if value not in (None, torch.float32, torch.bfloat16, torch.float16):
+    if value not in _COMPUTE_DTYPES:
         raise ValueError(
             "compute_dtype: expected None, torch.float32, torch.bfloat16 or torch.float16, "
             f"got {value!r}"
         )
+
+
+_LOWER_PRECISIONS = (torch.bfloat16, torch.float16)
 
 
 def out_of_autocast(like: Any, *tensors: Any) -> list[Any]:
@@ -118,16 +126,19 @@ def out_of_autocast(like: Any, *tensors: Any) -> list[Any]:
 
     Layers before an op hand their results on in that precision; the ops choose theirs themselves.
     """
+    return [
+        _out_of_autocast(like, tensor)
+        if isinstance(tensor, Tensor) and tensor.dtype in _LOWER_PRECISIONS
+        else tensor
+        for tensor in tensors
+    ]
 
-    def cast(tensor: Any) -> Any:
-        if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.bfloat16, torch.float16):
-            return tensor
-        weight = next(like.parameters(), None) if isinstance(like, torch.nn.Module) else like
-        if not isinstance(weight, Tensor):
-            return tensor
-        device = tensor.device.type
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-            return tensor
-        return tensor.to(weight.dtype)
 
-    return [cast(tensor) for tensor in tensors]
+def _out_of_autocast(like: Any, tensor: Tensor) -> Tensor:
+    weight = next(like.parameters(), None) if isinstance(like, torch.nn.Module) else like
+    if not isinstance(weight, Tensor):
+        return tensor
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(weight.dtype)

@@ -116,6 +116,7 @@ def _plain_keys() -> set[int]:
 
 _PLAIN_KEYS = _plain_keys()
 _PLAIN_TYPES = {type(None), bool, int, float, str}
+_TENSOR_TYPES = {Tensor, torch.nn.Parameter}
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
@@ -126,21 +127,29 @@ def _dispatching(args: tuple[Any, ...]) -> bool:
     wants to see the op; a subclass of Tensor may bring a meaning of its own, and a tensor to be read
     negated, as zeros, or through a wrapper hasn't in memory what it stands for.
     """
-    return (
+    if (
         _included_keys() not in _PLAIN_KEYS
         or torch._C._is_torch_function_mode_enabled()
         or torch.autograd._profiler_enabled()
-        or not all(
-            all(map(_is_plain, arg)) if type(arg) is list else _is_plain(arg) for arg in args
-        )
+    ):
+        return True
+    values: list[Any] = []
+    for arg in args:
+        if type(arg) is list:
+            values += arg
+        elif type(arg) not in _PLAIN_TYPES:
+            values.append(arg)
+    kinds = set(map(type, values))
+    if not kinds <= _TENSOR_TYPES:  # what isn't a tensor is in lists, of activations for instance
+        if not kinds <= _TENSOR_TYPES | _PLAIN_TYPES:
+            return True
+        values = [value for value in values if type(value) in _TENSOR_TYPES]
+    # All by one look and then the next: a function that takes three at each costs twice as much.
+    return (
+        any(map(Tensor.is_neg, values))
+        or any(map(Tensor._is_zerotensor, values))
+        or any(map(_is_wrapped, values))
     )
-
-
-def _is_plain(value: Any) -> bool:
-    kind = type(value)
-    if kind is not Tensor and kind is not torch.nn.Parameter:
-        return kind in _PLAIN_TYPES
-    return not (value.is_neg() or value._is_zerotensor() or _is_wrapped(value))
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -225,8 +234,9 @@ def addresses(parameters: list[Tensor]) -> list[Layer]:
 
     The tensors must be contiguous and stay alive during the call.
     """
-    pairs = zip(parameters[::2], parameters[1::2], strict=True)
-    return [(w.data_ptr(), b.data_ptr(), w.shape[1], w.shape[0]) for w, b in pairs]
+    pointers = list(map(Tensor.data_ptr, parameters))
+    layers = zip(pointers[::2], pointers[1::2], map(Tensor.size, parameters[::2]), strict=True)
+    return [(weight, bias, size[1], size[0]) for weight, bias, size in layers]
 
 
 def address(tensor: Tensor | None) -> int:

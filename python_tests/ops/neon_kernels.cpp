@@ -116,9 +116,7 @@ static void chain(Activation activation, Precision precision, int batch) {
     call.actions = actions.data();
     call.threads = threads;
     TeamWork team_work = TeamWork::none;
-    call.team_threads = threads;
-    call.team_share = 1;
-    call.team_work = &team_work;
+    call.team = {threads, 1, &team_work};
     kernels.reverse_diffusion(call);
     return actions;
   };
@@ -161,6 +159,8 @@ static void ascent(Activation activation, Precision precision) {
     call.low = -1.0f;
     call.high = 1.0f;
     call.threads = threads;
+    TeamWork team_work = TeamWork::none;
+    call.team = {threads, 1, &team_work};
     kernels.action_gradient(call);
     return improved;
   };

@@ -25,6 +25,7 @@ from torch import Tensor
 
 import diffcore
 from diffcore import nn, ops
+from diffcore.ops import _native
 
 RECORDED = ("halfcheetah", "pendulum")
 
@@ -322,6 +323,61 @@ def test_threads_and_repeats_don_t_matter(
             )
         for other in results[1:]:
             assert torch.equal(results[0], other)
+
+
+#: (hidden, layers): one wide layer or several, none at all, fewer panels than threads, a narrow last
+#: panel, panels that don't come out even.
+TEAM_SIZES = [(3, 2), (20, 1), (33, 3), (100, 2), (160, 4), (256, 3)]
+
+
+@pytest.mark.parametrize("activation", ["mish", "relu"])
+@pytest.mark.parametrize("clip_mode", ["batch", "row"])
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("hidden", "layers"), TEAM_SIZES)
+def test_a_team_s_size_doesn_t_matter(
+    isa: str,
+    teams: None,
+    set_threads: Callable[[int], None],
+    hidden: int,
+    layers: int,
+    compute_dtype: torch.dtype,
+    clip_mode: str,
+    activation: str,
+) -> None:
+    """Fewer than 8 rows are run by all threads together, rows of either critic and of both."""
+    critic = nn.TwinCritic(17, 6, hidden, layers, activation)
+    options = {"steps": 5, "max_norm": 0.1, "clip_mode": clip_mode, "compute_dtype": compute_dtype}
+    for alike in (False, True):
+        if alike:
+            critic.q2.load_state_dict(critic.q1.state_dict())
+        for rows in range(1, 10):
+            state, action = torch.randn(rows, 17), torch.rand(rows, 6) * 2 - 1
+            set_threads(1)
+            expected = ops.action_gradient(critic, state, action, **options)
+            assert not torch.equal(expected, action)
+            for threads in (2, 3, 4, 2):
+                set_threads(threads)
+                before = _native._core.teams_run()
+                result = ops.action_gradient(critic, state, action, **options)
+                assert _native._core.teams_run() - before == (rows < 8 and layers > 1)
+                assert torch.equal(result, expected)
+
+
+def test_critics_of_different_depths_are_no_team_s(
+    teams: None, set_threads: Callable[[int], None]
+) -> None:
+    critic = nn.TwinCritic(5, 3, 40, 2)
+    critic.q2 = nn.MLP(8, 40, 1, 3)
+    state, action = torch.randn(2, 5), torch.rand(2, 3) * 2 - 1
+    set_threads(2)
+    result = ops.action_gradient(critic, state, action, backend="cpu")
+
+    def values(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.cat([state, action], dim=1)
+        return critic.q1(x, backend="reference"), critic.q2(x, backend="reference")
+
+    expected = ops.action_gradient(values, state, action)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

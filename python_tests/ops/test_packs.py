@@ -134,6 +134,43 @@ def test_threads_share_the_reading_and_the_packing(
     assert built(features) == 1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_threads_pack_what_one_does(
+    isa: str,
+    teams: None,
+    set_threads: Callable[[int], None],
+    rows: int,
+    threads: int,
+    compute_dtype: torch.dtype,
+) -> None:
+    """A whole network in one go, with what is computed from its weights; small batches too."""
+    denoiser, critic = nn.Denoiser(17, 6, 300, 2), nn.TwinCritic(17, 6, 300, 2)
+    schedule = DiffusionSchedule.cosine(70)
+    state, x, noise = torch.randn(rows, 17), torch.randn(rows, 6), torch.randn(70, rows, 6)
+
+    def results(threads: int) -> list[Tensor]:
+        for parameter in (*denoiser.parameters(), *critic.parameters()):
+            parameter.mul_(-1.0)
+        set_threads(threads)
+        results: list[Tensor] = []
+
+        def run() -> None:
+            given = {"x_init": x, "noise": noise, "compute_dtype": compute_dtype}
+            actions = ops.reverse_diffusion(denoiser, schedule, state, **given)
+            ascended = ops.action_gradient(critic, state, actions, compute_dtype=compute_dtype)
+            results.extend([actions, ascended])
+
+        assert built(run) == 3
+        return results
+
+    expected = results(1), results(1)
+    for other in expected:
+        assert all(map(torch.equal, results(threads), other))
+
+
 # -- never stale -----------------------------------------------------------------------------------
 
 

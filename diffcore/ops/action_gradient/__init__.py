@@ -81,20 +81,8 @@ def action_gradient(
     from diffcore.nn import TwinCritic
 
     state, action = out_of_autocast(critic, state, action)
-    available = support(
-        critic,
-        state,
-        action,
-        steps=steps,
-        lr=lr,
-        max_norm=max_norm,
-        optimizer=optimizer,
-        eps=eps,
-        low=low,
-        high=high,
-        clip_mode=clip_mode,
-        compute_dtype=compute_dtype,
-    )
+    settings = (steps, lr, max_norm, optimizer, eps, low, high, clip_mode)
+    available, q1, q2 = _support(critic, state, action, *settings, compute_dtype)
     max_norm = None if max_norm is None else float(max_norm)
     chosen = _dispatch.choose("action_gradient", available, backend)
     if chosen != "reference":
@@ -103,8 +91,8 @@ def action_gradient(
             return native.ascend(
                 state,
                 action,
-                critic.q1.weights_and_biases(),
-                critic.q2.weights_and_biases(),
+                q1,
+                q2,
                 critic.activation,
                 _backends.precision(compute_dtype, state),
                 steps,
@@ -141,11 +129,30 @@ def support(
     backend: str | None = None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
+    state, action = out_of_autocast(critic, state, action)
+    settings = (steps, lr, max_norm, optimizer, eps, low, high, clip_mode)
+    return _support(critic, state, action, *settings, compute_dtype)[0]
+
+
+def _support(
+    critic: AnyCritic,
+    state: Tensor,
+    action: Tensor,
+    steps: int,
+    lr: float,
+    max_norm: float | None,
+    optimizer: str,
+    eps: float,
+    low: float,
+    high: float,
+    clip_mode: str,
+    compute_dtype: torch.dtype | None,
+) -> tuple[_dispatch.Support, list[Tensor], list[Tensor]]:
+    """The same, out of autocast; and both critics' parameters, where they are ours."""
     from diffcore.nn import TwinCritic
 
     if not callable(critic):
         raise TypeError(f"critic: expected a TwinCritic or a callable, got {type(critic).__name__}")
-    state, action = out_of_autocast(critic, state, action)
     ours = critic if isinstance(critic, TwinCritic) else None
     check_tensor("state", state, ("B", ours.state_dim if ours else "S"))
     check_tensor("action", action, (len(state), ours.action_dim if ours else "A"))
@@ -163,18 +170,18 @@ def support(
 
     if ours is None:
         refused = "the critic isn't a diffcore.nn.TwinCritic"
-        return _backends.support(KERNELS, [state], refused=refused)
-    parameters = ours.weights_and_biases()
-    check_like("state", state, "the critic", parameters[0])
+        return _backends.support(KERNELS, [state], refused=refused), [], []
+    q1, q2 = ours.q1.weights_and_biases(), ours.q2.weights_and_biases()
+    check_like("state", state, "the critic", q1[0])
     reasons = _backends.support(
         KERNELS,
-        [state, *parameters],
+        [state, *q1, *q2],
         [ours.activation],
-        ours.q1.hidden_layers + 1,
+        max(len(q1), len(q2)) // 2,
         compute_dtype=compute_dtype,
     )
     _dispatch.restrict(reasons, "cuda", lambda: _too_wide_for_cuda(ours, state, compute_dtype))
-    return reasons
+    return reasons, q1, q2
 
 
 def _too_wide_for_cuda(

@@ -78,24 +78,14 @@ def reverse_diffusion(
     from diffcore.nn import Denoiser
 
     state, x_init, noise = out_of_autocast(denoiser, state, x_init, noise)
-    available = support(
-        denoiser,
-        schedule,
-        state,
-        x_init=x_init,
-        noise=noise,
-        noise_scale=noise_scale,
-        clip=clip,
-        solver=solver,
-        generator=generator,
-        compute_dtype=compute_dtype,
-    )
+    arguments = (denoiser, schedule, state, x_init, noise, noise_scale, clip, solver, generator)
+    available, parameters = _support(*arguments, compute_dtype)
     draws = x_init is None or (noise is None and noise_scale != 0)
     seed = _philox.draw_seed(generator, state.device) if draws else None
     chosen = _dispatch.choose("reverse_diffusion", available, backend)
     if chosen != "reference":
         assert isinstance(denoiser, Denoiser)
-        inputs = (state, x_init, noise, seed)
+        inputs = (state, x_init, noise, seed, parameters)
         precision = _backends.precision(compute_dtype, state)
         return _run_native(
             denoiser, schedule, solver, *inputs, noise_scale, clip, precision, chosen
@@ -120,12 +110,12 @@ def _run_native(
     x_init: Tensor | None,
     noise: Tensor | None,
     seed: Tensor | None,
+    parameters: list[Tensor],
     noise_scale: float,
     clip: float,
     precision: str,
     backend: str,
 ) -> Tensor:
-    parameters = denoiser.weights_and_biases()
     settings = (
         _coefficients(schedule, solver, state.device),
         _embedding(schedule, solver, denoiser.time_dim, state.device),
@@ -134,8 +124,10 @@ def _run_native(
         denoiser.activation,
         precision,
     )
-    differentiable = [state, *parameters, *(t for t in (x_init, noise) if t is not None)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad
+        for tensor in (state, x_init, noise, *parameters)
+    ):
         arguments = (state, x_init, noise, seed, *settings, backend, *parameters)
         return _native.apply(native.Chain, *arguments)[0]
     return native.chain(state, x_init, noise, seed, parameters, *settings, False, backend)[0]
@@ -206,6 +198,24 @@ def support(
     backend: str | None = None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
+    state, x_init, noise = out_of_autocast(denoiser, state, x_init, noise)
+    arguments = (denoiser, schedule, state, x_init, noise, noise_scale, clip, solver, generator)
+    return _support(*arguments, compute_dtype)[0]
+
+
+def _support(
+    denoiser: AnyDenoiser,
+    schedule: DiffusionSchedule,
+    state: Tensor,
+    x_init: Tensor | None,
+    noise: Tensor | None,
+    noise_scale: float,
+    clip: float,
+    solver: str | SolverTable,
+    generator: torch.Generator | None,
+    compute_dtype: torch.dtype | None,
+) -> tuple[_dispatch.Support, list[Tensor]]:
+    """The same, out of autocast; and the parameters, where the denoiser is one of ours."""
     from diffcore.nn import Denoiser
 
     if not isinstance(schedule, DiffusionSchedule):
@@ -220,7 +230,6 @@ def support(
             f"denoiser: expected a Denoiser or a callable, got {type(denoiser).__name__}"
         )
     ours = denoiser if isinstance(denoiser, Denoiser) else None
-    state, x_init, noise = out_of_autocast(denoiser, state, x_init, noise)
     check_tensor("state", state, ("B", ours.state_dim if ours else "S"))
     if x_init is None and ours is None:
         raise ValueError("x_init: a denoiser that isn't a diffcore.nn.Denoiser needs it given")
@@ -240,18 +249,18 @@ def support(
 
     if ours is None:
         refused = "the denoiser isn't a diffcore.nn.Denoiser"
-        return _backends.support(KERNELS, [state], refused=refused)
+        return _backends.support(KERNELS, [state], refused=refused), []
     parameters = ours.weights_and_biases()
     check_like("state", state, "the denoiser", parameters[0])
     reasons = _backends.support(
         KERNELS,
         [state, *parameters],
         [ours.activation],
-        ours.trunk.hidden_layers + 1,
+        len(parameters) // 2 - 2,  # without the time MLP's
         compute_dtype=compute_dtype,
     )
     _dispatch.restrict(reasons, "cuda", lambda: _too_large_for_cuda(ours, state, compute_dtype))
-    return reasons
+    return reasons, parameters
 
 
 def _too_large_for_cuda(
