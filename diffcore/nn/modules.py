@@ -38,6 +38,9 @@ class MLP(nn.Module):
             does, weights and biases within 1 / sqrt(fan_in); ``orthogonal``: biases at 0.
         compute_dtype: what its calls multiply in; see :func:`diffcore.ops.mlp`. Ops that take a whole
             network, such as losses, are told by an argument of their own.
+
+    The layers hold weights and aren't called. Parametrized ones, such as weight_norm makes, work;
+    hooks on a layer, a layer of another kind or one without a bias are refused.
     """
 
     def __init__(
@@ -81,25 +84,73 @@ class MLP(nn.Module):
 
     def _through(self, layers: int, x: Tensor, backend: str | None) -> Tensor:
         check_features("x", x, self.in_dim)
-        parameters = self.weights_and_biases()[: 2 * layers]
+        parameters = self._layers_parameters()[: 2 * layers]
         activations = self.activations[:layers]
         weights, biases = parameters[::2], parameters[1::2]
         return mlp(
             x, weights, biases, activations, compute_dtype=self.compute_dtype, backend=backend
         )
 
-    def weights_and_biases(self) -> list[Tensor]:
-        """``list(parameters())``, without the walk through all modules, for the ops' hot paths."""
+    def weights_and_biases(
+        self, in_dim: int | None = None, out_dim: int | None = None
+    ) -> list[Tensor]:
+        """Weight and bias of every layer in turn, for an op that takes the whole network.
+
+        Args:
+            in_dim, out_dim: what the widths must be.
+
+        Raises:
+            TypeError: if this network or one of its layers does more than its weights say: they would
+                be read, and the rest ignored.
+            ValueError: if the layers' shapes don't fit each other, or the widths asked for.
+        """
+        if (why := altered(self, MLP)) is not None:
+            raise TypeError(f"{why}, but is run by its weights alone")
+        parameters = self._layers_parameters()
+        for end, expected, got in (
+            ("inputs", in_dim, parameters[0].shape[1]),
+            ("outputs", out_dim, parameters[-2].shape[0]),
+        ):
+            if expected is not None and got != expected:
+                raise ValueError(f"MLP: expected {expected} {end}, got layers with {got}")
+        return parameters
+
+    def _layers_parameters(self) -> list[Tensor]:
         result: list[Tensor] = []
         # These dictionaries are ten times quicker than attributes of a module.
         layers: Any = self._modules["layers"]
-        for layer in layers._modules.values():
+        width = None
+        for i, layer in enumerate(layers._modules.values()):
+            if (why := altered(layer, nn.Linear)) is not None:
+                raise TypeError(f"MLP.layers[{i}]: {why}, but is run by its weights alone")
             own = layer._parameters
-            if "weight" in own and "bias" in own:
-                result += own.values()
-            else:  # parametrized, by spectral_norm for instance
-                result += (layer.weight, layer.bias)
+            weight, bias = own.get("weight"), own.get("bias")
+            if weight is None or bias is None:  # parametrized, by spectral_norm for instance
+                weight, bias = layer.weight, layer.bias
+            if bias is None:
+                raise TypeError(f"MLP.layers[{i}]: expected a Linear with a bias, got one without")
+            out, into = weight.shape
+            if width is not None and into != width:
+                raise ValueError(
+                    f"MLP.layers[{i}].weight: expected shape [out, {width}], got {[out, into]}"
+                )
+            result += (weight, bias)
+            width = out
         return result
+
+
+def altered(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """What a call of ``module`` does beside what a ``kind`` with its weights does, or None."""
+    if type(module).forward is not kind.forward or "forward" in module.__dict__:
+        return f"{type(module).__name__} has a forward that isn't {kind.__name__}'s"
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return f"{type(module).__name__} has hooks"
+    return None
 
 
 _INITS = ("truncated_normal", "uniform", "orthogonal")
@@ -172,10 +223,26 @@ class Denoiser(nn.Module):
             action_dim + time_dim + state_dim, hidden_dim, action_dim, hidden_layers, activation
         )
 
+    def altered(self) -> str | None:
+        """What a call does beside what the weights say, in words, or None."""
+        own: Any = self._modules
+        return (
+            altered(self, Denoiser)
+            or altered(own["time_mlp"], MLP)
+            or altered(own["trunk"], MLP)
+        )
+
     def weights_and_biases(self) -> list[Tensor]:
-        """``list(parameters())``: see :meth:`MLP.weights_and_biases`."""
+        """The time MLP's, then the trunk's: see :meth:`MLP.weights_and_biases`."""
         own: dict[str, Any] = self._modules
-        return [*own["time_mlp"].weights_and_biases(), *own["trunk"].weights_and_biases()]
+        time_dim, action_dim = self.time_dim, self.action_dim
+        time_parameters = own["time_mlp"].weights_and_biases(time_dim, time_dim)
+        if len(time_parameters) != 4:
+            raise ValueError(
+                f"Denoiser.time_mlp: expected 2 layers, got {len(time_parameters) // 2}"
+            )
+        in_dim = action_dim + time_dim + self.state_dim
+        return [*time_parameters, *own["trunk"].weights_and_biases(in_dim, action_dim)]
 
     def forward(self, x: Tensor, state: Tensor, t: Tensor, *, backend: str | None = None) -> Tensor:
         """x ``[B, A]``, state ``[B, S]``, t integer ``[B]`` -> eps ``[B, A]``."""
@@ -212,10 +279,16 @@ class TwinCritic(nn.Module):
             MLP(*widths, hidden_layers, activation, compute_dtype=compute_dtype) for _ in range(2)
         )
 
-    def weights_and_biases(self) -> list[Tensor]:
-        """``list(parameters())``: see :meth:`MLP.weights_and_biases`."""
+    def altered(self) -> str | None:
+        """What a call does beside what the weights say, in words, or None."""
+        own: Any = self._modules
+        return altered(self, TwinCritic) or altered(own["q1"], MLP) or altered(own["q2"], MLP)
+
+    def networks(self) -> list[list[Tensor]]:
+        """Both critics' parameters: see :meth:`MLP.weights_and_biases`."""
         own: dict[str, Any] = self._modules
-        return [*own["q1"].weights_and_biases(), *own["q2"].weights_and_biases()]
+        in_dim = self.state_dim + self.action_dim
+        return [own[name].weights_and_biases(in_dim, 1) for name in ("q1", "q2")]
 
     def forward(
         self, state: Tensor, action: Tensor, *, backend: str | None = None
@@ -224,7 +297,10 @@ class TwinCritic(nn.Module):
         check_features("state", state, self.state_dim)
         check_features("action", action, self.action_dim)
         x = torch.cat([state, action], dim=-1)
-        networks = [self.q1.weights_and_biases(), self.q2.weights_and_biases()]
+        if altered(self.q1, MLP) or altered(self.q2, MLP):
+            forced = {} if backend is None else {"backend": backend}
+            return self.q1(x, **forced), self.q2(x, **forced)
         kinds, dtype = self.q1.activations, self.q1.compute_dtype
-        q1, q2 = mlp_ensemble(x, networks, kinds, compute_dtype=dtype, backend=backend).unbind(0)
+        q = mlp_ensemble(x, self.networks(), kinds, compute_dtype=dtype, backend=backend)
+        q1, q2 = q.unbind(0)
         return q1, q2

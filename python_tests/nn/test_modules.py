@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from helpers import golden_critic, load_golden, plain_critic, plain_denoiser, plain_mlp
 from torch import Tensor
 
-from diffcore import nn, ops
+import diffcore
+from diffcore import DiffusionSchedule, nn, ops
 
 ACTIVATIONS = ("identity", "relu", "elu", "silu", "gelu", "mish", "tanh", "sin", "cos")
 
@@ -269,3 +271,154 @@ def denoise(x: Any, state: Any) -> Tensor:
 
 def value(state: Any, action: Any) -> Any:
     return nn.TwinCritic(5, 3, 8)(state, action)
+
+
+# -- networks that are more than their weights -------------------------------------------------------
+
+SCHEDULE = DiffusionSchedule.linear(4)
+
+
+class Halved(nn.Denoiser):
+    """A denoiser with a forward of its own, which knows nothing of backends."""
+
+    def forward(self, x: Tensor, state: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, state, t) * 0.5
+
+
+class Pessimist(nn.TwinCritic):
+    """A critic with a forward of its own."""
+
+    def forward(  # type: ignore[override]
+        self, state: Tensor, action: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        q1, q2 = super().forward(state, action)
+        return -q1, -q2
+
+
+def chain(denoiser: nn.Denoiser | Callable[..., Tensor], **settings: Any) -> Tensor:
+    settings = {"x_init": torch.full((3, 2), 0.3), "noise_scale": 0.0, **settings}
+    return ops.reverse_diffusion(denoiser, SCHEDULE, torch.ones(3, 5), **settings)
+
+
+def score(denoiser: nn.Denoiser | Callable[..., Tensor]) -> Tensor:
+    t, noise = torch.tensor([0, 1, 3]), torch.full((3, 2), 0.2)
+    state, action = torch.ones(3, 5), torch.zeros(3, 2)
+    return ops.denoising_loss(denoiser, SCHEDULE, state, action, t=t, noise=noise)
+
+
+def climb(critic: Any) -> Tensor:
+    return ops.action_gradient(critic, torch.ones(3, 5), torch.zeros(3, 2), steps=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_subclass_is_called(dtype: torch.dtype) -> None:
+    denoiser, critic = Halved(5, 2, 8), Pessimist(5, 2, 8)
+    plain = functools.partial(Halved.forward, denoiser)
+    assert torch.allclose(chain(denoiser), chain(plain), atol=1e-6)
+    assert torch.allclose(score(denoiser), score(plain), atol=1e-6)
+    assert torch.allclose(climb(critic), climb(functools.partial(Pessimist.forward, critic)))
+    answer = diffcore.explain("reverse_diffusion", denoiser, SCHEDULE, torch.ones(3, 5))
+    assert answer.backend == "reference"
+    assert answer.passed_over["cpu"].endswith("Halved has a forward that isn't Denoiser's")
+    assert chain(denoiser, x_init=None).shape == (3, 2)  # the kernel's own start
+    x, state, noise = (torch.ones(3, n, dtype=dtype) for n in (2, 5, 2))
+    t = torch.tensor([0, 1, 3])
+    ops.reverse_diffusion(denoiser.to(dtype), SCHEDULE, state, x_init=x)
+    ops.denoising_loss(denoiser, SCHEDULE, state, x, t=t, noise=noise)
+
+
+@pytest.mark.parametrize("place", ["denoiser", "time_mlp", "trunk"])
+def test_hooks_on_a_denoiser_run(place: str) -> None:
+    denoiser = nn.Denoiser(5, 2, 8)
+    before, loss = chain(denoiser), score(denoiser)
+    module = denoiser if place == "denoiser" else getattr(denoiser, place)
+    with module.register_forward_hook(lambda module, inputs, output: output + 1.0):
+        assert not torch.allclose(chain(denoiser), before)
+        assert not torch.allclose(score(denoiser), loss)
+    assert torch.equal(chain(denoiser), before)
+
+
+@pytest.mark.parametrize("place", ["critic", "q1"])
+def test_hooks_on_a_critic_run(place: str) -> None:
+    critic = nn.TwinCritic(5, 2, 8)
+    before, values = climb(critic), critic(torch.ones(3, 5), torch.zeros(3, 2))
+    calls: list[str] = []
+    module = critic if place == "critic" else critic.q1
+    with module.register_forward_pre_hook(lambda module, inputs: calls.append(place)):
+        assert torch.allclose(climb(critic), before, atol=1e-6)
+        again = critic(torch.ones(3, 5), torch.zeros(3, 2))
+        assert len(calls) == 4
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(values, again, strict=True))
+
+
+def replaced(index: int, layer: torch.nn.Module) -> Callable[[nn.MLP], None]:
+    def replace(network: nn.MLP) -> None:
+        network.layers[index] = layer
+
+    return replace
+
+
+def widened(network: nn.MLP) -> None:
+    network.layers[1].weight.data = torch.randn(64, 8)
+
+
+class Silent(torch.nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (replaced(1, torch.nn.Linear(4096, 8)), ValueError, r"layers\[1\].weight: .*\[out, 8\]"),
+        (replaced(1, torch.nn.Linear(8, 64)), ValueError, r"layers\[2\].weight: .*\[out, 64\]"),
+        (widened, ValueError, r"layers\[2\].weight: expected shape \[out, 64\], got \[8, 8\]"),
+        (replaced(0, torch.nn.Linear(30, 8)), ValueError, "expected .* inputs, got layers with 30"),
+        (replaced(3, torch.nn.Linear(8, 5)), ValueError, "expected .* outputs, got layers with 5"),
+        (replaced(1, torch.nn.Linear(8, 8, bias=False)), TypeError, "a bias, got one without"),
+        (replaced(1, Silent(8, 8)), TypeError, r"layers\[1\]: Silent has a forward that isn't"),
+        (replaced(1, torch.nn.Dropout()), TypeError, r"layers\[1\]: Dropout has a forward that"),
+        (
+            lambda network: network.layers[2].register_forward_hook(lambda *_: None),
+            TypeError,
+            r"layers\[2\]: Linear has hooks",
+        ),
+    ],
+)
+def test_altered_layers_are_refused(
+    change: Callable[[nn.MLP], None], error: type[Exception], message: str
+) -> None:
+    """They would be read as if they were plain, or past their end."""
+    denoiser, critic = nn.Denoiser(5, 2, 8), nn.TwinCritic(5, 2, 8)
+    change(denoiser.trunk)
+    change(critic.q1)
+    for backend in (None, "reference"):
+        with pytest.raises(error, match=message):
+            chain(denoiser, backend=backend)
+    with pytest.raises(error, match=message):
+        score(denoiser)
+    with pytest.raises(error, match=message):
+        climb(critic)
+    with pytest.raises(error, match=message):
+        critic(torch.ones(3, 5), torch.zeros(3, 2))
+
+
+def test_a_wrong_width_is_refused() -> None:
+    denoiser = nn.Denoiser(5, 2, 8)
+    denoiser.action_dim = 3
+    with pytest.raises(ValueError, match="^MLP: expected 40 inputs, got layers with 39"):
+        chain(denoiser, x_init=None)
+    denoiser.action_dim, denoiser.time_mlp = 2, nn.MLP(32, 8, 32, 2)
+    with pytest.raises(ValueError, match="^Denoiser.time_mlp: expected 2 layers, got 3"):
+        chain(denoiser)
+
+
+def test_parameters_registered_in_another_order() -> None:
+    """As pruning and parametrizations leave them when they are removed."""
+    denoiser = nn.Denoiser(5, 2, 8)
+    before = chain(denoiser)
+    for layer in denoiser.trunk.layers:
+        weight = layer.weight
+        del layer.weight
+        layer.weight = weight
+    assert torch.equal(chain(denoiser), before)

@@ -105,7 +105,7 @@ def action_gradient(
                 float(high),
                 chosen,
             )
-    if isinstance(critic, TwinCritic):
+    if isinstance(critic, TwinCritic) and critic.altered() is None:
         critic = partial(critic, backend="reference")
     return reference.action_gradient(
         critic, state, action, steps, lr, max_norm, clip_mode, optimizer, eps, low, high
@@ -171,7 +171,10 @@ def _support(
     if ours is None:
         refused = "the critic isn't a diffcore.nn.TwinCritic"
         return _backends.support(KERNELS, [state], refused=refused), [], []
-    q1, q2 = ours.q1.weights_and_biases(), ours.q2.weights_and_biases()
+    if (why := ours.altered()) is not None:
+        refused = f"the critic is called, since {why}"
+        return _backends.support(KERNELS, [state], refused=refused), [], []
+    q1, q2 = ours.networks()
     check_like("state", state, "the critic", q1[0])
     reasons = _backends.support(
         KERNELS,

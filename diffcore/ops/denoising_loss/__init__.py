@@ -96,7 +96,7 @@ def denoising_loss(
             noise = native.normals(seed, action, chosen)
     if chosen == "reference":
         eps: Callable[[Tensor, Tensor, Tensor], Tensor] = denoiser
-        if isinstance(denoiser, Denoiser):
+        if isinstance(denoiser, Denoiser) and denoiser.altered() is None:
             eps = partial(denoiser, backend="reference")
         return reference.denoising_loss(eps, schedule, state, action, t, noise)
 
@@ -174,6 +174,8 @@ def support(
     if ours is None:
         not_ours = "the denoiser isn't a diffcore.nn.Denoiser"
         return _backends.support(KERNELS, [state], refused=not_ours)
+    if (why := ours.altered()) is not None:
+        return _backends.support(KERNELS, [state], refused=f"the denoiser is called, since {why}")
     parameters = ours.weights_and_biases()
     check_like("state", state, "the denoiser", parameters[0])
     refused = None

@@ -97,11 +97,11 @@ def support(
     check_tensor("x", x, ("...", "in"))
     if not weights:
         raise ValueError("weights: expected at least one layer, got none")
+    if isinstance(activations, str):
+        raise TypeError(f"activations: expected a list, one a layer, got the text {activations!r}")
     for name, given in (("biases", biases), ("activations", activations)):
         if len(given) != len(weights):
             raise ValueError(f"{name}: expected {len(weights)}, one a layer, got {len(given)}")
-    if isinstance(activations, str):
-        raise TypeError(f"activations: expected a list, one a layer, got the text {activations!r}")
     width: int = x.shape[-1]
     for i, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
         _check_layer(i, weight, bias, activation, width, x)

@@ -113,7 +113,10 @@ def support(
             f"zeta: expected {outputs} outputs, psi's {psi.out_dim} times offset's "
             f"{offset.shape[1]} columns, got {zeta.out_dim}"
         )
-    parameters = psi.weights_and_biases() + zeta.weights_and_biases()
+    parameters = [
+        *psi.weights_and_biases(psi.in_dim, psi.out_dim),
+        *zeta.weights_and_biases(zeta.in_dim, zeta.out_dim),
+    ]
     check_like("x", x, "psi", parameters[0])
     for name, value in (
         ("zeta", parameters[-1]),

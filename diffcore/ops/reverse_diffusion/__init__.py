@@ -92,7 +92,9 @@ def reverse_diffusion(
         )
     eps: Callable[[Tensor, Tensor, Tensor], Tensor] = denoiser
     if isinstance(denoiser, Denoiser):
-        eps, action_dim = partial(denoiser, backend="reference"), denoiser.action_dim
+        action_dim = denoiser.action_dim
+        if denoiser.altered() is None:
+            eps = partial(denoiser, backend="reference")
     else:
         assert x_init is not None
         action_dim = x_init.shape[1]
@@ -250,6 +252,8 @@ def _support(
     if ours is None:
         refused = "the denoiser isn't a diffcore.nn.Denoiser"
         return _backends.support(KERNELS, [state], refused=refused), []
+    if (why := ours.altered()) is not None:
+        return _backends.support(KERNELS, [state], refused=f"the denoiser is called, since {why}"), []
     parameters = ours.weights_and_biases()
     check_like("state", state, "the denoiser", parameters[0])
     reasons = _backends.support(
