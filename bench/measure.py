@@ -25,8 +25,10 @@ from diffcore.ops._native import _core
 WARM_UP_CALLS = 3
 SLOW = 4.0
 """Seconds of warming up, or of a round, that are a lot."""
-BURST, BURST_CALLS = 0.03, 5
+BURST, BURST_CALLS = 0.03, 20
 """A burst ends after so many seconds, or so many calls."""
+REST = 0.005
+"""Seconds before a burst: the last one's threads go on spinning for a moment."""
 LONG = 0.25
 """Seconds of a call beside which it doesn't matter what it found in the caches."""
 
@@ -91,6 +93,7 @@ def interleave(
     order = list(variants)
     shuffle = random.Random(0).shuffle
     for variant in variants:
+        time.sleep(REST)
         until = time.perf_counter() + SLOW
         for _ in range(WARM_UP_CALLS):
             variant.call()
@@ -116,8 +119,7 @@ def _burst(variant: Variant) -> Burst:
             variant.before()
         return seconds_of(variant.call)
 
-    # The threads of the last burst go on spinning for a moment, on cores that these need.
-    time.sleep(0.005)
+    time.sleep(REST)
     first = call()
     if first > LONG:
         return Burst(first, [first])

@@ -152,6 +152,7 @@ using Clock = std::chrono::steady_clock;
 constexpr Clock::duration full_credit = std::chrono::milliseconds(10);
 
 thread_local Clock::duration credit = full_credit;
+thread_local Clock::duration price = full_credit;  // of the last late team
 thread_local bool without_teams = false;
 std::atomic<bool> always_teams{false};
 std::atomic<int64_t> teams{0};
@@ -171,7 +172,8 @@ void team_ended(Clock::time_point start, TeamWork work) {
   const Clock::duration took = Clock::now() - start;
   if (work != TeamWork::none) ++teams;
   if (work == TeamWork::late) {
-    credit -= std::min(took, full_credit / 2);  // some of it was work
+    price = std::min(took, full_credit / 2);  // some of it was work
+    credit -= price;
   } else if (work == TeamWork::in_time) {
     credit += took / 4;  // it would have taken a quarter more, at least
   } else if (without_teams) {
@@ -179,7 +181,7 @@ void team_ended(Clock::time_point start, TeamWork work) {
   }
   credit = std::min(credit, full_credit);
   if (credit <= Clock::duration::zero()) without_teams = true;
-  if (credit == full_credit) without_teams = false;
+  if (credit >= price) without_teams = false;
 }
 
 void always_use_teams(bool always) { always_teams = always; }
