@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from diffcore import nn  # which imports ops: its modules are there when an op is called
 from diffcore.ops import _backends, _dispatch
 from diffcore.ops._checks import (
     check_choice,
@@ -21,10 +22,7 @@ from diffcore.ops._checks import (
 )
 from diffcore.ops.action_gradient import native, reference
 
-if TYPE_CHECKING:
-    from diffcore.nn import TwinCritic
-
-    AnyCritic: TypeAlias = TwinCritic | Callable[[Tensor, Tensor], Sequence[Tensor]]
+AnyCritic: TypeAlias = "nn.TwinCritic | Callable[[Tensor, Tensor], Sequence[Tensor]]"
 
 KERNELS = ("cuda", "triton", "cpu")
 
@@ -78,15 +76,13 @@ def action_gradient(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or a forced
             backend that can't run this call.
     """
-    from diffcore.nn import TwinCritic
-
     state, action = out_of_autocast(critic, state, action)
     settings = (steps, lr, max_norm, optimizer, eps, low, high, clip_mode)
     available, q1, q2 = _support(critic, state, action, *settings, compute_dtype)
     max_norm = None if max_norm is None else float(max_norm)
     chosen = _dispatch.choose("action_gradient", available, backend)
     if chosen != "reference":
-        assert isinstance(critic, TwinCritic)
+        assert isinstance(critic, nn.TwinCritic)
         with torch.no_grad():  # quicker than to detach every parameter
             return native.ascend(
                 state,
@@ -105,7 +101,7 @@ def action_gradient(
                 float(high),
                 chosen,
             )
-    if isinstance(critic, TwinCritic) and critic.altered() is None:
+    if isinstance(critic, nn.TwinCritic) and critic.altered() is None:
         critic = partial(critic, backend="reference")
     return reference.action_gradient(
         critic, state, action, steps, lr, max_norm, clip_mode, optimizer, eps, low, high
@@ -149,11 +145,9 @@ def _support(
     compute_dtype: torch.dtype | None,
 ) -> tuple[_dispatch.Support, list[Tensor], list[Tensor]]:
     """The same, out of autocast; and both critics' parameters, where they are ours."""
-    from diffcore.nn import TwinCritic
-
     if not callable(critic):
         raise TypeError(f"critic: expected a TwinCritic or a callable, got {type(critic).__name__}")
-    ours = critic if isinstance(critic, TwinCritic) else None
+    ours = critic if isinstance(critic, nn.TwinCritic) else None
     check_tensor("state", state, ("B", ours.state_dim if ours else "S"))
     check_tensor("action", action, (len(state), ours.action_dim if ours else "A"))
     check_like("action", action, "state", state)
@@ -188,7 +182,7 @@ def _support(
 
 
 def _too_wide_for_cuda(
-    critic: TwinCritic, state: Tensor, compute_dtype: torch.dtype | None
+    critic: nn.TwinCritic, state: Tensor, compute_dtype: torch.dtype | None
 ) -> str | None:
     if native.too_wide(
         critic.state_dim,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from diffcore import nn  # which imports ops: its modules are there when an op is called
 from diffcore.ops import _backends, _dispatch, _native, _philox
 from diffcore.ops._checks import (
     check_compute_dtype,
@@ -22,10 +23,7 @@ from diffcore.ops.denoising_loss import native, reference
 from diffcore.ops.q_sample import cached_levels
 from diffcore.schedule import DiffusionSchedule
 
-if TYPE_CHECKING:
-    from diffcore.nn import Denoiser
-
-    AnyDenoiser: TypeAlias = Denoiser | Callable[[Tensor, Tensor, Tensor], Tensor]
+AnyDenoiser: TypeAlias = "nn.Denoiser | Callable[[Tensor, Tensor, Tensor], Tensor]"
 
 KERNELS = ("triton", "cpu")
 
@@ -72,8 +70,6 @@ def denoising_loss(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or a forced
             backend that can't run this call.
     """
-    from diffcore.nn import Denoiser
-
     state, action, noise = out_of_autocast(denoiser, state, action, noise)
     available = support(
         denoiser,
@@ -96,11 +92,11 @@ def denoising_loss(
             noise = native.normals(seed, action, chosen)
     if chosen == "reference":
         eps: Callable[[Tensor, Tensor, Tensor], Tensor] = denoiser
-        if isinstance(denoiser, Denoiser) and denoiser.altered() is None:
+        if isinstance(denoiser, nn.Denoiser) and denoiser.altered() is None:
             eps = partial(denoiser, backend="reference")
         return reference.denoising_loss(eps, schedule, state, action, t, noise)
 
-    assert isinstance(denoiser, Denoiser)
+    assert isinstance(denoiser, nn.Denoiser)
     parameters = denoiser.weights_and_biases()
     levels, embedding = _tables(schedule, denoiser.time_dim, action.device)
     inputs = (state, action, noise, t, levels, embedding, denoiser.activation)
@@ -130,9 +126,7 @@ def _tables(
 def _cached_tables(
     schedule: DiffusionSchedule, time_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    from diffcore.nn import time_embedding
-
-    embedding = time_embedding(torch.arange(schedule.K), time_dim)
+    embedding = nn.time_embedding(torch.arange(schedule.K), time_dim)
     return cached_levels(schedule, device), embedding.to(device, torch.float32)
 
 
@@ -149,15 +143,13 @@ def support(
     backend: str | None = None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
-    from diffcore.nn import Denoiser
-
     if not isinstance(schedule, DiffusionSchedule):
         raise TypeError(f"schedule: expected a DiffusionSchedule, got {type(schedule).__name__}")
     if not callable(denoiser):
         raise TypeError(
             f"denoiser: expected a Denoiser or a callable, got {type(denoiser).__name__}"
         )
-    ours = denoiser if isinstance(denoiser, Denoiser) else None
+    ours = denoiser if isinstance(denoiser, nn.Denoiser) else None
     state, action, noise = out_of_autocast(denoiser, state, action, noise)
     check_tensor("state", state, ("B", ours.state_dim if ours else "S"))
     check_tensor("action", action, (len(state), ours.action_dim if ours else "A"))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from diffcore import nn  # which imports ops: its modules are there when an op is called
 from diffcore.ops import _backends, _dispatch, _native
 from diffcore.ops._checks import (
     check_compute_dtype,
@@ -16,15 +15,12 @@ from diffcore.ops._checks import (
 )
 from diffcore.ops.representation_loss import native, reference
 
-if TYPE_CHECKING:
-    from diffcore.nn import MLP
-
 KERNELS = ("triton", "cpu")
 
 
 def representation_loss(
-    psi: MLP,
-    zeta: MLP,
+    psi: nn.MLP,
+    zeta: nn.MLP,
     x: Tensor,
     perturbed: Tensor,
     offset: Tensor,
@@ -85,8 +81,8 @@ def representation_loss(
 
 
 def support(
-    psi: MLP,
-    zeta: MLP,
+    psi: nn.MLP,
+    zeta: nn.MLP,
     x: Tensor,
     perturbed: Tensor,
     offset: Tensor,
@@ -96,10 +92,8 @@ def support(
     backend: str | None = None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
-    from diffcore.nn import MLP
-
     for name, network in (("psi", psi), ("zeta", zeta)):
-        if not isinstance(network, MLP):
+        if not isinstance(network, nn.MLP):
             raise TypeError(f"{name}: expected a diffcore.nn.MLP, got {type(network).__name__}")
     x, perturbed, offset, score_weight = out_of_autocast(psi, x, perturbed, offset, score_weight)
     check_tensor("x", x, ("B", psi.in_dim))

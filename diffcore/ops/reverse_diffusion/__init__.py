@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from diffcore import nn  # which imports ops: its modules are there when an op is called
 from diffcore.ops import _backends, _dispatch, _native, _philox
 from diffcore.ops._checks import (
     check_choice,
@@ -22,10 +23,7 @@ from diffcore.ops._compile import constant_under_compile
 from diffcore.ops.reverse_diffusion import native, reference
 from diffcore.schedule import SOLVERS, DiffusionSchedule, SolverTable
 
-if TYPE_CHECKING:
-    from diffcore.nn import Denoiser
-
-    AnyDenoiser: TypeAlias = Denoiser | Callable[[Tensor, Tensor, Tensor], Tensor]
+AnyDenoiser: TypeAlias = "nn.Denoiser | Callable[[Tensor, Tensor, Tensor], Tensor]"
 
 KERNELS = ("cuda", "triton", "cpu")
 
@@ -75,8 +73,6 @@ def reverse_diffusion(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, an unknown
             solver, or a forced backend that can't run this call.
     """
-    from diffcore.nn import Denoiser
-
     state, x_init, noise = out_of_autocast(denoiser, state, x_init, noise)
     arguments = (denoiser, schedule, state, x_init, noise, noise_scale, clip, solver, generator)
     available, parameters = _support(*arguments, compute_dtype)
@@ -84,14 +80,14 @@ def reverse_diffusion(
     seed = _philox.draw_seed(generator, state.device) if draws else None
     chosen = _dispatch.choose("reverse_diffusion", available, backend)
     if chosen != "reference":
-        assert isinstance(denoiser, Denoiser)
+        assert isinstance(denoiser, nn.Denoiser)
         inputs = (state, x_init, noise, seed, parameters)
         precision = _backends.precision(compute_dtype, state)
         return _run_native(
             denoiser, schedule, solver, *inputs, noise_scale, clip, precision, chosen
         )
     eps: Callable[[Tensor, Tensor, Tensor], Tensor] = denoiser
-    if isinstance(denoiser, Denoiser):
+    if isinstance(denoiser, nn.Denoiser):
         action_dim = denoiser.action_dim
         if denoiser.altered() is None:
             eps = partial(denoiser, backend="reference")
@@ -105,7 +101,7 @@ def reverse_diffusion(
 
 
 def _run_native(
-    denoiser: Denoiser,
+    denoiser: nn.Denoiser,
     schedule: DiffusionSchedule,
     solver: str | SolverTable,
     state: Tensor,
@@ -180,9 +176,7 @@ def _cached_coefficients(
 def _cached_embedding(
     schedule: DiffusionSchedule, solver: str | SolverTable, dim: int, device: torch.device
 ) -> Tensor:
-    from diffcore.nn import time_embedding
-
-    return time_embedding(_table(schedule, solver).timesteps, dim).to(device, torch.float32)
+    return nn.time_embedding(_table(schedule, solver).timesteps, dim).to(device, torch.float32)
 
 
 def support(
@@ -218,8 +212,6 @@ def _support(
     compute_dtype: torch.dtype | None,
 ) -> tuple[_dispatch.Support, list[Tensor]]:
     """The same, out of autocast; and the parameters, where the denoiser is one of ours."""
-    from diffcore.nn import Denoiser
-
     if not isinstance(schedule, DiffusionSchedule):
         raise TypeError(f"schedule: expected a DiffusionSchedule, got {type(schedule).__name__}")
     if not isinstance(solver, (str, SolverTable)):
@@ -231,7 +223,7 @@ def _support(
         raise TypeError(
             f"denoiser: expected a Denoiser or a callable, got {type(denoiser).__name__}"
         )
-    ours = denoiser if isinstance(denoiser, Denoiser) else None
+    ours = denoiser if isinstance(denoiser, nn.Denoiser) else None
     check_tensor("state", state, ("B", ours.state_dim if ours else "S"))
     if x_init is None and ours is None:
         raise ValueError("x_init: a denoiser that isn't a diffcore.nn.Denoiser needs it given")
@@ -268,7 +260,7 @@ def _support(
 
 
 def _too_large_for_cuda(
-    denoiser: Denoiser, state: Tensor, compute_dtype: torch.dtype | None
+    denoiser: nn.Denoiser, state: Tensor, compute_dtype: torch.dtype | None
 ) -> str | None:
     hidden = [denoiser.trunk.hidden_dim] * denoiser.trunk.hidden_layers
     first = denoiser.action_dim + denoiser.time_dim + denoiser.state_dim
