@@ -60,31 +60,62 @@ struct RegisterBlocks {
   Span operator[](int64_t b) const { return tile_span(count, blocks, b); }
 };
 
-// out = x panel for a register block of rows. Long sums are cut, so that rounding errors don't pile up
-// along them.
-template <class Operand>
-DIFFCORE_INLINE void store_product(BlockState<Operand>& state, const typename Operand::Input* x,
-                                   ptrdiff_t x_stride, int rows,
-                                   const typename Operand::Weight* panel, int depth, float* out,
-                                   ptrdiff_t out_stride) {
-  const Offset none = {no_offset, nullptr, 0};
-  const int64_t chunks = ceil_div(depth * step_of<Operand>, longest_sum);
-  const Span head = tile_span(depth, chunks, 0);
-  block_sums<Operand>(state, rows, 2, x, x_stride, head.rows, panel, panel_width, none, out,
-                      out_stride);
-  for (int64_t c = 1; c < chunks; ++c) {
-    alignas(64) float sums[block_rows<Operand>(2) * panel_width];
-    const Span chunk = tile_span(depth, chunks, c);
-    block_sums<Operand>(state, rows, 2, x + chunk.first * step_of<Operand>, x_stride, chunk.rows,
-                        panel + chunk.first * panel_width, panel_width, none, sums, panel_width);
-    for (int i = 0; i < rows; ++i) {
-      float* to = out + i * out_stride;
-      const float* sum = sums + i * panel_width;
-      store(to, load(to) + load(sum));
-      store(to + W, load(to + W) + load(sum + W));
-    }
+// Sums of a register block of rows and a panel, which `use` gets row by row while they are in registers:
+// use(row, first vector, second), and use.finish() after the last.
+template <class Operand, int rows, class Use>
+static inline __attribute__((noinline)) void use_sums(const typename Operand::Input* __restrict x,
+                                                      ptrdiff_t x_stride, int depth,
+                                                      const typename Operand::Weight* panel,
+                                                      Use use) {
+  Vec sum[rows][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) sum[i][0] = sum[i][1] = zero();
+  const typename Operand::Weight* at[2] = {panel, panel + W};
+  for (int k = 0; k < depth; ++k, at[0] += panel_width, at[1] += panel_width)
+    Operand::template multiply_add<rows, 2>(x, x_stride, k, at, sum);
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) use(i, sum[i][0], sum[i][1]);
+  use.finish();
+}
+
+template <class Operand, class Use, int rows = max_tile_rows>
+DIFFCORE_INLINE auto use_sums_function(int wanted) {
+  if constexpr (rows == 1) {
+    return use_sums<Operand, 1, Use>;
+  } else {
+    return wanted == rows ? use_sums<Operand, rows, Use>
+                          : use_sums_function<Operand, Use, rows - 1>(wanted);
   }
 }
+
+template <class Operand, class Use>
+DIFFCORE_INLINE void product(BlockState<Operand>& state, const typename Operand::Input* x,
+                             ptrdiff_t x_stride, int rows, const typename Operand::Weight* panel,
+                             int depth, Use use) {
+  if constexpr (Operand::whole_tiles) {  // whose registers no other instruction reads
+    alignas(64) float sums[block_rows<Operand>(2) * panel_width];
+    block_sums<Operand>(state, rows, 2, x, x_stride, depth, panel, panel_width,
+                        {no_offset, nullptr, 0}, sums, panel_width);
+    for (int i = 0; i < rows; ++i)
+      use(i, load(sums + i * panel_width), load(sums + i * panel_width + W));
+    use.finish();
+  } else {
+    use_sums_function<Operand, Use>(rows)(x, x_stride, depth, panel, use);
+  }
+}
+
+// Sums that are stored, or added to what is there.
+struct StoreSums {
+  float* to;
+  ptrdiff_t stride;
+  bool more;
+  __attribute__((always_inline)) void operator()(int i, Vec first, Vec second) const {
+    float* row = to + i * stride;
+    store(row, more ? load(row) + first : first);
+    store(row + W, more ? load(row + W) + second : second);
+  }
+  __attribute__((always_inline)) void finish() const {}
+};
 
 // ---- what the phases share -------------------------------------------------------------------
 
@@ -174,28 +205,41 @@ struct ScoreBuffers {
   }
 };
 
-// Adds the bias to `count` features' zeta, and their part of the score to `score`.
-DIFFCORE_INLINE void contract_features(const float* psi, const float* bias, ptrdiff_t bias_stride,
-                                       int count, float* zeta, float* score) {
+// Z_s of a block of features, and what they add to the score of a panel's rows.
+struct ContractFeatures {
+  float* zeta;  // [feature][lane]
+  bool more;    // a long sum's first part is there already
+  const float* bias;
+  ptrdiff_t bias_stride;
+  const float* psi;  // [feature][lane]
+  float* score;      // [lane]
   Vec sum[2][2] = {{zero(), zero()}, {zero(), zero()}};  // two, to hide the FMA's latency
-  for (int d = 0; d < count; ++d) {
+
+  __attribute__((always_inline)) void operator()(int d, Vec first, Vec second) {
     const Vec b = broadcast(bias[d * bias_stride]);
+    const Vec z[2] = {first + b, second + b};
     for (int v = 0; v < 2; ++v) {
-      const Vec z = load(zeta + d * panel_width + v * W) + b;
-      store(zeta + d * panel_width + v * W, z);
-      sum[d % 2][v] = fma(load(psi + d * panel_width + v * W), z, sum[d % 2][v]);
+      float* to = zeta + d * panel_width + v * W;
+      const Vec all = more ? load(to) + z[v] : z[v];
+      store(to, all);
+      sum[d % 2][v] = fma(load(psi + d * panel_width + v * W), all, sum[d % 2][v]);
     }
   }
-  for (int v = 0; v < 2; ++v) store(score + v * W, load(score + v * W) + (sum[0][v] + sum[1][v]));
-}
+  __attribute__((always_inline)) void finish() const {
+    for (int v = 0; v < 2; ++v)
+      store(score + v * W, load(score + v * W) + (sum[0][v] + sum[1][v]));
+  }
+};
 
 template <class Operand>
 static void score_tile(const ScoreMatchingLossCall& call, const ScoreMatching<Operand>& m,
                        Span panels, const ScoreBuffers<Operand>& b) {
+  using Weight = typename Operand::Weight;
   const int D = call.features, S = call.state_dim, H = call.hidden_dim;
   const int depth = Operand::depth(H);
   const ptrdiff_t feature_stride = static_cast<ptrdiff_t>(S) * H;
   const RegisterBlocks<Operand> feature_blocks(D);
+  const int64_t chunks = ceil_div(H, longest_sum);
   BlockState<Operand> products;
   const Vec scale = broadcast(static_cast<float>(2.0 / static_cast<double>(call.batch)));
   for (int i = 0; i < panels.rows * panel_width; ++i)
@@ -221,10 +265,19 @@ static void score_tile(const ScoreMatchingLossCall& call, const ScoreMatching<Op
       for (int p = 0; p < panels.rows; ++p) {
         const int64_t first = (panels.first + p) * panel_width;
         float* zeta = b.zeta + (static_cast<ptrdiff_t>(p) * D + d) * panel_width;
-        store_product<Operand>(products, x, x_stride, features.rows, m.hidden_lanes + first * depth,
-                               depth, zeta, panel_width);
-        contract_features(m.psi_lanes + first * D + d * panel_width, call.bias + d * S + s, S,
-                          features.rows, zeta, b.score + p * panel_width);
+        const Weight* lanes = m.hidden_lanes + first * depth;
+        for (int64_t c = 0; c + 1 < chunks; ++c) {
+          const Span part = tile_span(depth, chunks, c);
+          product<Operand>(products, x + part.first * step_of<Operand>, x_stride, features.rows,
+                           lanes + part.first * panel_width, part.rows,
+                           StoreSums{zeta, panel_width, c > 0});
+        }
+        const Span last = tile_span(depth, chunks, chunks - 1);
+        product<Operand>(products, x + last.first * step_of<Operand>, x_stride, features.rows,
+                         lanes + last.first * panel_width, last.rows,
+                         ContractFeatures{zeta, chunks > 1, call.bias + d * S + s, S,
+                                          m.psi_lanes + first * D + d * panel_width,
+                                          b.score + p * panel_width});
       }
     }
     for (int p = 0; p < panels.rows; ++p) {
@@ -283,14 +336,18 @@ struct HiddenBuffers {
   }
 };
 
-// out += factor * sums, with one factor a row.
-DIFFCORE_INLINE void add_scaled(const float* sums, const float* factor, int rows, float* out) {
-  for (int i = 0; i < rows; ++i, sums += panel_width, out += panel_width) {
+// Adds sums times one factor a row.
+struct AddScaled {
+  const float* factor;
+  float* to;  // [row][column]
+  __attribute__((always_inline)) void operator()(int i, Vec first, Vec second) const {
     const Vec f = broadcast(factor[i]);
-    store(out, fma(f, load(sums), load(out)));
-    store(out + W, fma(f, load(sums + W), load(out + W)));
+    float* row = to + i * panel_width;
+    store(row, fma(f, first, load(row)));
+    store(row + W, fma(f, second, load(row + W)));
   }
-}
+  __attribute__((always_inline)) void finish() const {}
+};
 
 // Gradient of some rows at the columns of `panels`.
 template <class Operand>
@@ -299,6 +356,7 @@ static void hidden_gradient(const ScoreMatchingLossCall& call, const ScoreMatchi
   const int D = call.features, S = call.state_dim, H = call.hidden_dim;
   const int depth = Operand::depth(D);
   const RegisterBlocks<Operand> row_blocks(rows.rows);
+  const int64_t chunks = ceil_div(D, longest_sum);
   BlockState<Operand> products;
   const int64_t column = panels.first * panel_width;
   const int left = static_cast<int>(H - column);
@@ -313,12 +371,16 @@ static void hidden_gradient(const ScoreMatchingLossCall& call, const ScoreMatchi
     for (int n = 0; n < panels.rows; ++n) {
       for (int64_t block = 0; block < row_blocks.blocks; ++block) {
         const Span r = row_blocks[block];
-        alignas(64) float sums[block_rows<Operand>(2) * panel_width];
-        store_product<Operand>(products, m.psi.row(rows.first + r.first), m.psi.stride, r.rows,
-                               b.weight + static_cast<ptrdiff_t>(n) * depth * panel_width, depth,
-                               sums, panel_width);
-        float* part = b.part + (static_cast<ptrdiff_t>(n) * rows.rows + r.first) * panel_width;
-        add_scaled(sums, slope + r.first, r.rows, part);
+        const AddScaled add = {
+            slope + r.first,
+            b.part + (static_cast<ptrdiff_t>(n) * rows.rows + r.first) * panel_width};
+        for (int64_t c = 0; c < chunks; ++c) {
+          const Span k = tile_span(depth, chunks, c);
+          product<Operand>(products, m.psi.row(rows.first + r.first) + k.first * step_of<Operand>,
+                           m.psi.stride, r.rows,
+                           b.weight + (static_cast<ptrdiff_t>(n) * depth + k.first) * panel_width,
+                           k.rows, add);
+        }
       }
     }
     if ((s + 1) % state_chunk != 0 && s + 1 < S) continue;
@@ -369,6 +431,7 @@ static void scale_features(const ScoreMatchingLossCall& call, const ScoreMatchin
 template <class Operand>
 static void zeta_weight_gradient(const ScoreMatchingLossCall& call, const ScoreMatching<Operand>& m,
                                  int s, Span features) {
+  using Weight = typename Operand::Weight;
   const int H = call.hidden_dim, depth = Operand::depth(static_cast<int>(call.batch));
   const ptrdiff_t feature_stride = static_cast<ptrdiff_t>(call.state_dim) * H;
   const RegisterBlocks<Operand> blocks(features.rows);
@@ -392,10 +455,15 @@ static void zeta_weight_gradient(const ScoreMatchingLossCall& call, const ScoreM
         const int column = n * panel_width;
         const int columns = H - column < panel_width ? H - column : panel_width;
         prefetch_block(gradient, 0, d.rows, column, columns);
-        store_product<Operand>(products, scaled.data, scaled.stride, d.rows,
-                               m.hidden_columns + (n * depth + k) * panel_width, part, sums,
-                               panel_width);
-        store_gradient(sums, d.rows, columns, row > 0, gradient.row(0) + column, feature_stride);
+        const Weight* hidden = m.hidden_columns + (n * depth + k) * panel_width;
+        if (columns == panel_width) {
+          product<Operand>(products, scaled.data, scaled.stride, d.rows, hidden, part,
+                           StoreSums{gradient.data + column, feature_stride, row > 0});
+        } else {
+          product<Operand>(products, scaled.data, scaled.stride, d.rows, hidden, part,
+                           StoreSums{sums, panel_width, false});
+          store_gradient(sums, d.rows, columns, row > 0, gradient.data + column, feature_stride);
+        }
       }
     }
   }
