@@ -60,49 +60,128 @@ struct RegisterBlocks {
   Span operator[](int64_t b) const { return tile_span(count, blocks, b); }
 };
 
+// A product keeps the multipliers busy and most of the rest of the CPU idle. So it may be given work on
+// the side, of which it does a share, aside(), every so many steps of its sum.
+constexpr int side_step = 16;
+DIFFCORE_INLINE int shares_of(int depth) { return depth / side_step; }
+
+// The shares of as many sums of that many steps, each cut into chunks: one at least.
+DIFFCORE_INLINE int all_shares(int64_t sums, int depth, int64_t chunks) {
+  const auto shares = static_cast<int>(sums * chunks) * shares_of(static_cast<int>(depth / chunks));
+  return shares > 0 ? shares : 1;
+}
+
+struct NothingAside {
+  __attribute__((always_inline)) void operator()() {}
+};
+template <class Aside>
+constexpr bool any_work = true;
+template <>
+constexpr bool any_work<NothingAside> = false;
+
 // Sums of a register block of rows and a panel, which `use` gets row by row while they are in registers:
 // use(row, first vector, second), and use.finish() after the last.
-template <class Operand, int rows, class Use>
+template <class Operand, int rows, class Use, class Aside>
 static inline __attribute__((noinline)) void use_sums(const typename Operand::Input* __restrict x,
                                                       ptrdiff_t x_stride, int depth,
                                                       const typename Operand::Weight* panel,
-                                                      Use use) {
+                                                      Use use, Aside& aside) {
   Vec sum[rows][2];
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) sum[i][0] = sum[i][1] = zero();
   const typename Operand::Weight* at[2] = {panel, panel + W};
-  for (int k = 0; k < depth; ++k, at[0] += panel_width, at[1] += panel_width)
+  int k = 0;
+  if constexpr (any_work<Aside>) {
+    for (int share = shares_of(depth); share > 0; --share) {
+      aside();
+      for (int end = k + side_step; k < end; ++k, at[0] += panel_width, at[1] += panel_width)
+        Operand::template multiply_add<rows, 2>(x, x_stride, k, at, sum);
+    }
+  }
+  for (; k < depth; ++k, at[0] += panel_width, at[1] += panel_width)
     Operand::template multiply_add<rows, 2>(x, x_stride, k, at, sum);
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) use(i, sum[i][0], sum[i][1]);
   use.finish();
 }
 
-template <class Operand, class Use, int rows = max_tile_rows>
+template <class Operand, class Use, class Aside, int rows = max_tile_rows>
 DIFFCORE_INLINE auto use_sums_function(int wanted) {
   if constexpr (rows == 1) {
-    return use_sums<Operand, 1, Use>;
+    return use_sums<Operand, 1, Use, Aside>;
   } else {
-    return wanted == rows ? use_sums<Operand, rows, Use>
-                          : use_sums_function<Operand, Use, rows - 1>(wanted);
+    return wanted == rows ? use_sums<Operand, rows, Use, Aside>
+                          : use_sums_function<Operand, Use, Aside, rows - 1>(wanted);
   }
 }
 
-template <class Operand, class Use>
+template <class Operand, class Use, class Aside>
 DIFFCORE_INLINE void product(BlockState<Operand>& state, const typename Operand::Input* x,
                              ptrdiff_t x_stride, int rows, const typename Operand::Weight* panel,
-                             int depth, Use use) {
+                             int depth, Use use, Aside& aside) {
   if constexpr (Operand::whole_tiles) {  // whose registers no other instruction reads
     alignas(64) float sums[block_rows<Operand>(2) * panel_width];
+    for (int share = shares_of(depth); share > 0; --share) aside();
     block_sums<Operand>(state, rows, 2, x, x_stride, depth, panel, panel_width,
                         {no_offset, nullptr, 0}, sums, panel_width);
     for (int i = 0; i < rows; ++i)
       use(i, load(sums + i * panel_width), load(sums + i * panel_width + W));
     use.finish();
   } else {
-    use_sums_function<Operand, Use>(rows)(x, x_stride, depth, panel, use);
+    use_sums_function<Operand, Use, Aside>(rows)(x, x_stride, depth, panel, use, aside);
   }
 }
+
+// Rows of weights that the products to come will read, line by line: on their way to L2, or, where
+// products read rounded values, rounded into `to`. Takes them from L3 or memory, where short pieces of
+// rows far apart look random to the hardware.
+template <class Operand>
+struct RowsAhead {
+  using Input = typename Operand::Input;
+  const float* from;
+  ptrdiff_t stride;
+  int rows;
+  int columns;
+  Rows<Input> to;
+  int lines_per_share;
+  int row = 0;
+  int column = 0;
+
+  __attribute__((always_inline)) void operator()() {
+    for (int i = 0; i < lines_per_share && row < rows; ++i) {
+      const float* values = from + row * stride + column;
+      if constexpr (Operand::precision == Precision::float32) {
+        __builtin_prefetch(values, 0, 2);
+      } else {
+        __builtin_prefetch(values + stride, 0, 2);  // for when the next row's turn comes
+        for (int v = 0; v < line; v += W)
+          Operand::store_activation(to.row(row) + column + v, load(values + v));
+      }
+      column += line;
+      if (column + line <= columns) continue;
+      column = 0;
+      ++row;
+    }
+  }
+
+  // Does what is left, and returns the rows as products read them.
+  Rows<const Input> finish() {
+    if constexpr (Operand::precision == Precision::float32) {
+      return {from, stride};
+    } else {
+      const int whole = columns / line * line;  // the rest of each row is left to this
+      if (column > 0) {
+        convert_rows<Operand>(from + row * stride + column, stride, 1, whole - column,
+                              {to.row(row) + column, to.stride});
+        ++row;
+      }
+      convert_rows<Operand>(from + row * stride, stride, rows - row, whole, rows_from(to, row));
+      convert_rows<Operand>(from + whole, stride, rows, columns - whole,
+                            {to.data + whole, to.stride});
+      return {to.data, to.stride};
+    }
+  }
+};
 
 // Sums that are stored, or added to what is there.
 struct StoreSums {
@@ -191,7 +270,7 @@ struct ScoreBuffers {
   float* zeta;   // [row panel][feature][lane]: Z_s of a tile
   float* score;  // [row panel][lane]
   float* part;   // [row panel][feature][lane]: psi's gradient by some coordinates
-  Rows<typename Operand::Input> weight;
+  Rows<typename Operand::Input> weight;  // of two register blocks
 
   static ScoreBuffers take(const ScoreMatchingLossCall& call, int64_t panels, Carver* memory) {
     ScoreBuffers b;
@@ -199,7 +278,7 @@ struct ScoreBuffers {
     b.score = memory->take<float>(4 * panels * panel_width);
     b.part = memory->take<float>(call.grad_psi ? 4 * panels * panel_width * call.features : 0);
     const bool copies = Operand::precision == Precision::bfloat16;
-    b.weight = take_rows<typename Operand::Input>(memory, copies ? block_rows<Operand>(2) : 0,
+    b.weight = take_rows<typename Operand::Input>(memory, copies ? 2 * block_rows<Operand>(2) : 0,
                                                   call.hidden_dim);
     return b;
   }
@@ -213,7 +292,8 @@ struct ContractFeatures {
   ptrdiff_t bias_stride;
   const float* psi;  // [feature][lane]
   float* score;      // [lane]
-  Vec sum[2][2] = {{zero(), zero()}, {zero(), zero()}};  // two, to hide the FMA's latency
+  // Two a vector, to hide the FMA's latency.
+  Vec sum[2][2] = {{zero(), zero()}, {zero(), zero()}};
 
   __attribute__((always_inline)) void operator()(int d, Vec first, Vec second) {
     const Vec b = broadcast(bias[d * bias_stride]);
@@ -226,8 +306,7 @@ struct ContractFeatures {
     }
   }
   __attribute__((always_inline)) void finish() const {
-    for (int v = 0; v < 2; ++v)
-      store(score + v * W, load(score + v * W) + (sum[0][v] + sum[1][v]));
+    for (int v = 0; v < 2; ++v) store(score + v * W, load(score + v * W) + (sum[0][v] + sum[1][v]));
   }
 };
 
@@ -245,39 +324,47 @@ static void score_tile(const ScoreMatchingLossCall& call, const ScoreMatching<Op
   for (int i = 0; i < panels.rows * panel_width; ++i)
     m.row_loss[panels.first * panel_width + i] = 0.0;
 
+  const int64_t all_blocks = feature_blocks.blocks * S;
+  const int shares = all_shares(panels.rows, depth, chunks);
+  const auto rows_ahead = [&](int64_t index) {
+    const int64_t coordinate = index / feature_blocks.blocks;
+    const Span features = feature_blocks[index % feature_blocks.blocks];
+    const int rows = index < all_blocks ? features.rows : 0;
+    const int lines = rows * (H / line);
+    return RowsAhead<Operand>{call.weight + features.first * feature_stride + coordinate * H,
+                              feature_stride,
+                              rows,
+                              H,
+                              rows_from(b.weight, index % 2 * block_rows<Operand>(2)),
+                              static_cast<int>(ceil_div(lines, shares))};
+  };
+  auto ahead = rows_ahead(0);
+
   for (int s = 0; s < S; ++s) {
     for (int i = 0; i < panels.rows * panel_width; ++i) b.score[i] = 0.0f;
     // A block of features stays in L1 while the rows' panels pass by, from L2.
     for (int64_t block = 0; block < feature_blocks.blocks; ++block) {
       const Span features = feature_blocks[block];
       const int64_t d = features.first;
-      const float* rows = call.weight + d * feature_stride + static_cast<ptrdiff_t>(s) * H;
-      const typename Operand::Input* x;
-      ptrdiff_t x_stride;
-      if constexpr (Operand::precision == Precision::float32) {
-        x = rows;
-        x_stride = feature_stride;
-      } else {
-        convert_rows<Operand>(rows, feature_stride, features.rows, H, b.weight);
-        x = b.weight.data;
-        x_stride = b.weight.stride;
-      }
+      const auto weight = ahead.finish();
+      ahead = rows_ahead(s * feature_blocks.blocks + block + 1);
       for (int p = 0; p < panels.rows; ++p) {
         const int64_t first = (panels.first + p) * panel_width;
         float* zeta = b.zeta + (static_cast<ptrdiff_t>(p) * D + d) * panel_width;
         const Weight* lanes = m.hidden_lanes + first * depth;
         for (int64_t c = 0; c + 1 < chunks; ++c) {
           const Span part = tile_span(depth, chunks, c);
-          product<Operand>(products, x + part.first * step_of<Operand>, x_stride, features.rows,
-                           lanes + part.first * panel_width, part.rows,
-                           StoreSums{zeta, panel_width, c > 0});
+          product<Operand>(products, weight.data + part.first * step_of<Operand>, weight.stride,
+                           features.rows, lanes + part.first * panel_width, part.rows,
+                           StoreSums{zeta, panel_width, c > 0}, ahead);
         }
         const Span last = tile_span(depth, chunks, chunks - 1);
-        product<Operand>(products, x + last.first * step_of<Operand>, x_stride, features.rows,
-                         lanes + last.first * panel_width, last.rows,
-                         ContractFeatures{zeta, chunks > 1, call.bias + d * S + s, S,
-                                          m.psi_lanes + first * D + d * panel_width,
-                                          b.score + p * panel_width});
+        product<Operand>(
+            products, weight.data + last.first * step_of<Operand>, weight.stride, features.rows,
+            lanes + last.first * panel_width, last.rows,
+            ContractFeatures{zeta, chunks > 1, call.bias + d * S + s, S,
+                             m.psi_lanes + first * D + d * panel_width, b.score + p * panel_width},
+            ahead);
       }
     }
     for (int p = 0; p < panels.rows; ++p) {
@@ -357,6 +444,7 @@ static void hidden_gradient(const ScoreMatchingLossCall& call, const ScoreMatchi
   const int depth = Operand::depth(D);
   const RegisterBlocks<Operand> row_blocks(rows.rows);
   const int64_t chunks = ceil_div(D, longest_sum);
+  const int shares = all_shares(panels.rows * row_blocks.blocks, depth, chunks);
   BlockState<Operand> products;
   const int64_t column = panels.first * panel_width;
   const int left = static_cast<int>(H - column);
@@ -368,6 +456,8 @@ static void hidden_gradient(const ScoreMatchingLossCall& call, const ScoreMatchi
     pack_columns<Operand>(call.weight + static_cast<ptrdiff_t>(s) * H + column,
                           static_cast<ptrdiff_t>(S) * H, D, columns, b.weight);
     const float* slope = m.slope + s * m.rows() + rows.first;
+    Prefetcher<float> fetch(call.weight + static_cast<ptrdiff_t>(s + 1) * H + column,
+                            static_cast<ptrdiff_t>(S) * H, s + 1 < S ? D : 0, columns, shares);
     for (int n = 0; n < panels.rows; ++n) {
       for (int64_t block = 0; block < row_blocks.blocks; ++block) {
         const Span r = row_blocks[block];
@@ -379,7 +469,7 @@ static void hidden_gradient(const ScoreMatchingLossCall& call, const ScoreMatchi
           product<Operand>(products, m.psi.row(rows.first + r.first) + k.first * step_of<Operand>,
                            m.psi.stride, r.rows,
                            b.weight + (static_cast<ptrdiff_t>(n) * depth + k.first) * panel_width,
-                           k.rows, add);
+                           k.rows, add, fetch);
         }
       }
     }
@@ -439,6 +529,7 @@ static void zeta_weight_gradient(const ScoreMatchingLossCall& call, const ScoreM
   alignas(64) typename Operand::Input scaled_memory[block_rows<Operand>(2) * (batch_depth + line)];
   alignas(64) float sums[block_rows<Operand>(2) * panel_width];
   const Rows<typename Operand::Input> scaled = {scaled_memory, batch_depth + line};
+  NothingAside nothing;
   for (int64_t row = 0; row < call.batch; row += batch_depth) {
     const int64_t left = m.rows() - row;
     const Span rows = {row, left < batch_depth ? static_cast<int>(left) : batch_depth};
@@ -458,10 +549,10 @@ static void zeta_weight_gradient(const ScoreMatchingLossCall& call, const ScoreM
         const Weight* hidden = m.hidden_columns + (n * depth + k) * panel_width;
         if (columns == panel_width) {
           product<Operand>(products, scaled.data, scaled.stride, d.rows, hidden, part,
-                           StoreSums{gradient.data + column, feature_stride, row > 0});
+                           StoreSums{gradient.data + column, feature_stride, row > 0}, nothing);
         } else {
           product<Operand>(products, scaled.data, scaled.stride, d.rows, hidden, part,
-                           StoreSums{sums, panel_width, false});
+                           StoreSums{sums, panel_width, false}, nothing);
           store_gradient(sums, d.rows, columns, row > 0, gradient.data + column, feature_stride);
         }
       }
