@@ -71,9 +71,7 @@ DIFFCORE_INLINE int all_shares(int64_t sums, int depth, int64_t chunks) {
   return shares > 0 ? shares : 1;
 }
 
-struct NothingAside {
-  __attribute__((always_inline)) void operator()() {}
-};
+struct NothingAside {};
 template <class Aside>
 constexpr bool any_work = true;
 template <>
@@ -121,7 +119,8 @@ DIFFCORE_INLINE void product(BlockState<Operand>& state, const typename Operand:
                              int depth, Use use, Aside& aside) {
   if constexpr (Operand::whole_tiles) {  // whose registers no other instruction reads
     alignas(64) float sums[block_rows<Operand>(2) * panel_width];
-    for (int share = shares_of(depth); share > 0; --share) aside();
+    if constexpr (any_work<Aside>)
+      for (int share = shares_of(depth); share > 0; --share) aside();
     block_sums<Operand>(state, rows, 2, x, x_stride, depth, panel, panel_width,
                         {no_offset, nullptr, 0}, sums, panel_width);
     for (int i = 0; i < rows; ++i)
@@ -132,31 +131,43 @@ DIFFCORE_INLINE void product(BlockState<Operand>& state, const typename Operand:
   }
 }
 
-// Rows of weights that the products to come will read, line by line: on their way to L2, or, where
-// products read rounded values, rounded into `to`. Takes them from L3 or memory, where short pieces of
-// rows far apart look random to the hardware.
+// A block of rows of weights that a later product reads. Rounded values are prepared ahead, line by line,
+// from L3 or memory: short pieces of rows that lie far apart look random to the hardware.
 template <class Operand>
-struct RowsAhead {
-  using Input = typename Operand::Input;
-  const float* from;
-  ptrdiff_t stride;
+struct RowsAhead;
+
+template <>
+struct RowsAhead<Float32Operand> {
+  Rows<const float> from;
+  RowsAhead(Rows<const float> rows, int, int, Rows<float>, int) : from(rows) {}
+  Rows<const float> finish() const { return from; }
+};
+template <>
+constexpr bool any_work<RowsAhead<Float32Operand>> = false;
+
+template <>
+struct RowsAhead<Bfloat16Operand> {
+  Rows<const float> from;
   int rows;
   int columns;
-  Rows<Input> to;
+  Rows<uint16_t> to;
   int lines_per_share;
   int row = 0;
   int column = 0;
 
+  RowsAhead(Rows<const float> from, int rows, int columns, Rows<uint16_t> to, int shares)
+      : from(from),
+        rows(rows),
+        columns(columns),
+        to(to),
+        lines_per_share(static_cast<int>(ceil_div(rows * (columns / line), shares))) {}
+
   __attribute__((always_inline)) void operator()() {
     for (int i = 0; i < lines_per_share && row < rows; ++i) {
-      const float* values = from + row * stride + column;
-      if constexpr (Operand::precision == Precision::float32) {
-        __builtin_prefetch(values, 0, 2);
-      } else {
-        __builtin_prefetch(values + stride, 0, 2);  // for when the next row's turn comes
-        for (int v = 0; v < line; v += W)
-          Operand::store_activation(to.row(row) + column + v, load(values + v));
-      }
+      const float* values = from.row(row) + column;
+      __builtin_prefetch(values + from.stride, 0, 2);  // for when the next row's turn comes
+      for (int v = 0; v < line; v += W)
+        Bfloat16Operand::store_activation(to.row(row) + column + v, load(values + v));
       column += line;
       if (column + line <= columns) continue;
       column = 0;
@@ -164,22 +175,19 @@ struct RowsAhead {
     }
   }
 
-  // Does what is left, and returns the rows as products read them.
-  Rows<const Input> finish() {
-    if constexpr (Operand::precision == Precision::float32) {
-      return {from, stride};
-    } else {
-      const int whole = columns / line * line;  // the rest of each row is left to this
-      if (column > 0) {
-        convert_rows<Operand>(from + row * stride + column, stride, 1, whole - column,
-                              {to.row(row) + column, to.stride});
-        ++row;
-      }
-      convert_rows<Operand>(from + row * stride, stride, rows - row, whole, rows_from(to, row));
-      convert_rows<Operand>(from + whole, stride, rows, columns - whole,
-                            {to.data + whole, to.stride});
-      return {to.data, to.stride};
+  // Does what is left: rows, and what makes no whole line of each.
+  Rows<const uint16_t> finish() {
+    const int whole = columns / line * line;
+    if (column > 0) {
+      convert_rows<Bfloat16Operand>(from.row(row) + column, from.stride, 1, whole - column,
+                                    {to.row(row) + column, to.stride});
+      ++row;
     }
+    convert_rows<Bfloat16Operand>(from.row(row), from.stride, rows - row, whole,
+                                  rows_from(to, row));
+    convert_rows<Bfloat16Operand>(from.data + whole, from.stride, rows, columns - whole,
+                                  {to.data + whole, to.stride});
+    return {to.data, to.stride};
   }
 };
 
@@ -329,14 +337,9 @@ static void score_tile(const ScoreMatchingLossCall& call, const ScoreMatching<Op
   const auto rows_ahead = [&](int64_t index) {
     const int64_t coordinate = index / feature_blocks.blocks;
     const Span features = feature_blocks[index % feature_blocks.blocks];
-    const int rows = index < all_blocks ? features.rows : 0;
-    const int lines = rows * (H / line);
-    return RowsAhead<Operand>{call.weight + features.first * feature_stride + coordinate * H,
-                              feature_stride,
-                              rows,
-                              H,
-                              rows_from(b.weight, index % 2 * block_rows<Operand>(2)),
-                              static_cast<int>(ceil_div(lines, shares))};
+    const float* first = call.weight + features.first * feature_stride + coordinate * H;
+    return RowsAhead<Operand>({first, feature_stride}, index < all_blocks ? features.rows : 0, H,
+                              rows_from(b.weight, index % 2 * block_rows<Operand>(2)), shares);
   };
   auto ahead = rows_ahead(0);
 
