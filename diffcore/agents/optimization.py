@@ -67,10 +67,10 @@ def _forget_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def _backward(loss: Tensor, parameters: list[nn.Parameter]) -> None:
-    """``loss.backward(inputs=parameters)`` of a 0-d loss."""
+    """``loss.backward(inputs=parameters)`` of a loss with one element."""
     torch.autograd.Variable._execution_engine.run_backward(
         (loss,),
-        (loss.new_ones(()),),
+        (torch.ones_like(loss),),
         False,  # keep_graph
         False,  # create_graph
         tuple(parameters),
