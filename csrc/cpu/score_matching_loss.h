@@ -60,31 +60,149 @@ struct RegisterBlocks {
   Span operator[](int64_t b) const { return tile_span(count, blocks, b); }
 };
 
-// out = x panel for a register block of rows. Long sums are cut, so that rounding errors don't pile up
-// along them.
-template <class Operand>
-DIFFCORE_INLINE void store_product(BlockState<Operand>& state, const typename Operand::Input* x,
-                                   ptrdiff_t x_stride, int rows,
-                                   const typename Operand::Weight* panel, int depth, float* out,
-                                   ptrdiff_t out_stride) {
-  const Offset none = {no_offset, nullptr, 0};
-  const int64_t chunks = ceil_div(depth * step_of<Operand>, longest_sum);
-  const Span head = tile_span(depth, chunks, 0);
-  block_sums<Operand>(state, rows, 2, x, x_stride, head.rows, panel, panel_width, none, out,
-                      out_stride);
-  for (int64_t c = 1; c < chunks; ++c) {
-    alignas(64) float sums[block_rows<Operand>(2) * panel_width];
-    const Span chunk = tile_span(depth, chunks, c);
-    block_sums<Operand>(state, rows, 2, x + chunk.first * step_of<Operand>, x_stride, chunk.rows,
-                        panel + chunk.first * panel_width, panel_width, none, sums, panel_width);
-    for (int i = 0; i < rows; ++i) {
-      float* to = out + i * out_stride;
-      const float* sum = sums + i * panel_width;
-      store(to, load(to) + load(sum));
-      store(to + W, load(to + W) + load(sum + W));
+// A product keeps the multipliers busy and most of the rest of the CPU idle. So it may be given work on
+// the side, of which it does a share, aside(), every so many steps of its sum.
+constexpr int side_step = 16;
+DIFFCORE_INLINE int shares_of(int depth) { return depth / side_step; }
+
+// The shares of as many sums of that many steps, each cut into chunks: one at least.
+DIFFCORE_INLINE int all_shares(int64_t sums, int depth, int64_t chunks) {
+  const auto shares = static_cast<int>(sums * chunks) * shares_of(static_cast<int>(depth / chunks));
+  return shares > 0 ? shares : 1;
+}
+
+struct NothingAside {};
+template <class Aside>
+constexpr bool any_work = true;
+template <>
+constexpr bool any_work<NothingAside> = false;
+
+// Sums of a register block of rows and a panel, which `use` gets row by row while they are in registers:
+// use(row, first vector, second), and use.finish() after the last.
+template <class Operand, int rows, class Use, class Aside>
+static inline __attribute__((noinline)) void use_sums(const typename Operand::Input* __restrict x,
+                                                      ptrdiff_t x_stride, int depth,
+                                                      const typename Operand::Weight* panel,
+                                                      Use use, Aside& aside) {
+  Vec sum[rows][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) sum[i][0] = sum[i][1] = zero();
+  const typename Operand::Weight* at[2] = {panel, panel + W};
+  int k = 0;
+  if constexpr (any_work<Aside>) {
+    for (int share = shares_of(depth); share > 0; --share) {
+      aside();
+      for (int end = k + side_step; k < end; ++k, at[0] += panel_width, at[1] += panel_width)
+        Operand::template multiply_add<rows, 2>(x, x_stride, k, at, sum);
     }
   }
+  for (; k < depth; ++k, at[0] += panel_width, at[1] += panel_width)
+    Operand::template multiply_add<rows, 2>(x, x_stride, k, at, sum);
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) use(i, sum[i][0], sum[i][1]);
+  use.finish();
 }
+
+template <class Operand, class Use, class Aside, int rows = max_tile_rows>
+DIFFCORE_INLINE auto use_sums_function(int wanted) {
+  if constexpr (rows == 1) {
+    return use_sums<Operand, 1, Use, Aside>;
+  } else {
+    return wanted == rows ? use_sums<Operand, rows, Use, Aside>
+                          : use_sums_function<Operand, Use, Aside, rows - 1>(wanted);
+  }
+}
+
+template <class Operand, class Use, class Aside>
+DIFFCORE_INLINE void product(BlockState<Operand>& state, const typename Operand::Input* x,
+                             ptrdiff_t x_stride, int rows, const typename Operand::Weight* panel,
+                             int depth, Use use, Aside& aside) {
+  if constexpr (Operand::whole_tiles) {  // whose registers no other instruction reads
+    alignas(64) float sums[block_rows<Operand>(2) * panel_width];
+    if constexpr (any_work<Aside>)
+      for (int share = shares_of(depth); share > 0; --share) aside();
+    block_sums<Operand>(state, rows, 2, x, x_stride, depth, panel, panel_width,
+                        {no_offset, nullptr, 0}, sums, panel_width);
+    for (int i = 0; i < rows; ++i)
+      use(i, load(sums + i * panel_width), load(sums + i * panel_width + W));
+    use.finish();
+  } else {
+    use_sums_function<Operand, Use, Aside>(rows)(x, x_stride, depth, panel, use, aside);
+  }
+}
+
+// A block of rows of weights that a later product reads. Rounded values are prepared ahead, line by line,
+// from L3 or memory: short pieces of rows that lie far apart look random to the hardware.
+template <class Operand>
+struct RowsAhead;
+
+template <>
+struct RowsAhead<Float32Operand> {
+  Rows<const float> from;
+  RowsAhead(Rows<const float> rows, int, int, Rows<float>, int) : from(rows) {}
+  Rows<const float> finish() const { return from; }
+};
+template <>
+constexpr bool any_work<RowsAhead<Float32Operand>> = false;
+
+template <>
+struct RowsAhead<Bfloat16Operand> {
+  Rows<const float> from;
+  int rows;
+  int columns;
+  Rows<uint16_t> to;
+  int lines_per_share;
+  int row = 0;
+  int column = 0;
+
+  RowsAhead(Rows<const float> from, int rows, int columns, Rows<uint16_t> to, int shares)
+      : from(from),
+        rows(rows),
+        columns(columns),
+        to(to),
+        lines_per_share(static_cast<int>(ceil_div(rows * (columns / line), shares))) {}
+
+  __attribute__((always_inline)) void operator()() {
+    for (int i = 0; i < lines_per_share && row < rows; ++i) {
+      const float* values = from.row(row) + column;
+      __builtin_prefetch(values + from.stride, 0, 2);  // for when the next row's turn comes
+      for (int v = 0; v < line; v += W)
+        Bfloat16Operand::store_activation(to.row(row) + column + v, load(values + v));
+      column += line;
+      if (column + line <= columns) continue;
+      column = 0;
+      ++row;
+    }
+  }
+
+  // Does what is left: rows, and what makes no whole line of each.
+  Rows<const uint16_t> finish() {
+    const int whole = columns / line * line;
+    if (column > 0) {
+      convert_rows<Bfloat16Operand>(from.row(row) + column, from.stride, 1, whole - column,
+                                    {to.row(row) + column, to.stride});
+      ++row;
+    }
+    convert_rows<Bfloat16Operand>(from.row(row), from.stride, rows - row, whole,
+                                  rows_from(to, row));
+    convert_rows<Bfloat16Operand>(from.data + whole, from.stride, rows, columns - whole,
+                                  {to.data + whole, to.stride});
+    return {to.data, to.stride};
+  }
+};
+
+// Sums that are stored, or added to what is there.
+struct StoreSums {
+  float* to;
+  ptrdiff_t stride;
+  bool more;
+  __attribute__((always_inline)) void operator()(int i, Vec first, Vec second) const {
+    float* row = to + i * stride;
+    store(row, more ? load(row) + first : first);
+    store(row + W, more ? load(row + W) + second : second);
+  }
+  __attribute__((always_inline)) void finish() const {}
+};
 
 // ---- what the phases share -------------------------------------------------------------------
 
@@ -160,7 +278,7 @@ struct ScoreBuffers {
   float* zeta;   // [row panel][feature][lane]: Z_s of a tile
   float* score;  // [row panel][lane]
   float* part;   // [row panel][feature][lane]: psi's gradient by some coordinates
-  Rows<typename Operand::Input> weight;
+  Rows<typename Operand::Input> weight;  // of two register blocks
 
   static ScoreBuffers take(const ScoreMatchingLossCall& call, int64_t panels, Carver* memory) {
     ScoreBuffers b;
@@ -168,38 +286,62 @@ struct ScoreBuffers {
     b.score = memory->take<float>(4 * panels * panel_width);
     b.part = memory->take<float>(call.grad_psi ? 4 * panels * panel_width * call.features : 0);
     const bool copies = Operand::precision == Precision::bfloat16;
-    b.weight = take_rows<typename Operand::Input>(memory, copies ? block_rows<Operand>(2) : 0,
+    b.weight = take_rows<typename Operand::Input>(memory, copies ? 2 * block_rows<Operand>(2) : 0,
                                                   call.hidden_dim);
     return b;
   }
 };
 
-// Adds the bias to `count` features' zeta, and their part of the score to `score`.
-DIFFCORE_INLINE void contract_features(const float* psi, const float* bias, ptrdiff_t bias_stride,
-                                       int count, float* zeta, float* score) {
-  Vec sum[2][2] = {{zero(), zero()}, {zero(), zero()}};  // two, to hide the FMA's latency
-  for (int d = 0; d < count; ++d) {
+// Z_s of a block of features, and what they add to the score of a panel's rows.
+struct ContractFeatures {
+  float* zeta;  // [feature][lane]
+  bool more;    // a long sum's first part is there already
+  const float* bias;
+  ptrdiff_t bias_stride;
+  const float* psi;  // [feature][lane]
+  float* score;      // [lane]
+  // Two a vector, to hide the FMA's latency.
+  Vec sum[2][2] = {{zero(), zero()}, {zero(), zero()}};
+
+  __attribute__((always_inline)) void operator()(int d, Vec first, Vec second) {
     const Vec b = broadcast(bias[d * bias_stride]);
+    const Vec z[2] = {first + b, second + b};
     for (int v = 0; v < 2; ++v) {
-      const Vec z = load(zeta + d * panel_width + v * W) + b;
-      store(zeta + d * panel_width + v * W, z);
-      sum[d % 2][v] = fma(load(psi + d * panel_width + v * W), z, sum[d % 2][v]);
+      float* to = zeta + d * panel_width + v * W;
+      const Vec all = more ? load(to) + z[v] : z[v];
+      store(to, all);
+      sum[d % 2][v] = fma(load(psi + d * panel_width + v * W), all, sum[d % 2][v]);
     }
   }
-  for (int v = 0; v < 2; ++v) store(score + v * W, load(score + v * W) + (sum[0][v] + sum[1][v]));
-}
+  __attribute__((always_inline)) void finish() const {
+    for (int v = 0; v < 2; ++v) store(score + v * W, load(score + v * W) + (sum[0][v] + sum[1][v]));
+  }
+};
 
 template <class Operand>
 static void score_tile(const ScoreMatchingLossCall& call, const ScoreMatching<Operand>& m,
                        Span panels, const ScoreBuffers<Operand>& b) {
+  using Weight = typename Operand::Weight;
   const int D = call.features, S = call.state_dim, H = call.hidden_dim;
   const int depth = Operand::depth(H);
   const ptrdiff_t feature_stride = static_cast<ptrdiff_t>(S) * H;
   const RegisterBlocks<Operand> feature_blocks(D);
+  const int64_t chunks = ceil_div(H, longest_sum);
   BlockState<Operand> products;
   const Vec scale = broadcast(static_cast<float>(2.0 / static_cast<double>(call.batch)));
   for (int i = 0; i < panels.rows * panel_width; ++i)
     m.row_loss[panels.first * panel_width + i] = 0.0;
+
+  const int64_t all_blocks = feature_blocks.blocks * S;
+  const int shares = all_shares(panels.rows, depth, chunks);
+  const auto rows_ahead = [&](int64_t index) {
+    const int64_t coordinate = index / feature_blocks.blocks;
+    const Span features = feature_blocks[index % feature_blocks.blocks];
+    const float* first = call.weight + features.first * feature_stride + coordinate * H;
+    return RowsAhead<Operand>({first, feature_stride}, index < all_blocks ? features.rows : 0, H,
+                              rows_from(b.weight, index % 2 * block_rows<Operand>(2)), shares);
+  };
+  auto ahead = rows_ahead(0);
 
   for (int s = 0; s < S; ++s) {
     for (int i = 0; i < panels.rows * panel_width; ++i) b.score[i] = 0.0f;
@@ -207,24 +349,25 @@ static void score_tile(const ScoreMatchingLossCall& call, const ScoreMatching<Op
     for (int64_t block = 0; block < feature_blocks.blocks; ++block) {
       const Span features = feature_blocks[block];
       const int64_t d = features.first;
-      const float* rows = call.weight + d * feature_stride + static_cast<ptrdiff_t>(s) * H;
-      const typename Operand::Input* x;
-      ptrdiff_t x_stride;
-      if constexpr (Operand::precision == Precision::float32) {
-        x = rows;
-        x_stride = feature_stride;
-      } else {
-        convert_rows<Operand>(rows, feature_stride, features.rows, H, b.weight);
-        x = b.weight.data;
-        x_stride = b.weight.stride;
-      }
+      const auto weight = ahead.finish();
+      ahead = rows_ahead(s * feature_blocks.blocks + block + 1);
       for (int p = 0; p < panels.rows; ++p) {
         const int64_t first = (panels.first + p) * panel_width;
         float* zeta = b.zeta + (static_cast<ptrdiff_t>(p) * D + d) * panel_width;
-        store_product<Operand>(products, x, x_stride, features.rows, m.hidden_lanes + first * depth,
-                               depth, zeta, panel_width);
-        contract_features(m.psi_lanes + first * D + d * panel_width, call.bias + d * S + s, S,
-                          features.rows, zeta, b.score + p * panel_width);
+        const Weight* lanes = m.hidden_lanes + first * depth;
+        for (int64_t c = 0; c + 1 < chunks; ++c) {
+          const Span part = tile_span(depth, chunks, c);
+          product<Operand>(products, weight.data + part.first * step_of<Operand>, weight.stride,
+                           features.rows, lanes + part.first * panel_width, part.rows,
+                           StoreSums{zeta, panel_width, c > 0}, ahead);
+        }
+        const Span last = tile_span(depth, chunks, chunks - 1);
+        product<Operand>(
+            products, weight.data + last.first * step_of<Operand>, weight.stride, features.rows,
+            lanes + last.first * panel_width, last.rows,
+            ContractFeatures{zeta, chunks > 1, call.bias + d * S + s, S,
+                             m.psi_lanes + first * D + d * panel_width, b.score + p * panel_width},
+            ahead);
       }
     }
     for (int p = 0; p < panels.rows; ++p) {
@@ -283,14 +426,18 @@ struct HiddenBuffers {
   }
 };
 
-// out += factor * sums, with one factor a row.
-DIFFCORE_INLINE void add_scaled(const float* sums, const float* factor, int rows, float* out) {
-  for (int i = 0; i < rows; ++i, sums += panel_width, out += panel_width) {
+// Adds sums times one factor a row.
+struct AddScaled {
+  const float* factor;
+  float* to;  // [row][column]
+  __attribute__((always_inline)) void operator()(int i, Vec first, Vec second) const {
     const Vec f = broadcast(factor[i]);
-    store(out, fma(f, load(sums), load(out)));
-    store(out + W, fma(f, load(sums + W), load(out + W)));
+    float* row = to + i * panel_width;
+    store(row, fma(f, first, load(row)));
+    store(row + W, fma(f, second, load(row + W)));
   }
-}
+  __attribute__((always_inline)) void finish() const {}
+};
 
 // Gradient of some rows at the columns of `panels`.
 template <class Operand>
@@ -299,6 +446,8 @@ static void hidden_gradient(const ScoreMatchingLossCall& call, const ScoreMatchi
   const int D = call.features, S = call.state_dim, H = call.hidden_dim;
   const int depth = Operand::depth(D);
   const RegisterBlocks<Operand> row_blocks(rows.rows);
+  const int64_t chunks = ceil_div(D, longest_sum);
+  const int shares = all_shares(panels.rows * row_blocks.blocks, depth, chunks);
   BlockState<Operand> products;
   const int64_t column = panels.first * panel_width;
   const int left = static_cast<int>(H - column);
@@ -310,15 +459,21 @@ static void hidden_gradient(const ScoreMatchingLossCall& call, const ScoreMatchi
     pack_columns<Operand>(call.weight + static_cast<ptrdiff_t>(s) * H + column,
                           static_cast<ptrdiff_t>(S) * H, D, columns, b.weight);
     const float* slope = m.slope + s * m.rows() + rows.first;
+    Prefetcher<float> fetch(call.weight + static_cast<ptrdiff_t>(s + 1) * H + column,
+                            static_cast<ptrdiff_t>(S) * H, s + 1 < S ? D : 0, columns, shares);
     for (int n = 0; n < panels.rows; ++n) {
       for (int64_t block = 0; block < row_blocks.blocks; ++block) {
         const Span r = row_blocks[block];
-        alignas(64) float sums[block_rows<Operand>(2) * panel_width];
-        store_product<Operand>(products, m.psi.row(rows.first + r.first), m.psi.stride, r.rows,
-                               b.weight + static_cast<ptrdiff_t>(n) * depth * panel_width, depth,
-                               sums, panel_width);
-        float* part = b.part + (static_cast<ptrdiff_t>(n) * rows.rows + r.first) * panel_width;
-        add_scaled(sums, slope + r.first, r.rows, part);
+        const AddScaled add = {
+            slope + r.first,
+            b.part + (static_cast<ptrdiff_t>(n) * rows.rows + r.first) * panel_width};
+        for (int64_t c = 0; c < chunks; ++c) {
+          const Span k = tile_span(depth, chunks, c);
+          product<Operand>(products, m.psi.row(rows.first + r.first) + k.first * step_of<Operand>,
+                           m.psi.stride, r.rows,
+                           b.weight + (static_cast<ptrdiff_t>(n) * depth + k.first) * panel_width,
+                           k.rows, add, fetch);
+        }
       }
     }
     if ((s + 1) % state_chunk != 0 && s + 1 < S) continue;
@@ -369,6 +524,7 @@ static void scale_features(const ScoreMatchingLossCall& call, const ScoreMatchin
 template <class Operand>
 static void zeta_weight_gradient(const ScoreMatchingLossCall& call, const ScoreMatching<Operand>& m,
                                  int s, Span features) {
+  using Weight = typename Operand::Weight;
   const int H = call.hidden_dim, depth = Operand::depth(static_cast<int>(call.batch));
   const ptrdiff_t feature_stride = static_cast<ptrdiff_t>(call.state_dim) * H;
   const RegisterBlocks<Operand> blocks(features.rows);
@@ -376,6 +532,7 @@ static void zeta_weight_gradient(const ScoreMatchingLossCall& call, const ScoreM
   alignas(64) typename Operand::Input scaled_memory[block_rows<Operand>(2) * (batch_depth + line)];
   alignas(64) float sums[block_rows<Operand>(2) * panel_width];
   const Rows<typename Operand::Input> scaled = {scaled_memory, batch_depth + line};
+  NothingAside nothing;
   for (int64_t row = 0; row < call.batch; row += batch_depth) {
     const int64_t left = m.rows() - row;
     const Span rows = {row, left < batch_depth ? static_cast<int>(left) : batch_depth};
@@ -392,10 +549,15 @@ static void zeta_weight_gradient(const ScoreMatchingLossCall& call, const ScoreM
         const int column = n * panel_width;
         const int columns = H - column < panel_width ? H - column : panel_width;
         prefetch_block(gradient, 0, d.rows, column, columns);
-        store_product<Operand>(products, scaled.data, scaled.stride, d.rows,
-                               m.hidden_columns + (n * depth + k) * panel_width, part, sums,
-                               panel_width);
-        store_gradient(sums, d.rows, columns, row > 0, gradient.row(0) + column, feature_stride);
+        const Weight* hidden = m.hidden_columns + (n * depth + k) * panel_width;
+        if (columns == panel_width) {
+          product<Operand>(products, scaled.data, scaled.stride, d.rows, hidden, part,
+                           StoreSums{gradient.data + column, feature_stride, row > 0}, nothing);
+        } else {
+          product<Operand>(products, scaled.data, scaled.stride, d.rows, hidden, part,
+                           StoreSums{sums, panel_width, false}, nothing);
+          store_gradient(sums, d.rows, columns, row > 0, gradient.data + column, feature_stride);
+        }
       }
     }
   }

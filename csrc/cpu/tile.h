@@ -76,6 +76,20 @@ struct Bfloat16Operand {
     return first | static_cast<uint32_t>(second) << 16;
   }
   DIFFCORE_INLINE void store_activation(Input* p, Vec value) { store(p, value); }
+  // A vector of pairs.
+  DIFFCORE_INLINE void store_weights(Weight* p, const float* first, const float* second) {
+#if defined(DIFFCORE_NATIVE_BF16)
+    const auto rounded = [](const float* values) {
+      return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(values)));
+    };
+    _mm512_storeu_si512(p, _mm512_or_si512(rounded(first), _mm512_slli_epi32(rounded(second), 16)));
+#else
+    for (int c = 0; c < Vec::width; ++c) p[c] = weight(first[c], second[c]);
+#endif
+  }
+  DIFFCORE_INLINE void store_weights(Weight* p, const Input* first, const Input* second) {
+    for (int c = 0; c < Vec::width; ++c) p[c] = weight(first[c], second[c]);
+  }
 #if defined(DIFFCORE_NATIVE_BF16)
   template <int rows, int vectors>
   DIFFCORE_INLINE void multiply_add(const Input* x, ptrdiff_t x_stride, int k,
@@ -241,7 +255,8 @@ void pack_columns(const Value* rows, ptrdiff_t stride, int in, int columns,
       } else if (alone) {
         for (int c = 0; c < panel_width; ++c) to[c] = Operand::weight(first[c], Value(0));
       } else {
-        for (int c = 0; c < panel_width; ++c) to[c] = Operand::weight(first[c], first[stride + c]);
+        for (int c = 0; c < panel_width; c += W)
+          Operand::store_weights(to + c, first + c, first + stride + c);
       }
     }
     const int present = columns % panel_width;

@@ -60,7 +60,7 @@ from diffcore.agents.optimization import (
     measured_step,
 )
 from diffcore.agents.replay_protocol import Batch, Replay
-from diffcore.agents.representation import DiffusionRepresentation
+from diffcore.agents.representation import DiffusionRepresentation, PerturbedState
 from diffcore.nn import SquashedGaussian, Temperature, TwinRFFCritic
 
 Mode = Literal["fixed", "official", "paper"]
@@ -403,11 +403,14 @@ class DiffSR(BaseAgent):
             Metrics, as 0-d tensors on the agent's device: nothing here waits for the device.
         """
         steps, rows = self.config.extra_feature_steps + 1, self.config.batch_size
-        # Drawn together: small draws cost a call for every column of the replay.
-        *others, batch = replay.sample(steps * rows, self.generator).split(rows)
-        for other in others:
-            self.update_representation(other, measure=False)
-        metrics = self.update_representation(batch)
+        # Drawn and perturbed together: on small batches every call costs as much as what it does.
+        drawn = replay.sample(steps * rows, self.generator)
+        *others, batch = drawn.split(rows)
+        perturbed = self.representation.perturb(drawn.next_state, generator=self.generator)
+        *others_perturbed, batch_perturbed = perturbed.split(rows)
+        for other, other_perturbed in zip(others, others_perturbed, strict=True):
+            self.update_representation(other, other_perturbed, measure=False)
+        metrics = self.update_representation(batch, batch_perturbed)
         bonus = self.exploration_bonus(batch, replay)
         metrics |= self.update_critic(batch, bonus)
         metrics |= self.update_actor(batch)
@@ -417,6 +420,7 @@ class DiffSR(BaseAgent):
     def update_representation(
         self,
         batch: Batch,
+        perturbed: PerturbedState | None = None,
         *,
         level: Tensor | None = None,
         noise: Tensor | None = None,
@@ -426,6 +430,7 @@ class DiffSR(BaseAgent):
 
         Args:
             batch: transitions; rewards don't matter.
+            perturbed: their next states with noise; None perturbs them now.
             level: ``[B]`` int64, the noise levels; None draws them uniformly.
             noise: ``[B, observation_dim]``; None draws it from N(0, I).
             measure: whether to return metrics.
@@ -433,14 +438,11 @@ class DiffSR(BaseAgent):
         if self.config.freeze_representation:
             return {}
         self.check_batch(batch)
-        loss = self.representation.loss(
-            batch.state,
-            batch.action,
-            batch.next_state,
-            generator=self.generator,
-            level=level,
-            noise=noise,
-        )
+        if perturbed is None:
+            perturbed = self.representation.perturb(
+                batch.next_state, generator=self.generator, level=level, noise=noise
+            )
+        loss = self.representation.loss(batch.state, batch.action, perturbed)
         if not measure:
             gradient_step(loss, self.representation_optimizer)
             return {}

@@ -53,7 +53,7 @@ def measured_step(
 def _differentiate(loss: Tensor, optimizer: torch.optim.Adam) -> list[nn.Parameter]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     _forget_gradients(parameters)
-    loss.backward(inputs=parameters)
+    _backward(loss, parameters)
     return parameters
 
 
@@ -64,6 +64,19 @@ def _forget_gradients(parameters: list[nn.Parameter]) -> None:
 
 # torch's own functions put layers of Python around the same kernels, for gradients on several devices
 # and much else. On small networks these take longer than the kernels.
+
+
+def _backward(loss: Tensor, parameters: list[nn.Parameter]) -> None:
+    """``loss.backward(inputs=parameters)`` of a loss with one element."""
+    torch.autograd.Variable._execution_engine.run_backward(
+        (loss,),
+        (torch.ones_like(loss),),
+        False,  # keep_graph
+        False,  # create_graph
+        tuple(parameters),
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
 
 
 @torch.no_grad()
@@ -83,18 +96,17 @@ class FusedAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        groups = [
-            (group, [p for p in group["params"] if p.grad is not None])
-            for group in self.param_groups
-        ]
+        groups = []
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            groups.append((group, parameters, [self.state[p] for p in parameters]))
         if (
             closure is not None
             or self._is_watched()
-            or not all(self._is_plain(*group) for group in groups)
+            or not all(self._is_plain(group, states) for group, _, states in groups)
         ):
             return _torch_step(self, closure)
-        for group, parameters in groups:
-            states = [self.state[p] for p in parameters]
+        for group, parameters, states in groups:
             beta1, beta2 = group["betas"]
             torch._fused_adam_(
                 parameters,
@@ -126,14 +138,14 @@ class FusedAdam(torch.optim.Adam):
             or torch.autograd._profiler_enabled()
         )
 
-    def _is_plain(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> bool:
+    def _is_plain(self, group: dict[str, Any], states: list[dict[str, Any]]) -> bool:
         """Whether nothing is asked for but the kernel, and the first step has made the moments."""
         return bool(
-            parameters
+            states
             and group["fused"]
             and not (group["amsgrad"] or group["maximize"])
             and not group.get("decoupled_weight_decay")
-            and all(self.state[p] for p in parameters)
+            and all(states)
             and getattr(self, "grad_scale", None) is None  # a GradScaler's
             and getattr(self, "found_inf", None) is None
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,26 @@ from torch import Tensor, nn
 from diffcore import DiffusionSchedule, ops
 from diffcore.nn import Psi, Zeta
 from diffcore.schedule import SolverTable
+
+
+class PerturbedState(NamedTuple):
+    """Next states with noise, and what zeta and the loss must know of it, row by row."""
+
+    value: Tensor
+    """s~, ``[B, S]``"""
+    level: Tensor
+    """``[B]`` int64"""
+    alpha_bar: Tensor
+    """abar, ``[B, 1]``"""
+    noise: Tensor
+    """What was added, ``sigma sqrt(1 - abar) eps``, ``[B, S]``"""
+    score_weight: Tensor
+    """``sigma (1 - abar)``, ``[B, 1]``"""
+
+    def split(self, rows: int) -> list[PerturbedState]:
+        """Views of ``rows`` rows each, in order; the last may have fewer."""
+        columns = [column.split(rows) for column in self]
+        return [PerturbedState(*parts) for parts in zip(*columns, strict=True)]
 
 
 class DiffusionRepresentation(nn.Module):
@@ -71,27 +92,21 @@ class DiffusionRepresentation(nn.Module):
         """sigma."""
         return self._noise_scale
 
-    def loss(
+    def perturb(
         self,
-        state: Tensor,
-        action: Tensor,
         next_state: Tensor,
         *,
         generator: torch.Generator | None = None,
         level: Tensor | None = None,
         noise: Tensor | None = None,
-    ) -> Tensor:
-        """Batch mean of ``|sigma sqrt(1 - abar) eps + sigma (1 - abar) psi^T zeta|^2``.
+    ) -> PerturbedState:
+        """What the loss is taken of; it doesn't depend on the parameters.
 
         Args:
-            state, next_state: ``[B, S]``.
-            action: ``[B, A]``.
+            next_state: s', ``[B, S]``.
             generator: source of what is drawn.
             level: ``[B]`` int64 in 0..K-1; None draws it uniformly.
             noise: eps, ``[B, S]``; None draws it from N(0, I).
-
-        Returns:
-            0-d, differentiable in the parameters.
         """
         if level is None:
             rows = next_state.shape[:1]
@@ -104,13 +119,26 @@ class DiffusionRepresentation(nn.Module):
         alpha_bar, signal, noise_std, score_weight = at_level.split(1, dim=1)
         scaled_noise = noise_std * noise
         perturbed = torch.addcmul(scaled_noise, signal, next_state)
+        return PerturbedState(perturbed, level, alpha_bar, scaled_noise, score_weight)
+
+    def loss(self, state: Tensor, action: Tensor, perturbed: PerturbedState) -> Tensor:
+        """Batch mean of ``|sigma sqrt(1 - abar) eps + sigma (1 - abar) psi^T zeta|^2``.
+
+        Args:
+            state: ``[B, S]``.
+            action: ``[B, A]``.
+            perturbed: what :meth:`perturb` made of the next states.
+
+        Returns:
+            0-d, differentiable in the parameters.
+        """
         return ops.representation_loss(
             self.psi.trunk,
             self.zeta.trunk,
             self.psi.inputs(state, action),
-            self.zeta.inputs(perturbed, alpha_bar, level),
-            offset=scaled_noise,
-            score_weight=score_weight.squeeze(1),
+            self.zeta.inputs(perturbed.value, perturbed.alpha_bar, perturbed.level),
+            offset=perturbed.noise,
+            score_weight=perturbed.score_weight.squeeze(1),
             compute_dtype=self.compute_dtype,
         )
 

@@ -251,6 +251,19 @@ def test_the_last_representation_batch_serves_critic_and_actor(
     assert replay.written == []
 
 
+def test_next_states_perturbed_together_are_those_of_their_own_steps() -> None:
+    batch, level = random_batch(), torch.arange(16)
+    noise = torch.randn(16, OBSERVATION_DIM)
+    representation = make_agent(noise_steps=16).representation
+    together = representation.perturb(batch.next_state, level=level, noise=noise)
+    halves = zip(batch.split(8), together.split(8), level.split(8), noise.split(8), strict=True)
+    for half, perturbed, its_level, its_noise in halves:
+        ours, alone = make_agent(noise_steps=16), make_agent(noise_steps=16)
+        loss = ours.update_representation(half, perturbed)["score_loss"]
+        expected = alone.update_representation(half, level=its_level, noise=its_noise)["score_loss"]
+        torch.testing.assert_close(loss, expected)
+
+
 def test_only_its_own_loss_trains_the_representation() -> None:
     agent, batch = make_agent(), random_batch()
     before = copies(agent.representation)

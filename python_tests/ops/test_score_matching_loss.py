@@ -175,6 +175,17 @@ def test_bfloat16_is_within_its_bound(isa: str, sizes: tuple[int, int, int, int]
         assert root_mean_square(ours[3] - exact[3]) >= 1e-4 * root_mean_square(exact[3])
 
 
+@pytest.mark.parametrize("hidden", [1, 15, 16, 31, 33, 300, 1100])
+def test_bfloat16_score_is_that_of_rounded_values(isa: str, hidden: int) -> None:
+    """Weights are rounded while earlier ones are multiplied: here every one of them counts."""
+    psi, activation, weight, *others = make_inputs(37, 29, 3, hidden)
+    rounded = [t.bfloat16().float() for t in (activation, weight)]
+    loss, grad_psi, *_ = run([psi, activation, weight, *others], "cpu", compute_dtype=torch.bfloat16)
+    exact_loss, exact_psi, *_ = run([psi, *rounded, *others], "reference", torch.float64)
+    assert abs(loss - exact_loss) <= 1e-5 * exact_loss
+    assert (grad_psi - exact_psi).abs().max() <= 1e-5 * exact_psi.abs().max()
+
+
 def test_empty_batch_gives_what_a_mean_over_nothing_is(backend: str) -> None:
     loss, *gradients = run(make_inputs(0, 3, 2, 4), backend)
     assert loss.isnan()
@@ -185,15 +196,16 @@ def test_empty_batch_gives_what_a_mean_over_nothing_is(backend: str) -> None:
 # -- guarantees ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_for_any_number_of_threads_and_on_repeat(
-    isa: str, set_threads: Callable[[int], None]
+    isa: str, compute_dtype: torch.dtype, set_threads: Callable[[int], None]
 ) -> None:
     for batch in (5, 100, 301):
         inputs = make_inputs(batch, 70, 3, 100)
         results = []
         for threads in (1, 2, 2, 3):
             set_threads(threads)
-            results.append(run(inputs, "cpu"))
+            results.append(run(inputs, "cpu", compute_dtype=compute_dtype))
         for other in results[1:]:
             assert_same(results[0], other)
 
