@@ -23,6 +23,12 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     weights, biases = [layer.weight for layer in mlp.layers], [layer.bias for layer in mlp.layers]
     return {
         "action_gradient": (nn.TwinCritic(5, 3, 8), state, action),
+        "critic_loss": (
+            state,
+            [mlp.weights_and_biases()] * 2,
+            ["mish", "identity"],
+            torch.randn(2, 3),
+        ),
         "denoising_loss": (nn.Denoiser(5, 3, 8), SCHEDULE, state, action),
         "mlp": (state, weights, biases, ["mish", "identity"]),
         "mlp_ensemble": (state, [mlp.weights_and_biases()] * 2, ["mish", "identity"]),

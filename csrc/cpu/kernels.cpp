@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include "action_gradient.h"
+#include "critic_loss.h"
 #include "denoising_loss.h"
 #include "mlp.h"
 #include "peak.h"
@@ -71,6 +72,7 @@ const Kernels kernels = {
     mlp_saved_width,
     mlp_forward,
     mlp_backward,
+    critic_loss,
     denoising_loss,
     layer_pack_bytes,
     pack_layer,

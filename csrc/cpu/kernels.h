@@ -204,6 +204,21 @@ struct MlpBackwardCall {
   int threads;
 };
 
+// The loss that trains critics of one shape on common targets, and its gradients where they are wanted.
+struct CriticLossCall {
+  const MlpPack* networks[max_networks];
+  int network_count;
+  int64_t batch;
+  const float* x;              // [batch, in]
+  const float* target;         // [batch, out]
+  float* loss;                 // one number
+  float* q;                    // [networks, batch, out]
+  float* grad_x;               // [batch, in] or null
+  float* const* grad_weights;  // network by network, layer by layer; or null: not wanted
+  float* const* grad_biases;
+  int threads;
+};
+
 // One call of the loss that trains a denoiser, and its gradients where they are wanted.
 struct DenoisingLossCall {
   const MlpPack* time_mlp;
@@ -294,6 +309,7 @@ struct Kernels {
   int (*mlp_saved_width)(const MlpPack&);
   void (*mlp_forward)(const MlpCall&);
   void (*mlp_backward)(const MlpBackwardCall&);
+  void (*critic_loss)(const CriticLossCall&);
   void (*denoising_loss)(const DenoisingLossCall&);
   int64_t (*layer_pack_bytes)(const LinearParameters&, bool transposed);
   void (*pack_layer)(const LinearParameters&, bool transposed, void* block, PackedLinear*);

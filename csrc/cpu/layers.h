@@ -236,6 +236,13 @@ DIFFCORE_INLINE void write_rows(Rows<float> from, int64_t rows, int columns, flo
     memcpy(to + i * columns, from.row(i), sizeof(float) * static_cast<size_t>(columns));
 }
 
+// The same, or with `more` added to what lies there.
+DIFFCORE_INLINE void add_rows(Rows<float> from, int64_t rows, int columns, bool more, float* to) {
+  if (!more) return write_rows(from, rows, columns, to);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int n = 0; n < columns; ++n) to[i * columns + n] += from.row(i)[n];
+}
+
 // Tiles of at most 64 rows, so that a tile's buffers share L2 with the weights, evenly filled and as
 // many as keep all threads busy to the end; but of at least 4.
 constexpr int max_tile = 64;

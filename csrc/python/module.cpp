@@ -155,17 +155,20 @@ MlpParameters mlp_parameters(const Layer* layers, const std::vector<Activation>&
 
 using PackedMlp = std::shared_ptr<const Packed<MlpPack>>;
 
-enum class Direction { forward, backward, backward_to_input };
+// Which ways through a network will be taken.
+struct Directions {
+  bool forward, backward, backward_to_input;
+};
 
 std::vector<PackedMlp> packed_mlps(const std::vector<Layer>& layers,
                                    const std::vector<Activation>& activations, Precision precision,
-                                   Direction direction, int threads) {
+                                   Directions directions, int threads) {
   std::vector<PackedMlp> packed;
   for (size_t first = 0; first < layers.size(); first += activations.size()) {
     MlpParameters parameters = mlp_parameters(&layers[first], activations, precision, threads);
-    parameters.forward = direction == Direction::forward;
-    parameters.backward = !parameters.forward;
-    parameters.backward_to_input = direction == Direction::backward_to_input;
+    parameters.forward = directions.forward;
+    parameters.backward = directions.backward;
+    parameters.backward_to_input = directions.backward_to_input;
     packed.push_back(packed_mlp(parameters));
   }
   return packed;
@@ -206,7 +209,7 @@ void mlp_forward(const std::vector<Layer>& layers, const std::vector<Activation>
   const py::gil_scoped_release unlocked;
   threads = threads_for(batch, threads);
   const std::vector<PackedMlp> networks =
-      packed_mlps(layers, activations, precision, Direction::forward, threads);
+      packed_mlps(layers, activations, precision, {true, false, false}, threads);
   MlpCall call{};
   for (const auto& network : networks) call.networks[call.network_count++] = &network->pack;
   call.batch = batch;
@@ -222,9 +225,8 @@ void mlp_backward(const std::vector<Layer>& layers, const std::vector<Activation
                   Address grad_x, const std::vector<Address>& grad_parameters, int threads) {
   const py::gil_scoped_release unlocked;
   threads = threads_for(batch, threads);
-  const auto direction = grad_x ? Direction::backward_to_input : Direction::backward;
   const std::vector<PackedMlp> networks =
-      packed_mlps(layers, activations, precision, direction, threads);
+      packed_mlps(layers, activations, precision, {false, true, grad_x != 0}, threads);
   const GradientAddresses gradients(grad_parameters);
   MlpBackwardCall call{};
   for (const auto& network : networks) call.networks[call.network_count++] = &network->pack;
@@ -237,6 +239,30 @@ void mlp_backward(const std::vector<Layer>& layers, const std::vector<Activation
   call.grad_biases = gradients.bias_list();
   call.threads = threads;
   active_kernels().mlp_backward(call);
+}
+
+void critic_loss(const std::vector<Layer>& layers, const std::vector<Activation>& activations,
+                 Precision precision, int64_t batch, Address x, Address target, Address loss,
+                 Address q, Address grad_x, const std::vector<Address>& grad_parameters,
+                 int threads) {
+  const py::gil_scoped_release unlocked;
+  threads = threads_for(batch, threads);
+  const GradientAddresses gradients(grad_parameters);
+  const std::vector<PackedMlp> networks =
+      packed_mlps(layers, activations, precision,
+                  {true, gradients.wanted || grad_x != 0, grad_x != 0}, threads);
+  CriticLossCall call{};
+  for (const auto& network : networks) call.networks[call.network_count++] = &network->pack;
+  call.batch = batch;
+  call.x = pointer<const float>(x);
+  call.target = pointer<const float>(target);
+  call.loss = pointer<float>(loss);
+  call.q = pointer<float>(q);
+  call.grad_x = pointer<float>(grad_x);
+  call.grad_weights = gradients.weight_list();
+  call.grad_biases = gradients.bias_list();
+  call.threads = threads;
+  active_kernels().critic_loss(call);
 }
 
 void denoising_loss(const std::vector<Layer>& layers, Activation activation, Precision precision,
@@ -468,6 +494,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("mlp_saved_width", &mlp_saved_width);
   m.def("mlp_forward", &mlp_forward);
   m.def("mlp_backward", &mlp_backward);
+  m.def("critic_loss", &critic_loss);
   m.def("denoising_loss", &denoising_loss);
   m.def("rff_features", &rff_features);
   m.def("rff_features_backward", &rff_features_backward);

@@ -39,7 +39,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffcore import DiffusionSchedule
 from diffcore.agents.base import (
@@ -487,11 +487,10 @@ class DiffSR(BaseAgent):
             reward = batch.reward if bonus is None else batch.reward + bonus
             target = reward + config.gamma * batch.mask * next_value
             features = psi(batch.state, batch.action)
-        q1, q2 = self.critic(features)
-        loss = nn.functional.mse_loss(q1, target) + nn.functional.mse_loss(q2, target)
+        loss, q = self.critic.loss(features, target)
         metrics: dict[str, float | Tensor] = {
             "critic_loss": loss.detach(),
-            "q_mean": q1.detach().mean(),
+            "q_mean": q[0].mean(),
             "q_target_mean": target.mean(),
         }
         if bonus is not None:

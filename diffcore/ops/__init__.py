@@ -1,6 +1,7 @@
 """The public ops: each in a folder with its reference beside the fast kernels."""
 
 from diffcore.ops.action_gradient import action_gradient
+from diffcore.ops.critic_loss import critic_loss
 from diffcore.ops.denoising_loss import denoising_loss
 from diffcore.ops.mlp import mlp
 from diffcore.ops.mlp_ensemble import mlp_ensemble
@@ -13,6 +14,7 @@ from diffcore.ops.score_matching_loss import score_matching_loss
 
 __all__ = [
     "action_gradient",
+    "critic_loss",
     "denoising_loss",
     "mlp",
     "mlp_ensemble",
