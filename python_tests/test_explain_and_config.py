@@ -52,6 +52,13 @@ def arguments() -> dict[str, tuple[Any, ...]]:
             action,
             torch.rand(2),
         ),
+        "squashed_gaussian": (
+            state,
+            [weights[0], torch.randn(6, 8)],
+            [biases[0], torch.randn(6)],
+            ["mish", "identity"],
+            action,
+        ),
     }
 
 

@@ -10,6 +10,7 @@
 #include "reverse_diffusion.h"
 #include "rff_features.h"
 #include "score_matching_loss.h"
+#include "squashed_gaussian.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
@@ -74,6 +75,8 @@ const Kernels kernels = {
     mlp_backward,
     critic_loss,
     denoising_loss,
+    squashed_gaussian,
+    squashed_gaussian_backward,
     layer_pack_bytes,
     pack_layer,
     rff_features,

@@ -241,6 +241,29 @@ struct DenoisingLossCall {
   int threads;
 };
 
+// Actions tanh(mean + std z) and their log densities; raw is [mean, log std before its tanh].
+struct SquashedGaussianCall {
+  int64_t batch;
+  int action_dim;
+  float low;  // the bounds of log std
+  float high;
+  const float* raw;    // [batch, 2 action_dim]
+  const float* noise;  // [batch, action_dim]
+  float* action;       // [batch, action_dim]
+  float* log_prob;     // [batch]
+  float* saved;        // [batch, 2 action_dim] for the backward pass, or null
+};
+
+struct SquashedGaussianBackwardCall {
+  int64_t batch;
+  int action_dim;
+  const float* action;         // as the forward pass gave it
+  const float* saved;          // as the forward pass left it
+  const float* grad_action;    // [batch, action_dim] or null: zero
+  const float* grad_log_prob;  // [batch] or null: zero
+  float* grad_raw;             // [batch, 2 action_dim]
+};
+
 enum class RffKind : int { sin, cos, cos_sin };
 
 struct RffCall {
@@ -311,6 +334,8 @@ struct Kernels {
   void (*mlp_backward)(const MlpBackwardCall&);
   void (*critic_loss)(const CriticLossCall&);
   void (*denoising_loss)(const DenoisingLossCall&);
+  void (*squashed_gaussian)(const SquashedGaussianCall&);
+  void (*squashed_gaussian_backward)(const SquashedGaussianBackwardCall&);
   int64_t (*layer_pack_bytes)(const LinearParameters&, bool transposed);
   void (*pack_layer)(const LinearParameters&, bool transposed, void* block, PackedLinear*);
   void (*rff_features)(const RffCall&);

@@ -230,6 +230,22 @@ static void convert_rows(const float* from, ptrdiff_t from_stride, int64_t rows,
   }
 }
 
+// `count` floats at p, or zeros where p is null, the rest of the vector zeros.
+DIFFCORE_INLINE Vec load_some(const float* p, int64_t count) {
+  if (!p) return zero();
+  if (count >= W) return load(p);
+  float lanes[W] = {};
+  memcpy(lanes, p, sizeof(float) * static_cast<size_t>(count));
+  return load(lanes);
+}
+
+DIFFCORE_INLINE void store_some(float* p, Vec value, int64_t count) {
+  if (count >= W) return store(p, value);
+  float lanes[W];
+  store(lanes, value);
+  memcpy(p, lanes, sizeof(float) * static_cast<size_t>(count));
+}
+
 // The first `columns` of each row, side by side.
 DIFFCORE_INLINE void write_rows(Rows<float> from, int64_t rows, int columns, float* to) {
   for (int64_t i = 0; i < rows; ++i)

@@ -379,6 +379,41 @@ class Workspace {
   float* next_;
 };
 
+// A sample of a policy: a network, and what soft actor-critic makes of its outputs. What is saved is
+// first the network's, then the sample's.
+void squashed_gaussian(const std::vector<Layer>& layers, const std::vector<Activation>& activations,
+                       Precision precision, int64_t batch, int action_dim, float low, float high,
+                       Address x, Address noise, Address action, Address log_prob, Address saved,
+                       int threads) {
+  const int64_t raw_floats = batch * 2 * action_dim;
+  Workspace workspace(Workspace::padded(raw_floats));
+  const Address raw = workspace.take(raw_floats);
+  mlp_forward(layers, activations, precision, batch, x, raw, saved, threads);
+  const int64_t width = saved ? mlp_saved_width(layers, activations, precision) : 0;
+  active_kernels().squashed_gaussian({batch, action_dim, low, high, pointer<const float>(raw),
+                                      pointer<const float>(noise), pointer<float>(action),
+                                      pointer<float>(log_prob),
+                                      saved ? pointer<float>(saved) + batch * width : nullptr});
+}
+
+void squashed_gaussian_backward(const std::vector<Layer>& layers,
+                                const std::vector<Activation>& activations, Precision precision,
+                                int64_t batch, int action_dim, Address x, Address action,
+                                Address saved, Address grad_action, Address grad_log_prob,
+                                Address grad_x, const std::vector<Address>& grad_parameters,
+                                int threads) {
+  const int64_t raw_floats = batch * 2 * action_dim;
+  Workspace workspace(Workspace::padded(raw_floats));
+  const Address grad_raw = workspace.take(raw_floats);
+  const int64_t width = mlp_saved_width(layers, activations, precision);
+  active_kernels().squashed_gaussian_backward(
+      {batch, action_dim, pointer<const float>(action), pointer<const float>(saved) + batch * width,
+       pointer<const float>(grad_action), pointer<const float>(grad_log_prob),
+       pointer<float>(grad_raw)});
+  mlp_backward(layers, activations, precision, batch, x, saved, grad_raw, grad_x, grad_parameters,
+               threads);
+}
+
 // The score matching loss of two MLPs: zeta's last layer goes into the loss, the others and psi's run
 // before it, and behind it backwards where a gradient of theirs is wanted.
 void representation_loss(const std::vector<Layer>& psi, const std::vector<Activation>& psi_kinds,
@@ -499,6 +534,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("rff_features", &rff_features);
   m.def("rff_features_backward", &rff_features_backward);
   m.def("score_matching_loss", &score_matching_loss);
+  m.def("squashed_gaussian", &squashed_gaussian);
+  m.def("squashed_gaussian_backward", &squashed_gaussian_backward);
   m.def("representation_loss", &representation_loss);
   m.def("fma_peak", &fma_peak);
 }
