@@ -52,6 +52,14 @@ def arguments() -> dict[str, tuple[Any, ...]]:
             action,
             torch.rand(2),
         ),
+        "soft_value": (
+            nn.SquashedGaussian(5, 3, 8),
+            nn.Psi(5, 3, 6, 8).requires_grad_(False),
+            nn.TwinRFFCritic(6, 8).requires_grad_(False),
+            state,
+            action,
+            torch.tensor(0.1),
+        ),
         "squashed_gaussian": (
             state,
             [weights[0], torch.randn(6, 8)],

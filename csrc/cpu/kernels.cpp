@@ -10,6 +10,7 @@
 #include "reverse_diffusion.h"
 #include "rff_features.h"
 #include "score_matching_loss.h"
+#include "soft_value.h"
 #include "squashed_gaussian.h"
 
 namespace diffcore {
@@ -77,6 +78,9 @@ const Kernels kernels = {
     denoising_loss,
     squashed_gaussian,
     squashed_gaussian_backward,
+    join_columns,
+    last_columns,
+    soft_value,
     layer_pack_bytes,
     pack_layer,
     rff_features,

@@ -264,6 +264,20 @@ struct SquashedGaussianBackwardCall {
   float* grad_raw;             // [batch, 2 action_dim]
 };
 
+// The value of states, min_n q_n(s, a) - temperature log p(a), and the loss of the policy that drew the
+// actions: its negative mean.
+struct SoftValueCall {
+  int64_t batch;
+  int network_count;
+  const float* q;            // [networks, batch]
+  const float* log_prob;     // [batch]
+  const float* temperature;  // one number
+  float* value;              // [batch]
+  float* loss;               // one number
+  float* grad_q;             // [networks, batch] or null: no gradients wanted
+  float* grad_log_prob;      // [batch]
+};
+
 enum class RffKind : int { sin, cos, cos_sin };
 
 struct RffCall {
@@ -336,6 +350,10 @@ struct Kernels {
   void (*denoising_loss)(const DenoisingLossCall&);
   void (*squashed_gaussian)(const SquashedGaussianCall&);
   void (*squashed_gaussian_backward)(const SquashedGaussianBackwardCall&);
+  void (*join_columns)(const float* a, int a_width, const float* b, int b_width, int64_t rows,
+                       float* out);
+  void (*last_columns)(const float* from, int width, int count, int64_t rows, float* out);
+  void (*soft_value)(const SoftValueCall&);
   int64_t (*layer_pack_bytes)(const LinearParameters&, bool transposed);
   void (*pack_layer)(const LinearParameters&, bool transposed, void* block, PackedLinear*);
   void (*rff_features)(const RffCall&);

@@ -225,6 +225,7 @@ class TwinRFFCritic(nn.Module):
     ) -> None:
         super().__init__()
         settings = (frequencies, kind, lengthscale, compute_dtype)
+        self.feature_dim = feature_dim
         self.q1 = RFFCritic(feature_dim, hidden_dim, *settings)
         self.q2 = RFFCritic(feature_dim, hidden_dim, *settings)
 

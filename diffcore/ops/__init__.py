@@ -11,6 +11,7 @@ from diffcore.ops.reverse_diffusion import reverse_diffusion
 from diffcore.ops.reverse_step import reverse_step
 from diffcore.ops.rff_features import rff_features
 from diffcore.ops.score_matching_loss import score_matching_loss
+from diffcore.ops.soft_value import soft_value
 from diffcore.ops.squashed_gaussian import squashed_gaussian
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "reverse_step",
     "rff_features",
     "score_matching_loss",
+    "soft_value",
     "squashed_gaussian",
 ]
