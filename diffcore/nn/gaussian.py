@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffcore.nn.modules import MLP
+from diffcore.nn.modules import MLP, altered
 from diffcore.ops._checks import check_features, check_number
 from diffcore.ops.squashed_gaussian import squashed_gaussian
-from diffcore.ops.squashed_gaussian.reference import bounded
+from diffcore.ops.squashed_gaussian.reference import bounded, sample
 
 
 class SquashedGaussian(nn.Module):
@@ -45,6 +46,17 @@ class SquashedGaussian(nn.Module):
         widths = (state_dim, hidden_dim, 2 * action_dim)
         self.trunk = MLP(*widths, hidden_layers, activation, "orthogonal", compute_dtype)
 
+    def altered(self) -> str | None:
+        """What a call does beside what the weights say, in words, or None."""
+        own: Any = self._modules
+        return altered(self, SquashedGaussian) or altered(own["trunk"], MLP)
+
+    def weights_and_biases(self) -> list[Tensor]:
+        """See :meth:`MLP.weights_and_biases`."""
+        own: Any = self._modules
+        result: list[Tensor] = own["trunk"].weights_and_biases(self.state_dim, 2 * self.action_dim)
+        return result
+
     def forward(self, state: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
         """state ``[B, S]`` -> mean and log standard deviation before the tanh, ``[B, A]`` each."""
         check_features("state", state, self.state_dim)
@@ -63,8 +75,12 @@ class SquashedGaussian(nn.Module):
         Both are differentiable in the parameters and in ``state`` (the reparameterised sample), on a
         backend of :func:`diffcore.ops.squashed_gaussian`.
         """
+        if self.altered() is not None:
+            forced = {} if backend is None else {"backend": backend}
+            mean, log_std = self(state, **forced)
+            return sample(mean, log_std, noise)
         check_features("state", state, self.state_dim)
-        parameters = self.trunk.weights_and_biases()
+        parameters = self.weights_and_biases()
         return squashed_gaussian(
             state,
             parameters[::2],

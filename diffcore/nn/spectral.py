@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from diffcore.nn.fourier import RandomFourierFeatures
-from diffcore.nn.modules import MLP, time_embedding
+from diffcore.nn.modules import MLP, altered, time_embedding
 from diffcore.ops._checks import check_choice, check_features, check_positive_int
 from diffcore.ops.critic_loss import critic_loss
 from diffcore.ops.mlp_ensemble import mlp_ensemble
@@ -45,6 +45,18 @@ class Psi(nn.Module):
         self.state_dim, self.action_dim, self.feature_dim = state_dim, action_dim, feature_dim
         widths = (state_dim + action_dim, hidden_dim, feature_dim)
         self.trunk = MLP(*widths, hidden_layers, activation, "uniform", compute_dtype)
+
+    def altered(self) -> str | None:
+        """What a call does beside what the weights say, in words, or None."""
+        own: Any = self._modules
+        return altered(self, Psi) or altered(own["trunk"], MLP)
+
+    def weights_and_biases(self) -> list[Tensor]:
+        """See :meth:`MLP.weights_and_biases`."""
+        own: Any = self._modules
+        in_dim = self.state_dim + self.action_dim
+        result: list[Tensor] = own["trunk"].weights_and_biases(in_dim, self.feature_dim)
+        return result
 
     def forward(self, state: Tensor, action: Tensor, *, backend: str | None = None) -> Tensor:
         """state ``[B, S]``, action ``[B, A]`` -> ``[B, d]``."""
@@ -250,16 +262,30 @@ class TwinRFFCritic(nn.Module):
         Returns:
             A scalar, and ``[2, B, 1]``.
         """
-        if self.q1.fourier is not None:
-            q1, q2 = self(psi, backend=backend)
+        if self.altered() is not None:
+            forced = {} if backend is None else {"backend": backend}
+            q1, q2 = self(psi, **forced)
             return mse_loss(q1, target) + mse_loss(q2, target), torch.stack([q1, q2]).detach()
         check_features("psi", psi, self.q1.head.in_dim)
         return critic_loss(psi, *self._heads(), target, **self._settings(backend))
 
+    def altered(self) -> str | None:
+        """Why a call isn't what the two heads' weights say, in words, or None."""
+        if self.q1.fourier is not None:
+            return "the critics' frequencies are an op of their own"
+        return altered(self, TwinRFFCritic) or next(
+            filter(None, (altered(q, RFFCritic) or altered(q.head, MLP) for q in (self.q1, self.q2))),
+            None,
+        )
+
+    def networks(self) -> list[list[Tensor]]:
+        """The heads' parameters: see :meth:`MLP.weights_and_biases`."""
+        widths = self.q1.head.in_dim, 1
+        return [self.q1.head.weights_and_biases(*widths), self.q2.head.weights_and_biases(*widths)]
+
     def _heads(self) -> tuple[list[list[Tensor]], list[str]]:
         """Both critics' parameters and activations, where each is one MLP."""
-        heads = self.q1.head, self.q2.head
-        return [head.weights_and_biases() for head in heads], heads[0].activations
+        return self.networks(), self.q1.head.activations
 
     def _settings(self, backend: str | None) -> dict[str, Any]:
         return {"compute_dtype": self.q1.head.compute_dtype, "backend": backend}

@@ -298,8 +298,11 @@ def test_what_the_kernel_can_not_take() -> None:
         assert answer.backend == "reference"
         return answer.passed_over["cpu"]
 
-    assert why(TwinRFFCritic(7, 8, "gaussian")).startswith("the critics' frequencies")
+    assert why(TwinRFFCritic(7, 8, "gaussian")).endswith("an op of their own")
     assert "compute_dtypes" in why(psi=make_networks(compute_dtype=torch.bfloat16)[1])
+    for network in (policy, policy.trunk, psi, psi.trunk, critics, critics.q2, critics.q1.head):
+        with network.register_forward_hook(lambda *_: None):
+            assert "has hooks" in why()
     psi.requires_grad_(True)
     assert why().startswith("something beside the policy requires a gradient")
     ours = ops.soft_value(policy, psi, critics, *inputs)

@@ -12,7 +12,7 @@ from diffcore.ops._checks import check_like, check_tensor, out_of_autocast
 from diffcore.ops.soft_value import native, reference
 
 if TYPE_CHECKING:
-    from diffcore.nn import Psi, SquashedGaussian, TwinRFFCritic
+    from diffcore.nn import MLP, Psi, SquashedGaussian, TwinRFFCritic
 
 KERNELS = ("cpu",)
 
@@ -58,8 +58,7 @@ def soft_value(
     if chosen == "reference":
         state, noise, temperature = inputs
         return reference.soft_value(policy, psi, critics, state, noise, temperature, backend)
-    parameters = policy.trunk.weights_and_biases()
-    judges = psi.trunk.weights_and_biases(), _heads(critics)
+    parameters, *judges = _parameters(policy, psi, critics)
     kinds = [",".join(n.activations) for n in (policy.trunk, psi.trunk, critics.q1.head)]
     precision = _backends.precision(policy.trunk.compute_dtype, state)
     settings = (*kinds, *policy.log_std_bounds, precision)
@@ -105,37 +104,42 @@ def support(
         raise ValueError(
             f"critics: expected {psi.feature_dim} features like psi's, got {critics.feature_dim}"
         )
-    parameters = policy.trunk.weights_and_biases()
-    judges = psi.trunk.weights_and_biases() + _heads(critics)
-    check_like("state", state, "the policy", parameters[0])
     check_like("noise", noise, "state", state)
     check_like("temperature", temperature, "state", state)
-    check_like("psi", judges[0], "state", state)
-    check_like("critics", judges[-1], "state", state)
-    networks = [policy.trunk, psi.trunk, critics.q1.head]
+    if (why := _altered(policy, psi, critics)) is not None:
+        return _backends.support(KERNELS, [state], refused=f"the parts are called, since {why}")
+    parameters, psi_parameters, heads = _parameters(policy, psi, critics)
+    check_like("state", state, "the policy", parameters[0])
+    check_like("psi", psi_parameters[0], "state", state)
+    check_like("critics", heads[0], "state", state)
+    judges, networks = psi_parameters + heads, [policy.trunk, psi.trunk, critics.q1.head]
     return _backends.support(
         KERNELS,
         [state, noise, temperature, *parameters, *judges],
         [activation for network in networks for activation in network.activations],
         max(network.hidden_layers for network in networks) + 1,
         compute_dtype=policy.trunk.compute_dtype,
-        refused=_refused(policy, psi, critics, [state, noise, temperature, *judges]),
+        refused=_refused(networks, [state, noise, temperature, *judges]),
     )
 
 
-def _heads(critics: TwinRFFCritic) -> list[Tensor]:
-    return critics.q1.head.weights_and_biases() + critics.q2.head.weights_and_biases()
+def _altered(policy: SquashedGaussian, psi: Psi, critics: TwinRFFCritic) -> str | None:
+    """What a call of one of them does beside what its weights say."""
+    return policy.altered() or psi.altered() or critics.altered()
 
 
-def _refused(
-    policy: SquashedGaussian, psi: Psi, critics: TwinRFFCritic, constants: list[Tensor]
-) -> str | None:
+def _parameters(
+    policy: SquashedGaussian, psi: Psi, critics: TwinRFFCritic
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The policy's, psi's, and one critic's after the other's."""
+    heads = [parameter for head in critics.networks() for parameter in head]
+    return policy.weights_and_biases(), psi.weights_and_biases(), heads
+
+
+def _refused(networks: list[MLP], constants: list[Tensor]) -> str | None:
     """Why the kernel can't take these, or None."""
-    if critics.q1.fourier is not None:
-        return "the critics' frequencies are an op of their own"
     if torch.is_grad_enabled() and any(t.requires_grad for t in constants):
         return "something beside the policy requires a gradient, which the kernel doesn't compute"
-    dtypes = {n.compute_dtype for n in (policy.trunk, psi.trunk, critics.q1.head)}
-    if len(dtypes) > 1:
+    if len({network.compute_dtype for network in networks}) > 1:
         return "the networks multiply in different compute_dtypes"
     return None

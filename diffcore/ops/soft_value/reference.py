@@ -21,7 +21,9 @@ def soft_value(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`backend`: that of every op."""
-    action, log_prob = policy.sample(state, noise, backend=backend)
-    q = torch.minimum(*critics(psi(state, action, backend=backend), backend=backend))
+    # Networks with a forward of their own needn't know of backends.
+    forced = {} if backend is None else {"backend": backend}
+    action, log_prob = policy.sample(state, noise, **forced)
+    q = torch.minimum(*critics(psi(state, action, **forced), **forced))
     value = q - temperature * log_prob
     return -value.mean(), value.detach(), log_prob.detach()

@@ -58,7 +58,7 @@ def squashed_gaussian(
     parameters = [p for pair in zip(weights, biases, strict=True) for p in pair]
     if chosen == "triton":
         outputs = run_native(x, parameters, activations, compute_dtype, chosen)[0]
-        return reference.sample(outputs, noise, log_std_bounds)
+        return reference.sample_outputs(outputs, noise, log_std_bounds)
     settings = (",".join(activations), *log_std_bounds, _backends.precision(compute_dtype, x))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
         results = _native.apply(native.SquashedGaussian, x, noise, *settings, *parameters)

@@ -19,25 +19,26 @@ def squashed_gaussian(
     noise: Tensor,
     log_std_bounds: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
-    return sample(mlp(x, weights, biases, activations), noise, log_std_bounds)
+    return sample_outputs(mlp(x, weights, biases, activations), noise, log_std_bounds)
 
 
-def sample(
+def sample_outputs(
     outputs: Tensor, noise: Tensor, log_std_bounds: tuple[float, float]
 ) -> tuple[Tensor, Tensor]:
-    """Of the network's outputs on.
-
-    log(1 - tanh^2 u) is taken as 2 (log 2 - u - softplus(-2 u)), which doesn't overflow.
-    """
+    """What follows the network."""
     mean, raw = outputs.chunk(2, dim=-1)
-    log_std = bounded(raw, log_std_bounds)
-    u = mean + log_std.exp() * noise
-    gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    squash = 2 * (math.log(2) - u - F.softplus(-2 * u))
-    return u.tanh(), (gaussian - squash).sum(dim=-1, keepdim=True)
+    return sample(mean, bounded(raw, log_std_bounds), noise)
 
 
 def bounded(raw: Tensor, log_std_bounds: tuple[float, float]) -> Tensor:
     """The log standard deviation, which a tanh keeps within its bounds."""
     low, high = log_std_bounds
     return low + 0.5 * (high - low) * (raw.tanh() + 1)
+
+
+def sample(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """log(1 - tanh^2 u) is taken as 2 (log 2 - u - softplus(-2 u)), which doesn't overflow."""
+    u = mean + log_std.exp() * noise
+    gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    squash = 2 * (math.log(2) - u - F.softplus(-2 * u))
+    return u.tanh(), (gaussian - squash).sum(dim=-1, keepdim=True)
