@@ -396,6 +396,8 @@ def critic_update_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> 
         s, a, y = (x.to(dtype) for x in (state, action, target))
 
         def loss() -> Tensor:
+            if isinstance(critic, TwinCritic):
+                return critic.loss(s, a, y)[0]
             q1, q2 = critic(s, a)
             return mse_loss(q1, y) + mse_loss(q2, y)
 

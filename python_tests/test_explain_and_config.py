@@ -23,6 +23,12 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     weights, biases = [layer.weight for layer in mlp.layers], [layer.bias for layer in mlp.layers]
     return {
         "action_gradient": (nn.TwinCritic(5, 3, 8), state, action),
+        "critic_loss": (
+            state,
+            [mlp.weights_and_biases()] * 2,
+            ["mish", "identity"],
+            torch.randn(2, 3),
+        ),
         "denoising_loss": (nn.Denoiser(5, 3, 8), SCHEDULE, state, action),
         "mlp": (state, weights, biases, ["mish", "identity"]),
         "mlp_ensemble": (state, [mlp.weights_and_biases()] * 2, ["mish", "identity"]),
@@ -45,6 +51,21 @@ def arguments() -> dict[str, tuple[Any, ...]]:
             torch.randn(4 * 3),
             action,
             torch.rand(2),
+        ),
+        "soft_value": (
+            nn.SquashedGaussian(5, 3, 8),
+            nn.Psi(5, 3, 6, 8).requires_grad_(False),
+            nn.TwinRFFCritic(6, 8).requires_grad_(False),
+            state,
+            action,
+            torch.tensor(0.1),
+        ),
+        "squashed_gaussian": (
+            state,
+            [weights[0], torch.randn(6, 8)],
+            [biases[0], torch.randn(6)],
+            ["mish", "identity"],
+            action,
         ),
     }
 

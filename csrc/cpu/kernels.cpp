@@ -3,12 +3,15 @@
 #include "kernels.h"
 
 #include "action_gradient.h"
+#include "critic_loss.h"
 #include "denoising_loss.h"
 #include "mlp.h"
 #include "peak.h"
 #include "reverse_diffusion.h"
 #include "rff_features.h"
 #include "score_matching_loss.h"
+#include "soft_value.h"
+#include "squashed_gaussian.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
@@ -71,7 +74,13 @@ const Kernels kernels = {
     mlp_saved_width,
     mlp_forward,
     mlp_backward,
+    critic_loss,
     denoising_loss,
+    squashed_gaussian,
+    squashed_gaussian_backward,
+    join_columns,
+    last_columns,
+    soft_value,
     layer_pack_bytes,
     pack_layer,
     rff_features,

@@ -204,6 +204,21 @@ struct MlpBackwardCall {
   int threads;
 };
 
+// The loss that trains critics of one shape on common targets, and its gradients where they are wanted.
+struct CriticLossCall {
+  const MlpPack* networks[max_networks];
+  int network_count;
+  int64_t batch;
+  const float* x;              // [batch, in]
+  const float* target;         // [batch, out]
+  float* loss;                 // one number
+  float* q;                    // [networks, batch, out]
+  float* grad_x;               // [batch, in] or null
+  float* const* grad_weights;  // network by network, layer by layer; or null: not wanted
+  float* const* grad_biases;
+  int threads;
+};
+
 // One call of the loss that trains a denoiser, and its gradients where they are wanted.
 struct DenoisingLossCall {
   const MlpPack* time_mlp;
@@ -224,6 +239,43 @@ struct DenoisingLossCall {
   float* const* grad_weights;  // time MLP's layers, then the trunk's; or null: not wanted
   float* const* grad_biases;
   int threads;
+};
+
+// Actions tanh(mean + std z) and their log densities; raw is [mean, log std before its tanh].
+struct SquashedGaussianCall {
+  int64_t batch;
+  int action_dim;
+  float low;  // the bounds of log std
+  float high;
+  const float* raw;    // [batch, 2 action_dim]
+  const float* noise;  // [batch, action_dim]
+  float* action;       // [batch, action_dim]
+  float* log_prob;     // [batch]
+  float* saved;        // [batch, 2 action_dim] for the backward pass, or null
+};
+
+struct SquashedGaussianBackwardCall {
+  int64_t batch;
+  int action_dim;
+  const float* action;         // as the forward pass gave it
+  const float* saved;          // as the forward pass left it
+  const float* grad_action;    // [batch, action_dim] or null: zero
+  const float* grad_log_prob;  // [batch] or null: zero
+  float* grad_raw;             // [batch, 2 action_dim]
+};
+
+// The value of states, min_n q_n(s, a) - temperature log p(a), and the loss of the policy that drew the
+// actions: its negative mean.
+struct SoftValueCall {
+  int64_t batch;
+  int network_count;
+  const float* q;            // [networks, batch]
+  const float* log_prob;     // [batch]
+  const float* temperature;  // one number
+  float* value;              // [batch]
+  float* loss;               // one number
+  float* grad_q;             // [networks, batch] or null: no gradients wanted
+  float* grad_log_prob;      // [batch]
 };
 
 enum class RffKind : int { sin, cos, cos_sin };
@@ -294,7 +346,14 @@ struct Kernels {
   int (*mlp_saved_width)(const MlpPack&);
   void (*mlp_forward)(const MlpCall&);
   void (*mlp_backward)(const MlpBackwardCall&);
+  void (*critic_loss)(const CriticLossCall&);
   void (*denoising_loss)(const DenoisingLossCall&);
+  void (*squashed_gaussian)(const SquashedGaussianCall&);
+  void (*squashed_gaussian_backward)(const SquashedGaussianBackwardCall&);
+  void (*join_columns)(const float* a, int a_width, const float* b, int b_width, int64_t rows,
+                       float* out);
+  void (*last_columns)(const float* from, int width, int count, int64_t rows, float* out);
+  void (*soft_value)(const SoftValueCall&);
   int64_t (*layer_pack_bytes)(const LinearParameters&, bool transposed);
   void (*pack_layer)(const LinearParameters&, bool transposed, void* block, PackedLinear*);
   void (*rff_features)(const RffCall&);

@@ -230,10 +230,33 @@ static void convert_rows(const float* from, ptrdiff_t from_stride, int64_t rows,
   }
 }
 
+// `count` floats at p, or zeros where p is null, the rest of the vector zeros.
+DIFFCORE_INLINE Vec load_some(const float* p, int64_t count) {
+  if (!p) return zero();
+  if (count >= W) return load(p);
+  float lanes[W] = {};
+  memcpy(lanes, p, sizeof(float) * static_cast<size_t>(count));
+  return load(lanes);
+}
+
+DIFFCORE_INLINE void store_some(float* p, Vec value, int64_t count) {
+  if (count >= W) return store(p, value);
+  float lanes[W];
+  store(lanes, value);
+  memcpy(p, lanes, sizeof(float) * static_cast<size_t>(count));
+}
+
 // The first `columns` of each row, side by side.
 DIFFCORE_INLINE void write_rows(Rows<float> from, int64_t rows, int columns, float* to) {
   for (int64_t i = 0; i < rows; ++i)
     memcpy(to + i * columns, from.row(i), sizeof(float) * static_cast<size_t>(columns));
+}
+
+// The same, or with `more` added to what lies there.
+DIFFCORE_INLINE void add_rows(Rows<float> from, int64_t rows, int columns, bool more, float* to) {
+  if (!more) return write_rows(from, rows, columns, to);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int n = 0; n < columns; ++n) to[i * columns + n] += from.row(i)[n];
 }
 
 // Tiles of at most 64 rows, so that a tile's buffers share L2 with the weights, evenly filled and as

@@ -311,13 +311,7 @@ static void mlp_backward(const MlpBackwardCall& call) {
                           deltas_of(q).from(span.first, layers),
                           call.grad_x ? grad_x : Rows<float>{nullptr, 0});
         if (!call.grad_x) continue;
-        float* to = call.grad_x + span.first * in;
-        if (q == 0) {
-          write_rows(grad_x, span.rows, in, to);
-        } else {
-          for (int i = 0; i < span.rows; ++i)
-            for (int n = 0; n < in; ++n) to[i * in + n] += grad_x.row(i)[n];
-        }
+        add_rows(grad_x, span.rows, in, q > 0, call.grad_x + span.first * in);
       }
     }
     if (call.grad_weights) weight_gradients(list, call.network_count * layers, call.batch, threads);

@@ -32,22 +32,6 @@ struct SolverStep {
   }
 };
 
-// `count` floats at p, or zeros where p is null, the rest of the vector zeros.
-DIFFCORE_INLINE Vec load_some(const float* p, int64_t count) {
-  if (!p) return zero();
-  if (count >= W) return load(p);
-  float lanes[W] = {};
-  memcpy(lanes, p, sizeof(float) * static_cast<size_t>(count));
-  return load(lanes);
-}
-
-DIFFCORE_INLINE void store_some(float* p, Vec value, int64_t count) {
-  if (count >= W) return store(p, value);
-  float lanes[W];
-  store(lanes, value);
-  memcpy(p, lanes, sizeof(float) * static_cast<size_t>(count));
-}
-
 static void reverse_step(const ReverseStepCall& call) {
   const SolverStep step(call.coefficients, call.noise_scale, call.clip);
   for (int64_t i = 0; i < call.count; i += W) {

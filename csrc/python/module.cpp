@@ -155,17 +155,20 @@ MlpParameters mlp_parameters(const Layer* layers, const std::vector<Activation>&
 
 using PackedMlp = std::shared_ptr<const Packed<MlpPack>>;
 
-enum class Direction { forward, backward, backward_to_input };
+// Which ways through a network will be taken.
+struct Directions {
+  bool forward, backward, backward_to_input;
+};
 
 std::vector<PackedMlp> packed_mlps(const std::vector<Layer>& layers,
                                    const std::vector<Activation>& activations, Precision precision,
-                                   Direction direction, int threads) {
+                                   Directions directions, int threads) {
   std::vector<PackedMlp> packed;
   for (size_t first = 0; first < layers.size(); first += activations.size()) {
     MlpParameters parameters = mlp_parameters(&layers[first], activations, precision, threads);
-    parameters.forward = direction == Direction::forward;
-    parameters.backward = !parameters.forward;
-    parameters.backward_to_input = direction == Direction::backward_to_input;
+    parameters.forward = directions.forward;
+    parameters.backward = directions.backward;
+    parameters.backward_to_input = directions.backward_to_input;
     packed.push_back(packed_mlp(parameters));
   }
   return packed;
@@ -206,7 +209,7 @@ void mlp_forward(const std::vector<Layer>& layers, const std::vector<Activation>
   const py::gil_scoped_release unlocked;
   threads = threads_for(batch, threads);
   const std::vector<PackedMlp> networks =
-      packed_mlps(layers, activations, precision, Direction::forward, threads);
+      packed_mlps(layers, activations, precision, {true, false, false}, threads);
   MlpCall call{};
   for (const auto& network : networks) call.networks[call.network_count++] = &network->pack;
   call.batch = batch;
@@ -222,9 +225,8 @@ void mlp_backward(const std::vector<Layer>& layers, const std::vector<Activation
                   Address grad_x, const std::vector<Address>& grad_parameters, int threads) {
   const py::gil_scoped_release unlocked;
   threads = threads_for(batch, threads);
-  const auto direction = grad_x ? Direction::backward_to_input : Direction::backward;
   const std::vector<PackedMlp> networks =
-      packed_mlps(layers, activations, precision, direction, threads);
+      packed_mlps(layers, activations, precision, {false, true, grad_x != 0}, threads);
   const GradientAddresses gradients(grad_parameters);
   MlpBackwardCall call{};
   for (const auto& network : networks) call.networks[call.network_count++] = &network->pack;
@@ -237,6 +239,30 @@ void mlp_backward(const std::vector<Layer>& layers, const std::vector<Activation
   call.grad_biases = gradients.bias_list();
   call.threads = threads;
   active_kernels().mlp_backward(call);
+}
+
+void critic_loss(const std::vector<Layer>& layers, const std::vector<Activation>& activations,
+                 Precision precision, int64_t batch, Address x, Address target, Address loss,
+                 Address q, Address grad_x, const std::vector<Address>& grad_parameters,
+                 int threads) {
+  const py::gil_scoped_release unlocked;
+  threads = threads_for(batch, threads);
+  const GradientAddresses gradients(grad_parameters);
+  const std::vector<PackedMlp> networks =
+      packed_mlps(layers, activations, precision,
+                  {true, gradients.wanted || grad_x != 0, grad_x != 0}, threads);
+  CriticLossCall call{};
+  for (const auto& network : networks) call.networks[call.network_count++] = &network->pack;
+  call.batch = batch;
+  call.x = pointer<const float>(x);
+  call.target = pointer<const float>(target);
+  call.loss = pointer<float>(loss);
+  call.q = pointer<float>(q);
+  call.grad_x = pointer<float>(grad_x);
+  call.grad_weights = gradients.weight_list();
+  call.grad_biases = gradients.bias_list();
+  call.threads = threads;
+  active_kernels().critic_loss(call);
 }
 
 void denoising_loss(const std::vector<Layer>& layers, Activation activation, Precision precision,
@@ -336,22 +362,151 @@ void score_matching_loss(int64_t batch, int features, int state_dim, int hidden_
   active_kernels().score_matching_loss(call);
 }
 
-// Floats for what one op's calls hand on, cut off piece by piece.
+// Floats for what one op's calls hand on, cut off piece by piece. Without any it only measures.
 class Workspace {
  public:
+  Workspace() = default;
   explicit Workspace(int64_t floats)
-      : next_(reinterpret_cast<float*>(thread_scratch(
+      : base_(reinterpret_cast<Address>(thread_scratch(
             Scratch::between_calls, floats * static_cast<int64_t>(sizeof(float))))) {}
   Address take(int64_t floats) {
-    float* first = next_;
-    next_ += padded(floats);
-    return reinterpret_cast<Address>(first);
+    const Address first = base_ ? base_ + used_ * sizeof(float) : 0;
+    used_ += padded(floats);
+    return first;
   }
+  int64_t used() const { return used_; }
   static int64_t padded(int64_t floats) { return (floats + 15) / 16 * 16; }
 
  private:
-  float* next_;
+  Address base_ = 0;
+  int64_t used_ = 0;
 };
+
+// A sample of a policy: a network, and what soft actor-critic makes of its outputs. What is saved is
+// first the network's, then the sample's.
+void squashed_gaussian(const std::vector<Layer>& layers, const std::vector<Activation>& activations,
+                       Precision precision, int64_t batch, int action_dim, float low, float high,
+                       Address x, Address noise, Address action, Address log_prob, Address saved,
+                       int threads) {
+  const int64_t raw_floats = batch * 2 * action_dim;
+  Workspace workspace(Workspace::padded(raw_floats));
+  const Address raw = workspace.take(raw_floats);
+  mlp_forward(layers, activations, precision, batch, x, raw, saved, threads);
+  const int64_t width = saved ? mlp_saved_width(layers, activations, precision) : 0;
+  active_kernels().squashed_gaussian({batch, action_dim, low, high, pointer<const float>(raw),
+                                      pointer<const float>(noise), pointer<float>(action),
+                                      pointer<float>(log_prob),
+                                      saved ? pointer<float>(saved) + batch * width : nullptr});
+}
+
+void squashed_gaussian_backward(const std::vector<Layer>& layers,
+                                const std::vector<Activation>& activations, Precision precision,
+                                int64_t batch, int action_dim, Address x, Address action,
+                                Address saved, Address grad_action, Address grad_log_prob,
+                                Address grad_x, const std::vector<Address>& grad_parameters,
+                                int threads) {
+  const int64_t raw_floats = batch * 2 * action_dim;
+  Workspace workspace(Workspace::padded(raw_floats));
+  const Address grad_raw = workspace.take(raw_floats);
+  const int64_t width = mlp_saved_width(layers, activations, precision);
+  active_kernels().squashed_gaussian_backward(
+      {batch, action_dim, pointer<const float>(action), pointer<const float>(saved) + batch * width,
+       pointer<const float>(grad_action), pointer<const float>(grad_log_prob),
+       pointer<float>(grad_raw)});
+  mlp_backward(layers, activations, precision, batch, x, saved, grad_raw, grad_x, grad_parameters,
+               threads);
+}
+
+// The networks of soft_value, and what its calls hand on to each other.
+struct SoftValueStages {
+  const std::vector<Layer>&policy, &psi, &critics;
+  const std::vector<Activation>&policy_kinds, &psi_kinds, &critic_kinds;
+  Precision precision;
+  int64_t batch;
+  bool backward;
+
+  int state_dim() const { return std::get<2>(policy.front()); }
+  int action_dim() const { return std::get<3>(policy.back()) / 2; }
+  int feature_dim() const { return std::get<3>(psi.back()); }
+  int critic_count() const { return static_cast<int>(critics.size() / critic_kinds.size()); }
+  int64_t saved(const std::vector<Layer>& layers, const std::vector<Activation>& kinds) const {
+    return backward ? batch * mlp_saved_width(layers, kinds, precision) : 0;
+  }
+};
+
+struct SoftValueBuffers {
+  Address raw, action, input, features, q;
+  Address policy_saved, sample_saved, psi_saved, critics_saved;
+  Address grad_q, grad_log_prob, grad_features, grad_input, grad_action, grad_raw;
+
+  SoftValueBuffers(const SoftValueStages& s, Workspace* workspace) {
+    const int64_t actions = s.batch * s.action_dim(), inputs = s.batch * s.state_dim() + actions;
+    const int64_t features_size = s.batch * s.feature_dim(), values = s.batch * s.critic_count();
+    raw = workspace->take(2 * actions);
+    action = workspace->take(actions);
+    input = workspace->take(inputs);
+    features = workspace->take(features_size);
+    q = workspace->take(values);
+    const auto keep = [&](int64_t floats) { return s.backward ? workspace->take(floats) : 0; };
+    policy_saved = keep(s.saved(s.policy, s.policy_kinds));
+    sample_saved = keep(2 * actions);
+    psi_saved = keep(s.saved(s.psi, s.psi_kinds));
+    critics_saved = keep(s.critic_count() * s.saved(s.critics, s.critic_kinds));
+    grad_q = keep(values);
+    grad_log_prob = keep(s.batch);
+    grad_features = keep(features_size);
+    grad_input = keep(inputs);
+    grad_action = keep(actions);
+    grad_raw = keep(2 * actions);
+  }
+};
+
+// The soft value of states under a policy, on critics of psi(state, action), and where they are wanted
+// the gradients of the policy's loss: of the policy alone.
+void soft_value(const std::vector<Layer>& policy, const std::vector<Activation>& policy_kinds,
+                const std::vector<Layer>& psi, const std::vector<Activation>& psi_kinds,
+                const std::vector<Layer>& critics, const std::vector<Activation>& critic_kinds,
+                Precision precision, int64_t batch, float low, float high, Address state,
+                Address noise, Address temperature, Address loss, Address value, Address log_prob,
+                const std::vector<Address>& grad_policy, int threads) {
+  const bool backward = !grad_policy.empty();
+  const SoftValueStages s{policy,       psi,       critics, policy_kinds, psi_kinds,
+                          critic_kinds, precision, batch,   backward};
+  Workspace size;
+  SoftValueBuffers(s, &size);
+  Workspace workspace(size.used());
+  const SoftValueBuffers at(s, &workspace);
+  const int S = s.state_dim(), A = s.action_dim();
+  const Kernels& kernels = active_kernels();
+
+  mlp_forward(policy, policy_kinds, precision, batch, state, at.raw, at.policy_saved, threads);
+  kernels.squashed_gaussian({batch, A, low, high, pointer<const float>(at.raw),
+                             pointer<const float>(noise), pointer<float>(at.action),
+                             pointer<float>(log_prob), pointer<float>(at.sample_saved)});
+  kernels.join_columns(pointer<const float>(state), S, pointer<const float>(at.action), A, batch,
+                       pointer<float>(at.input));
+  mlp_forward(psi, psi_kinds, precision, batch, at.input, at.features, at.psi_saved, threads);
+  mlp_forward(critics, critic_kinds, precision, batch, at.features, at.q, at.critics_saved,
+              threads);
+  kernels.soft_value({batch, s.critic_count(), pointer<const float>(at.q),
+                      pointer<const float>(log_prob), pointer<const float>(temperature),
+                      pointer<float>(value), pointer<float>(loss), pointer<float>(at.grad_q),
+                      pointer<float>(at.grad_log_prob)});
+  if (!backward) return;
+
+  mlp_backward(critics, critic_kinds, precision, batch, at.features, at.critics_saved, at.grad_q,
+               at.grad_features, {}, threads);
+  mlp_backward(psi, psi_kinds, precision, batch, at.input, at.psi_saved, at.grad_features,
+               at.grad_input, {}, threads);
+  kernels.last_columns(pointer<const float>(at.grad_input), S + A, A, batch,
+                       pointer<float>(at.grad_action));
+  kernels.squashed_gaussian_backward(
+      {batch, A, pointer<const float>(at.action), pointer<const float>(at.sample_saved),
+       pointer<const float>(at.grad_action), pointer<const float>(at.grad_log_prob),
+       pointer<float>(at.grad_raw)});
+  mlp_backward(policy, policy_kinds, precision, batch, state, at.policy_saved, at.grad_raw, 0,
+               grad_policy, threads);
+}
 
 // The score matching loss of two MLPs: zeta's last layer goes into the loss, the others and psi's run
 // before it, and behind it backwards where a gradient of theirs is wanted.
@@ -468,10 +623,14 @@ PYBIND11_MODULE(_core, m) {
   m.def("mlp_saved_width", &mlp_saved_width);
   m.def("mlp_forward", &mlp_forward);
   m.def("mlp_backward", &mlp_backward);
+  m.def("critic_loss", &critic_loss);
   m.def("denoising_loss", &denoising_loss);
   m.def("rff_features", &rff_features);
   m.def("rff_features_backward", &rff_features_backward);
   m.def("score_matching_loss", &score_matching_loss);
+  m.def("squashed_gaussian", &squashed_gaussian);
+  m.def("squashed_gaussian_backward", &squashed_gaussian_backward);
+  m.def("soft_value", &soft_value);
   m.def("representation_loss", &representation_loss);
   m.def("fma_peak", &fma_peak);
 }

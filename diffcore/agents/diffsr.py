@@ -39,9 +39,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffcore import DiffusionSchedule
+from diffcore import DiffusionSchedule, ops
 from diffcore.agents.base import (
     BaseAgent,
     ComputeDtype,
@@ -481,19 +481,18 @@ class DiffSR(BaseAgent):
         self.check_batch(batch)
         config, psi = self.config, self.representation.psi
         with torch.no_grad():
-            next_action, log_prob = self.actor.sample(
-                batch.next_state, self._policy_noise(batch.action)
+            noise, temperature = self._policy_noise(batch.action), self.temperature()
+            judges = psi, self.critic_target
+            _, next_value, _ = ops.soft_value(
+                self.actor, *judges, batch.next_state, noise, temperature
             )
-            next_q = torch.minimum(*self.critic_target(psi(batch.next_state, next_action)))
-            next_value = next_q - self.temperature() * log_prob
             reward = batch.reward if bonus is None else batch.reward + bonus
             target = reward + config.gamma * batch.mask * next_value
             features = psi(batch.state, batch.action)
-        q1, q2 = self.critic(features)
-        loss = nn.functional.mse_loss(q1, target) + nn.functional.mse_loss(q2, target)
+        loss, q = self.critic.loss(features, target)
         metrics: dict[str, float | Tensor] = {
             "critic_loss": loss.detach(),
-            "q_mean": q1.detach().mean(),
+            "q_mean": q[0].mean(),
             "q_target_mean": target.mean(),
         }
         if bonus is not None:
@@ -521,12 +520,14 @@ class DiffSR(BaseAgent):
 
         The policy descends ``alpha log pi(a|s) - min(Q1, Q2)(s, a)``, through a = a(s, noise).
         """
+        noise, temperature = self._policy_noise(batch.action), self.temperature().detach()
         with frozen(self.judges):
-            action, log_prob = self.actor.sample(batch.state, self._policy_noise(batch.action))
-            q = torch.minimum(*self.critic(self.representation.psi(batch.state, action)))
-            loss = (self.temperature().detach() * log_prob - q).mean()
+            judges = self.representation.psi, self.critic
+            loss, _, log_prob = ops.soft_value(
+                self.actor, *judges, batch.state, noise, temperature
+            )
             grad_norm = measured_step(loss, self.actor_optimizer)
-        entropy = -log_prob.detach().mean()
+        entropy = -log_prob.mean()
         surplus = entropy + self.action_dim  # above -action_dim, which it is to come to
         gradient_step(self.temperature() * surplus, self.temperature_optimizer)
         return {

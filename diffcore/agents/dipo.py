@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffcore import DiffusionSchedule, ops
 from diffcore.agents.base import (
@@ -356,13 +356,12 @@ class DIPO(BaseAgent):
         with torch.no_grad():
             next_q = torch.minimum(*self.critic_target(batch.next_state, next_action))
             target = batch.reward + self.config.gamma * batch.mask * next_q
-        q1, q2 = self.critic(batch.state, batch.action)
-        loss = nn.functional.mse_loss(q1, target) + nn.functional.mse_loss(q2, target)
+        loss, q = self.critic.loss(batch.state, batch.action, target)
         grad_norm = measured_step(loss, self.critic_optimizer, self.config.ac_grad_norm)
         return {
             "critic_loss": loss.detach(),
             "critic_grad_norm": grad_norm,
-            "q_mean": q1.detach().mean(),
+            "q_mean": q[0].mean(),
             "q_target_mean": target.mean(),
         }
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffcore.nn.modules import MLP
+from diffcore.nn.modules import MLP, altered
 from diffcore.ops._checks import check_features, check_number
+from diffcore.ops.squashed_gaussian import squashed_gaussian
+from diffcore.ops.squashed_gaussian.reference import bounded, sample
 
 
 class SquashedGaussian(nn.Module):
@@ -44,29 +46,51 @@ class SquashedGaussian(nn.Module):
         widths = (state_dim, hidden_dim, 2 * action_dim)
         self.trunk = MLP(*widths, hidden_layers, activation, "orthogonal", compute_dtype)
 
+    def altered(self) -> str | None:
+        """What a call does beside what the weights say, in words, or None."""
+        own: Any = self._modules
+        return altered(self, SquashedGaussian) or altered(own["trunk"], MLP)
+
+    def weights_and_biases(self) -> list[Tensor]:
+        """See :meth:`MLP.weights_and_biases`."""
+        own: Any = self._modules
+        result: list[Tensor] = own["trunk"].weights_and_biases(self.state_dim, 2 * self.action_dim)
+        return result
+
     def forward(self, state: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
         """state ``[B, S]`` -> mean and log standard deviation before the tanh, ``[B, A]`` each."""
         check_features("state", state, self.state_dim)
         mean, raw = self.trunk(state, backend=backend).chunk(2, dim=-1)
-        low, high = self.log_std_bounds
-        return mean, low + 0.5 * (high - low) * (raw.tanh() + 1)
+        return mean, bounded(raw, self.log_std_bounds)
 
     def mode(self, state: Tensor) -> Tensor:
         """The action of z = 0, ``[B, A]``."""
         return self(state)[0].tanh()
 
-    def sample(self, state: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, state: Tensor, noise: Tensor, *, backend: str | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Actions ``[B, A]`` for z = ``noise`` (``[B, A]``), and their log densities ``[B, 1]``.
 
-        Both are differentiable in the parameters, the action also in ``state`` (the
-        reparameterised sample). log(1 - tanh^2 u) is taken as 2 (log 2 - u - softplus(-2 u)), which
-        doesn't overflow.
+        Both are differentiable in the parameters and in ``state`` (the reparameterised sample), on a
+        backend of :func:`diffcore.ops.squashed_gaussian`.
         """
-        mean, log_std = self(state)
-        u = mean + log_std.exp() * noise
-        gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        squash = 2 * (math.log(2) - u - F.softplus(-2 * u))
-        return u.tanh(), (gaussian - squash).sum(dim=-1, keepdim=True)
+        if self.altered() is not None:
+            forced = {} if backend is None else {"backend": backend}
+            mean, log_std = self(state, **forced)
+            return sample(mean, log_std, noise)
+        check_features("state", state, self.state_dim)
+        parameters = self.weights_and_biases()
+        return squashed_gaussian(
+            state,
+            parameters[::2],
+            parameters[1::2],
+            self.trunk.activations,
+            noise,
+            log_std_bounds=self.log_std_bounds,
+            compute_dtype=self.trunk.compute_dtype,
+            backend=backend,
+        )
 
 
 class Temperature(nn.Module):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from diffcore.ops._activations import ACTIVATIONS
 from diffcore.ops._checks import (
@@ -22,6 +23,7 @@ from diffcore.ops._checks import (
     check_features,
     check_positive_int,
 )
+from diffcore.ops.critic_loss import critic_loss
 from diffcore.ops.mlp import mlp
 from diffcore.ops.mlp_ensemble import mlp_ensemble
 
@@ -294,9 +296,7 @@ class TwinCritic(nn.Module):
         self, state: Tensor, action: Tensor, *, backend: str | None = None
     ) -> tuple[Tensor, Tensor]:
         """state ``[B, S]``, action ``[B, A]`` -> (q1, q2), each ``[B, 1]``."""
-        check_features("state", state, self.state_dim)
-        check_features("action", action, self.action_dim)
-        x = torch.cat([state, action], dim=-1)
+        x = self._inputs(state, action)
         if altered(self.q1, MLP) or altered(self.q2, MLP):
             forced = {} if backend is None else {"backend": backend}
             return self.q1(x, **forced), self.q2(x, **forced)
@@ -304,3 +304,29 @@ class TwinCritic(nn.Module):
         q = mlp_ensemble(x, self.networks(), kinds, compute_dtype=dtype, backend=backend)
         q1, q2 = q.unbind(0)
         return q1, q2
+
+    def loss(
+        self, state: Tensor, action: Tensor, target: Tensor, *, backend: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``mean((q1 - target)^2) + mean((q2 - target)^2)``, and q1 and q2 without a gradient.
+
+        Args:
+            state: ``[B, S]``.
+            action: ``[B, A]``.
+            target: ``[B, 1]``.
+            backend: one of :func:`diffcore.ops.critic_loss`.
+
+        Returns:
+            A scalar, and ``[2, B, 1]``.
+        """
+        if self.altered() is not None:
+            forced = {} if backend is None else {"backend": backend}
+            q1, q2 = self(state, action, **forced)
+            return mse_loss(q1, target) + mse_loss(q2, target), torch.stack([q1, q2]).detach()
+        arguments = self._inputs(state, action), self.networks(), self.q1.activations, target
+        return critic_loss(*arguments, compute_dtype=self.q1.compute_dtype, backend=backend)
+
+    def _inputs(self, state: Tensor, action: Tensor) -> Tensor:
+        check_features("state", state, self.state_dim)
+        check_features("action", action, self.action_dim)
+        return torch.cat([state, action], dim=-1)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from diffcore.nn.fourier import RandomFourierFeatures
-from diffcore.nn.modules import MLP, time_embedding
+from diffcore.nn.modules import MLP, altered, time_embedding
 from diffcore.ops._checks import check_choice, check_features, check_positive_int
+from diffcore.ops.critic_loss import critic_loss
 from diffcore.ops.mlp_ensemble import mlp_ensemble
 from diffcore.ops.rff_features import KINDS
 
@@ -41,6 +45,18 @@ class Psi(nn.Module):
         self.state_dim, self.action_dim, self.feature_dim = state_dim, action_dim, feature_dim
         widths = (state_dim + action_dim, hidden_dim, feature_dim)
         self.trunk = MLP(*widths, hidden_layers, activation, "uniform", compute_dtype)
+
+    def altered(self) -> str | None:
+        """What a call does beside what the weights say, in words, or None."""
+        own: Any = self._modules
+        return altered(self, Psi) or altered(own["trunk"], MLP)
+
+    def weights_and_biases(self) -> list[Tensor]:
+        """See :meth:`MLP.weights_and_biases`."""
+        own: Any = self._modules
+        in_dim = self.state_dim + self.action_dim
+        result: list[Tensor] = own["trunk"].weights_and_biases(in_dim, self.feature_dim)
+        return result
 
     def forward(self, state: Tensor, action: Tensor, *, backend: str | None = None) -> Tensor:
         """state ``[B, S]``, action ``[B, A]`` -> ``[B, d]``."""
@@ -221,6 +237,7 @@ class TwinRFFCritic(nn.Module):
     ) -> None:
         super().__init__()
         settings = (frequencies, kind, lengthscale, compute_dtype)
+        self.feature_dim = feature_dim
         self.q1 = RFFCritic(feature_dim, hidden_dim, *settings)
         self.q2 = RFFCritic(feature_dim, hidden_dim, *settings)
 
@@ -228,12 +245,50 @@ class TwinRFFCritic(nn.Module):
         """psi ``[B, feature_dim]`` -> (q1, q2), each ``[B, 1]``."""
         if self.q1.fourier is not None:
             return self.q1(psi, backend=backend), self.q2(psi, backend=backend)
-        heads = self.q1.head, self.q2.head
-        check_features("psi", psi, heads[0].in_dim)
-        networks = [head.weights_and_biases() for head in heads]
-        kinds, dtype = heads[0].activations, heads[0].compute_dtype
-        q1, q2 = mlp_ensemble(psi, networks, kinds, compute_dtype=dtype, backend=backend).unbind(0)
+        check_features("psi", psi, self.q1.head.in_dim)
+        q1, q2 = mlp_ensemble(psi, *self._heads(), **self._settings(backend)).unbind(0)
         return q1, q2
+
+    def loss(
+        self, psi: Tensor, target: Tensor, *, backend: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``mean((q1 - target)^2) + mean((q2 - target)^2)``, and q1 and q2 without a gradient.
+
+        Args:
+            psi: ``[B, feature_dim]``.
+            target: ``[B, 1]``.
+            backend: one of :func:`diffcore.ops.critic_loss` and :func:`diffcore.ops.mlp`.
+
+        Returns:
+            A scalar, and ``[2, B, 1]``.
+        """
+        if self.altered() is not None:
+            forced = {} if backend is None else {"backend": backend}
+            q1, q2 = self(psi, **forced)
+            return mse_loss(q1, target) + mse_loss(q2, target), torch.stack([q1, q2]).detach()
+        check_features("psi", psi, self.q1.head.in_dim)
+        return critic_loss(psi, *self._heads(), target, **self._settings(backend))
+
+    def altered(self) -> str | None:
+        """Why a call isn't what the two heads' weights say, in words, or None."""
+        if self.q1.fourier is not None:
+            return "the critics' frequencies are an op of their own"
+        return altered(self, TwinRFFCritic) or next(
+            filter(None, (altered(q, RFFCritic) or altered(q.head, MLP) for q in (self.q1, self.q2))),
+            None,
+        )
+
+    def networks(self) -> list[list[Tensor]]:
+        """The heads' parameters: see :meth:`MLP.weights_and_biases`."""
+        widths = self.q1.head.in_dim, 1
+        return [self.q1.head.weights_and_biases(*widths), self.q2.head.weights_and_biases(*widths)]
+
+    def _heads(self) -> tuple[list[list[Tensor]], list[str]]:
+        """Both critics' parameters and activations, where each is one MLP."""
+        return self.networks(), self.q1.head.activations
+
+    def _settings(self, backend: str | None) -> dict[str, Any]:
+        return {"compute_dtype": self.q1.head.compute_dtype, "backend": backend}
 
     def phi(self, psi: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
         """psi ``[B, feature_dim]`` -> each critic's phi, ``[B, hidden_dim]``."""

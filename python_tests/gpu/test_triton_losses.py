@@ -1,4 +1,4 @@
-"""The two losses on the Triton kernels: value and gradients in one call."""
+"""The losses on the Triton kernels: value and gradients in one call."""
 
 from __future__ import annotations
 
@@ -341,5 +341,25 @@ def test_representation_loss(device: str, wanted: tuple[int, ...]) -> None:
     for backend in ("triton", "reference"):
         loss = ops.representation_loss(*networks, *inputs, backend=backend)
         results.append([loss, *torch.autograd.grad(loss, leaves)])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+# -- critic loss -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", [(0, 1), (0,), (1,), ()])
+def test_critic_loss(device: str, wanted: tuple[int, ...]) -> None:
+    """Of x and the parameters those gradients that are wanted."""
+    networks = [list(nn.MLP(5, 20, 2, 1).to(device).parameters()) for _ in range(2)]
+    x = torch.randn(9, 5, device=device, requires_grad=0 in wanted)
+    parameters = [p.requires_grad_(1 in wanted) for network in networks for p in network]
+    leaves = [t for t in (x, *parameters) if t.requires_grad]
+    arguments = x, networks, ["mish", "identity"], torch.randn(9, 2, device=device)
+    results = []
+    for backend in ("triton", "reference"):
+        loss, q = ops.critic_loss(*arguments, backend=backend)
+        assert not q.requires_grad
+        results.append([loss, q, *(torch.autograd.grad(loss, leaves) if leaves else ())])
     for ours, expected in zip(*results, strict=True):
         assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-5)

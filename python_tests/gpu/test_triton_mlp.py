@@ -291,3 +291,19 @@ def test_explains_itself(device: str) -> None:
     with pytest.raises(ValueError, match="'triton' here: a tensor is torch.float64"):
         ops.mlp(x.double(), [w.double() for w in weights], [b.double() for b in biases],
                 activations, backend="triton")  # fmt: skip
+
+
+@pytest.mark.parametrize("wants_gradients", [False, True])
+def test_squashed_gaussian_on_the_networks_kernel(device: str, wants_gradients: bool) -> None:
+    [parameters], activations = make_networks([5, 20, 4], networks=1)
+    leaves = [p.detach().to(device).requires_grad_(wants_gradients) for p in parameters]
+    arguments = torch.randn(9, 5, device=device), leaves[::2], leaves[1::2], activations
+    noise = torch.randn(9, 2, device=device)
+    results = []
+    for backend in ("triton", "reference"):
+        action, log_prob = ops.squashed_gaussian(*arguments, noise, backend=backend)
+        value = action.sum() + log_prob.sum()
+        grads = torch.autograd.grad(value, leaves) if wants_gradients else ()
+        results.append([action, log_prob, *grads])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-5)

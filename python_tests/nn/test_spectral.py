@@ -50,6 +50,43 @@ def test_log_standard_deviations_keep_their_bounds() -> None:
     assert 0.4 < float(log_std.max()) <= 0.5
 
 
+class Doubtful(nn.SquashedGaussian):
+    """A policy with a forward of its own, which knows nothing of backends."""
+
+    def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        mean, log_std = super().forward(state)
+        return mean, log_std + 1
+
+
+def test_a_policy_that_is_more_than_its_weights_is_called() -> None:
+    policy, state, noise = Doubtful(4, 2, 16), torch.randn(33, 4), torch.randn(33, 2)
+    mean, log_std = policy(state)
+    action, _ = policy.sample(state, noise)
+    torch.testing.assert_close(action, (mean + log_std.exp() * noise).tanh())
+    plain = nn.SquashedGaussian(4, 2, 16)
+    before, _ = plain.sample(state, noise)
+    with plain.trunk.register_forward_hook(lambda module, inputs, output: output + 1):
+        after, _ = plain.sample(state, noise)
+    assert (after > before).any()
+
+
+@pytest.mark.parametrize("make", [lambda: nn.TwinCritic(3, 2, 8), lambda: nn.TwinRFFCritic(5, 8)])
+def test_the_loss_of_critics_that_are_more_than_their_weights(make: Callable[[], Any]) -> None:
+    critics, target = make(), torch.randn(7, 1)
+    inputs = (torch.randn(7, 3), torch.randn(7, 2))
+    if isinstance(critics, nn.TwinRFFCritic):
+        inputs = (torch.cat(inputs, dim=1),)  # type: ignore[assignment]
+    loss, q = critics.loss(*inputs, target)
+    q1, q2 = critics(*inputs)
+    torch.testing.assert_close(q, torch.stack([q1, q2]).detach())
+    torch.testing.assert_close(loss, (q1 - target).square().mean() + (q2 - target).square().mean())
+    with critics.register_forward_hook(lambda module, inputs, q: (q[0] + 1, q[1])):
+        moved, q_moved = critics.loss(*inputs, target)
+    torch.testing.assert_close(q_moved, torch.stack([q1 + 1, q2]).detach())
+    assert moved.requires_grad
+    assert not torch.equal(moved, loss)
+
+
 def test_policy_weights_start_orthogonal() -> None:
     weight = nn.SquashedGaussian(4, 2, 16).trunk.layers[1].weight
     torch.testing.assert_close(weight @ weight.T, torch.eye(16), atol=1e-5, rtol=0)

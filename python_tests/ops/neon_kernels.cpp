@@ -220,6 +220,66 @@ static void mlp(Activation activation, Precision precision) {
           bound(precision));
 }
 
+static void critic_loss(Activation activation, Precision precision) {
+  const std::vector<int> widths = {state_dim, hidden, hidden, 1};
+  const Layers critics[2] = {Layers(widths), Layers(widths)};
+  const Floats x = random(batch * state_dim), target = random(batch);
+  const auto run = [&](const Kernels& kernels) {
+    Packed<MlpPack> packed[2];
+    CriticLossCall call{};
+    std::vector<Floats> gradients;
+    std::vector<float*> weights, biases;
+    for (const Layers& critic : critics) {
+      MlpParameters p{};
+      p.layer_count = 3;
+      p.precision = precision;
+      p.forward = p.backward = p.backward_to_input = true;
+      for (int l = 0; l < 3; ++l) {
+        p.layers[l] = critic.parameters[static_cast<size_t>(l)];
+        p.activations[l] = l < 2 ? activation : Activation::identity;
+        gradients.emplace_back(critic.weights[static_cast<size_t>(l)].size());
+        weights.push_back(gradients.back().data());
+        gradients.emplace_back(critic.biases[static_cast<size_t>(l)].size());
+        biases.push_back(gradients.back().data());
+      }
+      Packed<MlpPack>& pack = packed[call.network_count];
+      kernels.pack_mlp(p, pack.allocate(kernels.mlp_pack_bytes(p)), &pack.pack);
+      call.networks[call.network_count++] = &pack.pack;
+    }
+    Floats results(1 + 2 * batch + batch * state_dim);
+    call.batch = batch;
+    call.x = x.data();
+    call.target = target.data();
+    call.loss = results.data();
+    call.q = results.data() + 1;
+    call.grad_x = results.data() + 1 + 2 * batch;
+    call.grad_weights = weights.data();
+    call.grad_biases = biases.data();
+    call.threads = threads;
+    kernels.critic_loss(call);
+    for (const Floats& g : gradients) results.insert(results.end(), g.begin(), g.end());
+    return results;
+  };
+  compare(named("critic_loss", activation, precision), run(neon::kernels), run(baseline::kernels),
+          bound(precision));
+}
+
+static void squashed_gaussian() {
+  constexpr int actions = batch * action_dim;
+  const Floats raw = random(2 * actions, 4.0f), noise = random(actions, 2.0f);
+  const Floats grad_action = random(actions), grad_log_prob = random(batch);
+  const auto run = [&](const Kernels& kernels) {
+    Floats results(actions + batch + 4 * actions);
+    float *log_prob = &results[actions], *saved = log_prob + batch, *grad_raw = saved + 2 * actions;
+    kernels.squashed_gaussian({batch, action_dim, -5.0f, 2.0f, raw.data(), noise.data(),
+                               results.data(), log_prob, saved});
+    kernels.squashed_gaussian_backward({batch, action_dim, results.data(), saved,
+                                        grad_action.data(), grad_log_prob.data(), grad_raw});
+    return results;
+  };
+  compare("squashed_gaussian", run(neon::kernels), run(baseline::kernels), 2e-6);
+}
+
 static void rff(RffKind kind) {
   const int features = 29;
   const Layers layer({state_dim, features});
@@ -298,12 +358,14 @@ int main() {
       chain(activation, precision, 2);  // by a team
       ascent(activation, precision);
       mlp(activation, precision);
+      critic_loss(activation, precision);
     }
   }
   for (const RffKind kind : {RffKind::sin, RffKind::cos, RffKind::cos_sin}) rff(kind);
   for (const Precision precision : {Precision::float32, Precision::bfloat16})
     score_matching(precision);
   normals();
+  squashed_gaussian();
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

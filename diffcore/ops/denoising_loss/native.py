@@ -153,7 +153,8 @@ class DenoisingLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
-        grads, inputs = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        saved = ctx.saved_tensors  # unpacked at every look
+        grads, inputs = saved[: ctx.count], saved[ctx.count :]
         scaled = _fused_loss.scaled("denoising_loss", grad_loss, grads, inputs)
         wanted = [g if want else None for g, want in zip(scaled, ctx.wanted, strict=True)]
         return *wanted[:2], *[None] * 8, *wanted[2:]

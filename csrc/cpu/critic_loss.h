@@ -1,0 +1,146 @@
+// The loss that trains critics, the sum over networks of mean((q_n(x) - target)^2), together with its
+// gradients. As in denoising_loss.h a tile of rows goes forward and straight back again.
+#pragma once
+
+#include "mlp.h"
+
+namespace diffcore {
+namespace DIFFCORE_ISA {
+
+// What all rows leave behind: a network's inputs of layers and deltas for the weight gradients.
+template <class Operand>
+struct CriticRows {
+  MlpSaved<Operand> saved;
+  MlpDeltas<Operand> deltas;
+  double* row_loss;
+
+  static CriticRows take(const MlpPack& shape, int64_t rows, Carver* memory) {
+    using Input = typename Operand::Input;
+    CriticRows r;
+    for (int l = 1; l < shape.layer_count; ++l)
+      r.saved.input[l] = take_rows<Input>(memory, rows, shape.forward[l].in);
+    r.deltas = MlpDeltas<Operand>::take(shape, rows, memory);
+    r.row_loss = memory->take<double>(static_cast<int64_t>(sizeof(double)) * rows);
+    return r;
+  }
+};
+
+struct CriticTile {
+  Rows<float> slope[max_layers];
+  Rows<float> q, grad_x;
+
+  static CriticTile take(const MlpPack& shape, int rows, Carver* memory) {
+    const int last = shape.layer_count - 1;
+    CriticTile t;
+    for (int l = 0; l <= last; ++l) {
+      t.slope[l] = {nullptr, 0};
+      if (shape.activations[l] != Activation::identity)
+        t.slope[l] = take_rows<float>(memory, rows, shape.forward[l].out);
+    }
+    t.q = take_rows<float>(memory, rows, shape.forward[last].out);
+    t.grad_x = take_rows<float>(memory, rows, shape.forward[0].in);
+    return t;
+  }
+};
+
+// Network n on some rows, whose input is `x`, forward and back.
+template <class Operand>
+static void critic_loss_tile(const CriticLossCall& call, int n, Span span,
+                             Rows<typename Operand::Input> x, const CriticRows<Operand>& all,
+                             const CriticTile& tile) {
+  const MlpPack& pack = *call.networks[n];
+  const int in = pack.forward[0].in, out = pack.forward[pack.layer_count - 1].out;
+  MlpSaved<Operand> saved;
+  for (int l = 0; l < pack.layer_count; ++l) {
+    saved.input[l] = l == 0 ? x : rows_from(all.saved.input[l], span.first);
+    saved.slope[l] = tile.slope[l];
+  }
+  const bool backward = call.grad_weights || call.grad_x;
+  mlp_forward_tile(pack, span.rows, saved, tile.q, backward);
+
+  write_rows(tile.q, span.rows, out, call.q + (n * call.batch + span.first) * out);
+  const float scale = static_cast<float>(2.0 / (static_cast<double>(call.batch) * out));
+  for (int i = 0; i < span.rows; ++i) {
+    const int64_t row = span.first + i;
+    double loss = 0.0;
+    for (int c = 0; c < out; ++c) {
+      float* q = tile.q.row(i) + c;
+      const float residual = *q - call.target[row * out + c];
+      loss += static_cast<double>(residual) * residual;
+      *q = scale * residual;  // the loss's slope at q takes its place
+    }
+    all.row_loss[row] = loss;
+  }
+  if (!backward) return;
+
+  mlp_backward_tile(pack, span.rows, saved, tile.q.data, tile.q.stride,
+                    all.deltas.from(span.first, pack.layer_count),
+                    call.grad_x ? tile.grad_x : Rows<float>{nullptr, 0});
+  if (call.grad_x) add_rows(tile.grad_x, span.rows, in, n > 0, call.grad_x + span.first * in);
+}
+
+template <class Operand>
+static void critic_loss(const CriticLossCall& call) {
+  using Gradient = WeightGradient<typename Operand::Input>;
+  const MlpPack& shape = *call.networks[0];
+  const int layers = shape.layer_count;
+  const int in = shape.forward[0].in, out = shape.forward[layers - 1].out;
+  CriticRows<Operand> rows[max_networks];
+  const auto take = [&](Carver* memory) {
+    for (int n = 0; n < call.network_count; ++n)
+      rows[n] = CriticRows<Operand>::take(shape, call.batch, memory);
+    return take_input<Operand>(memory, call.batch, in);
+  };
+  Carver sizes{nullptr};
+  take(&sizes);
+  Carver memory{thread_scratch(Scratch::call, sizes.used)};
+  const auto own_input = take(&memory);
+  const auto input = input_rows<Operand>(call.x, 0, in, own_input);  // filled tile by tile
+
+  Gradient list[max_networks * max_layers];
+  int gradients = 0;
+  for (int n = 0; n < call.network_count && call.grad_weights; ++n) {
+    rows[n].saved.input[0] = input;
+    gradients += list_gradients(shape, rows[n].saved, rows[n].deltas, call.grad_weights + gradients,
+                                call.grad_biases + gradients, list + gradients);
+  }
+
+  const int64_t tiles = tile_count(call.batch, call.threads);
+  const int threads = tiles < call.threads ? static_cast<int>(tiles) : call.threads;
+  const int most_rows = tile_span(call.batch, tiles, 0).rows;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Carver tile_sizes{nullptr};
+    CriticTile::take(shape, most_rows, &tile_sizes);
+    Carver tile_memory{thread_scratch(Scratch::tile, tile_sizes.used)};
+    const CriticTile buffers = CriticTile::take(shape, most_rows, &tile_memory);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const Span span = tile_span(call.batch, tiles, tile);
+      const auto x = input_rows<Operand>(call.x + span.first * in, span.rows, in,
+                                         rows_from(own_input, span.first));
+      for (int n = 0; n < call.network_count; ++n)
+        critic_loss_tile(call, n, span, x, rows[n], buffers);
+    }
+    weight_gradients(list, gradients, call.batch, threads);
+  }
+
+  float total = 0.0f;
+  for (int n = 0; n < call.network_count; ++n) {
+    double sum = 0.0;
+    for (int64_t row = 0; row < call.batch; ++row) sum += rows[n].row_loss[row];
+    total += static_cast<float>(sum / (static_cast<double>(call.batch) * out));
+  }
+  *call.loss = total;
+}
+
+static void critic_loss(const CriticLossCall& call) {
+  if (call.networks[0]->precision == Precision::bfloat16) {
+    critic_loss<Bfloat16Operand>(call);
+  } else {
+    critic_loss<Float32Operand>(call);
+  }
+}
+
+}  // namespace DIFFCORE_ISA
+}  // namespace diffcore

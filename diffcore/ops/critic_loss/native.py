@@ -1,0 +1,150 @@
+"""The critics' loss on the kernels, which computes the gradients together with the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffcore.ops import _fused_loss, _native
+from diffcore.ops.mlp import native as mlp
+
+
+@_native.op("critic_loss")
+def loss_and_gradients(
+    x: Tensor,
+    target: Tensor,
+    parameters: list[Tensor],
+    activations: str,
+    wanted: list[bool],
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(loss, q ``[N, B, out]``, the loss's gradients with respect to [x, *parameters]).
+
+    `parameters`, `activations`: see the op "mlp". `wanted`: whether to compute the gradients of x
+    and of the parameters; the others come back without rows.
+    """
+    x, target = x.contiguous(), target.contiguous()
+    parameters = [p.contiguous() for p in parameters]
+    batch = len(x)
+    if not batch or backend == "triton":
+        return _in_parts(x, target, parameters, activations, wanted, precision, backend)
+    core = _native._core
+    layers, functions = _native.addresses(parameters), mlp.kinds(activations)
+    loss = x.new_empty(())
+    q = x.new_empty(len(layers) // len(functions), batch, len(parameters[-1]))
+    grads = [
+        torch.empty_like(t) if want else _without_rows(t)
+        for t, want in zip([x, *parameters], _each(wanted, parameters), strict=True)
+    ]
+    core.critic_loss(
+        layers,
+        functions,
+        getattr(core.Precision, precision),
+        batch,
+        x.data_ptr(),
+        target.data_ptr(),
+        loss.data_ptr(),
+        q.data_ptr(),
+        grads[0].data_ptr() if wanted[0] else 0,
+        [g.data_ptr() for g in grads[1:]] if wanted[1] else [],
+        torch.get_num_threads(),
+    )
+    return loss, q, grads
+
+
+def _in_parts(
+    x: Tensor,
+    target: Tensor,
+    parameters: list[Tensor],
+    activations: str,
+    wanted: list[bool],
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The same by the kernels of the networks alone."""
+    wants_x, wants_parameters = wanted
+    settings = (precision, backend)
+    q, saved = mlp.run_forward(x, parameters, activations, any(wanted), *settings)
+    residual = q - target
+    loss = residual.square().mean(dim=(1, 2)).sum()
+    grads = [_without_rows(x)]
+    if any(wanted):
+        grad_q = residual * (2 / max(target.numel(), 1))
+        wants = (wants_x, wants_parameters)
+        grads = mlp.run_backward(grad_q, x, saved, parameters, activations, *wants, *settings)
+    return loss, q, grads if wants_parameters else [grads[0], *map(_without_rows, parameters)]
+
+
+def _each(wanted: list[bool], parameters: list[Tensor]) -> list[bool]:
+    """`wanted` for x and every parameter."""
+    return [wanted[0], *[wanted[1]] * len(parameters)]
+
+
+def _without_rows(tensor: Tensor) -> Tensor:
+    return tensor.new_empty(0, *tensor.shape[1:])
+
+
+@_native.fake("critic_loss")
+def _(
+    x: Tensor,
+    target: Tensor,
+    parameters: list[Tensor],
+    activations: str,
+    wanted: list[bool],
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    networks = len(parameters) // (2 * len(activations.split(",")))
+    grads = [
+        t.new_empty(t.shape) if want else _without_rows(t)
+        for t, want in zip([x, *parameters], _each(wanted, parameters), strict=True)
+    ]
+    return x.new_empty(()), x.new_empty(networks, len(x), len(parameters[-1])), grads
+
+
+@_native.vmap("critic_loss")
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    """One by one: every element has a loss of its own."""
+    results = _native.one_by_one(loss_and_gradients, info.batch_size, in_dims, args)
+    losses, values, grads = zip(*results, strict=True)
+    stacked = [torch.stack(column) for column in zip(*grads, strict=True)]
+    return (torch.stack(losses), torch.stack(values), stacked), (0, 0, [0] * len(stacked))
+
+
+class CriticLoss(torch.autograd.Function):
+    """The op with its gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        target: Tensor,
+        activations: str,
+        wanted: list[bool],
+        precision: str,
+        backend: str,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        settings = (activations, wanted, precision, backend)
+        loss, q, grads = loss_and_gradients(x, target, list(parameters), *settings)
+        return loss, q, *grads
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, target, _, wanted, _, _, *parameters = inputs
+        ctx.wanted = _each(wanted, parameters)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # no zeros as large as what is kept
+        ctx.save_for_backward(*output[2:], x, target, *parameters)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: None) -> Any:
+        count, saved = len(ctx.wanted), ctx.saved_tensors  # which are unpacked at every look
+        grads, inputs = saved[:count], saved[count:]
+        scaled = _fused_loss.scaled("critic_loss", grad_loss, grads, inputs)
+        grad_x, *rest = (g if want else None for g, want in zip(scaled, ctx.wanted, strict=True))
+        return grad_x, *[None] * 5, *rest

@@ -1,0 +1,17 @@
+"""The critics' loss in eager PyTorch: the specification, and the fallback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from diffcore.ops.mlp_ensemble import reference
+
+
+def critic_loss(
+    x: Tensor, networks: Sequence[Sequence[Tensor]], activations: Sequence[str], target: Tensor
+) -> tuple[Tensor, Tensor]:
+    q = reference.mlp_ensemble(x, networks, activations)
+    loss = (q - target).square().mean(dim=(1, 2)).sum()
+    return loss, q.detach()

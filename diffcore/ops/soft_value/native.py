@@ -1,0 +1,121 @@
+"""The soft value on the kernels of its parts, in one torch op; see representation_loss/native.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffcore.ops import _fused_loss, _native
+from diffcore.ops.mlp.native import kinds
+
+
+@_native.op("soft_value")
+def values_and_gradients(
+    state: Tensor,
+    noise: Tensor,
+    temperature: Tensor,
+    psi: list[Tensor],
+    critics: list[Tensor],
+    policy: list[Tensor],
+    wanted: bool,
+    policy_kinds: str,
+    psi_kinds: str,
+    critic_kinds: str,
+    low: float,
+    high: float,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """(loss, V ``[B, 1]``, log pi ``[B, 1]``, if `wanted` the loss's gradients in `policy`).
+
+    `psi`, `critics`, `policy`: parameters; of the critics one after the other.
+    """
+    state, noise = state.contiguous(), noise.contiguous()
+    psi, critics, policy = ([p.contiguous() for p in ps] for ps in (psi, critics, policy))
+    batch = len(state)
+    loss = state.new_full((), float("nan"))  # the mean of an empty batch
+    value, log_prob = state.new_empty(batch, 1), state.new_empty(batch, 1)
+    make = torch.empty_like if batch else torch.zeros_like
+    grads = [make(p) for p in policy] if wanted else []
+    if batch:
+        core = _native._core
+        networks = ((policy, policy_kinds), (psi, psi_kinds), (critics, critic_kinds))
+        core.soft_value(
+            *[x for ps, names in networks for x in (_native.addresses(ps), kinds(names))],
+            getattr(core.Precision, precision),
+            batch,
+            low,
+            high,
+            *[t.data_ptr() for t in (state, noise, temperature, loss, value, log_prob)],
+            [g.data_ptr() for g in grads],
+            torch.get_num_threads(),
+        )
+    return loss, value, log_prob, grads
+
+
+@_native.fake("soft_value")
+def _(
+    state: Tensor,
+    noise: Tensor,
+    temperature: Tensor,
+    psi: list[Tensor],
+    critics: list[Tensor],
+    policy: list[Tensor],
+    wanted: bool,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    rows = len(state)
+    grads = [p.new_empty(p.shape) for p in policy] if wanted else []
+    return state.new_empty(()), state.new_empty(rows, 1), state.new_empty(rows, 1), grads
+
+
+@_native.vmap("soft_value")
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    """One by one: every element has a loss of its own."""
+    results = _native.one_by_one(values_and_gradients, info.batch_size, in_dims, args)
+    *columns, grads = zip(*results, strict=True)
+    stacked = [torch.stack(column) for column in zip(*grads, strict=True)]
+    return (*map(torch.stack, columns), stacked), (0, 0, 0, [0] * len(stacked))
+
+
+class SoftValue(torch.autograd.Function):
+    """The op with its loss's gradient in the policy."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        state: Tensor,
+        noise: Tensor,
+        temperature: Tensor,
+        psi: list[Tensor],
+        critics: list[Tensor],
+        policy_kinds: str,
+        psi_kinds: str,
+        critic_kinds: str,
+        low: float,
+        high: float,
+        precision: str,
+        *policy: Tensor,
+    ) -> tuple[Tensor, ...]:
+        settings = (policy_kinds, psi_kinds, critic_kinds, low, high, precision)
+        loss, value, log_prob, grads = values_and_gradients(
+            state, noise, temperature, psi, critics, list(policy), True, *settings
+        )
+        return loss, value, log_prob, *grads
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        policy = inputs[11:]
+        ctx.count = len(policy)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # no zeros as large as what is kept
+        ctx.save_for_backward(*output[3:], *policy)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: None) -> Any:
+        saved = ctx.saved_tensors  # which are unpacked at every look
+        grads, policy = saved[: ctx.count], saved[ctx.count :]
+        scaled = _fused_loss.scaled("soft_value", grad_loss, grads, policy)
+        return *[None] * 11, *scaled
