@@ -163,6 +163,15 @@ struct Directions {
 std::vector<PackedMlp> packed_mlps(const std::vector<Layer>& layers,
                                    const std::vector<Activation>& activations, Precision precision,
                                    Directions directions, int threads) {
+  // Memory is sized by the first network. The callers check; this is what keeps a mistake there from
+  // writing beside it.
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const Layer &layer = layers[l], &alike = layers[l % activations.size()];
+    if (layers.size() % activations.size() != 0 || std::get<2>(layer) != std::get<2>(alike) ||
+        std::get<3>(layer) != std::get<3>(alike))
+      throw std::invalid_argument(
+          "networks of one shape, with an activation a layer, are expected");
+  }
   std::vector<PackedMlp> packed;
   for (size_t first = 0; first < layers.size(); first += activations.size()) {
     MlpParameters parameters = mlp_parameters(&layers[first], activations, precision, threads);

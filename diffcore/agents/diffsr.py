@@ -406,11 +406,13 @@ class DiffSR(BaseAgent):
         # Drawn and perturbed together: on small batches every call costs as much as what it does.
         drawn = replay.sample(steps * rows, self.generator)
         *others, batch = drawn.split(rows)
-        perturbed = self.representation.perturb(drawn.next_state, generator=self.generator)
-        *others_perturbed, batch_perturbed = perturbed.split(rows)
-        for other, other_perturbed in zip(others, others_perturbed, strict=True):
-            self.update_representation(other, other_perturbed, measure=False)
-        metrics = self.update_representation(batch, batch_perturbed)
+        metrics = {}
+        if not self.config.freeze_representation:
+            perturbed = self.representation.perturb(drawn.next_state, generator=self.generator)
+            *others_perturbed, batch_perturbed = perturbed.split(rows)
+            for other, other_perturbed in zip(others, others_perturbed, strict=True):
+                self.update_representation(other, other_perturbed, measure=False)
+            metrics = self.update_representation(batch, batch_perturbed)
         bonus = self.exploration_bonus(batch, replay)
         metrics |= self.update_critic(batch, bonus)
         metrics |= self.update_actor(batch)

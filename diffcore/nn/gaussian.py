@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffcore.nn.modules import MLP, altered
-from diffcore.ops._checks import check_features, check_number
+from diffcore.nn.modules import MLP, altered, forced
+from diffcore.ops._checks import as_rows, check_features, check_number
 from diffcore.ops.squashed_gaussian import squashed_gaussian
 from diffcore.ops.squashed_gaussian.reference import bounded, sample
 
@@ -60,7 +60,7 @@ class SquashedGaussian(nn.Module):
     def forward(self, state: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
         """state ``[B, S]`` -> mean and log standard deviation before the tanh, ``[B, A]`` each."""
         check_features("state", state, self.state_dim)
-        mean, raw = self.trunk(state, backend=backend).chunk(2, dim=-1)
+        mean, raw = self.trunk(state, **forced(backend)).chunk(2, dim=-1)
         return mean, bounded(raw, self.log_std_bounds)
 
     def mode(self, state: Tensor) -> Tensor:
@@ -70,27 +70,31 @@ class SquashedGaussian(nn.Module):
     def sample(
         self, state: Tensor, noise: Tensor, *, backend: str | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Actions ``[B, A]`` for z = ``noise`` (``[B, A]``), and their log densities ``[B, 1]``.
+        """Actions ``[..., A]`` for z = ``noise`` (``[..., A]``), and their log densities.
 
         Both are differentiable in the parameters and in ``state`` (the reparameterised sample), on a
         backend of :func:`diffcore.ops.squashed_gaussian`.
         """
         if self.altered() is not None:
-            forced = {} if backend is None else {"backend": backend}
-            mean, log_std = self(state, **forced)
+            mean, log_std = self(state, **forced(backend))
             return sample(mean, log_std, noise)
         check_features("state", state, self.state_dim)
-        parameters = self.weights_and_biases()
-        return squashed_gaussian(
-            state,
+        parameters, rows = self.weights_and_biases(), state.shape[:-1]
+        if state.ndim != 2 or noise.shape[:-1] != rows:
+            noise = noise.expand(*rows, self.action_dim)
+        action, log_prob = squashed_gaussian(
+            as_rows(state),
             parameters[::2],
             parameters[1::2],
             self.trunk.activations,
-            noise,
+            as_rows(noise),
             log_std_bounds=self.log_std_bounds,
             compute_dtype=self.trunk.compute_dtype,
             backend=backend,
         )
+        if state.ndim == 2:
+            return action, log_prob
+        return action.reshape(*rows, -1), log_prob.reshape(*rows, 1)
 
 
 class Temperature(nn.Module):

@@ -22,6 +22,7 @@ from diffcore.ops._checks import (
     check_compute_dtype,
     check_features,
     check_positive_int,
+    check_tensor,
 )
 from diffcore.ops.critic_loss import critic_loss
 from diffcore.ops.mlp import mlp
@@ -132,13 +133,25 @@ class MLP(nn.Module):
             if bias is None:
                 raise TypeError(f"MLP.layers[{i}]: expected a Linear with a bias, got one without")
             out, into = weight.shape
+            if bias.shape != (out,):
+                raise ValueError(
+                    f"MLP.layers[{i}].bias: expected shape {[out]}, got {list(bias.shape)}"
+                )
             if width is not None and into != width:
                 raise ValueError(
                     f"MLP.layers[{i}].weight: expected shape [out, {width}], got {[out, into]}"
                 )
             result += (weight, bias)
             width = out
+        if len(result) != 2 * len(self.activations):
+            expected = len(self.activations)
+            raise ValueError(f"MLP.layers: expected {expected} layers, got {len(result) // 2}")
         return result
+
+
+def forced(backend: str | None) -> dict[str, Any]:
+    """Arguments for calling a network, which may have a forward that doesn't know of backends."""
+    return {} if backend is None else {"backend": backend}
 
 
 def altered(module: nn.Module, kind: type[nn.Module]) -> str | None:
@@ -251,8 +264,10 @@ class Denoiser(nn.Module):
         check_features("x", x, self.action_dim)
         check_features("state", state, self.state_dim)
         embedding = time_embedding(t, self.time_dim).to(x.dtype)
-        time_features = self.time_mlp(embedding, backend=backend)
-        return self.trunk(torch.cat([x, time_features, state], dim=-1), backend=backend)
+        time_features = self.time_mlp(embedding, **forced(backend))
+        inputs = torch.cat([x, time_features, state], dim=-1)
+        eps: Tensor = self.trunk(inputs, **forced(backend))
+        return eps
 
 
 class TwinCritic(nn.Module):
@@ -298,8 +313,7 @@ class TwinCritic(nn.Module):
         """state ``[B, S]``, action ``[B, A]`` -> (q1, q2), each ``[B, 1]``."""
         x = self._inputs(state, action)
         if altered(self.q1, MLP) or altered(self.q2, MLP):
-            forced = {} if backend is None else {"backend": backend}
-            return self.q1(x, **forced), self.q2(x, **forced)
+            return self.q1(x, **forced(backend)), self.q2(x, **forced(backend))
         kinds, dtype = self.q1.activations, self.q1.compute_dtype
         q = mlp_ensemble(x, self.networks(), kinds, compute_dtype=dtype, backend=backend)
         q1, q2 = q.unbind(0)
@@ -320,8 +334,8 @@ class TwinCritic(nn.Module):
             A scalar, and ``[2, B, 1]``.
         """
         if self.altered() is not None:
-            forced = {} if backend is None else {"backend": backend}
-            q1, q2 = self(state, action, **forced)
+            q1, q2 = self(state, action, **forced(backend))
+            check_tensor("target", target, tuple(q1.shape))
             return mse_loss(q1, target) + mse_loss(q2, target), torch.stack([q1, q2]).detach()
         arguments = self._inputs(state, action), self.networks(), self.q1.activations, target
         return critic_loss(*arguments, compute_dtype=self.q1.compute_dtype, backend=backend)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from diffcore.nn.fourier import RandomFourierFeatures
-from diffcore.nn.modules import MLP, altered, time_embedding
-from diffcore.ops._checks import check_choice, check_features, check_positive_int
+from diffcore.nn.modules import MLP, altered, forced, time_embedding
+from diffcore.ops._checks import check_choice, check_features, check_positive_int, check_tensor
 from diffcore.ops.critic_loss import critic_loss
 from diffcore.ops.mlp_ensemble import mlp_ensemble
 from diffcore.ops.rff_features import KINDS
@@ -60,7 +60,8 @@ class Psi(nn.Module):
 
     def forward(self, state: Tensor, action: Tensor, *, backend: str | None = None) -> Tensor:
         """state ``[B, S]``, action ``[B, A]`` -> ``[B, d]``."""
-        return self.trunk(self.inputs(state, action), backend=backend)
+        psi: Tensor = self.trunk(self.inputs(state, action), **forced(backend))
+        return psi
 
     def inputs(self, state: Tensor, action: Tensor) -> Tensor:
         """What enters the trunk."""
@@ -148,7 +149,7 @@ class Zeta(nn.Module):
         condition = alpha_bar
         if self.time_mlp is not None:
             embedding = time_embedding(level, self.time_dim).to(perturbed.dtype)
-            condition = self.time_mlp(embedding, backend=backend)
+            condition = self.time_mlp(embedding, **forced(backend))
         return torch.cat([perturbed, condition], dim=-1)
 
     def forward(
@@ -213,7 +214,8 @@ class RFFCritic(nn.Module):
 
     def forward(self, psi: Tensor, *, backend: str | None = None) -> Tensor:
         """psi ``[B, feature_dim]`` -> Q ``[B, 1]``."""
-        return self.head(self._fourier(psi, backend), backend=backend)
+        q: Tensor = self.head(self._fourier(psi, backend), **forced(backend))
+        return q
 
     def phi(self, psi: Tensor, *, backend: str | None = None) -> Tensor:
         """psi ``[B, feature_dim]`` -> phi ``[B, hidden_dim]``, in which Q is linear."""
@@ -243,8 +245,8 @@ class TwinRFFCritic(nn.Module):
 
     def forward(self, psi: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
         """psi ``[B, feature_dim]`` -> (q1, q2), each ``[B, 1]``."""
-        if self.q1.fourier is not None:
-            return self.q1(psi, backend=backend), self.q2(psi, backend=backend)
+        if self._altered_parts() is not None:
+            return self.q1(psi, **forced(backend)), self.q2(psi, **forced(backend))
         check_features("psi", psi, self.q1.head.in_dim)
         q1, q2 = mlp_ensemble(psi, *self._heads(), **self._settings(backend)).unbind(0)
         return q1, q2
@@ -263,25 +265,38 @@ class TwinRFFCritic(nn.Module):
             A scalar, and ``[2, B, 1]``.
         """
         if self.altered() is not None:
-            forced = {} if backend is None else {"backend": backend}
-            q1, q2 = self(psi, **forced)
+            q1, q2 = self(psi, **forced(backend))
+            check_tensor("target", target, tuple(q1.shape))
             return mse_loss(q1, target) + mse_loss(q2, target), torch.stack([q1, q2]).detach()
         check_features("psi", psi, self.q1.head.in_dim)
         return critic_loss(psi, *self._heads(), target, **self._settings(backend))
 
     def altered(self) -> str | None:
         """Why a call isn't what the two heads' weights say, in words, or None."""
-        if self.q1.fourier is not None:
-            return "the critics' frequencies are an op of their own"
-        return altered(self, TwinRFFCritic) or next(
-            filter(None, (altered(q, RFFCritic) or altered(q.head, MLP) for q in (self.q1, self.q2))),
-            None,
-        )
+        return altered(self, TwinRFFCritic) or self._altered_parts()
+
+    def _altered_parts(self) -> str | None:
+        for q in (self.q1, self.q2):
+            why = altered(q, RFFCritic)
+            if why is None and q.fourier is not None:
+                why = "the critics' frequencies are an op of their own"
+            if why is None:
+                why = altered(q.head, MLP)
+            if why is not None:
+                return why
+        return None
 
     def networks(self) -> list[list[Tensor]]:
-        """The heads' parameters: see :meth:`MLP.weights_and_biases`."""
-        widths = self.q1.head.in_dim, 1
-        return [self.q1.head.weights_and_biases(*widths), self.q2.head.weights_and_biases(*widths)]
+        """The heads' parameters, alike in shape: see :meth:`MLP.weights_and_biases`."""
+        head, other = self.q1.head, self.q2.head
+        first, second = (h.weights_and_biases(self.feature_dim, 1) for h in (head, other))
+        if (
+            other.activations != head.activations
+            or other.compute_dtype != head.compute_dtype
+            or [p.shape for p in second] != [p.shape for p in first]
+        ):
+            raise ValueError("q2: expected layers, activations and compute_dtype like q1's")
+        return [first, second]
 
     def _heads(self) -> tuple[list[list[Tensor]], list[str]]:
         """Both critics' parameters and activations, where each is one MLP."""

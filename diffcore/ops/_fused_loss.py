@@ -15,16 +15,18 @@ from diffcore.ops import _native
 
 
 def scaled(
-    op: str, grad_loss: Tensor, grads: Sequence[Tensor], inputs: Sequence[Tensor]
-) -> Sequence[Tensor]:
+    op: str, grad_loss: Tensor | None, grads: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
     """``grad_loss * grad`` for every gradient, for the backward of the op's Function.
 
     Args:
         op: its name, for the message.
-        grad_loss: 0-d.
+        grad_loss: 0-d; None where the loss doesn't matter.
         grads: what the op computed.
         inputs: what the op's gradients depend on, so that differentiating them is noticed.
     """
+    if grad_loss is None:
+        return [None] * len(grads)
     if not torch.compiler.is_compiling() and _is_last_use(grad_loss):
         return grads
 

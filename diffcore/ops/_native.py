@@ -152,6 +152,18 @@ def _dispatching(args: tuple[Any, ...]) -> bool:
     )
 
 
+def differentiates(*tensors: Tensor | None) -> bool:
+    """Whether a gradient may be taken in any of these of what is computed now."""
+    return torch.is_grad_enabled() and any(map(requires_gradient, tensors))
+
+
+def requires_gradient(tensor: Tensor | None) -> bool:
+    """``tensor.requires_grad``, which torch.func.vmap hides from who looks at its slices."""
+    if tensor is None or tensor.requires_grad or torch.compiler.is_compiling():
+        return tensor is not None and tensor.requires_grad
+    return _is_wrapped(tensor) and requires_gradient(torch._C._functorch.get_unwrapped(tensor))
+
+
 def fake(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Registers what the op's results look like, for torch.compile."""
     return torch.library.register_fake(f"diffcore::{name}", lib=_LIBRARY)

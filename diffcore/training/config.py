@@ -55,9 +55,12 @@ class TrainConfig:
     """Write the run to this new directory instead."""
 
     def __post_init__(self) -> None:
-        for name in ("runs_dir", "run_dir"):  # given as text, maybe
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, Path(getattr(self, name)))
+        for name in ("runs_dir", "run_dir"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value:
+                object.__setattr__(self, name, Path(value))
+            elif value is not None and not isinstance(value, Path):
+                raise ConfigError(f"{name} must be a path, got {value!r}")
         if not self.env:
             raise ConfigError("env must be the id of an environment, got an empty string")
         _check_integer("seed", self.seed, at_least=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -362,6 +363,10 @@ def widened(network: nn.MLP) -> None:
     network.layers[1].weight.data = torch.randn(64, 8)
 
 
+def short_bias(network: nn.MLP) -> None:
+    network.layers[1].bias.data = torch.zeros(3)
+
+
 class Silent(torch.nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 0
@@ -372,10 +377,16 @@ class Silent(torch.nn.Linear):
     [
         (replaced(1, torch.nn.Linear(4096, 8)), ValueError, r"layers\[1\].weight: .*\[out, 8\]"),
         (replaced(1, torch.nn.Linear(8, 64)), ValueError, r"layers\[2\].weight: .*\[out, 64\]"),
-        (widened, ValueError, r"layers\[2\].weight: expected shape \[out, 64\], got \[8, 8\]"),
+        (widened, ValueError, r"layers\[1\].bias: expected shape \[64\], got \[8\]"),
         (replaced(0, torch.nn.Linear(30, 8)), ValueError, "expected .* inputs, got layers with 30"),
         (replaced(3, torch.nn.Linear(8, 5)), ValueError, "expected .* outputs, got layers with 5"),
         (replaced(1, torch.nn.Linear(8, 8, bias=False)), TypeError, "a bias, got one without"),
+        (short_bias, ValueError, r"layers\[1\].bias: expected shape \[8\], got \[3\]"),
+        (
+            lambda network: network.layers.append(torch.nn.Linear(network.out_dim, network.out_dim)),
+            ValueError,
+            "^MLP.layers: expected 4 layers, got 5",
+        ),
         (replaced(1, Silent(8, 8)), TypeError, r"layers\[1\]: Silent has a forward that isn't"),
         (replaced(1, torch.nn.Dropout()), TypeError, r"layers\[1\]: Dropout has a forward that"),
         (
@@ -401,6 +412,49 @@ def test_altered_layers_are_refused(
         climb(critic)
     with pytest.raises(error, match=message):
         critic(torch.ones(3, 5), torch.zeros(3, 2))
+    with pytest.raises(error, match=message):
+        critic.loss(torch.ones(3, 5), torch.zeros(3, 2), torch.zeros(3, 1))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_layer_more_or_less_is_refused(layers: int) -> None:
+    """By what takes several networks at once, too: it would read beside their parameters."""
+    psi, zeta = nn.Psi(4, 2, 6, 8), nn.Zeta(4, 6, 8)
+    policy, critics = nn.SquashedGaussian(4, 2, 8), nn.TwinRFFCritic(6, 8)
+    state, noise = torch.ones(3, 4), torch.ones(3, 2)
+    for network, expected in ((policy.trunk, 3), (psi.trunk, 2), (critics.q2.head, 3)):
+        before = network.layers
+        widths = [network.in_dim, *[8] * (layers + expected - 3), network.out_dim]
+        network.layers = torch.nn.ModuleList(
+            torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths)
+        )
+        if len(network.layers) != expected:
+            with pytest.raises(ValueError, match=f"^MLP.layers: expected {expected} layers, got"):
+                ops.soft_value(policy, psi, critics, state, noise, torch.tensor(0.1))
+        network.layers = before
+    zeta.trunk.layers.append(torch.nn.Linear(24, 24))
+    inputs = torch.ones(3, 6), torch.ones(3, 5), torch.ones(3, 4), torch.ones(3)
+    with pytest.raises(ValueError, match="^MLP.layers: expected 2 layers, got 3"):
+        ops.representation_loss(psi.trunk, zeta.trunk, *inputs)
+
+
+def test_a_network_that_knows_of_no_backends_is_called() -> None:
+    class Own(nn.MLP):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x) + 1.0
+
+    denoiser, policy, psi = nn.Denoiser(5, 2, 8), nn.SquashedGaussian(5, 2, 8), nn.Psi(5, 2, 6, 8)
+    before = chain(denoiser)
+    denoiser.trunk = Own(5 + 32 + 2, 8, 2)
+    policy.trunk, psi.trunk = Own(5, 8, 4, 2), Own(7, 8, 6, 1)
+    assert not torch.allclose(chain(denoiser), before)
+    state, noise = torch.ones(3, 5), torch.ones(3, 2)
+    action, _ = policy.sample(state, noise)
+    loss, _, _ = ops.soft_value(
+        policy, psi, nn.TwinRFFCritic(6, 8), state, noise, torch.tensor(0.1)
+    )
+    assert action.isfinite().all()
+    assert loss.isfinite()
 
 
 def test_a_wrong_width_is_refused() -> None:

@@ -11,7 +11,7 @@ import torch
 from helpers import load_golden
 from torch import Tensor
 
-from diffcore import nn
+from diffcore import nn, ops
 
 # -- the policy ------------------------------------------------------------------------------------
 
@@ -227,3 +227,47 @@ def test_hidden_is_what_enters_the_last_layer() -> None:
     expected = torch.nn.functional.elu(second(first(x).sin()))
     torch.testing.assert_close(hidden, expected)
     torch.testing.assert_close(mlp(x), last(expected))
+
+
+@pytest.mark.parametrize("place", ["q1", "head"])
+def test_hooks_on_a_critics_parts_run(place: str) -> None:
+    critics, psi = nn.TwinRFFCritic(6, 8), torch.randn(3, 6)
+    before = critics(psi)
+    calls: list[str] = []
+    module = critics.q1 if place == "q1" else critics.q1.head
+    with module.register_forward_pre_hook(lambda module, inputs: calls.append(place)):
+        again = critics(psi)
+        critics.loss(psi, torch.zeros(3, 1))
+        assert len(calls) == 2
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(before, again, strict=True))
+
+
+def test_unequal_critics_are_refused() -> None:
+    """They are run together, as one's widths say."""
+    policy, psi, critics = nn.SquashedGaussian(4, 2, 8), nn.Psi(4, 2, 6, 8), nn.TwinRFFCritic(6, 8)
+    critics.q2 = nn.RFFCritic(6, 64)
+    for call in (
+        lambda: critics(torch.ones(3, 6)),
+        lambda: critics.loss(torch.ones(3, 6), torch.ones(3, 1)),
+        lambda: ops.soft_value(
+            policy, psi, critics, torch.ones(3, 4), torch.ones(3, 2), torch.tensor(0.1)
+        ),
+    ):
+        with pytest.raises(ValueError, match="^q2: expected layers, activations"):
+            call()
+
+
+@pytest.mark.parametrize("frequencies", ["learned", "gaussian"])
+def test_a_target_of_another_shape_is_refused(frequencies: str) -> None:
+    critics = nn.TwinRFFCritic(6, 8, frequencies)
+    with pytest.raises(ValueError, match=r"^target: expected shape \[3, 1\], got \[3\]"):
+        critics.loss(torch.ones(3, 6), torch.ones(3))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 4), (4,)])
+def test_samples_of_any_leading_shape(shape: tuple[int, ...]) -> None:
+    policy, state, noise = nn.SquashedGaussian(4, 2, 16), torch.randn(shape), torch.randn(2)
+    action, log_prob = policy.sample(state, noise)
+    rows, rows_log_prob = policy.sample(state.reshape(-1, 4), noise.expand(state.numel() // 4, 2))
+    assert torch.equal(action, rows.reshape(*shape[:-1], 2))
+    assert torch.equal(log_prob, rows_log_prob.reshape(*shape[:-1], 1))

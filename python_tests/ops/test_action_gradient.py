@@ -669,3 +669,12 @@ def test_any_number_of_values(count: int) -> None:
     improved = ops.action_gradient(critic, torch.ones(2, 1), action, steps=5, optimizer="ascent")
     towards = [[0.5], [-0.5]] if count == 3 else [[0.5], [0.5]]
     assert torch.equal((improved - action).sign(), (torch.tensor(towards) - action).sign())
+
+
+def test_a_value_may_be_a_cap() -> None:
+    state, action = torch.ones(3, 1), torch.zeros(3, 2)
+
+    def capped(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        return action.sum(1, keepdim=True), torch.full((3, 1), 10.0)
+
+    assert (ops.action_gradient(capped, state, action, steps=2) > 0).all()

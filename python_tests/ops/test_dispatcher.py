@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffcore import ops
+from diffcore import DiffusionSchedule, ops
 from diffcore.ops import _native
 from diffcore.ops.rff_features import native
 
@@ -159,3 +159,58 @@ with Recorder() as mode:
 print("diffcore::rff_features" in mode.seen, _native._dispatching((torch.ones(1),)))
 """
     assert run_script(script).stdout == "True False\n"
+
+
+Call = Callable[[Tensor, Tensor], Tensor]
+
+
+def _vmapped_calls() -> dict[str, Call]:
+    """Every differentiable op of an input ``[B, 4]`` and a weight ``[4, 4]``, as a scalar."""
+    torch.manual_seed(0)
+    bias, target, last = torch.randn(4), torch.randn(3, 4), torch.randn(8, 4)
+    noise = torch.randn(3, 2)
+    schedule, kinds = DiffusionSchedule.linear(4), ["tanh", "identity"]
+    levels = torch.tensor([0, 1, 3])
+    table = schedule.solver().coefficients[1]
+    return {
+        "mlp": lambda x, w: ops.mlp(x, [w, w], [bias, bias], kinds).sum(),
+        "mlp_ensemble": lambda x, w: ops.mlp_ensemble(x, [[w, bias, w, bias]] * 2, kinds).sum(),
+        "critic_loss": lambda x, w: ops.critic_loss(x, [[w, bias, w, bias]], kinds, target)[0],
+        "critic_loss, target": lambda x, w: ops.critic_loss(x, [[w, bias, w, bias]], kinds, x)[0],
+        "squashed_gaussian": lambda x, w: (
+            ops.squashed_gaussian(x, [w, w], [bias, bias], kinds, noise)[0].sum()
+        ),
+        "rff_features": lambda x, w: ops.rff_features(x, w, bias).sum(),
+        "score_matching_loss": lambda x, w: ops.score_matching_loss(
+            x[:, :2], x, last @ w, torch.ones(8), target, torch.ones(3)
+        ),
+        "q_sample": lambda x, w: ops.q_sample(x @ w, levels, target, schedule).square().sum(),
+        "reverse_step": lambda x, w: ops.reverse_step(x, x @ w, table, clip=9.0)[0].sum(),
+    }
+
+
+@pytest.mark.parametrize("name", list(_vmapped_calls()))
+@pytest.mark.parametrize("order", ["grad(vmap)", "leaf outside"])
+def test_gradients_through_a_vmap_inside(name: str, order: str) -> None:
+    """vmap hides from its inside that what it slices requires a gradient."""
+    call = _vmapped_calls()[name]
+    x, w = torch.randn(2, 3, 4), torch.randn(4, 4)
+
+    def total(x: Tensor, w: Tensor) -> Tensor:
+        return torch.func.vmap(call, in_dims=(0, None))(x, w).sum()
+
+    def plain(x: Tensor, w: Tensor) -> Tensor:
+        return sum((call(row, w) for row in x), torch.zeros(()))
+
+    def leaves() -> list[Tensor]:
+        return [x.clone().requires_grad_(), w.clone().requires_grad_()]
+
+    inputs = leaves()
+    expected = torch.autograd.grad(plain(*inputs), inputs)
+    if order == "grad(vmap)":
+        grads = torch.func.grad(total, argnums=(0, 1))(x, w)
+    else:
+        inputs = leaves()
+        grads = torch.autograd.grad(total(*inputs), inputs)
+    for a, b in zip(grads, expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)

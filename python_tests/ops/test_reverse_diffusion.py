@@ -745,3 +745,15 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
 def test_a_callable_needs_a_start() -> None:
     with pytest.raises(ValueError, match=r"^x_init: a denoiser that isn't a diffcore.nn.Denoiser"):
         ops.reverse_diffusion(lambda x, s, t: x, DiffusionSchedule.linear(4), torch.ones(2, 5))
+
+
+def test_compiles_with_a_table_on_the_reference() -> None:
+    schedule, x = DiffusionSchedule.linear(4), torch.randn(2, 3)
+    table = schedule.solver("ddim", steps=2)
+
+    def act(state: Tensor) -> Tensor:
+        return ops.reverse_diffusion(lambda x, s, t: x, schedule, state, x_init=x, solver=table)
+
+    state = torch.ones(2, 5)
+    compiled = torch.compile(act, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(state), act(state), atol=1e-6)

@@ -60,9 +60,10 @@ def _least(values: Any, batch: int) -> Tensor:
             raise TypeError(f"critic: {expected}, got {type(q).__name__}")
         if q.shape != (batch, 1):
             raise ValueError(f"critic: {expected}, got shape {list(q.shape)}")
-        if not q.requires_grad:
-            raise ValueError(
-                "critic: expected values that can be differentiated in the action, got none "
-                "(from under torch.no_grad(), for instance)"
-            )
-    return functools.reduce(torch.minimum, values)
+    least = functools.reduce(torch.minimum, values)
+    if not least.requires_grad:
+        raise ValueError(
+            "critic: expected values that can be differentiated in the action, got none "
+            "(from under torch.no_grad(), for instance)"
+        )
+    return least

@@ -53,7 +53,7 @@ def critic_loss(
         return reference.critic_loss(x, networks, activations, target)
     parameters = [p for network in networks for p in network]
     wanted = [
-        torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        _native.differentiates(*tensors)
         for tensors in ((x,), parameters)
     ]
     settings = (",".join(activations), wanted, _backends.precision(compute_dtype, x), chosen)
@@ -84,6 +84,6 @@ def support(
 
 
 def _refused(target: Tensor) -> str | None:
-    if torch.is_grad_enabled() and target.requires_grad:
+    if _native.differentiates(target):
         return "target requires a gradient, which the kernels don't compute"
     return None

@@ -135,11 +135,11 @@ class CriticLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, target, _, wanted, _, _, *parameters = inputs
+        x, _target, _, wanted, _, _, *parameters = inputs
         ctx.wanted = _each(wanted, parameters)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # no zeros as large as what is kept
-        ctx.save_for_backward(*output[2:], x, target, *parameters)
+        ctx.save_for_backward(*output[2:], x, *parameters)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: None) -> Any:

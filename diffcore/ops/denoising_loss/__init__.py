@@ -101,7 +101,7 @@ def denoising_loss(
     levels, embedding = _tables(schedule, denoiser.time_dim, action.device)
     inputs = (state, action, noise, t, levels, embedding, denoiser.activation)
     differentiable = (state, action, *parameters)
-    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in differentiable]
+    wanted = [_native.differentiates(tensor) for tensor in differentiable]
     settings = (_backends.precision(compute_dtype, action), chosen)
     if any(wanted):
         arguments = (*inputs, wanted, *settings, *parameters)
@@ -171,13 +171,13 @@ def support(
     parameters = ours.weights_and_biases()
     check_like("state", state, "the denoiser", parameters[0])
     refused = None
-    if noise is not None and noise.requires_grad:
+    if noise is not None and _native.requires_gradient(noise):
         refused = "noise requires a gradient, which the kernels don't compute"
     return _backends.support(
         KERNELS,
         [state, *parameters],
         [ours.activation],
-        ours.trunk.hidden_layers + 1,
+        len(parameters) // 2 - 2,  # without the time MLP's
         compute_dtype=compute_dtype,
         refused=refused,
     )

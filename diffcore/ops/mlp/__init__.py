@@ -79,7 +79,7 @@ def run_native(
     """``[N, rows of x, out]``: N networks, whose parameters come one network after the other."""
     names, settings = ",".join(activations), (_backends.precision(compute_dtype, x), backend)
     rows = as_rows(x)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
+    if _native.differentiates(x, *parameters):
         return _native.apply(native.MLP, rows, names, *settings, *parameters)[0]
     return native.forward(rows, parameters, names, False, *settings)[0]
 

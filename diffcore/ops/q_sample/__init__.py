@@ -46,7 +46,7 @@ def q_sample(
     chosen = _dispatch.choose("q_sample", support(x0, t, noise, schedule), backend)
     if chosen != "reference":
         arguments = (x0, t, noise, _levels(schedule, x0.device), chosen)
-        if torch.is_grad_enabled() and (x0.requires_grad or noise.requires_grad):
+        if _native.differentiates(x0, noise):
             sample: Tensor = _native.apply(native.QSample, *arguments)
             return sample
         return native.corrupt(*arguments)

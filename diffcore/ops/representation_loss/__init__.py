@@ -64,7 +64,7 @@ def representation_loss(
     x, perturbed, offset, score_weight = inputs
     networks = psi.weights_and_biases(), zeta.weights_and_biases()
     wanted = [
-        torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        _native.differentiates(*tensors)
         for tensors in ((x,), (perturbed,), *networks)
     ]
     settings = (
@@ -133,6 +133,6 @@ def support(
 def _refused(offset: Tensor, score_weight: Tensor) -> str | None:
     """Why no kernel can take these, or None."""
     for name, value in (("offset", offset), ("score_weight", score_weight)):
-        if torch.is_grad_enabled() and value.requires_grad:
+        if _native.differentiates(value):
             return f"{name} requires a gradient, which the kernels don't compute"
     return None

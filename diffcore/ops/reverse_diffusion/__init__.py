@@ -122,10 +122,7 @@ def _run_native(
         denoiser.activation,
         precision,
     )
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad
-        for tensor in (state, x_init, noise, *parameters)
-    ):
+    if _native.differentiates(state, x_init, noise, *parameters):
         arguments = (state, x_init, noise, seed, *settings, backend, *parameters)
         return _native.apply(native.Chain, *arguments)[0]
     return native.chain(state, x_init, noise, seed, parameters, *settings, False, backend)[0]
@@ -154,13 +151,23 @@ def _embedding(
 def _table(schedule: DiffusionSchedule, solver: str | SolverTable) -> SolverTable:
     if isinstance(solver, str):
         return schedule.solver(solver)
-    highest = int(solver.timesteps.max())
+    highest = _highest_level(solver)
     if highest >= schedule.K:
         raise ValueError(
             f"solver: expected levels of the schedule, 0 to {schedule.K - 1}, got a table of another "
             f"that goes up to {highest}"
         )
     return solver
+
+
+@constant_under_compile
+def _highest_level(solver: SolverTable) -> int:
+    return _cached_highest_level(solver)
+
+
+@lru_cache(maxsize=256)
+def _cached_highest_level(solver: SolverTable) -> int:
+    return int(solver.timesteps.max())
 
 
 @lru_cache(maxsize=256)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from diffcore.ops import _backends, _dispatch, _native
@@ -56,7 +55,7 @@ def reverse_step(
     if chosen != "reference":
         settings = (coefficients, noise, x0_previous, float(noise_scale), float(clip), chosen)
         differentiable = [t for t in (x, eps, noise, x0_previous) if t is not None]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
+        if _native.differentiates(*differentiable):
             return _native.apply(native.ReverseStep, x, eps, *settings)
         return native.step(x, eps, *settings)
     return reference.reverse_step(x, eps, coefficients, noise, x0_previous, noise_scale, clip)

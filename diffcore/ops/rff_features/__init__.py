@@ -60,7 +60,7 @@ def rff_features(
     if chosen == "reference":
         return reference.rff_features(x, omega, bias, kind=kind, scale=scale)
     rows, precision = as_rows(x), _backends.precision(None, x)
-    differentiable = any(t is not None and t.requires_grad for t in (x, omega, bias))
+    differentiable = any(map(_native.requires_gradient, (x, omega, bias)))
     if torch.is_grad_enabled() and differentiable:
         arguments = (rows, omega, bias, kind, float(scale), precision, chosen)
         y = _native.apply(native.RffFeatures, *arguments)[0]

@@ -69,7 +69,7 @@ def score_matching_loss(
     if chosen == "reference":
         return reference.score_matching_loss(*tensors)
     precision = _backends.precision(compute_dtype, psi)
-    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (psi, hidden, weight, bias)]
+    wanted = [_native.differentiates(tensor) for tensor in (psi, hidden, weight, bias)]
     if any(wanted):
         return _native.apply(native.ScoreMatchingLoss, *tensors, precision, wanted, chosen)[0]
     return native.loss_and_gradients(*tensors, precision, wanted, chosen)[0]
@@ -117,7 +117,7 @@ def support(
 def _refused(psi: Tensor, hidden: Tensor, offset: Tensor, score_weight: Tensor) -> str | None:
     """Why no kernel can take these, or None."""
     for name, value in (("offset", offset), ("score_weight", score_weight)):
-        if torch.is_grad_enabled() and value.requires_grad:
+        if _native.differentiates(value):
             return f"{name} requires a gradient, which the kernels don't compute"
     if 0 in (psi.shape[1], hidden.shape[1], offset.shape[1]):
         return "features, hidden activations or state have no columns"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from diffcore.ops import _backends, _dispatch, _native
-from diffcore.ops._checks import check_like, check_tensor, out_of_autocast
+from diffcore.ops._checks import check_like, check_number, check_tensor, out_of_autocast
 from diffcore.ops.soft_value import native, reference
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def soft_value(
     kinds = [",".join(n.activations) for n in (policy.trunk, psi.trunk, critics.q1.head)]
     precision = _backends.precision(policy.trunk.compute_dtype, state)
     settings = (*kinds, *policy.log_std_bounds, precision)
-    if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+    if _native.differentiates(*parameters):
         arguments = (*inputs, *judges, *settings, *parameters)
         results = _native.apply(native.SoftValue, *arguments)
     else:
@@ -106,6 +105,9 @@ def support(
         )
     check_like("noise", noise, "state", state)
     check_like("temperature", temperature, "state", state)
+    low, high = policy.log_std_bounds
+    check_number("policy.log_std_bounds[0]", low)
+    check_number("policy.log_std_bounds[1]", high, above=low)
     if (why := _altered(policy, psi, critics)) is not None:
         return _backends.support(KERNELS, [state], refused=f"the parts are called, since {why}")
     parameters, psi_parameters, heads = _parameters(policy, psi, critics)
@@ -138,7 +140,7 @@ def _parameters(
 
 def _refused(networks: list[MLP], constants: list[Tensor]) -> str | None:
     """Why the kernel can't take these, or None."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in constants):
+    if _native.differentiates(*constants):
         return "something beside the policy requires a gradient, which the kernel doesn't compute"
     if len({network.compute_dtype for network in networks}) > 1:
         return "the networks multiply in different compute_dtypes"

@@ -60,7 +60,7 @@ def squashed_gaussian(
         outputs = run_native(x, parameters, activations, compute_dtype, chosen)[0]
         return reference.sample_outputs(outputs, noise, log_std_bounds)
     settings = (",".join(activations), *log_std_bounds, _backends.precision(compute_dtype, x))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
+    if _native.differentiates(x, *parameters):
         results = _native.apply(native.SquashedGaussian, x, noise, *settings, *parameters)
     else:
         results = native.forward(x, noise, parameters, False, *settings)
@@ -94,6 +94,6 @@ def support(
 
 
 def _refused(noise: Tensor) -> str | None:
-    if torch.is_grad_enabled() and noise.requires_grad:
+    if _native.differentiates(noise):
         return "noise requires a gradient, which the kernel doesn't compute"
     return None
