@@ -177,7 +177,7 @@ void team_ended(Clock::time_point start, TeamWork work) {
   } else if (work == TeamWork::in_time) {
     credit += took / 4;  // it would have taken a quarter more, at least
   } else if (without_teams) {
-    credit += took / 30;
+    credit += took / 10;
   }
   credit = std::min(credit, full_credit);
   if (credit <= Clock::duration::zero()) without_teams = true;

@@ -31,7 +31,7 @@ int threads_for(int64_t rows, int wanted);
 // A team that meets many times in a call is fast if all its threads run at once. But one that is
 // asleep, or whose CPU another process has, keeps the rest waiting, for milliseconds. So teams keep an
 // account for the thread that calls: calls in time earn a part of what they took, late ones cost it,
-// and without credit tiles are run alone until a thirtieth of the time would pay for one more late one.
+// and without credit tiles are run alone until a tenth of the time would pay for one more late one.
 TeamOptions team_options(int threads, TeamWork* work);
 // Ends the call that began at `start`.
 void team_ended(std::chrono::steady_clock::time_point start, TeamWork work);
