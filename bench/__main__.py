@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -17,6 +18,9 @@ from typing import Any
 import torch
 
 from diffcore.ops import _native
+
+# torch.compile otherwise keeps processes of its own beside the one that is timed.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = (
