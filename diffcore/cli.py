@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from diffcore._config import __version__
 from diffcore.training import (
     AGENTS,
     ConfigError,
@@ -42,6 +43,7 @@ usage: diffcore COMMAND ...
   diffcore plot RUN... [options]            learning curves
   diffcore compare --agents AGENT... --env ID [options]
                                             train several agents on several seeds; curves, table
+  diffcore --version                        the version of diffcore
 
 AGENT is one of: {", ".join(sorted(AGENTS))};
 sb3-... are those of stable-baselines3, to compare with. ID is a Gymnasium environment such as
@@ -178,6 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
+    if arguments == ["--version"]:
+        print(f"diffcore {__version__}")
+        return 0
     command, rest = arguments[0], arguments[1:]
     if command not in commands:
         return _usage_error(f"unknown command {command!r}")
@@ -357,7 +362,3 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
 def _usage_error(message: str) -> int:
     print(f"error: {message}\n\n{USAGE}", end="", file=sys.stderr)
     return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

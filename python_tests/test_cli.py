@@ -61,6 +61,11 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown agent 'nobody'; there are: diffsr, dipo" in capsys.readouterr().err
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"diffcore {diffcore.__version__}\n"
+
+
 @pytest.mark.parametrize(("agent", "config_type"), [("dipo", DIPOConfig), ("diffsr", DiffSRConfig)])
 def test_every_setting_is_in_the_help(
     agent: str, config_type: Any, capsys: pytest.CaptureFixture[str]
@@ -194,7 +199,7 @@ def test_ctrl_c_saves_and_the_message_says_how_to_go_on(tmp_path: Path) -> None:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(diffcore.__file__).parents[1]),
     }
-    command = [sys.executable, "-m", "diffcore.cli", "train"]
+    command = [sys.executable, "-m", "diffcore", "train"]
     endless = ["dipo", *TINY, "--total-steps", "1000000", "--run-dir", str(path)]
     process = subprocess.Popen(
         [*command, *endless], stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
