@@ -6,6 +6,7 @@ Everything here is computed in float64, whatever the precision of the networks.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -61,11 +62,14 @@ class SolverTable:
         return len(self.timesteps)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False)
 class DiffusionSchedule:
     """The noise levels of a diffusion of K steps.
 
     ``q(x_t | x_0) = N(sqrt(alphas_cumprod[t]) x_0, (1 - alphas_cumprod[t]) I)``, t = 0 .. K-1.
+
+    Schedules with the same betas are equal, have the same hash, and share what the ops derive from
+    them: make a new one instead of changing its tensors in place.
 
     Args:
         betas: ``[K]``, each in (0, 1).
@@ -81,10 +85,11 @@ class DiffusionSchedule:
         ValueError: ``betas`` is empty, not a vector, or has a value outside (0, 1) or a NaN.
     """
 
-    betas: Tensor
-    alphas: Tensor = field(init=False)
-    alphas_cumprod: Tensor = field(init=False)
-    alphas_cumprod_prev: Tensor = field(init=False)
+    betas: Tensor = field(compare=False)
+    alphas: Tensor = field(init=False, compare=False)
+    alphas_cumprod: Tensor = field(init=False, compare=False)
+    alphas_cumprod_prev: Tensor = field(init=False, compare=False)
+    _content: bytes = field(init=False)  # the betas, to compare by: bytes keep their hash
 
     def __post_init__(self) -> None:
         _check_vector("betas", self.betas)
@@ -94,13 +99,26 @@ class DiffusionSchedule:
         alphas = 1 - betas
         alphas_cumprod = torch.cumprod(alphas, 0)
         before = torch.cat([betas.new_ones(1), alphas_cumprod[:-1]])
+        # Not from NumPy: within torch.func's transforms a tensor may have no memory to look at.
+        content = array("d", betas.tolist()).tobytes()
         for name, value in (
             ("betas", betas),
             ("alphas", alphas),
             ("alphas_cumprod", alphas_cumprod),
             ("alphas_cumprod_prev", before),
+            ("_content", content),
         ):
             object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        ends = [
+            f"{name} {float(values[0]):.4g} to {float(values[-1]):.4g}"
+            for name, values in (("betas", self.betas), ("alphas_cumprod", self.alphas_cumprod))
+        ]
+        return f"<DiffusionSchedule K={self.K}, {', '.join(ends)}>"
+
+    def __reduce__(self) -> tuple[type[DiffusionSchedule], tuple[Tensor]]:
+        return type(self), (self.betas,)  # all else follows from them
 
     # -- the usual schedules ------------------------------------------------------------------
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,8 @@ import torch
 from helpers import GOLDEN, load_golden
 from torch import Tensor
 
-from diffcore import DiffusionSchedule, ops
+from diffcore import DiffusionSchedule, nn, ops
+from diffcore.ops.q_sample import cached_levels
 from diffcore.schedule import SOLVERS, SolverTable
 
 SCHEDULES: dict[str, Callable[[int], DiffusionSchedule]] = {
@@ -111,6 +114,64 @@ def test_schedule_keeps_its_own_copy() -> None:
     schedule = DiffusionSchedule(betas)
     betas.fill_(0.9)
     assert schedule.betas.tolist() == [0.1, 0.2]
+
+
+def test_repr_is_one_short_line() -> None:
+    assert repr(DiffusionSchedule.linear(4, 0.1, 0.4)) == (
+        "<DiffusionSchedule K=4, betas 0.1 to 0.4, alphas_cumprod 0.9 to 0.3024>"
+    )
+
+
+def test_schedules_are_equal_by_value() -> None:
+    schedule, same = DiffusionSchedule.vp(9), DiffusionSchedule.vp(9)
+    assert schedule == same
+    assert hash(schedule) == hash(same)
+    nearly = schedule.betas.clone()
+    nearly[4] = nearly[4].nextafter(nearly[5])
+    for other in (DiffusionSchedule(nearly), DiffusionSchedule.vp(10), schedule.betas, None):
+        assert (schedule == other) is False
+    assert len({schedule, same, DiffusionSchedule(nearly)}) == 2
+
+
+def test_equal_schedules_share_what_follows_from_them() -> None:
+    schedule, same = DiffusionSchedule.vp(9), DiffusionSchedule.vp(9)
+    assert schedule.solver("ddim", steps=3) is same.solver("ddim", steps=3)
+    assert schedule.solver("ddim", steps=3) is not DiffusionSchedule.vp(10).solver("ddim", steps=3)
+    cpu = torch.device("cpu")
+    assert cached_levels(schedule, cpu) is cached_levels(same, cpu)
+
+
+def pickled(schedule: DiffusionSchedule) -> Any:
+    return pickle.loads(pickle.dumps(schedule))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
+def test_copies_and_pickles(copied: Callable[[DiffusionSchedule], DiffusionSchedule]) -> None:
+    schedule = DiffusionSchedule.cosine(9)
+    other = copied(schedule)
+    assert other == schedule
+    assert hash(other) == hash(schedule)
+    for name in ("betas", "alphas", "alphas_cumprod", "alphas_cumprod_prev"):
+        assert torch.equal(getattr(other, name), getattr(schedule, name))
+
+
+def test_a_schedule_made_within_a_transform_serves_outside_of_it() -> None:
+    denoiser, state, action = nn.Denoiser(2, 2, 4), torch.randn(3, 2), torch.rand(3, 2)
+    given = {"t": torch.tensor([0, 3, 6]), "noise": torch.randn(3, 2)}
+
+    def loss(action: Tensor) -> Tensor:
+        schedule = DiffusionSchedule.vp(7, b_min=0.3)  # whose tables no other test has asked for
+        return ops.denoising_loss(denoiser, schedule, state, action, **given)
+
+    within = torch.func.grad(loss)(action)
+    action.requires_grad_()
+    (outside,) = torch.autograd.grad(loss(action), action)
+    exact = ops.denoising_loss(
+        denoiser, DiffusionSchedule.vp(7, 0.3), state, action, **given, backend="reference"
+    )
+    (expected,) = torch.autograd.grad(exact, action)
+    torch.testing.assert_close(within, expected)
+    torch.testing.assert_close(outside, expected)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
