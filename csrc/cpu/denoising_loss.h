@@ -1,5 +1,5 @@
 // The loss that trains a denoiser, mean over all entries of (z - eps(x_t, state, t))^2 with
-// x_t = sqrt(abar_t) a + sqrt(1 - abar_t) z, together with its gradients.
+// x_t = sqrt(abar_t) a + sqrt(1 - abar_t) z, each times its row's weight, together with its gradients.
 //
 // The loss is a scalar, so its gradients are known up to a factor as soon as it is: a tile of rows
 // goes forward and straight back again, while its activations are in cache.
@@ -86,14 +86,16 @@ static void denoising_loss_tile(const DenoisingLossCall& call, Span span,
   const float scale = static_cast<float>(2.0 / (static_cast<double>(call.batch) * A));
   for (int i = 0; i < span.rows; ++i) {
     const int64_t row = span.first + i;
+    const float weight = call.weight ? call.weight[row] : 1.0f;
+    const float slope = scale * weight;
     double loss = 0.0;
     for (int n = 0; n < A; ++n) {
       float* eps = tile.eps.row(i) + n;
       const float residual = *eps - call.noise[row * A + n];
       loss += static_cast<double>(residual) * residual;
-      *eps = scale * residual;  // the loss's slope at eps takes its place
+      *eps = slope * residual;  // the loss's slope at eps takes its place
     }
-    all.row_loss[row] = loss;
+    all.row_loss[row] = weight * loss;
   }
   if (!backward) return;
 

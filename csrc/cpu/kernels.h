@@ -230,6 +230,7 @@ struct DenoisingLossCall {
   const float* state;      // [batch, state_dim]
   const float* action;     // [batch, action_dim]
   const float* noise;      // [batch, action_dim]
+  const float* weight;     // [batch] or null: rows that all weigh 1
   const int64_t* t;        // [batch]
   const float* levels;     // by t: sqrt(abar), sqrt(1 - abar)
   const float* embedding;  // by t: [time_dim]

@@ -275,9 +275,9 @@ void critic_loss(const std::vector<Layer>& layers, const std::vector<Activation>
 }
 
 void denoising_loss(const std::vector<Layer>& layers, Activation activation, Precision precision,
-                    int64_t batch, int state_dim, int action_dim, Address state, Address action,
-                    Address noise, Address t, Address levels, Address embedding, Address loss,
-                    Address grad_state, Address grad_action,
+                    int64_t batch, int state_dim, int action_dim, Address weight, Address state,
+                    Address action, Address noise, Address t, Address levels, Address embedding,
+                    Address loss, Address grad_state, Address grad_action,
                     const std::vector<Address>& grad_parameters, int threads) {
   const py::gil_scoped_release unlocked;
   threads = threads_for(batch, threads);
@@ -306,6 +306,7 @@ void denoising_loss(const std::vector<Layer>& layers, Activation activation, Pre
   call.state = pointer<const float>(state);
   call.action = pointer<const float>(action);
   call.noise = pointer<const float>(noise);
+  call.weight = pointer<const float>(weight);
   call.t = pointer<const int64_t>(t);
   call.levels = pointer<const float>(levels);
   call.embedding = pointer<const float>(embedding);

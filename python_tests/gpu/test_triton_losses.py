@@ -23,7 +23,14 @@ SCHEDULE = DiffusionSchedule.cosine(20)
 class Data:
     """A denoiser and one batch for it."""
 
-    def __init__(self, batch: int, state_dim: int = 7, action_dim: int = 3, **options: Any) -> None:
+    def __init__(
+        self,
+        batch: int,
+        state_dim: int = 7,
+        action_dim: int = 3,
+        weighted: bool = False,
+        **options: Any,
+    ) -> None:
         self.options = {
             "state_dim": state_dim,
             "action_dim": action_dim,
@@ -34,6 +41,7 @@ class Data:
             torch.nn.init.normal_(parameter, std=0.2)
         self.state, self.action = torch.randn(batch, state_dim), torch.rand(batch, action_dim)
         self.t, self.noise = torch.randint(20, (batch,)), torch.randn(batch, action_dim)
+        self.weight = torch.randn(batch) if weighted else None
 
     def run(
         self, backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32
@@ -49,6 +57,7 @@ class Data:
             action,
             t=self.t.to(device),
             noise=self.noise.to(device, dtype),
+            weight=None if self.weight is None else self.weight.to(device, dtype),
             backend=backend,
         )
         grads = torch.autograd.grad(loss, [state, action, *denoiser.parameters()])
@@ -64,8 +73,9 @@ class Data:
         {"state_dim": 3, "action_dim": 17, "hidden_dim": 64, "hidden_layers": 1},
     ],
 )
-def test_denoising_loss(device: str, batch: int, sizes: dict[str, int]) -> None:
-    data = Data(batch, **sizes)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_denoising_loss(device: str, batch: int, sizes: dict[str, int], weighted: bool) -> None:
+    data = Data(batch, weighted=weighted, **sizes)
     exact = data.run("reference", dtype=torch.float64)
     for a, b in zip(data.run("triton", device), exact, strict=True):
         assert a.shape == b.shape
@@ -96,9 +106,10 @@ def test_a_level_that_does_not_exist_gives_nan(device: str, level: int) -> None:
     assert torch.isnan(grad_state).any(1).tolist() == [i == 3 for i in range(5)]
 
 
-def test_nan_stays_in_its_row_of_denoising(device: str) -> None:
-    data = Data(9)
-    data.state[5, 2] = float("nan")
+@pytest.mark.parametrize("weighted", [False, True])
+def test_nan_stays_in_its_row_of_denoising(device: str, weighted: bool) -> None:
+    data = Data(9, weighted=weighted)
+    (data.state[5, 2:3] if data.weight is None else data.weight[5:6]).fill_(float("nan"))
     loss, grad_state, grad_action, *_ = data.run("triton", device)
     assert torch.isnan(loss)
     for grad in (grad_state, grad_action):
@@ -128,13 +139,15 @@ def test_only_wanted_gradients_of_denoising(device: str) -> None:
 
 def denoising_arguments(data: Data, device: str) -> tuple[tuple[Any, ...], list[Tensor]]:
     tables = _tables(SCHEDULE, data.denoiser.time_dim, torch.device(device))
-    inputs = [t.to(device) for t in (data.state, data.action, data.noise, data.t)]
+    rows = (data.state, data.action, data.noise, data.weight, data.t)
+    inputs = [t if t is None else t.to(device) for t in rows]
     parameters = [p.detach().to(device) for p in data.denoiser.parameters()]
     return (*inputs, *tables, "mish"), parameters
 
 
-def test_float16_denoising_is_within_a_percent(device: str) -> None:
-    data = Data(40, hidden_dim=40)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_float16_denoising_is_within_a_percent(device: str, weighted: bool) -> None:
+    data = Data(40, weighted=weighted, hidden_dim=40)
     inputs, parameters = denoising_arguments(data, device)
     wanted = [True] * (2 + len(parameters))
     loss, grads = denoising.loss_and_gradients(*inputs, wanted, parameters, "float16", "triton")
@@ -142,8 +155,10 @@ def test_float16_denoising_is_within_a_percent(device: str) -> None:
         assert root_mean_square(a.cpu() - b) <= 0.01 * root_mean_square(b)
 
 
-def test_opcheck_of_denoising(device: str) -> None:
-    inputs, parameters = denoising_arguments(Data(5, hidden_layers=1), device)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_opcheck_of_denoising(device: str, weighted: bool) -> None:
+    data = Data(5, weighted=weighted, hidden_layers=1)
+    inputs, parameters = denoising_arguments(data, device)
     wanted = [True] * (2 + len(parameters))
     arguments = (*inputs, wanted, parameters, "float32", "triton")
     torch.library.opcheck(denoising.loss_and_gradients.overload, arguments)
@@ -157,6 +172,14 @@ def test_normals_are_those_of_every_backend(device: str, seed: int) -> None:
         z = denoising.normals(seed_tensor.to(where), like.to(device), "triton")
         assert (z.cpu() - expected).abs().max() <= 1e-6
     torch.library.opcheck(denoising.normals.overload, (seed_tensor, like.to(device), "triton"))
+
+
+def test_a_weight_of_one_changes_no_bit_of_denoising(device: str) -> None:
+    data = Data(9)
+    plain = data.run("triton", device)
+    data.weight = torch.ones(9)
+    for a, b in zip(data.run("triton", device), plain, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_draws_as_on_the_reference(device: str) -> None:

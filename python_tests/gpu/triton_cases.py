@@ -98,7 +98,7 @@ def denoising_cases() -> list[Case]:
 
     batch, state, action = 256, 17, 6
 
-    def launch() -> None:
+    def launch(weight: torch.Tensor | None = None) -> None:
         denoiser = nn.Denoiser(state, action, hidden_layers=2)
         inputs = [torch.empty(batch, state), *(torch.empty(batch, action) for _ in range(2))]
         levels = torch.empty(batch, dtype=torch.int64), torch.empty(100, 2), torch.empty(100, 32)
@@ -106,10 +106,16 @@ def denoising_cases() -> list[Case]:
         grads = [torch.empty_like(t) for t in (*inputs[:2], *parameters)]
         wanted = [True] * len(grads)
         settings = (grads, wanted, parameters, "float32")
-        triton.loss_and_gradients(*inputs, *levels, "mish", *settings)
+        triton.loss_and_gradients(*inputs, weight, *levels, "mish", *settings)
         triton.normals(torch.tensor(1), inputs[1])
 
-    return [Case("update", "float32", launch)]
+    def launch_weighted() -> None:
+        launch(torch.empty(batch))
+
+    return [
+        Case("update", "float32", launch),
+        Case("update, weighted", "float32", launch_weighted),
+    ]
 
 
 def on_132_processors(launch: Callable[[], object]) -> Callable[[], object]:

@@ -23,13 +23,19 @@ class Data:
     """A denoiser and one batch for it."""
 
     def __init__(
-        self, batch: int, state_dim: int = 7, action_dim: int = 3, **options: Any
+        self,
+        batch: int,
+        state_dim: int = 7,
+        action_dim: int = 3,
+        weighted: bool = False,
+        **options: Any,
     ) -> None:
         self.denoiser = nn.Denoiser(state_dim, action_dim, **{"hidden_dim": 65, **options})
         for parameter in self.denoiser.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         self.state, self.action = torch.randn(batch, state_dim), torch.rand(batch, action_dim)
         self.t, self.noise = torch.randint(20, (batch,)), torch.randn(batch, action_dim)
+        self.weight = torch.randn(batch) if weighted else None
 
     def run(
         self,
@@ -41,15 +47,18 @@ class Data:
         denoiser = self.denoiser.to(dtype)
         state, action = (x.to(dtype).requires_grad_() for x in (self.state, self.action))
         given = {"t": self.t, "noise": self.noise.to(dtype), "compute_dtype": compute_dtype}
+        if self.weight is not None:
+            given["weight"] = self.weight.to(dtype)
         loss = ops.denoising_loss(denoiser, SCHEDULE, state, action, **given, backend=backend)
         grads = torch.autograd.grad(loss, [state, action, *denoiser.parameters()])
         self.denoiser.to(torch.float32)
         return [loss.detach(), *grads]
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_error_at_most_twice_eager(isa: str, activation: str) -> None:
-    data = Data(300, activation=activation, hidden_dim=100)
+def test_error_at_most_twice_eager(isa: str, activation: str, weighted: bool) -> None:
+    data = Data(300, weighted=weighted, activation=activation, hidden_dim=100)
     ours, eager = data.run("cpu"), data.run("reference")
     exact = data.run("reference", torch.float64)
     for a, b, c in zip(ours, eager, exact, strict=True):
@@ -68,8 +77,9 @@ def test_error_at_most_twice_eager(isa: str, activation: str) -> None:
         {"state_dim": 40, "action_dim": 17, "hidden_dim": 64, "hidden_layers": 2},
     ],
 )
-def test_awkward_sizes(isa: str, batch: int, sizes: dict[str, int]) -> None:
-    data = Data(batch, **sizes)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_awkward_sizes(isa: str, batch: int, sizes: dict[str, int], weighted: bool) -> None:
+    data = Data(batch, weighted=weighted, **sizes)
     for a, b in zip(data.run("cpu"), data.run("reference", torch.float64), strict=True):
         assert a.shape == b.shape
         assert (a - b).abs().max() <= 2e-6 * max(1.0, b.abs().max().item())
@@ -97,26 +107,51 @@ def test_gradients_of_the_reference() -> None:
     action = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
     state = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     noise, t = torch.randn(3, 2, dtype=torch.float64), torch.tensor([0, 7, 19])
+    weight = torch.randn(3, dtype=torch.float64, requires_grad=True)
 
-    def loss(state: Tensor, action: Tensor, *_: Tensor) -> Tensor:
-        return ops.denoising_loss(denoiser, SCHEDULE, state, action, t=t, noise=noise)
+    def loss(state: Tensor, action: Tensor, weight: Tensor | None, *_: Tensor) -> Tensor:
+        given = {"t": t, "noise": noise, "weight": weight}
+        return ops.denoising_loss(denoiser, SCHEDULE, state, action, **given)
 
-    assert torch.autograd.gradcheck(loss, (state, action, *denoiser.parameters()))
-    assert torch.autograd.gradgradcheck(loss, (state, action))
+    for w in (None, weight):
+        assert torch.autograd.gradcheck(loss, (state, action, w, *denoiser.parameters()))
+        assert torch.autograd.gradgradcheck(loss, (state, action, w))
 
 
 def test_is_the_loss_written_out() -> None:
     data = Data(50)
     noisy = ops.q_sample(data.action, data.t, data.noise, SCHEDULE)
-    expected = (data.denoiser(noisy, data.state, data.t) - data.noise).square().mean()
+    squares = (data.denoiser(noisy, data.state, data.t) - data.noise).square()
+    torch.testing.assert_close(data.run("cpu")[0], squares.mean(), rtol=1e-6, atol=0)
+    data.weight = torch.rand(50)
+    expected = sum(w * row.mean() for w, row in zip(data.weight, squares, strict=True)) / 50
     torch.testing.assert_close(data.run("cpu")[0], expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("compute_dtype", PRECISIONS)
-def test_same_bits_for_any_number_of_threads_and_on_repeat(
-    isa: str, set_threads: Callable[[int], None], compute_dtype: torch.dtype
+def test_a_weight_of_one_changes_no_bit_and_of_zero_leaves_a_row_out(
+    isa: str, compute_dtype: torch.dtype
 ) -> None:
-    data = Data(301)
+    data = Data(65)
+    plain = data.run("cpu", compute_dtype=compute_dtype)
+    data.weight = torch.ones(65)
+    ones = data.run("cpu", compute_dtype=compute_dtype)
+    assert all(torch.equal(a, b) for a, b in zip(ones, plain, strict=True))
+    data.weight[5] = 0.0
+    loss, grad_state, grad_action, *_ = data.run("cpu", compute_dtype=compute_dtype)
+    assert loss < plain[0]
+    for grad, before in ((grad_state, plain[1]), (grad_action, plain[2])):
+        assert not grad[5].any()
+        others = torch.arange(65) != 5
+        assert torch.equal(grad[others], before[others])
+
+
+@pytest.mark.parametrize("compute_dtype", PRECISIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_same_bits_for_any_number_of_threads_and_on_repeat(
+    isa: str, set_threads: Callable[[int], None], compute_dtype: torch.dtype, weighted: bool
+) -> None:
+    data = Data(301, weighted=weighted)
     results = []
     for threads in (1, 2, 2):
         set_threads(threads)
@@ -126,14 +161,18 @@ def test_same_bits_for_any_number_of_threads_and_on_repeat(
 
 
 @pytest.mark.parametrize("compute_dtype", PRECISIONS)
-def test_a_row_does_not_depend_on_its_batch(isa: str, compute_dtype: torch.dtype) -> None:
-    data = Data(256)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_row_does_not_depend_on_its_batch(
+    isa: str, compute_dtype: torch.dtype, weighted: bool
+) -> None:
+    data = Data(256, weighted=weighted)
     whole = data.run("cpu", compute_dtype=compute_dtype)
     for rows in (slice(0, 1), slice(100, 164)):
         part = Data(1)
         part.denoiser = data.denoiser
         part.state, part.action = data.state[rows], data.action[rows]
         part.t, part.noise = data.t[rows], data.noise[rows]
+        part.weight = None if data.weight is None else data.weight[rows]
         share = 256 / len(part.t)  # a power of two: exact
         alone = part.run("cpu", compute_dtype=compute_dtype)
         for whole_grad, grad in zip(whole[1:3], alone[1:3], strict=True):
@@ -141,9 +180,10 @@ def test_a_row_does_not_depend_on_its_batch(isa: str, compute_dtype: torch.dtype
 
 
 @pytest.mark.parametrize("compute_dtype", PRECISIONS)
-def test_nan_stays_in_its_row(isa: str, compute_dtype: torch.dtype) -> None:
-    data = Data(9)
-    data.state[5, 2] = float("nan")
+@pytest.mark.parametrize("weighted", [False, True])
+def test_nan_stays_in_its_row(isa: str, compute_dtype: torch.dtype, weighted: bool) -> None:
+    data = Data(9, weighted=weighted)
+    (data.state[5, 2:3] if data.weight is None else data.weight[5:6]).fill_(float("nan"))
     loss, grad_state, grad_action, *_ = data.run("cpu", compute_dtype=compute_dtype)
     assert torch.isnan(loss)
     for grad in (grad_state, grad_action):
@@ -163,12 +203,15 @@ def test_nan_stays_in_its_row(isa: str, compute_dtype: torch.dtype) -> None:
     ),
     activation=st.sampled_from(list(ACTIVATIONS)),
     transposed=st.booleans(),
+    weighted=st.booleans(),
 )
 def test_any_shape_and_stride(
-    batch: int, sizes: dict[str, int], activation: str, transposed: bool
+    batch: int, sizes: dict[str, int], activation: str, transposed: bool, weighted: bool
 ) -> None:
-    data = Data(batch, activation=activation, **sizes)
+    data = Data(batch, activation=activation, weighted=weighted, **sizes)
     if transposed:
+        if data.weight is not None:
+            data.weight = torch.stack([data.weight, torch.zeros(batch)], dim=1)[:, 0]
         data.state, data.action, data.noise = (
             x.T.contiguous().T for x in (data.state, data.action, data.noise)
         )
@@ -262,23 +305,40 @@ def test_any_callable_and_float64_run_on_the_reference() -> None:
     assert noise.grad is not None
 
 
+def test_a_weight_that_requires_a_gradient_runs_on_the_reference() -> None:
+    data = Data(5)
+    arguments = (data.denoiser, SCHEDULE, data.state, data.action)
+    given = {"t": data.t, "noise": data.noise}
+    weight = torch.rand(5)
+    assert explain("denoising_loss", *arguments, **given, weight=weight).backend == "cpu"
+    weight.requires_grad_()
+    answer = explain("denoising_loss", *arguments, **given, weight=weight)
+    assert answer.backend == "reference"
+    assert answer.passed_over["cpu"].startswith("weight requires a gradient")
+    ops.denoising_loss(*arguments, **given, weight=weight).backward()
+    noisy = ops.q_sample(data.action, data.t, data.noise, SCHEDULE)
+    squares = (data.denoiser(noisy, data.state, data.t) - data.noise).square()
+    torch.testing.assert_close(weight.grad, squares.mean(1).detach() / 5)
+
+
 def test_opcheck() -> None:
     data = Data(5)
     levels, embedding = _tables(SCHEDULE, 32, torch.device("cpu"))
     parameters = [p.detach() for p in data.denoiser.parameters()]
-    inputs = (data.state, data.action, data.noise, data.t, levels, embedding, "mish")
-    for wanted in (True, False):
+    rows, tables = (data.state, data.action, data.noise), (data.t, levels, embedding, "mish")
+    for wanted, weight in ((True, None), (False, None), (True, torch.rand(5))):
         flags = [wanted] * (2 + len(parameters))
         for precision in ("float32", "bfloat16"):
-            arguments = (*inputs, flags, parameters, precision, "cpu")
+            arguments = (*rows, weight, *tables, flags, parameters, precision, "cpu")
             torch.library.opcheck(native.loss_and_gradients.overload, arguments)
     torch.library.opcheck(native.normals.overload, (torch.tensor(3), data.action, "cpu"))
 
 
 @pytest.mark.parametrize("compute_dtype", PRECISIONS)
-def test_compiles_whole(compute_dtype: torch.dtype) -> None:
-    data = Data(16)
-    given = {"t": data.t, "noise": data.noise, "compute_dtype": compute_dtype}
+@pytest.mark.parametrize("weighted", [False, True])
+def test_compiles_whole(compute_dtype: torch.dtype, weighted: bool) -> None:
+    data = Data(16, weighted=weighted)
+    given = {"t": data.t, "noise": data.noise, "weight": data.weight, "compute_dtype": compute_dtype}
     expected_gradients = data.run("cpu", compute_dtype=compute_dtype)[3:]
 
     def loss(state: Tensor, action: Tensor) -> Tensor:
@@ -291,19 +351,45 @@ def test_compiles_whole(compute_dtype: torch.dtype) -> None:
 
 
 def test_func_grad_and_vmap() -> None:
-    data = Data(12)
+    data = Data(12, weighted=True)
 
-    def loss(action: Tensor, noise: Tensor) -> Tensor:
-        return ops.denoising_loss(
-            data.denoiser, SCHEDULE, data.state[:4], action, t=data.t[:4], noise=noise
-        )
+    def loss(action: Tensor, noise: Tensor, weight: Tensor | None) -> Tensor:
+        given = {"t": data.t[:4], "noise": noise, "weight": weight}
+        return ops.denoising_loss(data.denoiser, SCHEDULE, data.state[:4], action, **given)
 
-    actions, noises = data.action.unflatten(0, (3, 4)), data.noise.unflatten(0, (3, 4))
-    grads = torch.func.vmap(torch.func.grad(loss))(actions, noises)
-    for grad, action, noise in zip(grads, actions, noises, strict=True):
-        expected = action.clone().requires_grad_()
-        loss(expected, noise).backward()
-        torch.testing.assert_close(grad, expected.grad)
+    rows = [x.unflatten(0, (3, 4)) for x in (data.action, data.noise, data.weight)]
+    for weights, dim in ((rows[2], 0), ([None] * 3, None)):
+        in_dims = (0, 0, dim)
+        mapped = torch.func.vmap(torch.func.grad(loss), in_dims)
+        grads = mapped(*rows[:2], None if dim is None else weights)
+        for grad, action, noise, weight in zip(grads, *rows[:2], weights, strict=True):
+            expected = action.clone().requires_grad_()
+            loss(expected, noise, weight).backward()
+            torch.testing.assert_close(grad, expected.grad)
+
+
+def test_autocast_hands_over_in_float32() -> None:
+    """What layers before it computed in bfloat16 is widened; the loss itself isn't touched."""
+    data = Data(5, weighted=True)
+    rows = [x.bfloat16() for x in (data.state, data.action, data.noise, data.weight)]
+    state, action, noise, weight = rows
+    with torch.autocast("cpu", torch.bfloat16):
+        given = {"t": data.t, "noise": noise, "weight": weight, "backend": "cpu"}
+        loss = ops.denoising_loss(data.denoiser, SCHEDULE, state, action, **given)
+    data.state, data.action, data.noise, data.weight = (x.float() for x in rows)
+    assert torch.equal(loss.detach(), data.run("cpu")[0])
+
+
+def test_func_grad_of_the_weight() -> None:
+    data = Data(5, weighted=True)
+
+    def loss(weight: Tensor) -> Tensor:
+        given = {"t": data.t, "noise": data.noise, "weight": weight}
+        return ops.denoising_loss(data.denoiser, SCHEDULE, data.state, data.action, **given)
+
+    expected = torch.autograd.functional.jacobian(loss, data.weight)
+    torch.testing.assert_close(torch.func.grad(loss)(data.weight), expected)
+    assert expected.abs().min() > 0
 
 
 @pytest.mark.parametrize(
@@ -319,6 +405,9 @@ def test_func_grad_and_vmap() -> None:
         ({"t": torch.full((5,), 20)}, "t: expected levels in 0..19"),
         ({"t": torch.full((5,), -1)}, "t: expected levels in 0..19"),
         ({"noise": torch.randn(5, 2)}, r"noise: expected shape \[5, 3\], got \[5, 2\]"),
+        ({"weight": 0.5}, "weight: expected a tensor, got float"),
+        ({"weight": torch.ones(5, 1)}, r"weight: expected shape \[5\], got \[5, 1\]"),
+        ({"weight": torch.ones(5).double()}, "weight: expected torch.float32 like action"),
         ({"generator": 3}, "generator: expected a torch.Generator, got int"),
         ({"compute_dtype": torch.float64}, "compute_dtype: expected None"),
         ({"backend": "gpu"}, "backend: expected one of cpu, reference"),

@@ -36,16 +36,19 @@ def denoising_loss(
     *,
     t: Tensor | None = None,
     noise: Tensor | None = None,
+    weight: Tensor | None = None,
     generator: torch.Generator | None = None,
     compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Mean of ``(z - eps(sqrt(abar_t) a + sqrt(1 - abar_t) z, s, t))^2`` over all entries.
+    """Mean of ``w (z - eps(sqrt(abar_t) a + sqrt(1 - abar_t) z, s, t))^2`` over all entries.
 
-    DDPM's loss (Ho et al. 2020, Eq. 14), conditioned on a state. Differentiable in the denoiser's
-    parameters, ``state`` and ``action``; in ``noise`` too on the reference. The kernels compute
-    the gradients in the forward pass. They can't be differentiated twice and say so; the reference
-    can. As a mean over nothing, the loss of an empty batch is NaN.
+    DDPM's loss (Ho et al. 2020, Eq. 14), conditioned on a state; with a weight ``w`` for every row it
+    is that of policies weighted by Q or advantage, such as EDP's (Kang et al. 2023) and QVPO's (Ding
+    et al. 2024). Differentiable in the denoiser's parameters, ``state`` and ``action``; in ``noise``
+    and ``weight`` too on the reference. The kernels compute the gradients in the forward pass. They
+    can't be differentiated twice and say so; the reference can. As a mean over nothing, the loss of
+    an empty batch is NaN.
 
     Args:
         denoiser: a :class:`diffcore.nn.Denoiser`, or any callable ``(x, state, t) -> eps`` (that one
@@ -57,6 +60,8 @@ def denoising_loss(
             looked for, which would wait for the device: they make the loss and its gradients NaN.
         noise: ``z``, ``[B, A]``; drawn from N(0, I) if None, the same for the same generator on any
             backend.
+        weight: ``w``, ``[B]``, of any sign; 1 if None. The mean is over the number of rows, whatever
+            their weights add up to. One that requires a gradient takes the call to the reference.
         generator: source of ``t`` and ``noise``. The default generator if None.
         compute_dtype: of the denoiser's products, as in :func:`diffcore.ops.mlp`: with
             ``torch.bfloat16`` the loss is within 1%, the root mean square of a gradient's error
@@ -70,17 +75,9 @@ def denoising_loss(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or a forced
             backend that can't run this call.
     """
-    state, action, noise = out_of_autocast(denoiser, state, action, noise)
-    available = support(
-        denoiser,
-        schedule,
-        state,
-        action,
-        t=t,
-        noise=noise,
-        generator=generator,
-        compute_dtype=compute_dtype,
-    )
+    state, action, noise, weight = out_of_autocast(denoiser, state, action, noise, weight)
+    arguments = (denoiser, schedule, state, action, t, noise, weight, generator)
+    available, parameters = _support(*arguments, compute_dtype)
     chosen = _dispatch.choose("denoising_loss", available, backend)
     if t is None:
         t = torch.randint(schedule.K, (len(action),), generator=generator, device=action.device)
@@ -94,18 +91,16 @@ def denoising_loss(
         eps: Callable[[Tensor, Tensor, Tensor], Tensor] = denoiser
         if isinstance(denoiser, nn.Denoiser) and denoiser.altered() is None:
             eps = partial(denoiser, backend="reference")
-        return reference.denoising_loss(eps, schedule, state, action, t, noise)
+        return reference.denoising_loss(eps, schedule, state, action, t, noise, weight)
 
     assert isinstance(denoiser, nn.Denoiser)
-    parameters = denoiser.weights_and_biases()
     levels, embedding = _tables(schedule, denoiser.time_dim, action.device)
-    inputs = (state, action, noise, t, levels, embedding, denoiser.activation)
+    inputs = (state, action, noise, weight, t, levels, embedding, denoiser.activation)
     differentiable = (state, action, *parameters)
     wanted = [_native.differentiates(tensor) for tensor in differentiable]
     settings = (_backends.precision(compute_dtype, action), chosen)
     if any(wanted):
-        arguments = (*inputs, wanted, *settings, *parameters)
-        return _native.apply(native.DenoisingLoss, *arguments)[0]
+        return _native.apply(native.DenoisingLoss, *inputs, wanted, *settings, *parameters)[0]
     return native.loss_and_gradients(*inputs, wanted, parameters, *settings)[0]
 
 
@@ -138,11 +133,29 @@ def support(
     *,
     t: Tensor | None = None,
     noise: Tensor | None = None,
+    weight: Tensor | None = None,
     generator: torch.Generator | None = None,
     compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
+    state, action, noise, weight = out_of_autocast(denoiser, state, action, noise, weight)
+    arguments = (denoiser, schedule, state, action, t, noise, weight, generator)
+    return _support(*arguments, compute_dtype)[0]
+
+
+def _support(
+    denoiser: AnyDenoiser,
+    schedule: DiffusionSchedule,
+    state: Tensor,
+    action: Tensor,
+    t: Tensor | None,
+    noise: Tensor | None,
+    weight: Tensor | None,
+    generator: torch.Generator | None,
+    compute_dtype: torch.dtype | None,
+) -> tuple[_dispatch.Support, list[Tensor]]:
+    """The same, out of autocast; and the parameters, where the denoiser is one of ours."""
     if not isinstance(schedule, DiffusionSchedule):
         raise TypeError(f"schedule: expected a DiffusionSchedule, got {type(schedule).__name__}")
     if not callable(denoiser):
@@ -150,13 +163,15 @@ def support(
             f"denoiser: expected a Denoiser or a callable, got {type(denoiser).__name__}"
         )
     ours = denoiser if isinstance(denoiser, nn.Denoiser) else None
-    state, action, noise = out_of_autocast(denoiser, state, action, noise)
     check_tensor("state", state, ("B", ours.state_dim if ours else "S"))
     check_tensor("action", action, (len(state), ours.action_dim if ours else "A"))
     check_like("action", action, "state", state)
     if noise is not None:
         check_tensor("noise", noise, tuple(action.shape))
         check_like("noise", noise, "action", action)
+    if weight is not None:
+        check_tensor("weight", weight, (len(action),))
+        check_like("weight", weight, "action", action)
     if t is not None:
         check_levels(t, "action", action)
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -165,15 +180,16 @@ def support(
 
     if ours is None:
         not_ours = "the denoiser isn't a diffcore.nn.Denoiser"
-        return _backends.support(KERNELS, [state], refused=not_ours)
+        return _backends.support(KERNELS, [state], refused=not_ours), []
     if (why := ours.altered()) is not None:
-        return _backends.support(KERNELS, [state], refused=f"the denoiser is called, since {why}")
+        return _backends.support(KERNELS, [state], refused=f"the denoiser is called, since {why}"), []
     parameters = ours.weights_and_biases()
     check_like("state", state, "the denoiser", parameters[0])
     refused = None
-    if noise is not None and _native.requires_gradient(noise):
-        refused = "noise requires a gradient, which the kernels don't compute"
-    return _backends.support(
+    for name, value in (("noise", noise), ("weight", weight)):
+        if value is not None and _native.requires_gradient(value):
+            refused = f"{name} requires a gradient, which the kernels don't compute"
+    reasons = _backends.support(
         KERNELS,
         [state, *parameters],
         [ours.activation],
@@ -181,3 +197,4 @@ def support(
         compute_dtype=compute_dtype,
         refused=refused,
     )
+    return reasons, parameters

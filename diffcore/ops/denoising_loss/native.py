@@ -15,6 +15,7 @@ def loss_and_gradients(
     state: Tensor,
     action: Tensor,
     noise: Tensor,
+    weight: Tensor | None,
     t: Tensor,
     levels: Tensor,
     embedding: Tensor,
@@ -30,6 +31,7 @@ def loss_and_gradients(
     computed all or none.
     """
     state, action, noise = state.contiguous(), action.contiguous(), noise.contiguous()
+    weight = None if weight is None else weight.contiguous()
     t = t.to(torch.int64).contiguous()
     parameters = [p.contiguous() for p in parameters]
     batch = len(action)
@@ -44,7 +46,7 @@ def loss_and_gradients(
     if batch and backend == "triton":
         from diffcore.ops.denoising_loss import triton
 
-        arguments = (state, action, noise, t, levels, embedding, activation)
+        arguments = (state, action, noise, weight, t, levels, embedding, activation)
         loss = triton.loss_and_gradients(*arguments, grads, wanted, parameters, precision)
     elif batch:
         core = _native._core
@@ -58,6 +60,7 @@ def loss_and_gradients(
             batch,
             state.shape[1],
             action.shape[1],
+            _native.address(weight),
             *[x.data_ptr() for x in (state, action, noise, t, levels, embedding, loss)],
             grads[0].data_ptr() if wanted[0] else 0,
             grads[1].data_ptr() if wanted[1] else 0,
@@ -72,6 +75,7 @@ def _(
     state: Tensor,
     action: Tensor,
     noise: Tensor,
+    weight: Tensor | None,
     t: Tensor,
     levels: Tensor,
     embedding: Tensor,
@@ -128,6 +132,7 @@ class DenoisingLoss(torch.autograd.Function):
         state: Tensor,
         action: Tensor,
         noise: Tensor,
+        weight: Tensor | None,
         t: Tensor,
         levels: Tensor,
         embedding: Tensor,
@@ -139,17 +144,17 @@ class DenoisingLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         tables = (t, levels, embedding, activation, wanted)
         loss, grads = loss_and_gradients(
-            state, action, noise, *tables, list(parameters), precision, backend
+            state, action, noise, weight, *tables, list(parameters), precision, backend
         )
         return loss, *grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        state, action, noise, *_, wanted, _precision, _backend = inputs[:10]
+        state, action, noise, weight, *_, wanted, _precision, _backend = inputs[:11]
         ctx.wanted, ctx.count = wanted, len(output) - 1
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # no zeros as large as what is kept
-        ctx.save_for_backward(*output[1:], state, action, noise, *inputs[10:])
+        ctx.save_for_backward(*output[1:], state, action, noise, weight, *inputs[11:])
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
@@ -157,4 +162,4 @@ class DenoisingLoss(torch.autograd.Function):
         grads, inputs = saved[: ctx.count], saved[ctx.count :]
         scaled = _fused_loss.scaled("denoising_loss", grad_loss, grads, inputs)
         wanted = [g if want else None for g, want in zip(scaled, ctx.wanted, strict=True)]
-        return *wanted[:2], *[None] * 8, *wanted[2:]
+        return *wanted[:2], *[None] * 9, *wanted[2:]

@@ -18,8 +18,10 @@ def denoising_loss(
     action: Tensor,
     t: Tensor,
     noise: Tensor,
+    weight: Tensor | None,
 ) -> Tensor:
     noisy_action = q_sample(action, t, noise, schedule)
     eps = denoiser(noisy_action, state, t)
     check_denoised(eps, noisy_action)
-    return (eps - noise).square().mean()
+    squares = (eps - noise).square()
+    return squares.mean() if weight is None else (weight[:, None] * squares).mean()

@@ -40,6 +40,7 @@ def rows_kernel(
     state,
     action,
     noise,
+    weight,
     t,
     levels,
     embedding,
@@ -142,6 +143,10 @@ def rows_kernel(
         DEPTH,
     )
     tl.debug_barrier()  # eps was written by other threads of this program
+    slope = 2.0 * scale
+    if weight is not None:
+        row_weight = tl.load(weight + row)
+        slope *= row_weight[:, None]
     loss = tl.zeros((ROWS,), tl.float32)
     for first in range(0, ACTION, 16):
         column = first + tl.arange(0, 16)[None, :]
@@ -150,7 +155,9 @@ def rows_kernel(
         residual -= tl.load(noise[:, None] + column, mask=inside, other=0.0)
         loss += tl.sum(residual * residual, axis=1)
         tl.debug_barrier()  # several threads may have read the same eps
-        tl.store(eps[:, None] + column, 2.0 * scale * residual, mask=inside)
+        tl.store(eps[:, None] + column, slope * residual, mask=inside)
+    if weight is not None:
+        loss *= row_weight
     tl.store(losses + tl.program_id(0), scale * tl.sum(loss))
 
     if BACKWARD:
@@ -226,6 +233,7 @@ def loss_and_gradients(
     state: Tensor,
     action: Tensor,
     noise: Tensor,
+    weight: Tensor | None,
     t: Tensor,
     levels: Tensor,
     embedding: Tensor,
@@ -260,7 +268,7 @@ def loss_and_gradients(
     launch(
         rows_kernel,
         programs,
-        *(state, action, noise, t, levels, embedding),
+        *(state, action, noise, weight, t, levels, embedding),
         tuple(time),
         tuple(trunk),
         *saved,
