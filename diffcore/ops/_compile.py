@@ -1,12 +1,16 @@
-"""What torch.compile is told, without importing it."""
+"""What torch.compile is told and what it made, without importing it."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+import torch
+
 P = ParamSpec("P")
 R = TypeVar("R")
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 def constant_under_compile(function: Callable[P, R]) -> Callable[P, R]:
@@ -17,3 +21,27 @@ def constant_under_compile(function: Callable[P, R]) -> Callable[P, R]:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def own_module(network: object, kind: type[M]) -> M | None:
+    """The module of this kind that ``network`` is, or that ``torch.compile`` made it of; else None.
+
+    Compiled, a module is still the function of its weights that the kernels compute. With hooks of
+    its own, though, the compiler's wrapper does more than that, and is a callable like any other.
+    """
+    if isinstance(network, kind):
+        return network
+    if torch.compiler.is_compiling():  # which sees through the wrapper by itself
+        return None
+    compiler = sys.modules.get("torch._dynamo")
+    if compiler is None:  # nothing has been compiled
+        return None
+    if not isinstance(network, compiler.OptimizedModule) or (
+        network._forward_hooks
+        or network._forward_pre_hooks
+        or network._backward_hooks
+        or network._backward_pre_hooks
+    ):
+        return None
+    original = network._orig_mod
+    return original if isinstance(original, kind) else None

@@ -20,6 +20,7 @@ from diffcore.ops._checks import (
     check_tensor,
     out_of_autocast,
 )
+from diffcore.ops._compile import own_module
 from diffcore.ops.action_gradient import native, reference
 
 AnyCritic: TypeAlias = "nn.TwinCritic | Callable[[Tensor, Tensor], Sequence[Tensor]]"
@@ -50,9 +51,9 @@ def action_gradient(
     no gradient of the critic's parameters is computed.
 
     Args:
-        critic: a :class:`diffcore.nn.TwinCritic`, or any callable ``(state, action) -> (q1, ...)``
-            with one or more values, ``[B, 1]`` each, of which every row climbs the least, and no side
-            effects (that one runs on the reference).
+        critic: a :class:`diffcore.nn.TwinCritic`, also one that ``torch.compile`` has wrapped, or any
+            callable ``(state, action) -> (q1, ...)`` with one or more values, ``[B, 1]`` each, of
+            which every row climbs the least, and no side effects (that one runs on the reference).
         state: ``[B, S]``.
         action: ``[B, A]``; not changed.
         steps: number of steps; 0 returns a copy.
@@ -78,18 +79,18 @@ def action_gradient(
     """
     state, action = out_of_autocast(critic, state, action)
     settings = (steps, lr, max_norm, optimizer, eps, low, high, clip_mode)
-    available, q1, q2 = _support(critic, state, action, *settings, compute_dtype)
+    available, ours, q1, q2 = _support(critic, state, action, *settings, compute_dtype)
     max_norm = None if max_norm is None else float(max_norm)
     chosen = _dispatch.choose("action_gradient", available, backend)
     if chosen != "reference":
-        assert isinstance(critic, nn.TwinCritic)
+        assert ours is not None
         with torch.no_grad():  # quicker than to detach every parameter
             return native.ascend(
                 state,
                 action,
                 q1,
                 q2,
-                critic.activation,
+                ours.activation,
                 _backends.precision(compute_dtype, state),
                 steps,
                 float(lr),
@@ -101,10 +102,11 @@ def action_gradient(
                 float(high),
                 chosen,
             )
-    if isinstance(critic, nn.TwinCritic) and critic.altered() is None:
-        critic = partial(critic, backend="reference")
+    q: Callable[..., Sequence[Tensor]] = critic
+    if ours is not None and ours.altered() is None:
+        q = partial(q, backend="reference")
     return reference.action_gradient(
-        critic, state, action, steps, lr, max_norm, clip_mode, optimizer, eps, low, high
+        q, state, action, steps, lr, max_norm, clip_mode, optimizer, eps, low, high
     )
 
 
@@ -143,11 +145,11 @@ def _support(
     high: float,
     clip_mode: str,
     compute_dtype: torch.dtype | None,
-) -> tuple[_dispatch.Support, list[Tensor], list[Tensor]]:
-    """The same, out of autocast; and both critics' parameters, where they are ours."""
+) -> tuple[_dispatch.Support, nn.TwinCritic | None, list[Tensor], list[Tensor]]:
+    """The same, out of autocast; and the critic, where it is one of ours, with both's parameters."""
     if not callable(critic):
         raise TypeError(f"critic: expected a TwinCritic or a callable, got {type(critic).__name__}")
-    ours = critic if isinstance(critic, nn.TwinCritic) else None
+    ours = own_module(critic, nn.TwinCritic)
     check_tensor("state", state, ("B", ours.state_dim if ours else "S"))
     check_tensor("action", action, (len(state), ours.action_dim if ours else "A"))
     check_like("action", action, "state", state)
@@ -164,10 +166,10 @@ def _support(
 
     if ours is None:
         refused = "the critic isn't a diffcore.nn.TwinCritic"
-        return _backends.support(KERNELS, [state], refused=refused), [], []
+        return _backends.support(KERNELS, [state], refused=refused), None, [], []
     if (why := ours.altered()) is not None:
         refused = f"the critic is called, since {why}"
-        return _backends.support(KERNELS, [state], refused=refused), [], []
+        return _backends.support(KERNELS, [state], refused=refused), ours, [], []
     q1, q2 = ours.networks()
     check_like("state", state, "the critic", q1[0])
     reasons = _backends.support(
@@ -178,7 +180,7 @@ def _support(
         compute_dtype=compute_dtype,
     )
     _dispatch.restrict(reasons, "cuda", lambda: _too_wide_for_cuda(ours, state, compute_dtype))
-    return reasons, q1, q2
+    return reasons, ours, q1, q2
 
 
 def _too_wide_for_cuda(

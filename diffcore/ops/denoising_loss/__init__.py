@@ -18,7 +18,7 @@ from diffcore.ops._checks import (
     check_tensor,
     out_of_autocast,
 )
-from diffcore.ops._compile import constant_under_compile
+from diffcore.ops._compile import constant_under_compile, own_module
 from diffcore.ops.denoising_loss import native, reference
 from diffcore.ops.q_sample import cached_levels
 from diffcore.schedule import DiffusionSchedule
@@ -51,8 +51,8 @@ def denoising_loss(
     an empty batch is NaN.
 
     Args:
-        denoiser: a :class:`diffcore.nn.Denoiser`, or any callable ``(x, state, t) -> eps`` (that one
-            runs on the reference).
+        denoiser: a :class:`diffcore.nn.Denoiser`, also one that ``torch.compile`` has wrapped, or any
+            callable ``(x, state, t) -> eps`` (that one runs on the reference).
         schedule: the noise levels ``abar``.
         state: ``s``, ``[B, S]``.
         action: ``a``, ``[B, A]``.
@@ -77,7 +77,7 @@ def denoising_loss(
     """
     state, action, noise, weight = out_of_autocast(denoiser, state, action, noise, weight)
     arguments = (denoiser, schedule, state, action, t, noise, weight, generator)
-    available, parameters = _support(*arguments, compute_dtype)
+    available, ours, parameters = _support(*arguments, compute_dtype)
     chosen = _dispatch.choose("denoising_loss", available, backend)
     if t is None:
         t = torch.randint(schedule.K, (len(action),), generator=generator, device=action.device)
@@ -88,14 +88,14 @@ def denoising_loss(
         else:
             noise = native.normals(seed, action, chosen)
     if chosen == "reference":
-        eps: Callable[[Tensor, Tensor, Tensor], Tensor] = denoiser
-        if isinstance(denoiser, nn.Denoiser) and denoiser.altered() is None:
-            eps = partial(denoiser, backend="reference")
+        eps: Callable[..., Tensor] = denoiser
+        if ours is not None and ours.altered() is None:
+            eps = partial(eps, backend="reference")
         return reference.denoising_loss(eps, schedule, state, action, t, noise, weight)
 
-    assert isinstance(denoiser, nn.Denoiser)
-    levels, embedding = _tables(schedule, denoiser.time_dim, action.device)
-    inputs = (state, action, noise, weight, t, levels, embedding, denoiser.activation)
+    assert ours is not None
+    levels, embedding = _tables(schedule, ours.time_dim, action.device)
+    inputs = (state, action, noise, weight, t, levels, embedding, ours.activation)
     differentiable = (state, action, *parameters)
     wanted = [_native.differentiates(tensor) for tensor in differentiable]
     settings = (_backends.precision(compute_dtype, action), chosen)
@@ -154,15 +154,15 @@ def _support(
     weight: Tensor | None,
     generator: torch.Generator | None,
     compute_dtype: torch.dtype | None,
-) -> tuple[_dispatch.Support, list[Tensor]]:
-    """The same, out of autocast; and the parameters, where the denoiser is one of ours."""
+) -> tuple[_dispatch.Support, nn.Denoiser | None, list[Tensor]]:
+    """The same, out of autocast; and the denoiser, where it is one of ours, with its parameters."""
     if not isinstance(schedule, DiffusionSchedule):
         raise TypeError(f"schedule: expected a DiffusionSchedule, got {type(schedule).__name__}")
     if not callable(denoiser):
         raise TypeError(
             f"denoiser: expected a Denoiser or a callable, got {type(denoiser).__name__}"
         )
-    ours = denoiser if isinstance(denoiser, nn.Denoiser) else None
+    ours = own_module(denoiser, nn.Denoiser)
     check_tensor("state", state, ("B", ours.state_dim if ours else "S"))
     check_tensor("action", action, (len(state), ours.action_dim if ours else "A"))
     check_like("action", action, "state", state)
@@ -180,9 +180,10 @@ def _support(
 
     if ours is None:
         not_ours = "the denoiser isn't a diffcore.nn.Denoiser"
-        return _backends.support(KERNELS, [state], refused=not_ours), []
+        return _backends.support(KERNELS, [state], refused=not_ours), None, []
     if (why := ours.altered()) is not None:
-        return _backends.support(KERNELS, [state], refused=f"the denoiser is called, since {why}"), []
+        called = f"the denoiser is called, since {why}"
+        return _backends.support(KERNELS, [state], refused=called), ours, []
     parameters = ours.weights_and_biases()
     check_like("state", state, "the denoiser", parameters[0])
     refused = None
@@ -197,4 +198,4 @@ def _support(
         compute_dtype=compute_dtype,
         refused=refused,
     )
-    return reasons, parameters
+    return reasons, ours, parameters

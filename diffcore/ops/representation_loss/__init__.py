@@ -13,6 +13,7 @@ from diffcore.ops._checks import (
     check_tensor,
     out_of_autocast,
 )
+from diffcore.ops._compile import own_module
 from diffcore.ops.representation_loss import native, reference
 
 KERNELS = ("triton", "cpu")
@@ -93,7 +94,7 @@ def support(
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
     for name, network in (("psi", psi), ("zeta", zeta)):
-        if not isinstance(network, nn.MLP):
+        if own_module(network, nn.MLP) is None:
             raise TypeError(f"{name}: expected a diffcore.nn.MLP, got {type(network).__name__}")
     x, perturbed, offset, score_weight = out_of_autocast(psi, x, perturbed, offset, score_weight)
     check_tensor("x", x, ("B", psi.in_dim))

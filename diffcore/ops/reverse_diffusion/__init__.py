@@ -19,7 +19,7 @@ from diffcore.ops._checks import (
     check_tensor,
     out_of_autocast,
 )
-from diffcore.ops._compile import constant_under_compile
+from diffcore.ops._compile import constant_under_compile, own_module
 from diffcore.ops.reverse_diffusion import native, reference
 from diffcore.schedule import SOLVERS, DiffusionSchedule, SolverTable
 
@@ -49,8 +49,8 @@ def reverse_diffusion(
     twice and says so; the reference can.
 
     Args:
-        denoiser: a :class:`diffcore.nn.Denoiser`, or any callable ``(x, state, t) -> eps`` with
-            ``x_init`` given (that one runs on the reference).
+        denoiser: a :class:`diffcore.nn.Denoiser`, also one that ``torch.compile`` has wrapped, or any
+            callable ``(x, state, t) -> eps`` with ``x_init`` given (that one runs on the reference).
         schedule: the noise levels it was trained with.
         state: ``[B, S]``, what the actions are conditioned on.
         x_init: ``[B, A]``, where the chain starts; drawn from N(0, I) if None.
@@ -75,22 +75,20 @@ def reverse_diffusion(
     """
     state, x_init, noise = out_of_autocast(denoiser, state, x_init, noise)
     arguments = (denoiser, schedule, state, x_init, noise, noise_scale, clip, solver, generator)
-    available, parameters = _support(*arguments, compute_dtype)
+    available, ours, parameters = _support(*arguments, compute_dtype)
     draws = x_init is None or (noise is None and noise_scale != 0)
     seed = _philox.draw_seed(generator, state.device) if draws else None
     chosen = _dispatch.choose("reverse_diffusion", available, backend)
     if chosen != "reference":
-        assert isinstance(denoiser, nn.Denoiser)
+        assert ours is not None
         inputs = (state, x_init, noise, seed, parameters)
         precision = _backends.precision(compute_dtype, state)
-        return _run_native(
-            denoiser, schedule, solver, *inputs, noise_scale, clip, precision, chosen
-        )
-    eps: Callable[[Tensor, Tensor, Tensor], Tensor] = denoiser
-    if isinstance(denoiser, nn.Denoiser):
-        action_dim = denoiser.action_dim
-        if denoiser.altered() is None:
-            eps = partial(denoiser, backend="reference")
+        return _run_native(ours, schedule, solver, *inputs, noise_scale, clip, precision, chosen)
+    eps: Callable[..., Tensor] = denoiser
+    if ours is not None:
+        action_dim = ours.action_dim
+        if ours.altered() is None:
+            eps = partial(eps, backend="reference")
     else:
         assert x_init is not None
         action_dim = x_init.shape[1]
@@ -217,8 +215,8 @@ def _support(
     solver: str | SolverTable,
     generator: torch.Generator | None,
     compute_dtype: torch.dtype | None,
-) -> tuple[_dispatch.Support, list[Tensor]]:
-    """The same, out of autocast; and the parameters, where the denoiser is one of ours."""
+) -> tuple[_dispatch.Support, nn.Denoiser | None, list[Tensor]]:
+    """The same, out of autocast; and the denoiser, where it is one of ours, with its parameters."""
     if not isinstance(schedule, DiffusionSchedule):
         raise TypeError(f"schedule: expected a DiffusionSchedule, got {type(schedule).__name__}")
     if not isinstance(solver, (str, SolverTable)):
@@ -230,7 +228,7 @@ def _support(
         raise TypeError(
             f"denoiser: expected a Denoiser or a callable, got {type(denoiser).__name__}"
         )
-    ours = denoiser if isinstance(denoiser, nn.Denoiser) else None
+    ours = own_module(denoiser, nn.Denoiser)
     check_tensor("state", state, ("B", ours.state_dim if ours else "S"))
     if x_init is None and ours is None:
         raise ValueError("x_init: a denoiser that isn't a diffcore.nn.Denoiser needs it given")
@@ -250,9 +248,10 @@ def _support(
 
     if ours is None:
         refused = "the denoiser isn't a diffcore.nn.Denoiser"
-        return _backends.support(KERNELS, [state], refused=refused), []
+        return _backends.support(KERNELS, [state], refused=refused), None, []
     if (why := ours.altered()) is not None:
-        return _backends.support(KERNELS, [state], refused=f"the denoiser is called, since {why}"), []
+        refused = f"the denoiser is called, since {why}"
+        return _backends.support(KERNELS, [state], refused=refused), ours, []
     parameters = ours.weights_and_biases()
     check_like("state", state, "the denoiser", parameters[0])
     reasons = _backends.support(
@@ -263,7 +262,7 @@ def _support(
         compute_dtype=compute_dtype,
     )
     _dispatch.restrict(reasons, "cuda", lambda: _too_large_for_cuda(ours, state, compute_dtype))
-    return reasons, parameters
+    return reasons, ours, parameters
 
 
 def _too_large_for_cuda(

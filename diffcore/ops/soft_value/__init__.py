@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffcore.ops import _backends, _dispatch, _native
 from diffcore.ops._checks import check_like, check_number, check_tensor, out_of_autocast
+from diffcore.ops._compile import own_module
 from diffcore.ops.soft_value import native, reference
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def support(
         ("psi", psi, Psi),
         ("critics", critics, TwinRFFCritic),
     ):
-        if not isinstance(module, kind):
+        if own_module(module, kind) is None:
             found = type(module).__name__
             raise TypeError(f"{name}: expected a diffcore.nn.{kind.__name__}, got {found}")
     state, noise, temperature = out_of_autocast(policy, state, noise, temperature)
