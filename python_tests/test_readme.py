@@ -1,4 +1,4 @@
-"""README's examples run, and its command lines are ones that the program takes."""
+"""Examples in README and docs/training.md run, and README's command lines are valid ones."""
 
 import re
 import shlex
@@ -13,14 +13,15 @@ from diffcore.agents import DIPOConfig
 from diffcore.training import TrainConfig, train
 
 README = Path(__file__).parent.parent / "README.md"
+TRAINING = README.parent / "docs" / "training.md"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def command_lines() -> list[list[str]]:
-    joined = [block.replace("\\\n", " ") for block in blocks("sh")]
+    joined = [block.replace("\\\n", " ") for block in blocks(README, "sh")]
     lines = [shlex.split(line, comments=True) for block in joined for line in block.splitlines()]
     return [line[1:] for line in lines if line[:1] == ["diffcore"]]
 
@@ -43,14 +44,15 @@ def run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("run_directory")
-def test_examples_run_in_order() -> None:
-    examples = blocks("python")
-    assert len(examples) >= 6
+@pytest.mark.parametrize(("page", "least"), [(README, 7), (TRAINING, 5)], ids=["README", "training"])
+def test_examples_run_in_order(page: Path, least: int) -> None:
+    examples = blocks(page, "python")
+    assert len(examples) >= least
     names: dict[str, object] = {}
     threads = torch.get_num_threads()
     try:
         for example in examples:
-            exec(compile(example, str(README), "exec"), names)
+            exec(compile(example, str(page), "exec"), names)
     finally:
         torch.set_num_threads(threads)
 
