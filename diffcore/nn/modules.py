@@ -24,6 +24,7 @@ from diffcore.ops._checks import (
     check_positive_int,
     check_tensor,
 )
+from diffcore.ops._native import linear_stack
 from diffcore.ops.critic_loss import critic_loss
 from diffcore.ops.mlp import mlp
 from diffcore.ops.mlp_ensemble import mlp_ensemble
@@ -109,20 +110,19 @@ class MLP(nn.Module):
         """
         if (why := altered(self, MLP)) is not None:
             raise TypeError(f"{why}, but is run by its weights alone")
-        parameters = self._layers_parameters()
-        for end, expected, got in (
-            ("inputs", in_dim, parameters[0].shape[1]),
-            ("outputs", out_dim, parameters[-2].shape[0]),
-        ):
-            if expected is not None and got != expected:
-                raise ValueError(f"MLP: expected {expected} {end}, got layers with {got}")
-        return parameters
+        return self._layers_parameters(in_dim, out_dim)
 
-    def _layers_parameters(self) -> list[Tensor]:
-        result: list[Tensor] = []
-        # These dictionaries are ten times quicker than attributes of a module.
+    def _layers_parameters(
+        self, in_dim: int | None = None, out_dim: int | None = None
+    ) -> list[Tensor]:
+        # This dictionary is ten times quicker than attributes of a module.
         layers: Any = self._modules["layers"]
-        width = None
+        quick = linear_stack(layers._modules, len(self.activations), in_dim, out_dim)
+        if quick is not None:
+            return quick
+        result: list[Tensor] = []
+        width: int | None = None
+        layer: Any
         for i, layer in enumerate(layers._modules.values()):
             if (why := altered(layer, nn.Linear)) is not None:
                 raise TypeError(f"MLP.layers[{i}]: {why}, but is run by its weights alone")
@@ -146,6 +146,12 @@ class MLP(nn.Module):
         if len(result) != 2 * len(self.activations):
             expected = len(self.activations)
             raise ValueError(f"MLP.layers: expected {expected} layers, got {len(result) // 2}")
+        for end, wanted, got in (
+            ("inputs", in_dim, result[0].shape[1]),
+            ("outputs", out_dim, result[-2].shape[0]),
+        ):
+            if wanted is not None and got != wanted:
+                raise ValueError(f"MLP: expected {wanted} {end}, got layers with {got}")
         return result
 
 

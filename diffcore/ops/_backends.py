@@ -95,14 +95,9 @@ def _cannot_run(
     if reason is not None:
         return reason
     device = "cpu" if name == "cpu" or _runs_on_cpu(name) else "cuda"
-    on_cpu, float32 = device == "cpu", torch.float32
-    for tensor in tensors:
-        if tensor.dtype is float32 and (tensor.is_cpu if on_cpu else tensor.is_cuda):
-            continue  # quicker than a look at its device, and every call looks at every tensor
-        if tensor.device.type != device:
-            return f"a tensor is on {tensor.device}"
-        if tensor.dtype is not torch.float32:
-            return f"a tensor is {tensor.dtype}, the {kind} kernels take float32"
+    reason = _tensors_lack(tensors, device, kind)
+    if reason is not None:
+        return reason
     if device == "cuda":
         reason = _device_lacks(tensors[0].device)
         if reason is None and name == "cuda":
@@ -116,6 +111,20 @@ def _cannot_run(
             return f"activation {activation!r} has no {kind} kernel"
     if layers > _native.max_layers:
         return f"{layers} layers, the {kind} kernels take at most {_native.max_layers}"
+    return None
+
+
+def _tensors_lack(tensors: Sequence[Tensor], device: str, kind: str) -> str | None:
+    on_cpu, float32 = device == "cpu", torch.float32
+    if on_cpu and _native.are_float32_on_cpu(tensors):
+        return None
+    for tensor in tensors:
+        if tensor.dtype is float32 and (tensor.is_cpu if on_cpu else tensor.is_cuda):
+            continue  # quicker than a look at its device, and every call looks at every tensor
+        if tensor.device.type != device:
+            return f"a tensor is on {tensor.device}"
+        if tensor.dtype is not torch.float32:
+            return f"a tensor is {tensor.dtype}, the {kind} kernels take float32"
     return None
 
 

@@ -34,6 +34,15 @@ except ImportError as error:
     _cuda = None
     cuda_unavailable = f"the CUDA kernels can't be imported ({error})"
 
+if _core is not None:
+    _core.use_torch(
+        Tensor,
+        torch.nn.Parameter,
+        torch.nn.Linear,
+        torch.float32,
+        getattr(Tensor, "__dlpack_c_exchange_api__", None),
+    )
+
 max_layers = 16
 
 NATIVE_ACTIVATIONS = ("identity", "relu", "elu", "silu", "tanh", "mish", "gelu", "sin", "cos")
@@ -115,8 +124,6 @@ def _plain_keys() -> set[int]:
 
 
 _PLAIN_KEYS = _plain_keys()
-_PLAIN_TYPES = {type(None), bool, int, float, str}
-_TENSOR_TYPES = {Tensor, torch.nn.Parameter}
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
@@ -133,23 +140,36 @@ def _dispatching(args: tuple[Any, ...]) -> bool:
         or torch.autograd._profiler_enabled()
     ):
         return True
-    values: list[Any] = []
-    for arg in args:
-        if type(arg) is list:
-            values += arg
-        elif type(arg) not in _PLAIN_TYPES:
-            values.append(arg)
-    kinds = set(map(type, values))
-    if not kinds <= _TENSOR_TYPES:  # what isn't a tensor is in lists, of activations for instance
-        if not kinds <= _TENSOR_TYPES | _PLAIN_TYPES:
-            return True
-        values = [value for value in values if type(value) in _TENSOR_TYPES]
-    # All by one look and then the next: a function that takes three at each costs twice as much.
-    return (
-        any(map(Tensor.is_neg, values))
-        or any(map(Tensor._is_zerotensor, values))
-        or any(map(_is_wrapped, values))
-    )
+    return _core is None or not _core.are_plain(args)
+
+
+def linear_stack(
+    modules: dict[str, torch.nn.Module], count: int, in_dim: int | None, out_dim: int | None
+) -> list[Tensor] | None:
+    """[weight, bias, weight, bias, ...] of `count` torch.nn.Linear with these inputs and outputs.
+
+    None where anything about them takes a closer look: another class, hooks, a missing bias, shapes
+    that don't fit. Nothing is said about the compiler's tensors, which have no memory.
+    """
+    if _core is None or torch.compiler.is_compiling():
+        return None
+    ends = (-1 if in_dim is None else in_dim, -1 if out_dim is None else out_dim)
+    parameters: list[Tensor] | None = _core.linear_stack(modules, count, *ends)
+    return parameters
+
+
+def fits(value: Any, shape: tuple[int | str, ...]) -> bool:
+    """Whether it is a floating-point tensor of this shape, as far as a quick look can tell."""
+    if _core is None or torch.compiler.is_compiling():
+        return False
+    return bool(_core.fits(value, shape))
+
+
+def are_float32_on_cpu(tensors: Sequence[Tensor]) -> bool:
+    """Whether all of them are, as far as a quick look can tell."""
+    if _core is None or torch.compiler.is_compiling():
+        return False
+    return bool(_core.are_float32_on_cpu(tensors))
 
 
 def differentiates(*tensors: Tensor | None) -> bool:
@@ -241,14 +261,20 @@ class _FirstDerivative(torch.autograd.Function):
         )
 
 
-def addresses(parameters: list[Tensor]) -> list[Layer]:
-    """(weight address, bias address, in, out) of every layer of [weight, bias, weight, bias, ...].
+def layers(parameters: list[Tensor], backend: str) -> list[Tensor] | list[Layer]:
+    """[weight, bias, weight, bias, ...] as a backend's module takes them.
 
-    The tensors must be contiguous and stay alive during the call.
+    The CUDA kernels' takes (weight address, bias address, in, out); the tensors must be contiguous
+    and stay alive during the call.
     """
+    if backend == "cpu":
+        return parameters
     pointers = list(map(Tensor.data_ptr, parameters))
-    layers = zip(pointers[::2], pointers[1::2], map(Tensor.size, parameters[::2]), strict=True)
-    return [(weight, bias, size[1], size[0]) for weight, bias, size in layers]
+    sizes = map(Tensor.size, parameters[::2])
+    return [
+        (weight, bias, size[1], size[0])
+        for weight, bias, size in zip(pointers[::2], pointers[1::2], sizes, strict=True)
+    ]
 
 
 def address(tensor: Tensor | None) -> int:

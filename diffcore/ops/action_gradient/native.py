@@ -34,7 +34,8 @@ def ascend(
     """Improved actions ``[B, A]``."""
     module = _native._cuda if backend == "cuda" else _native._core
     state, action = state.contiguous(), action.contiguous()
-    q1, q2 = [p.contiguous() for p in q1], [p.contiguous() for p in q2]
+    if backend != "cpu":  # whose module sees to that itself
+        q1, q2 = [p.contiguous() for p in q1], [p.contiguous() for p in q2]
     improved = torch.empty_like(action)
     if not len(action):
         return improved
@@ -60,8 +61,8 @@ def ascend(
         )
         return improved
     critics = (
-        _native.addresses(q1),
-        _native.addresses(q2),
+        _native.layers(q1, backend),
+        _native.layers(q2, backend),
         action.shape[1],
         state.shape[1],
         getattr(module.Activation, activation),

@@ -32,15 +32,16 @@ def loss_and_gradients(
     if not batch or backend == "triton":
         return _in_parts(x, target, parameters, activations, wanted, precision, backend)
     core = _native._core
-    layers, functions = _native.addresses(parameters), mlp.kinds(activations)
+    functions = mlp.kinds(activations)
     loss = x.new_empty(())
-    q = x.new_empty(len(layers) // len(functions), batch, len(parameters[-1]))
+    networks = len(parameters) // (2 * len(functions))
+    q = x.new_empty(networks, batch, len(parameters[-1]))
     grads = [
         torch.empty_like(t) if want else _without_rows(t)
         for t, want in zip([x, *parameters], _each(wanted, parameters), strict=True)
     ]
     core.critic_loss(
-        layers,
+        parameters,
         functions,
         getattr(core.Precision, precision),
         batch,

@@ -52,7 +52,7 @@ def loss_and_gradients(
         if least < 0 or most >= len(levels):
             raise ValueError(f"t: expected levels in 0..{len(levels) - 1}, got {least}..{most}")
         core.denoising_loss(
-            _native.addresses(parameters),
+            parameters,
             getattr(core.Activation, activation),
             getattr(core.Precision, precision),
             batch,

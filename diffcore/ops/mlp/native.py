@@ -32,15 +32,15 @@ def run_forward(
 
         return triton.forward(x, parameters, activations, keep, precision)
     core = _native._core
-    layers, functions = _native.addresses(parameters), kinds(activations)
-    networks, batch = len(layers) // len(functions), len(x)
+    functions = kinds(activations)
+    networks, batch = len(parameters) // (2 * len(functions)), len(x)
     y = x.new_empty(networks, batch, len(parameters[-1]))
     multiplied_in = getattr(core.Precision, precision)
-    width = core.mlp_saved_width(layers, functions, multiplied_in) if keep else 0
+    width = core.mlp_saved_width(parameters, functions, multiplied_in) if keep else 0
     saved = x.new_empty(networks, batch if keep else 0, width)
     if batch:
         core.mlp_forward(
-            layers,
+            parameters,
             functions,
             multiplied_in,
             batch,
@@ -100,7 +100,7 @@ def run_backward(
         core = _native._core
         grads = [torch.empty_like(p) for p in parameters] if wants_parameters else []
         core.mlp_backward(
-            _native.addresses(parameters),
+            parameters,
             kinds(activations),
             getattr(core.Precision, precision),
             batch,

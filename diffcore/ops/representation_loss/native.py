@@ -53,9 +53,9 @@ def loss_and_gradients(
     grad_psi, grad_zeta = grads[2 : 2 + len(psi)], grads[2 + len(psi) :]
     core = _native._core
     core.representation_loss(
-        _native.addresses(psi),
+        psi,
         mlp.kinds(psi_activations),
-        _native.addresses(zeta),
+        zeta,
         mlp.kinds(zeta_activations),
         getattr(core.Precision, precision),
         len(x),

@@ -31,7 +31,8 @@ def chain(
 ) -> tuple[Tensor, Tensor]:
     """(actions ``[B, A]``, x before every step and at the end ``[steps + 1, B, A]`` or empty)."""
     module = _native._cuda if backend == "cuda" else _native._core
-    parameters = [p.contiguous() for p in parameters]
+    if backend != "cpu":  # whose module sees to that itself
+        parameters = [p.contiguous() for p in parameters]
     state = state.contiguous()
     x_init = None if x_init is None else x_init.contiguous()
     noise = None if noise is None else noise.contiguous()
@@ -61,7 +62,7 @@ def chain(
         )
         return actions, trajectory
     denoiser = (
-        _native.addresses(parameters),
+        _native.layers(parameters, backend),
         action_dim,
         state.shape[1],
         getattr(module.Activation, activation),

@@ -42,7 +42,7 @@ def values_and_gradients(
         core = _native._core
         networks = ((policy, policy_kinds), (psi, psi_kinds), (critics, critic_kinds))
         core.soft_value(
-            *[x for ps, names in networks for x in (_native.addresses(ps), kinds(names))],
+            *[x for ps, names in networks for x in (ps, kinds(names))],
             getattr(core.Precision, precision),
             batch,
             low,

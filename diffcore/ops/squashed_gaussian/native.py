@@ -40,7 +40,7 @@ def forward(
     if batch:
         core = _native._core
         core.squashed_gaussian(
-            _native.addresses(parameters),
+            parameters,
             kinds(activations),
             getattr(core.Precision, precision),
             batch,
@@ -101,7 +101,7 @@ def backward(
     if batch:
         core = _native._core
         core.squashed_gaussian_backward(
-            _native.addresses(parameters),
+            parameters,
             kinds(activations),
             getattr(core.Precision, precision),
             batch,
