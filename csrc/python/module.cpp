@@ -612,7 +612,10 @@ PYBIND11_MODULE(_core, m) {
   m.def("fits", &fits);
   m.def("are_plain", &are_plain);
   m.def("are_float32_on_cpu", &are_float32_on_cpu);
+  m.def("layers_fit", &layers_fit);
+  m.def("same_sizes", &same_sizes);
   m.def("linear_stack", &linear_stack);
+  m.def("mlp_stack", &mlp_stack);
   m.attr("max_layers") = max_layers;
   m.attr("max_networks") = max_networks;
   m.def("isa", [] { return std::string(active_kernels().isa); });

@@ -7,9 +7,10 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
-#include <initializer_list>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -52,7 +53,7 @@ inline PyObject* interned(const char* name) { return PyUnicode_InternFromString(
 // torch's, which Python names at import.
 struct Torch {
   PyTypeObject *tensor, *parameter, *linear;
-  PyObject* float32;
+  PyObject *float32, *is_neg, *is_zerotensor;
   const dlpack::ExchangeApi* api;  // null: torch has none
 };
 inline Torch torch_types{};
@@ -60,6 +61,8 @@ inline Torch torch_types{};
 // `exchange_api`: torch.Tensor.__dlpack_c_exchange_api__, or None.
 inline void use_torch(py::type tensor, py::type parameter, py::type linear, py::object float32,
                       py::object exchange_api) {
+  torch_types.is_neg = py::object(tensor.attr("is_neg")).release().ptr();
+  torch_types.is_zerotensor = py::object(tensor.attr("_is_zerotensor")).release().ptr();
   torch_types.tensor = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
   torch_types.parameter = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
   torch_types.linear = reinterpret_cast<PyTypeObject*>(linear.release().ptr());
@@ -132,9 +135,8 @@ inline bool is_tensor(PyObject* object) {
   return Py_TYPE(object) == torch_types.tensor || Py_TYPE(object) == torch_types.parameter;
 }
 
-inline bool says_yes(PyObject* object, PyObject* method) {
-  const py::object answer =
-      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, method));
+inline bool says_yes(PyObject* method, PyObject* tensor) {
+  const auto answer = py::reinterpret_steal<py::object>(PyObject_CallOneArg(method, tensor));
   if (!answer) throw py::error_already_set();
   return answer.ptr() == Py_True;
 }
@@ -142,14 +144,12 @@ inline bool says_yes(PyObject* object, PyObject* method) {
 // Whether an argument's memory holds its values: no subclass, no wrapper, nothing that is to be read
 // negated or as zeros without any memory.
 inline bool is_plain(PyObject* argument) {
-  static PyObject* const is_neg = interned("is_neg");
-  static PyObject* const is_zerotensor = interned("_is_zerotensor");
   if (argument == Py_None) return true;
   PyTypeObject* const type = Py_TYPE(argument);
   if (type == torch_types.tensor || type == torch_types.parameter) {
     TensorLook look;
-    return look_at(argument, &look) && !says_yes(argument, is_neg) &&
-           (look.data || !says_yes(argument, is_zerotensor));
+    return look_at(argument, &look) && !says_yes(torch_types.is_neg, argument) &&
+           (look.data || !says_yes(torch_types.is_zerotensor, argument));
   }
   return type == &PyBool_Type || type == &PyLong_Type || type == &PyFloat_Type ||
          type == &PyUnicode_Type;
@@ -183,64 +183,121 @@ inline bool fits(py::handle value, const py::tuple& shape) {
     if (number == -1 && PyErr_Occurred()) PyErr_Clear();
     return number == size;
   };
-  return (dimensions < 1 || as_wanted(0, look.rows)) && (dimensions < 2 || as_wanted(1, look.columns));
+  return (dimensions < 1 || as_wanted(0, look.rows)) &&
+         (dimensions < 2 || as_wanted(1, look.columns));
 }
 
-// Whether kernels on the CPU can read all of them.
-inline bool are_float32_on_cpu(const py::list& tensors) {
+// Whether kernels on the CPU can read it.
+inline bool look_at_float32_on_cpu(py::handle tensor, TensorLook* look) {
+  return is_tensor(tensor.ptr()) && look_at(tensor, look) && look->on_cpu && look->float32;
+}
+
+inline bool are_float32_on_cpu(py::handle tensors) {
+  if (!PyList_CheckExact(tensors.ptr())) return false;
   for (py::handle tensor : tensors) {
     TensorLook look;
-    if (!is_tensor(tensor.ptr()) || !look_at(tensor, &look) || !look.on_cpu || !look.float32)
-      return false;
+    if (!look_at_float32_on_cpu(tensor, &look)) return false;
   }
   return true;
 }
 
 // ---- layers ----------------------------------------------------------------------------------------
 
-// [weight, bias, weight, bias, ...] of a dictionary of so many torch.nn.Linear with these inputs and
-// outputs, -1 for any; or None where there is anything about them that takes a closer look: another class,
-// hooks, a missing bias, shapes that don't fit.
-inline py::object linear_stack(const py::dict& modules, size_t count, int64_t in, int64_t out) {
+inline bool are_lists_as_long(py::handle one, py::handle other) {
+  return PyList_CheckExact(one.ptr()) && PyList_CheckExact(other.ptr()) &&
+         PyList_GET_SIZE(one.ptr()) == PyList_GET_SIZE(other.ptr());
+}
+
+inline py::handle item(py::handle list, Py_ssize_t i) { return PyList_GET_ITEM(list.ptr(), i); }
+
+// Whether weights [out, in] and biases [out], all float32 on the CPU, lead from so many inputs on from one
+// layer to the next. Like what follows it says no to more than what is wrong.
+inline bool layers_fit(py::handle weights, py::handle biases, int64_t width) {
+  if (!are_lists_as_long(weights, biases)) return false;
+  for (Py_ssize_t l = 0; l < PyList_GET_SIZE(weights.ptr()); ++l) {
+    TensorLook weight, bias;
+    if (!look_at_float32_on_cpu(item(weights, l), &weight) ||
+        !look_at_float32_on_cpu(item(biases, l), &bias) || weight.dimensions != 2 ||
+        bias.dimensions != 1 || weight.columns != width || bias.rows != weight.rows)
+      return false;
+    width = weight.rows;
+  }
+  return true;
+}
+
+// Whether two lists of vectors and matrices, all float32 on the CPU, have the same sizes.
+inline bool same_sizes(py::handle tensors, py::handle others) {
+  if (!are_lists_as_long(tensors, others)) return false;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
+    TensorLook one, other;
+    if (!look_at_float32_on_cpu(item(tensors, i), &one) ||
+        !look_at_float32_on_cpu(item(others, i), &other) || one.dimensions != other.dimensions ||
+        one.dimensions > 2 || one.rows != other.rows || one.columns != other.columns)
+      return false;
+  }
+  return true;
+}
+
+// Whether a module is exactly of a class, without hooks or a forward of its own.
+inline bool is_unaltered(PyObject* module, PyTypeObject* type) {
+  static PyObject* const names[] = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
+                                    interned("_backward_hooks"), interned("_backward_pre_hooks")};
   static PyObject* const forward = interned("forward");
+  if (Py_TYPE(module) != type) return false;
+  const auto attributes =
+      py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
+  if (!attributes) throw py::error_already_set();
+  if (PyDict_GetItemWithError(attributes.ptr(), forward)) return false;
+  for (PyObject* name : names) {
+    PyObject* const hooks = PyDict_GetItemWithError(attributes.ptr(), name);
+    if (!hooks || !PyDict_Check(hooks) || PyDict_Size(hooks) > 0) return false;
+  }
+  return true;
+}
+
+// [weight, bias, weight, bias, ...] of a dictionary of so many torch.nn.Linear with these inputs and
+// outputs, or None where there is anything about them that takes a closer look: another class,
+// hooks, a missing bias, shapes that don't fit.
+inline py::object linear_stack(const py::dict& modules, size_t count, std::optional<int64_t> in,
+                               std::optional<int64_t> out) {
   static PyObject* const own = interned("_parameters");
   static PyObject* const names[] = {interned("weight"), interned("bias")};
-  static PyObject* const hooks[] = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
-                                    interned("_backward_hooks"), interned("_backward_pre_hooks")};
   if (modules.size() != count) return py::none();
   py::list result(2 * count);
   size_t filled = 0;
-  int64_t width = in;
+  std::optional<int64_t> width = in;
   for (const auto& item : modules) {
     PyObject* const layer = item.second.ptr();
-    if (Py_TYPE(layer) != torch_types.linear) return py::none();
+    if (!is_unaltered(layer, torch_types.linear)) return py::none();
     const auto attributes =
         py::reinterpret_steal<py::object>(PyObject_GenericGetDict(layer, nullptr));
-    if (!attributes) throw py::error_already_set();
-    const auto attribute = [&](PyObject* name) {
-      return PyDict_GetItemWithError(attributes.ptr(), name);
-    };
-    if (attribute(forward)) return py::none();
-    for (PyObject* name : hooks) {
-      PyObject* const registered = attribute(name);
-      if (!registered || !PyDict_Check(registered) || PyDict_Size(registered) > 0)
-        return py::none();
-    }
-    PyObject* const parameters = attribute(own);
+    PyObject* const parameters = PyDict_GetItemWithError(attributes.ptr(), own);
     if (!parameters || !PyDict_Check(parameters)) return py::none();
     PyObject* const weight = PyDict_GetItemWithError(parameters, names[0]);
     PyObject* const bias = PyDict_GetItemWithError(parameters, names[1]);
     TensorLook w, b;
     if (!weight || !bias || !is_tensor(weight) || !is_tensor(bias) || !look_at(weight, &w) ||
         !look_at(bias, &b) || w.dimensions != 2 || b.dimensions != 1 || b.rows != w.rows ||
-        (width >= 0 && w.columns != width))
+        (width && w.columns != *width))
       return py::none();
     width = w.rows;
     result[filled++] = py::handle(weight);
     result[filled++] = py::handle(bias);
   }
-  if (out >= 0 && width != out) return py::none();
+  if (out && width != out) return py::none();
   return std::move(result);
+}
+
+// linear_stack of a diffcore.nn.MLP, whose class is `type`; None as well where that does more than its
+// layers, by a hook for instance.
+inline py::object mlp_stack(py::handle mlp, py::type type, std::optional<int64_t> in,
+                            std::optional<int64_t> out) {
+  static PyObject* const modules = interned("_modules");
+  static PyObject* const layers = interned("layers");
+  static PyObject* const activations = interned("activations");
+  if (!is_unaltered(mlp.ptr(), reinterpret_cast<PyTypeObject*>(type.ptr()))) return py::none();
+  const py::object list = mlp.attr(modules)[layers];
+  return linear_stack(list.attr(modules), py::len(mlp.attr(activations)), in, out);
 }
 
 // (weight address, bias address, in, out)

@@ -24,7 +24,7 @@ from diffcore.ops._checks import (
     check_positive_int,
     check_tensor,
 )
-from diffcore.ops._native import linear_stack
+from diffcore.ops._native import linear_stack, mlp_stack
 from diffcore.ops.critic_loss import critic_loss
 from diffcore.ops.mlp import mlp
 from diffcore.ops.mlp_ensemble import mlp_ensemble
@@ -108,6 +108,8 @@ class MLP(nn.Module):
                 be read, and the rest ignored.
             ValueError: if the layers' shapes don't fit each other, or the widths asked for.
         """
+        if (parameters := mlp_stack(self, MLP, in_dim, out_dim)) is not None:
+            return parameters
         if (why := altered(self, MLP)) is not None:
             raise TypeError(f"{why}, but is run by its weights alone")
         return self._layers_parameters(in_dim, out_dim)

@@ -52,10 +52,11 @@ Layer = tuple[int, int, int, int]
 _LIBRARY = torch.library.Library("diffcore", "DEF")
 
 
-def op(name: str) -> Callable[[Callable[..., Any]], Any]:
+def op(name: str, *, differentiable: bool = True) -> Callable[[Callable[..., Any]], Any]:
     """Registers a function as the op ``torch.ops.diffcore.<name>``, for tensors on CPU and GPU.
 
-    Its argument ``backend`` names the kernel that is to run. The same as
+    Its argument ``backend`` names the kernel that is to run. An op that isn't `differentiable` has
+    results without a gradient, whatever its arguments require. The same as
     ``torch.library.custom_op``, without the layers of Python that this puts around every call; they
     took longer than a small network does. So does torch's dispatcher, which translates every argument
     to its own types and back: what is returned here goes through it only where that does anything.
@@ -71,7 +72,10 @@ def op(name: str) -> Callable[[Callable[..., Any]], Any]:
         @functools.wraps(function)
         def call(*args: Any) -> Any:
             if torch.compiler.is_compiling() or _dispatching(args):
-                return dispatched(*args)
+                if differentiable:
+                    return dispatched(*args)
+                with torch.no_grad():
+                    return dispatched(*args)
             return function(*args)
 
         call.overload = dispatched  # type: ignore[attr-defined]
@@ -143,33 +147,40 @@ def _dispatching(args: tuple[Any, ...]) -> bool:
     return _core is None or not _core.are_plain(args)
 
 
-def linear_stack(
-    modules: dict[str, torch.nn.Module], count: int, in_dim: int | None, out_dim: int | None
-) -> list[Tensor] | None:
-    """[weight, bias, weight, bias, ...] of `count` torch.nn.Linear with these inputs and outputs.
+def _quick_look(name: str, unknown: Any) -> Callable[..., Any]:
+    """A look of the compiled module at tensors or layers.
 
-    None where anything about them takes a closer look: another class, hooks, a missing bias, shapes
-    that don't fit. Nothing is said about the compiler's tensors, which have no memory.
+    Its answer is `unknown` for all that takes a closer look, and so it is for the compiler's tensors,
+    which have no memory.
     """
-    if _core is None or torch.compiler.is_compiling():
-        return None
-    ends = (-1 if in_dim is None else in_dim, -1 if out_dim is None else out_dim)
-    parameters: list[Tensor] | None = _core.linear_stack(modules, count, *ends)
-    return parameters
+    look = getattr(_core, name, None)
+
+    def ask(*args: Any) -> Any:
+        return unknown if look is None or torch.compiler.is_compiling() else look(*args)
+
+    return ask
 
 
-def fits(value: Any, shape: tuple[int | str, ...]) -> bool:
-    """Whether it is a floating-point tensor of this shape, as far as a quick look can tell."""
-    if _core is None or torch.compiler.is_compiling():
-        return False
-    return bool(_core.fits(value, shape))
+#: Whether it is a floating-point tensor of a shape, in which a text stands for any size.
+fits: Callable[[Any, tuple[int | str, ...]], bool] = _quick_look("fits", False)
 
+#: Whether all of a list's tensors are that.
+are_float32_on_cpu: Callable[[Any], bool] = _quick_look("are_float32_on_cpu", False)
 
-def are_float32_on_cpu(tensors: Sequence[Tensor]) -> bool:
-    """Whether all of them are, as far as a quick look can tell."""
-    if _core is None or torch.compiler.is_compiling():
-        return False
-    return bool(_core.are_float32_on_cpu(tensors))
+#: Whether lists of weights and biases, float32 on the CPU, fit so many inputs and each other.
+layers_fit: Callable[[Any, Any, int], bool] = _quick_look("layers_fit", False)
+
+#: Whether two lists of tensors, float32 on the CPU, have the same sizes.
+same_sizes: Callable[[Any, Any], bool] = _quick_look("same_sizes", False)
+
+#: [weight, bias, weight, bias, ...] of a dictionary of so many torch.nn.Linear with these inputs and
+#: outputs (None: any), or None where they are more than that, by hooks for instance, or don't fit.
+linear_stack: Callable[[Any, int, int | None, int | None], list[Tensor] | None]
+linear_stack = _quick_look("linear_stack", None)
+
+#: The same of a diffcore.nn.MLP's layers; its class is given too.
+mlp_stack: Callable[[Any, type, int | None, int | None], list[Tensor] | None]
+mlp_stack = _quick_look("mlp_stack", None)
 
 
 def differentiates(*tensors: Tensor | None) -> bool:

@@ -83,24 +83,23 @@ def action_gradient(
     chosen = _dispatch.choose("action_gradient", available, backend)
     if chosen != "reference":
         assert isinstance(critic, nn.TwinCritic)
-        with torch.no_grad():  # quicker than to detach every parameter
-            return native.ascend(
-                state,
-                action,
-                q1,
-                q2,
-                critic.activation,
-                _backends.precision(compute_dtype, state),
-                steps,
-                float(lr),
-                max_norm,
-                clip_mode,
-                optimizer,
-                float(eps),
-                float(low),
-                float(high),
-                chosen,
-            )
+        return native.ascend(
+            state,
+            action,
+            q1,
+            q2,
+            critic.activation,
+            _backends.precision(compute_dtype, state),
+            steps,
+            float(lr),
+            max_norm,
+            clip_mode,
+            optimizer,
+            float(eps),
+            float(low),
+            float(high),
+            chosen,
+        )
     if isinstance(critic, nn.TwinCritic) and critic.altered() is None:
         critic = partial(critic, backend="reference")
     return reference.action_gradient(
@@ -177,7 +176,7 @@ def _support(
         max(len(q1), len(q2)) // 2,
         compute_dtype=compute_dtype,
     )
-    _dispatch.restrict(reasons, "cuda", lambda: _too_wide_for_cuda(ours, state, compute_dtype))
+    reasons.restrict("cuda", lambda: _too_wide_for_cuda(ours, state, compute_dtype))
     return reasons, q1, q2
 
 

@@ -13,7 +13,7 @@ from diffcore.ops import _native
 from diffcore.ops._compile import constant_under_compile
 
 
-@_native.op("action_gradient")
+@_native.op("action_gradient", differentiable=False)
 def ascend(
     state: Tensor,
     action: Tensor,

@@ -79,7 +79,7 @@ def support(
     check_tensor("target", target, (len(x), len(networks[0][-1])))
     check_like("target", target, "x", x)
     for name in ("cpu", "triton"):
-        _dispatch.restrict(available, name, lambda: _refused(target))
+        available.restrict(name, lambda: _refused(target))
     return available
 
 

@@ -262,7 +262,7 @@ def _support(
         len(parameters) // 2 - 2,  # without the time MLP's
         compute_dtype=compute_dtype,
     )
-    _dispatch.restrict(reasons, "cuda", lambda: _too_large_for_cuda(ours, state, compute_dtype))
+    reasons.restrict("cuda", lambda: _too_large_for_cuda(ours, state, compute_dtype))
     return reasons, parameters
 
 

@@ -89,7 +89,7 @@ def support(
     low, high = log_std_bounds
     check_number("log_std_bounds[0]", low)
     check_number("log_std_bounds[1]", high, above=low)
-    _dispatch.restrict(available, "cpu", lambda: _refused(noise))
+    available.restrict("cpu", lambda: _refused(noise))
     return available
 
 
