@@ -94,6 +94,7 @@ inline bool is_contiguous(const dlpack::Tensor& t) {
 }
 
 inline bool look_in_python(py::handle tensor, TensorLook* out) {
+  if (tensor.attr("is_meta").cast<bool>()) return false;
   const py::tuple shape = tensor.attr("shape");
   out->data = reinterpret_cast<const void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
   out->on_cpu = tensor.attr("is_cpu").cast<bool>();

@@ -320,9 +320,10 @@ class TwinCritic(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """state ``[B, S]``, action ``[B, A]`` -> (q1, q2), each ``[B, 1]``."""
         x = self._inputs(state, action)
-        if altered(self.q1, MLP) or altered(self.q2, MLP):
-            return self.q1(x, **forced(backend)), self.q2(x, **forced(backend))
-        kinds, dtype = self.q1.activations, self.q1.compute_dtype
+        first, second = self.q1, self.q2
+        if altered(first, MLP) or altered(second, MLP):
+            return first(x, **forced(backend)), second(x, **forced(backend))
+        kinds, dtype = first.activations, first.compute_dtype
         q = mlp_ensemble(x, self.networks(), kinds, compute_dtype=dtype, backend=backend)
         q1, q2 = q.unbind(0)
         return q1, q2
@@ -345,8 +346,9 @@ class TwinCritic(nn.Module):
             q1, q2 = self(state, action, **forced(backend))
             check_tensor("target", target, tuple(q1.shape))
             return mse_loss(q1, target) + mse_loss(q2, target), torch.stack([q1, q2]).detach()
-        arguments = self._inputs(state, action), self.networks(), self.q1.activations, target
-        return critic_loss(*arguments, compute_dtype=self.q1.compute_dtype, backend=backend)
+        first = self.q1
+        arguments = self._inputs(state, action), self.networks(), first.activations, target
+        return critic_loss(*arguments, compute_dtype=first.compute_dtype, backend=backend)
 
     def _inputs(self, state: Tensor, action: Tensor) -> Tensor:
         check_features("state", state, self.state_dim)

@@ -148,7 +148,7 @@ def _support(
         raise TypeError(f"critic: expected a TwinCritic or a callable, got {type(critic).__name__}")
     ours = critic if isinstance(critic, nn.TwinCritic) else None
     check_tensor("state", state, ("B", ours.state_dim if ours else "S"))
-    check_tensor("action", action, (len(state), ours.action_dim if ours else "A"))
+    check_tensor("action", action, (state.shape[0], ours.action_dim if ours else "A"))
     check_like("action", action, "state", state)
     check_positive_int("steps", steps, least=0)
     check_number("lr", lr, least=0.0)

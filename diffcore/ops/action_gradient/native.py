@@ -37,7 +37,7 @@ def ascend(
     if backend != "cpu":  # whose module sees to that itself
         q1, q2 = [p.contiguous() for p in q1], [p.contiguous() for p in q2]
     improved = torch.empty_like(action)
-    if not len(action):
+    if not action.shape[0]:
         return improved
     if backend == "triton":
         from diffcore.ops.action_gradient import triton
@@ -67,7 +67,7 @@ def ascend(
         state.shape[1],
         getattr(module.Activation, activation),
         getattr(module.Precision, precision),
-        len(action),
+        action.shape[0],
     )
     rest = (
         state.data_ptr(),

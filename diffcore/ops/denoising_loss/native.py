@@ -32,7 +32,7 @@ def loss_and_gradients(
     state, action, noise = state.contiguous(), action.contiguous(), noise.contiguous()
     t = t.to(torch.int64).contiguous()
     parameters = [p.contiguous() for p in parameters]
-    batch = len(action)
+    batch = action.shape[0]
     loss = action.new_full((), float("nan"))  # the mean of an empty batch
     make = torch.empty_like if batch else torch.zeros_like
     all_wanted = wanted[:2] + [any(wanted[2:])] * len(parameters)
