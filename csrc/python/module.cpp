@@ -566,13 +566,15 @@ void normals(uint64_t seed, uint32_t step, int64_t first_row, int64_t rows, int 
   active_kernels().normals({seed, step, first_row, rows, columns, pointer<float>(out)});
 }
 
-// What a call does to its weights, for benchmarks: (address, count) of each.
-void fingerprint(const std::vector<std::pair<Address, int64_t>>& places, int threads) {
+// What a call does to its weights, for benchmarks: the seconds it takes. (address, count) of each.
+double fingerprint(const std::vector<std::pair<Address, int64_t>>& places, int threads) {
   const py::gil_scoped_release unlocked;
   std::vector<Piece> pieces;
   for (const auto& [address, count] : places)
     pieces.push_back({pointer<const float>(address), count});
+  const auto start = std::chrono::steady_clock::now();
   read_content(pieces, usable_threads(threads));
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 double fma_peak(int threads, double seconds) {
