@@ -42,6 +42,8 @@ class Call:
     module: nn.Module
     given: Callable[[nn.Module], object] | None = None
     """The same with the noise given, for an op that draws it."""
+    threads: int = 1
+    """How many read the weights."""
 
 
 class Stopwatch:
@@ -83,6 +85,7 @@ def calls(env: str) -> list[Call]:
     state, action = torch.randn(1, state_dim), torch.rand(1, action_dim) * 2 - 1
     x = torch.cat([state, action], dim=1)
     psi = torch.randn(1, FEATURES)
+    threads = _native._core.team_threads(torch.get_num_threads())
 
     def chain(steps: int) -> Call:
         schedule = DiffusionSchedule.cosine(steps)
@@ -92,6 +95,7 @@ def calls(env: str) -> list[Call]:
             lambda model: ops.reverse_diffusion(model, schedule, state),
             denoiser,
             lambda model: ops.reverse_diffusion(model, schedule, state, **given),
+            threads,
         )
 
     def ascent(model: nn.Module) -> object:
@@ -100,7 +104,7 @@ def calls(env: str) -> list[Call]:
     return [
         chain(100),
         chain(20),
-        Call("action_gradient, 20 steps", ascent, critic),
+        Call("action_gradient, 20 steps", ascent, critic, threads=threads),
         Call("mlp, forward", lambda model: model(x), critic.q1),
         Call(
             "rff_features, forward",
@@ -142,10 +146,7 @@ def measure_call(call: Call, seconds: float) -> dict[str, float]:
     places = [(p.data_ptr(), p.numel()) for p in kept.parameters()]
 
     def fingerprint() -> None:
-        start = time.perf_counter()
-        for place in places:
-            _native._core.fingerprint(*place)
-        add("fingerprint", time.perf_counter() - start)
+        add("fingerprint", _native._core.fingerprint(places, call.threads))
 
     rounds = [whole, inside, inside_given, inside_new_weights, fingerprint]
     started = time.perf_counter()

@@ -38,26 +38,28 @@ static void carve_critic(const CriticParameters& p, Carver* memory, CriticPack* 
   copy_rows(p.layers[last].weight, width, 1, width, {output_weight, padded(width)});
 }
 
-static void carve_critic(const CriticParameters& p, Carver* memory, CriticPack* pack,
-                         Packer packer) {
-  if (p.precision == Precision::bfloat16) {
-    carve_critic<Bfloat16Operand>(p, memory, pack, packer);
-  } else {
-    carve_critic<Float32Operand>(p, memory, pack, packer);
+static void carve_twin_critic(const TwinCriticParameters& p, Carver* memory, TwinCriticPack* pack,
+                              Packer packer) {
+  for (int q = 0; q < 2; ++q) {
+    if (p.critics[q].precision == Precision::bfloat16) {
+      carve_critic<Bfloat16Operand>(p.critics[q], memory, &pack->critics[q], packer);
+    } else {
+      carve_critic<Float32Operand>(p.critics[q], memory, &pack->critics[q], packer);
+    }
   }
 }
 
-static int64_t critic_pack_bytes(const CriticParameters& p) {
+static int64_t twin_critic_pack_bytes(const TwinCriticParameters& p) {
   Carver memory{nullptr};
-  CriticPack pack;
-  carve_critic(p, &memory, &pack, Packer());
+  TwinCriticPack pack;
+  carve_twin_critic(p, &memory, &pack, Packer());
   return memory.used;
 }
 
-static TeamWork pack_critic(const CriticParameters& p, void* block, CriticPack* pack) {
-  return pack_by_team(p.layers[0].threads, critic_pack_bytes(p), block, pack,
-                      [&](Carver* memory, CriticPack* pieces, Team* team) {
-                        carve_critic(p, memory, pieces, team->packer());
+static TeamWork pack_twin_critic(const TwinCriticParameters& p, void* block, TwinCriticPack* pack) {
+  return pack_by_team(p.critics[0].layers[0].threads, twin_critic_pack_bytes(p), block, pack,
+                      [&](Carver* memory, TwinCriticPack* pieces, Team* team) {
+                        carve_twin_critic(p, memory, pieces, team->packer());
                       });
 }
 

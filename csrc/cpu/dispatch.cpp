@@ -239,13 +239,8 @@ struct Fingerprint {
   }
 };
 
-struct Piece {
-  const float* values;
-  int64_t count;
-};
-
 constexpr int64_t fingerprint_chunk = 8 * 1024;  // floats
-constexpr int64_t shared_reading = 256 * 1024;   // floats that two threads read sooner than one
+constexpr int64_t shared_reading = 32 * 1024;    // floats that two threads read sooner than one
 
 // Of all the pieces. Every chunk has a fingerprint of its own, so that threads can share them out, and
 // the result is the fingerprint of those.
@@ -362,17 +357,21 @@ std::shared_ptr<const Packed<DenoiserPack>> packed_denoiser(const DenoiserParame
                                      });
 }
 
-std::shared_ptr<const Packed<CriticPack>> packed_critic(const CriticParameters& p, TeamWork* work) {
+std::shared_ptr<const Packed<TwinCriticPack>> packed_twin_critic(const TwinCriticParameters& p,
+                                                                 TeamWork* work) {
   const Kernels& kernels = active_kernels();
-  PackKey key(kernels, p.layers[0],
-              {p.action_dim, p.state_dim, p.layer_count, static_cast<int>(p.activation),
-               static_cast<int>(p.precision)});
-  for (int l = 0; l < p.layer_count; ++l) key.add(p.layers[l]);
-  return find_or_build<CriticPack>(key, kernels.critic_pack_bytes(p),
-                                   [&](void* block, CriticPack* pack) {
-                                     const TeamWork how = kernels.pack_critic(p, block, pack);
-                                     if (work) *work = std::max(*work, how);
-                                   });
+  PackKey key(kernels, p.critics[0].layers[0], {});
+  for (const CriticParameters& critic : p.critics) {
+    key.shape.insert(key.shape.end(),
+                     {critic.action_dim, critic.state_dim, critic.layer_count,
+                      static_cast<int>(critic.activation), static_cast<int>(critic.precision)});
+    for (int l = 0; l < critic.layer_count; ++l) key.add(critic.layers[l]);
+  }
+  return find_or_build<TwinCriticPack>(
+      key, kernels.twin_critic_pack_bytes(p), [&](void* block, TwinCriticPack* pack) {
+        const TeamWork how = kernels.pack_twin_critic(p, block, pack);
+        if (work) *work = std::max(*work, how);
+      });
 }
 
 std::shared_ptr<const Packed<MlpPack>> packed_mlp(const MlpParameters& p) {
@@ -400,5 +399,9 @@ std::shared_ptr<const Packed<PackedLinear>> packed_layer(const LinearParameters&
 }
 
 int64_t packs_built() { return built; }
+
+void read_content(const std::vector<Piece>& pieces, int threads) {
+  fingerprint(active_kernels(), pieces, threads);
+}
 
 }  // namespace diffcore

@@ -68,14 +68,22 @@ struct Packed {
 
 // Packs of the given parameters. Kept in a small cache and found again by the parameters' addresses
 // and CONTENT: however a weight was changed (optimiser step, `.data`, a NumPy view), a stale pack is
-// never used. Where `work` isn't null, it is as much
-// at least as how threads packed together.
+// never used. Where `work` isn't null, it is as much at least as how threads packed together.
 std::shared_ptr<const Packed<DenoiserPack>> packed_denoiser(const DenoiserParameters&,
                                                             TeamWork* work);
-std::shared_ptr<const Packed<CriticPack>> packed_critic(const CriticParameters&, TeamWork* work);
+std::shared_ptr<const Packed<TwinCriticPack>> packed_twin_critic(const TwinCriticParameters&,
+                                                                 TeamWork* work);
 std::shared_ptr<const Packed<MlpPack>> packed_mlp(const MlpParameters&);
 // One layer, or, transposed, the way back through it; its bias may be null.
 std::shared_ptr<const Packed<PackedLinear>> packed_layer(const LinearParameters&, bool transposed);
+
+struct Piece {
+  const float* values;
+  int64_t count;
+};
+
+// What every call does with its parameters before it uses their pack: reads them all. For benchmarks.
+void read_content(const std::vector<Piece>& pieces, int threads);
 
 // Number of packs built so far in this process; lets tests and profiles see the cache work.
 int64_t packs_built();

@@ -122,6 +122,10 @@ struct CriticParameters {
   Precision precision;
 };
 
+struct TwinCriticParameters {
+  CriticParameters critics[2];
+};
+
 // A critic, ready for value and action gradient: the state's part of the first layer apart, and
 // for the way back every inner weight matrix transposed (of layer 0 the action columns only).
 struct CriticPack {
@@ -133,6 +137,10 @@ struct CriticPack {
   int layer_count;
   Activation activation;
   Precision precision;
+};
+
+struct TwinCriticPack {
+  CriticPack critics[2];
 };
 
 enum class ActionOptimizer : int { adam, ascent };
@@ -338,8 +346,8 @@ struct Kernels {
   TeamWork (*pack_denoiser)(const DenoiserParameters&, void* block, DenoiserPack*);
   void (*reverse_diffusion)(const ReverseDiffusionCall&);
   void (*reverse_step)(const ReverseStepCall&);
-  int64_t (*critic_pack_bytes)(const CriticParameters&);
-  TeamWork (*pack_critic)(const CriticParameters&, void* block, CriticPack*);
+  int64_t (*twin_critic_pack_bytes)(const TwinCriticParameters&);
+  TeamWork (*pack_twin_critic)(const TwinCriticParameters&, void* block, TwinCriticPack*);
   void (*action_gradient)(const ActionGradientCall&);
   void (*normals)(const NormalsCall&);
   int64_t (*mlp_pack_bytes)(const MlpParameters&);

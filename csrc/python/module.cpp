@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../cpu/dispatch.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using namespace diffcore;
@@ -25,20 +26,17 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// (weight address, bias address, in, out)
-using Layer = std::tuple<Address, Address, int, int>;
-
 // `threads` read and pack it.
 LinearParameters linear_parameters(const Layer& layer, int threads) {
   const auto& [weight, bias, in, out] = layer;
   return {pointer<const float>(weight), pointer<const float>(bias), in, out, in, threads};
 }
 
-void reverse_diffusion(const std::vector<Layer>& layers, int action_dim, int state_dim,
-                       Activation activation, Precision precision, Address time_embedding,
-                       int steps, Address coefficients, int64_t batch, Address state,
-                       Address x_init, Address noise, uint64_t seed, float noise_scale, float clip,
-                       Address trajectory, Address actions, int threads) {
+void reverse_diffusion(const Layers& layers, int action_dim, int state_dim, Activation activation,
+                       Precision precision, Address time_embedding, int steps, Address coefficients,
+                       int64_t batch, Address state, Address x_init, Address noise, uint64_t seed,
+                       float noise_scale, float clip, Address trajectory, Address actions,
+                       int threads) {
   const py::gil_scoped_release unlocked;
   const auto start = std::chrono::steady_clock::now();
   TeamWork work;
@@ -91,11 +89,11 @@ void reverse_step(int64_t count, Address x, Address eps, Address noise, Address 
                                  pointer<float>(x0)});
 }
 
-void action_gradient(const std::vector<Layer>& first, const std::vector<Layer>& second,
-                     int action_dim, int state_dim, Activation activation, Precision precision,
-                     int64_t batch, Address state, Address action, Address improved, int steps,
-                     float lr, float eps, float max_norm, NormClip norm_clip,
-                     ActionOptimizer optimizer, float low, float high, int threads) {
+void action_gradient(const Layers& first, const Layers& second, int action_dim, int state_dim,
+                     Activation activation, Precision precision, int64_t batch, Address state,
+                     Address action, Address improved, int steps, float lr, float eps,
+                     float max_norm, NormClip norm_clip, ActionOptimizer optimizer, float low,
+                     float high, int threads) {
   const py::gil_scoped_release unlocked;
   const auto start = std::chrono::steady_clock::now();
   TeamWork work;
@@ -104,22 +102,22 @@ void action_gradient(const std::vector<Layer>& first, const std::vector<Layer>& 
   // Before a call of milliseconds it doesn't matter how the threads that packed were woken.
   const bool small = batch < least_shared_rows;
   const int packing = small ? team.threads : threads;
-  const auto pack = [&](const std::vector<Layer>& layers) {
-    CriticParameters parameters{};
-    parameters.layer_count = static_cast<int>(layers.size());
-    for (int l = 0; l < parameters.layer_count; ++l)
-      parameters.layers[l] = linear_parameters(layers[l], packing);
-    parameters.state_dim = state_dim;
-    parameters.action_dim = action_dim;
-    parameters.activation = activation;
-    parameters.precision = precision;
-    return packed_critic(parameters, small ? &work : nullptr);
-  };
-  const auto critic1 = pack(first), critic2 = pack(second);
+  TwinCriticParameters parameters{};
+  for (int q = 0; q < 2; ++q) {
+    const Layers& layers = q == 0 ? first : second;
+    CriticParameters& critic = parameters.critics[q];
+    critic.layer_count = static_cast<int>(layers.size());
+    for (int l = 0; l < critic.layer_count; ++l)
+      critic.layers[l] = linear_parameters(layers[l], packing);
+    critic.state_dim = state_dim;
+    critic.action_dim = action_dim;
+    critic.activation = activation;
+    critic.precision = precision;
+  }
+  const auto critics = packed_twin_critic(parameters, small ? &work : nullptr);
 
   ActionGradientCall call{};
-  call.critics[0] = &critic1->pack;
-  call.critics[1] = &critic2->pack;
+  for (int q = 0; q < 2; ++q) call.critics[q] = &critics->pack.critics[q];
   call.batch = batch;
   call.action_dim = action_dim;
   call.state_dim = state_dim;
@@ -160,9 +158,8 @@ struct Directions {
   bool forward, backward, backward_to_input;
 };
 
-std::vector<PackedMlp> packed_mlps(const std::vector<Layer>& layers,
-                                   const std::vector<Activation>& activations, Precision precision,
-                                   Directions directions, int threads) {
+std::vector<PackedMlp> packed_mlps(const Layers& layers, const std::vector<Activation>& activations,
+                                   Precision precision, Directions directions, int threads) {
   // Memory is sized by the first network. The callers check; this is what keeps a mistake there from
   // writing beside it.
   for (size_t l = 0; l < layers.size(); ++l) {
@@ -199,7 +196,7 @@ struct GradientAddresses {
   float* const* bias_list() const { return wanted ? biases.data() : nullptr; }
 };
 
-int mlp_saved_width(const std::vector<Layer>& layers, const std::vector<Activation>& activations,
+int mlp_saved_width(const Layers& layers, const std::vector<Activation>& activations,
                     Precision precision) {
   MlpPack shape{};
   shape.precision = precision;
@@ -212,7 +209,7 @@ int mlp_saved_width(const std::vector<Layer>& layers, const std::vector<Activati
   return active_kernels().mlp_saved_width(shape);
 }
 
-void mlp_forward(const std::vector<Layer>& layers, const std::vector<Activation>& activations,
+void mlp_forward(const Layers& layers, const std::vector<Activation>& activations,
                  Precision precision, int64_t batch, Address x, Address y, Address saved,
                  int threads) {
   const py::gil_scoped_release unlocked;
@@ -229,7 +226,7 @@ void mlp_forward(const std::vector<Layer>& layers, const std::vector<Activation>
   active_kernels().mlp_forward(call);
 }
 
-void mlp_backward(const std::vector<Layer>& layers, const std::vector<Activation>& activations,
+void mlp_backward(const Layers& layers, const std::vector<Activation>& activations,
                   Precision precision, int64_t batch, Address x, Address saved, Address grad_y,
                   Address grad_x, const std::vector<Address>& grad_parameters, int threads) {
   const py::gil_scoped_release unlocked;
@@ -250,7 +247,7 @@ void mlp_backward(const std::vector<Layer>& layers, const std::vector<Activation
   active_kernels().mlp_backward(call);
 }
 
-void critic_loss(const std::vector<Layer>& layers, const std::vector<Activation>& activations,
+void critic_loss(const Layers& layers, const std::vector<Activation>& activations,
                  Precision precision, int64_t batch, Address x, Address target, Address loss,
                  Address q, Address grad_x, const std::vector<Address>& grad_parameters,
                  int threads) {
@@ -274,10 +271,10 @@ void critic_loss(const std::vector<Layer>& layers, const std::vector<Activation>
   active_kernels().critic_loss(call);
 }
 
-void denoising_loss(const std::vector<Layer>& layers, Activation activation, Precision precision,
-                    int64_t batch, int state_dim, int action_dim, Address weight, Address state,
-                    Address action, Address noise, Address t, Address levels, Address embedding,
-                    Address loss, Address grad_state, Address grad_action,
+void denoising_loss(const Layers& layers, Activation activation, Precision precision, int64_t batch,
+                    int state_dim, int action_dim, Address weight, Address state, Address action,
+                    Address noise, Address t, Address levels, Address embedding, Address loss,
+                    Address grad_state, Address grad_action,
                     const std::vector<Address>& grad_parameters, int threads) {
   const py::gil_scoped_release unlocked;
   threads = threads_for(batch, threads);
@@ -394,7 +391,7 @@ class Workspace {
 
 // A sample of a policy: a network, and what soft actor-critic makes of its outputs. What is saved is
 // first the network's, then the sample's.
-void squashed_gaussian(const std::vector<Layer>& layers, const std::vector<Activation>& activations,
+void squashed_gaussian(const Layers& layers, const std::vector<Activation>& activations,
                        Precision precision, int64_t batch, int action_dim, float low, float high,
                        Address x, Address noise, Address action, Address log_prob, Address saved,
                        int threads) {
@@ -409,12 +406,11 @@ void squashed_gaussian(const std::vector<Layer>& layers, const std::vector<Activ
                                       saved ? pointer<float>(saved) + batch * width : nullptr});
 }
 
-void squashed_gaussian_backward(const std::vector<Layer>& layers,
-                                const std::vector<Activation>& activations, Precision precision,
-                                int64_t batch, int action_dim, Address x, Address action,
-                                Address saved, Address grad_action, Address grad_log_prob,
-                                Address grad_x, const std::vector<Address>& grad_parameters,
-                                int threads) {
+void squashed_gaussian_backward(const Layers& layers, const std::vector<Activation>& activations,
+                                Precision precision, int64_t batch, int action_dim, Address x,
+                                Address action, Address saved, Address grad_action,
+                                Address grad_log_prob, Address grad_x,
+                                const std::vector<Address>& grad_parameters, int threads) {
   const int64_t raw_floats = batch * 2 * action_dim;
   Workspace workspace(Workspace::padded(raw_floats));
   const Address grad_raw = workspace.take(raw_floats);
@@ -429,7 +425,7 @@ void squashed_gaussian_backward(const std::vector<Layer>& layers,
 
 // The networks of soft_value, and what its calls hand on to each other.
 struct SoftValueStages {
-  const std::vector<Layer>&policy, &psi, &critics;
+  const Layers &policy, &psi, &critics;
   const std::vector<Activation>&policy_kinds, &psi_kinds, &critic_kinds;
   Precision precision;
   int64_t batch;
@@ -439,7 +435,7 @@ struct SoftValueStages {
   int action_dim() const { return std::get<3>(policy.back()) / 2; }
   int feature_dim() const { return std::get<3>(psi.back()); }
   int critic_count() const { return static_cast<int>(critics.size() / critic_kinds.size()); }
-  int64_t saved(const std::vector<Layer>& layers, const std::vector<Activation>& kinds) const {
+  int64_t saved(const Layers& layers, const std::vector<Activation>& kinds) const {
     return backward ? batch * mlp_saved_width(layers, kinds, precision) : 0;
   }
 };
@@ -473,11 +469,11 @@ struct SoftValueBuffers {
 
 // The soft value of states under a policy, on critics of psi(state, action), and where they are wanted
 // the gradients of the policy's loss: of the policy alone.
-void soft_value(const std::vector<Layer>& policy, const std::vector<Activation>& policy_kinds,
-                const std::vector<Layer>& psi, const std::vector<Activation>& psi_kinds,
-                const std::vector<Layer>& critics, const std::vector<Activation>& critic_kinds,
-                Precision precision, int64_t batch, float low, float high, Address state,
-                Address noise, Address temperature, Address loss, Address value, Address log_prob,
+void soft_value(const Layers& policy, const std::vector<Activation>& policy_kinds,
+                const Layers& psi, const std::vector<Activation>& psi_kinds, const Layers& critics,
+                const std::vector<Activation>& critic_kinds, Precision precision, int64_t batch,
+                float low, float high, Address state, Address noise, Address temperature,
+                Address loss, Address value, Address log_prob,
                 const std::vector<Address>& grad_policy, int threads) {
   const bool backward = !grad_policy.empty();
   const SoftValueStages s{policy,       psi,       critics, policy_kinds, psi_kinds,
@@ -520,11 +516,10 @@ void soft_value(const std::vector<Layer>& policy, const std::vector<Activation>&
 
 // The score matching loss of two MLPs: zeta's last layer goes into the loss, the others and psi's run
 // before it, and behind it backwards where a gradient of theirs is wanted.
-void representation_loss(const std::vector<Layer>& psi, const std::vector<Activation>& psi_kinds,
-                         std::vector<Layer> zeta, const std::vector<Activation>& zeta_kinds,
-                         Precision precision, int64_t batch, int state_dim, Address x,
-                         Address perturbed, Address offset, Address score_weight, Address loss,
-                         Address grad_x, Address grad_perturbed,
+void representation_loss(const Layers& psi, const std::vector<Activation>& psi_kinds, Layers zeta,
+                         const std::vector<Activation>& zeta_kinds, Precision precision,
+                         int64_t batch, int state_dim, Address x, Address perturbed, Address offset,
+                         Address score_weight, Address loss, Address grad_x, Address grad_perturbed,
                          const std::vector<Address>& grad_psi, std::vector<Address> grad_zeta,
                          int threads) {
   const auto [weight, bias, hidden_dim, outputs] = zeta.back();
@@ -573,10 +568,15 @@ void normals(uint64_t seed, uint32_t step, int64_t first_row, int64_t rows, int 
   active_kernels().normals({seed, step, first_row, rows, columns, pointer<float>(out)});
 }
 
-void fingerprint(Address values, int64_t count) {
+// What a call does to its weights, for benchmarks: the seconds it takes. (address, count) of each.
+double fingerprint(const std::vector<std::pair<Address, int64_t>>& places, int threads) {
   const py::gil_scoped_release unlocked;
-  uint32_t lanes[64] = {};
-  active_kernels().fingerprint(pointer<const float>(values), count, lanes);
+  std::vector<Piece> pieces;
+  for (const auto& [address, count] : places)
+    pieces.push_back({pointer<const float>(address), count});
+  const auto start = std::chrono::steady_clock::now();
+  read_content(pieces, usable_threads(threads));
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 double fma_peak(int threads, double seconds) {
@@ -612,6 +612,14 @@ PYBIND11_MODULE(_core, m) {
   py::enum_<ActionOptimizer>(m, "ActionOptimizer")
       .value("adam", ActionOptimizer::adam)
       .value("ascent", ActionOptimizer::ascent);
+  m.def("use_torch", &use_torch);
+  m.def("fits", &fits);
+  m.def("are_plain", &are_plain);
+  m.def("are_float32_on_cpu", &are_float32_on_cpu);
+  m.def("layers_fit", &layers_fit);
+  m.def("same_sizes", &same_sizes);
+  m.def("linear_stack", &linear_stack);
+  m.def("mlp_stack", &mlp_stack);
   m.attr("max_layers") = max_layers;
   m.attr("max_networks") = max_networks;
   m.def("isa", [] { return std::string(active_kernels().isa); });
@@ -625,12 +633,18 @@ PYBIND11_MODULE(_core, m) {
   m.def("always_use_teams", &always_use_teams);
   m.def("teams_run", &teams_run);
   m.def("packs_built", &packs_built);
-  m.def("fingerprint", &fingerprint);  // what every call does to its weights, for benchmarks
+  m.def("fingerprint", &fingerprint);
   m.def("reverse_diffusion", &reverse_diffusion);
   m.def("reverse_step", &reverse_step);
   m.def("action_gradient", &action_gradient);
   m.def("normals", &normals);
   m.def("mlp_saved_width", &mlp_saved_width);
+  m.def("mlp_saved_width", [](const std::vector<Layer>& shapes,  // where there are no tensors
+                              const std::vector<Activation>& activations, Precision precision) {
+    Layers layers;
+    layers.assign(shapes.begin(), shapes.end());
+    return mlp_saved_width(layers, activations, precision);
+  });
   m.def("mlp_forward", &mlp_forward);
   m.def("mlp_backward", &mlp_backward);
   m.def("critic_loss", &critic_loss);

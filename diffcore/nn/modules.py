@@ -24,6 +24,7 @@ from diffcore.ops._checks import (
     check_positive_int,
     check_tensor,
 )
+from diffcore.ops._native import linear_stack, mlp_stack
 from diffcore.ops.critic_loss import critic_loss
 from diffcore.ops.mlp import mlp
 from diffcore.ops.mlp_ensemble import mlp_ensemble
@@ -107,22 +108,23 @@ class MLP(nn.Module):
                 be read, and the rest ignored.
             ValueError: if the layers' shapes don't fit each other, or the widths asked for.
         """
+        if (parameters := mlp_stack(self, MLP, in_dim, out_dim)) is not None:
+            return parameters
         if (why := altered(self, MLP)) is not None:
             raise TypeError(f"{why}, but is run by its weights alone")
-        parameters = self._layers_parameters()
-        for end, expected, got in (
-            ("inputs", in_dim, parameters[0].shape[1]),
-            ("outputs", out_dim, parameters[-2].shape[0]),
-        ):
-            if expected is not None and got != expected:
-                raise ValueError(f"MLP: expected {expected} {end}, got layers with {got}")
-        return parameters
+        return self._layers_parameters(in_dim, out_dim)
 
-    def _layers_parameters(self) -> list[Tensor]:
-        result: list[Tensor] = []
-        # These dictionaries are ten times quicker than attributes of a module.
+    def _layers_parameters(
+        self, in_dim: int | None = None, out_dim: int | None = None
+    ) -> list[Tensor]:
+        # This dictionary is ten times quicker than attributes of a module.
         layers: Any = self._modules["layers"]
-        width = None
+        quick = linear_stack(layers._modules, len(self.activations), in_dim, out_dim)
+        if quick is not None:
+            return quick
+        result: list[Tensor] = []
+        width: int | None = None
+        layer: Any
         for i, layer in enumerate(layers._modules.values()):
             if (why := altered(layer, nn.Linear)) is not None:
                 raise TypeError(f"MLP.layers[{i}]: {why}, but is run by its weights alone")
@@ -146,6 +148,12 @@ class MLP(nn.Module):
         if len(result) != 2 * len(self.activations):
             expected = len(self.activations)
             raise ValueError(f"MLP.layers: expected {expected} layers, got {len(result) // 2}")
+        for end, wanted, got in (
+            ("inputs", in_dim, result[0].shape[1]),
+            ("outputs", out_dim, result[-2].shape[0]),
+        ):
+            if wanted is not None and got != wanted:
+                raise ValueError(f"MLP: expected {wanted} {end}, got layers with {got}")
         return result
 
 
@@ -312,9 +320,10 @@ class TwinCritic(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """state ``[B, S]``, action ``[B, A]`` -> (q1, q2), each ``[B, 1]``."""
         x = self._inputs(state, action)
-        if altered(self.q1, MLP) or altered(self.q2, MLP):
-            return self.q1(x, **forced(backend)), self.q2(x, **forced(backend))
-        kinds, dtype = self.q1.activations, self.q1.compute_dtype
+        first, second = self.q1, self.q2
+        if altered(first, MLP) or altered(second, MLP):
+            return first(x, **forced(backend)), second(x, **forced(backend))
+        kinds, dtype = first.activations, first.compute_dtype
         q = mlp_ensemble(x, self.networks(), kinds, compute_dtype=dtype, backend=backend)
         q1, q2 = q.unbind(0)
         return q1, q2
@@ -337,8 +346,9 @@ class TwinCritic(nn.Module):
             q1, q2 = self(state, action, **forced(backend))
             check_tensor("target", target, tuple(q1.shape))
             return mse_loss(q1, target) + mse_loss(q2, target), torch.stack([q1, q2]).detach()
-        arguments = self._inputs(state, action), self.networks(), self.q1.activations, target
-        return critic_loss(*arguments, compute_dtype=self.q1.compute_dtype, backend=backend)
+        first = self.q1
+        arguments = self._inputs(state, action), self.networks(), first.activations, target
+        return critic_loss(*arguments, compute_dtype=first.compute_dtype, backend=backend)
 
     def _inputs(self, state: Tensor, action: Tensor) -> Tensor:
         check_features("state", state, self.state_dim)

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from diffcore.ops import _native
 from diffcore.ops._compile import constant_under_compile
-from diffcore.ops._dispatch import Support, no_reason
+from diffcore.ops._dispatch import Support
 
 _NAMES = {"cpu": "CPU", "cuda": "CUDA", "triton": "Triton"}
 _LOWER_PRECISIONS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -54,7 +54,7 @@ def support(
     compute_dtype: torch.dtype | None = None,
     refused: str | None = None,
 ) -> Support:
-    """For every backend, in order of preference, what says why it can't take a call, or None.
+    """Which backends can take a call.
 
     Args:
         kernels: the op's backends beside the reference, best first.
@@ -64,7 +64,9 @@ def support(
         refused: why no kernel can take the call, whatever the above.
     """
 
-    def reason(name: str) -> str | None:
+    def lacks(name: str) -> str | None:
+        if name == "reference":
+            return None
         if refused is not None:
             return refused
         if forward_ad._current_level >= 0:
@@ -74,13 +76,10 @@ def support(
             )
         return _cannot_run(name, tensors, activations, layers, compute_dtype)
 
-    on_cpu = [name for name in kernels if name == "cpu"]
     on_gpu = [name for name in kernels if name != "cpu"]
+    on_cpu = ["cpu"] if "cpu" in kernels else []
     first, last = (on_gpu, on_cpu) if tensors[0].is_cuda else (on_cpu, on_gpu)
-    return {
-        name: no_reason if name == "reference" else functools.partial(reason, name)
-        for name in (*first, "reference", *last)
-    }
+    return Support([*first, "reference", *last], lacks)
 
 
 def _cannot_run(
@@ -95,14 +94,9 @@ def _cannot_run(
     if reason is not None:
         return reason
     device = "cpu" if name == "cpu" or _runs_on_cpu(name) else "cuda"
-    on_cpu, float32 = device == "cpu", torch.float32
-    for tensor in tensors:
-        if tensor.dtype is float32 and (tensor.is_cpu if on_cpu else tensor.is_cuda):
-            continue  # quicker than a look at its device, and every call looks at every tensor
-        if tensor.device.type != device:
-            return f"a tensor is on {tensor.device}"
-        if tensor.dtype is not torch.float32:
-            return f"a tensor is {tensor.dtype}, the {kind} kernels take float32"
+    reason = _tensors_lack(tensors, device, kind)
+    if reason is not None:
+        return reason
     if device == "cuda":
         reason = _device_lacks(tensors[0].device)
         if reason is None and name == "cuda":
@@ -116,6 +110,20 @@ def _cannot_run(
             return f"activation {activation!r} has no {kind} kernel"
     if layers > _native.max_layers:
         return f"{layers} layers, the {kind} kernels take at most {_native.max_layers}"
+    return None
+
+
+def _tensors_lack(tensors: Sequence[Tensor], device: str, kind: str) -> str | None:
+    on_cpu, float32 = device == "cpu", torch.float32
+    if on_cpu and _native.are_float32_on_cpu(tensors):
+        return None
+    for tensor in tensors:
+        if tensor.dtype is float32 and (tensor.is_cpu if on_cpu else tensor.is_cuda):
+            continue  # quicker than a look at its device, and every call looks at every tensor
+        if tensor.device.type != device:
+            return f"a tensor is on {tensor.device}"
+        if tensor.dtype is not torch.float32:
+            return f"a tensor is {tensor.dtype}, the {kind} kernels take float32"
     return None
 
 

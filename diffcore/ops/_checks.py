@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffcore.ops import _native
+
 
 def check_positive_int(name: str, value: Any, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
@@ -46,6 +48,8 @@ def check_tensor(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
 
     A string in `shape` names a size that is free, a leading "..." any number of them.
     """
+    if _native.fits(value, shape):
+        return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if not value.is_floating_point():

@@ -7,17 +7,38 @@ runs it. `reference` takes everything, so no call fails for want of a kernel.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-#: backend -> what says why it can't take the call, or None when it can; in order of preference. It is
-#: asked only of those that are thought of: looking at every tensor takes time.
-Support = dict[str, Callable[[], str | None]]
 
+class Support:
+    """Which backends can take a call.
 
-def no_reason() -> None:
-    """The reference takes everything."""
+    Args:
+        backends: in order of preference.
+        lacks: why one of them can't take the call, or None when it can. Asked only of those that are
+            thought of: looking at every tensor takes time.
+    """
+
+    __slots__ = ("_further", "_lacks", "backends")
+
+    def __init__(self, backends: Sequence[str], lacks: Callable[[str], str | None]) -> None:
+        self.backends = backends
+        self._lacks = lacks
+        self._further: list[tuple[str, Callable[[], str | None]]] = []
+
+    def restrict(self, backend: str, further: Callable[[], str | None]) -> None:
+        """One more reason not to take the call, asked for where there is no other."""
+        self._further.append((backend, further))
+
+    def why_not(self, backend: str) -> str | None:
+        """Why a backend can't take the call, or None."""
+        why = self._lacks(backend)
+        for restricted, further in self._further:
+            if why is None and restricted == backend:
+                why = further()
+        return why
 
 
 @dataclass(frozen=True)
@@ -34,22 +55,17 @@ class Explanation:
         return "\n".join(lines)
 
 
-def restrict(support: Support, name: str, further: Callable[[], str | None]) -> None:
-    """Give a backend one more reason not to take the call, asked for where it has no other."""
-    reason = support[name]
-    support[name] = lambda: reason() or further()
-
-
 def choose(op: str, support: Support, forced: str | None) -> str:
     """The backend that runs: `forced` if given, else the first that can."""
     if forced is None:
-        for name, reason in support.items():
-            if reason() is None:
-                return name
+        for backend in support.backends:
+            if support.why_not(backend) is None:
+                return backend
         raise AssertionError("the reference takes everything")
-    if forced not in support:
-        raise ValueError(f"backend: expected one of {', '.join(support)}, got {forced!r}")
-    why = support[forced]()
+    if forced not in support.backends:
+        expected = ", ".join(support.backends)
+        raise ValueError(f"backend: expected one of {expected}, got {forced!r}")
+    why = support.why_not(forced)
     if why is not None:
         raise ValueError(f"backend: {op} can't run on {forced!r} here: {why}")
     return forced
@@ -72,6 +88,6 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     module = importlib.import_module(f"diffcore.ops.{op}")
     support: Support = module.support(*args, **kwargs)
     backend = choose(op, support, kwargs.get("backend"))
-    preferred = list(support)[: list(support).index(backend)]
-    passed_over = {name: why for name in preferred if (why := support[name]()) is not None}
+    preferred = support.backends[: support.backends.index(backend)]
+    passed_over = {name: why for name in preferred if (why := support.why_not(name)) is not None}
     return Explanation(op, backend, passed_over)

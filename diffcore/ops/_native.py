@@ -34,6 +34,15 @@ except ImportError as error:
     _cuda = None
     cuda_unavailable = f"the CUDA kernels can't be imported ({error})"
 
+if _core is not None:
+    _core.use_torch(
+        Tensor,
+        torch.nn.Parameter,
+        torch.nn.Linear,
+        torch.float32,
+        getattr(Tensor, "__dlpack_c_exchange_api__", None),
+    )
+
 max_layers = 16
 
 NATIVE_ACTIVATIONS = ("identity", "relu", "elu", "silu", "tanh", "mish", "gelu", "sin", "cos")
@@ -43,10 +52,11 @@ Layer = tuple[int, int, int, int]
 _LIBRARY = torch.library.Library("diffcore", "DEF")
 
 
-def op(name: str) -> Callable[[Callable[..., Any]], Any]:
+def op(name: str, *, differentiable: bool = True) -> Callable[[Callable[..., Any]], Any]:
     """Registers a function as the op ``torch.ops.diffcore.<name>``, for tensors on CPU and GPU.
 
-    Its argument ``backend`` names the kernel that is to run. The same as
+    Its argument ``backend`` names the kernel that is to run. An op that isn't `differentiable` has
+    results without a gradient, whatever its arguments require. The same as
     ``torch.library.custom_op``, without the layers of Python that this puts around every call; they
     took longer than a small network does. So does torch's dispatcher, which translates every argument
     to its own types and back: what is returned here goes through it only where that does anything.
@@ -62,7 +72,10 @@ def op(name: str) -> Callable[[Callable[..., Any]], Any]:
         @functools.wraps(function)
         def call(*args: Any) -> Any:
             if torch.compiler.is_compiling() or _dispatching(args):
-                return dispatched(*args)
+                if differentiable:
+                    return dispatched(*args)
+                with torch.no_grad():
+                    return dispatched(*args)
             return function(*args)
 
         call.overload = dispatched  # type: ignore[attr-defined]
@@ -115,8 +128,6 @@ def _plain_keys() -> set[int]:
 
 
 _PLAIN_KEYS = _plain_keys()
-_PLAIN_TYPES = {type(None), bool, int, float, str}
-_TENSOR_TYPES = {Tensor, torch.nn.Parameter}
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
@@ -133,23 +144,43 @@ def _dispatching(args: tuple[Any, ...]) -> bool:
         or torch.autograd._profiler_enabled()
     ):
         return True
-    values: list[Any] = []
-    for arg in args:
-        if type(arg) is list:
-            values += arg
-        elif type(arg) not in _PLAIN_TYPES:
-            values.append(arg)
-    kinds = set(map(type, values))
-    if not kinds <= _TENSOR_TYPES:  # what isn't a tensor is in lists, of activations for instance
-        if not kinds <= _TENSOR_TYPES | _PLAIN_TYPES:
-            return True
-        values = [value for value in values if type(value) in _TENSOR_TYPES]
-    # All by one look and then the next: a function that takes three at each costs twice as much.
-    return (
-        any(map(Tensor.is_neg, values))
-        or any(map(Tensor._is_zerotensor, values))
-        or any(map(_is_wrapped, values))
-    )
+    return _core is None or not _core.are_plain(args)
+
+
+def _quick_look(name: str, unknown: Any) -> Callable[..., Any]:
+    """A look of the compiled module at tensors or layers.
+
+    Its answer is `unknown` for all that takes a closer look, and so it is for the compiler's tensors,
+    which have no memory.
+    """
+    look = getattr(_core, name, None)
+
+    def ask(*args: Any) -> Any:
+        return unknown if look is None or torch.compiler.is_compiling() else look(*args)
+
+    return ask
+
+
+#: Whether it is a floating-point tensor of a shape, in which a text stands for any size.
+fits: Callable[[Any, tuple[int | str, ...]], bool] = _quick_look("fits", False)
+
+#: Whether all of a list's tensors are that.
+are_float32_on_cpu: Callable[[Any], bool] = _quick_look("are_float32_on_cpu", False)
+
+#: Whether lists of weights and biases, float32 on the CPU, fit so many inputs and each other.
+layers_fit: Callable[[Any, Any, int], bool] = _quick_look("layers_fit", False)
+
+#: Whether two lists of tensors, float32 on the CPU, have the same sizes.
+same_sizes: Callable[[Any, Any], bool] = _quick_look("same_sizes", False)
+
+#: [weight, bias, weight, bias, ...] of a dictionary of so many torch.nn.Linear with these inputs and
+#: outputs (None: any), or None where they are more than that, by hooks for instance, or don't fit.
+linear_stack: Callable[[Any, int, int | None, int | None], list[Tensor] | None]
+linear_stack = _quick_look("linear_stack", None)
+
+#: The same of a diffcore.nn.MLP's layers; its class is given too.
+mlp_stack: Callable[[Any, type, int | None, int | None], list[Tensor] | None]
+mlp_stack = _quick_look("mlp_stack", None)
 
 
 def differentiates(*tensors: Tensor | None) -> bool:
@@ -241,14 +272,20 @@ class _FirstDerivative(torch.autograd.Function):
         )
 
 
-def addresses(parameters: list[Tensor]) -> list[Layer]:
-    """(weight address, bias address, in, out) of every layer of [weight, bias, weight, bias, ...].
+def layers(parameters: list[Tensor], backend: str) -> list[Tensor] | list[Layer]:
+    """[weight, bias, weight, bias, ...] as a backend's module takes them.
 
-    The tensors must be contiguous and stay alive during the call.
+    The CUDA kernels' takes (weight address, bias address, in, out); the tensors must be contiguous
+    and stay alive during the call.
     """
+    if backend == "cpu":
+        return parameters
     pointers = list(map(Tensor.data_ptr, parameters))
-    layers = zip(pointers[::2], pointers[1::2], map(Tensor.size, parameters[::2]), strict=True)
-    return [(weight, bias, size[1], size[0]) for weight, bias, size in layers]
+    sizes = map(Tensor.size, parameters[::2])
+    return [
+        (weight, bias, size[1], size[0])
+        for weight, bias, size in zip(pointers[::2], pointers[1::2], sizes, strict=True)
+    ]
 
 
 def address(tensor: Tensor | None) -> int:

@@ -84,24 +84,23 @@ def action_gradient(
     chosen = _dispatch.choose("action_gradient", available, backend)
     if chosen != "reference":
         assert ours is not None
-        with torch.no_grad():  # quicker than to detach every parameter
-            return native.ascend(
-                state,
-                action,
-                q1,
-                q2,
-                ours.activation,
-                _backends.precision(compute_dtype, state),
-                steps,
-                float(lr),
-                max_norm,
-                clip_mode,
-                optimizer,
-                float(eps),
-                float(low),
-                float(high),
-                chosen,
-            )
+        return native.ascend(
+            state,
+            action,
+            q1,
+            q2,
+            ours.activation,
+            _backends.precision(compute_dtype, state),
+            steps,
+            float(lr),
+            max_norm,
+            clip_mode,
+            optimizer,
+            float(eps),
+            float(low),
+            float(high),
+            chosen,
+        )
     q: Callable[..., Sequence[Tensor]] = critic
     if ours is not None and ours.altered() is None:
         q = partial(q, backend="reference")
@@ -151,7 +150,7 @@ def _support(
         raise TypeError(f"critic: expected a TwinCritic or a callable, got {type(critic).__name__}")
     ours = own_module(critic, nn.TwinCritic)
     check_tensor("state", state, ("B", ours.state_dim if ours else "S"))
-    check_tensor("action", action, (len(state), ours.action_dim if ours else "A"))
+    check_tensor("action", action, (state.shape[0], ours.action_dim if ours else "A"))
     check_like("action", action, "state", state)
     check_positive_int("steps", steps, least=0)
     check_number("lr", lr, least=0.0)
@@ -179,7 +178,7 @@ def _support(
         max(len(q1), len(q2)) // 2,
         compute_dtype=compute_dtype,
     )
-    _dispatch.restrict(reasons, "cuda", lambda: _too_wide_for_cuda(ours, state, compute_dtype))
+    reasons.restrict("cuda", lambda: _too_wide_for_cuda(ours, state, compute_dtype))
     return reasons, ours, q1, q2
 
 

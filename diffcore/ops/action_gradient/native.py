@@ -13,7 +13,7 @@ from diffcore.ops import _native
 from diffcore.ops._compile import constant_under_compile
 
 
-@_native.op("action_gradient")
+@_native.op("action_gradient", differentiable=False)
 def ascend(
     state: Tensor,
     action: Tensor,
@@ -34,9 +34,10 @@ def ascend(
     """Improved actions ``[B, A]``."""
     module = _native._cuda if backend == "cuda" else _native._core
     state, action = state.contiguous(), action.contiguous()
-    q1, q2 = [p.contiguous() for p in q1], [p.contiguous() for p in q2]
+    if backend != "cpu":  # whose module sees to that itself
+        q1, q2 = [p.contiguous() for p in q1], [p.contiguous() for p in q2]
     improved = torch.empty_like(action)
-    if not len(action):
+    if not action.shape[0]:
         return improved
     if backend == "triton":
         from diffcore.ops.action_gradient import triton
@@ -60,13 +61,13 @@ def ascend(
         )
         return improved
     critics = (
-        _native.addresses(q1),
-        _native.addresses(q2),
+        _native.layers(q1, backend),
+        _native.layers(q2, backend),
         action.shape[1],
         state.shape[1],
         getattr(module.Activation, activation),
         getattr(module.Precision, precision),
-        len(action),
+        action.shape[0],
     )
     rest = (
         state.data_ptr(),

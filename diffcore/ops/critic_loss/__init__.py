@@ -76,10 +76,10 @@ def support(
     """Checks the arguments and says which backends can take them."""
     check_tensor("x", x, ("B", "in"))
     available = ensemble_support(x, networks, activations, compute_dtype=compute_dtype)
-    check_tensor("target", target, (len(x), len(networks[0][-1])))
+    check_tensor("target", target, (x.shape[0], len(networks[0][-1])))
     check_like("target", target, "x", x)
     for name in ("cpu", "triton"):
-        _dispatch.restrict(available, name, lambda: _refused(target))
+        available.restrict(name, lambda: _refused(target))
     return available
 
 

@@ -28,19 +28,20 @@ def loss_and_gradients(
     """
     x, target = x.contiguous(), target.contiguous()
     parameters = [p.contiguous() for p in parameters]
-    batch = len(x)
+    batch = x.shape[0]
     if not batch or backend == "triton":
         return _in_parts(x, target, parameters, activations, wanted, precision, backend)
     core = _native._core
-    layers, functions = _native.addresses(parameters), mlp.kinds(activations)
+    functions = mlp.kinds(activations)
     loss = x.new_empty(())
-    q = x.new_empty(len(layers) // len(functions), batch, len(parameters[-1]))
+    networks = len(parameters) // (2 * len(functions))
+    q = x.new_empty(networks, batch, parameters[-1].shape[0])
     grads = [
         torch.empty_like(t) if want else _without_rows(t)
         for t, want in zip([x, *parameters], _each(wanted, parameters), strict=True)
     ]
     core.critic_loss(
-        layers,
+        parameters,
         functions,
         getattr(core.Precision, precision),
         batch,
@@ -102,7 +103,7 @@ def _(
         t.new_empty(t.shape) if want else _without_rows(t)
         for t, want in zip([x, *parameters], _each(wanted, parameters), strict=True)
     ]
-    return x.new_empty(()), x.new_empty(networks, len(x), len(parameters[-1])), grads
+    return x.new_empty(()), x.new_empty(networks, x.shape[0], parameters[-1].shape[0]), grads
 
 
 @_native.vmap("critic_loss")

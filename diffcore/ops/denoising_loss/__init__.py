@@ -80,7 +80,7 @@ def denoising_loss(
     available, ours, parameters = _support(*arguments, compute_dtype)
     chosen = _dispatch.choose("denoising_loss", available, backend)
     if t is None:
-        t = torch.randint(schedule.K, (len(action),), generator=generator, device=action.device)
+        t = torch.randint(schedule.K, (action.shape[0],), generator=generator, device=action.device)
     if noise is None:
         seed = _philox.draw_seed(generator, action.device)
         if chosen == "reference":
@@ -164,7 +164,7 @@ def _support(
         )
     ours = own_module(denoiser, nn.Denoiser)
     check_tensor("state", state, ("B", ours.state_dim if ours else "S"))
-    check_tensor("action", action, (len(state), ours.action_dim if ours else "A"))
+    check_tensor("action", action, (state.shape[0], ours.action_dim if ours else "A"))
     check_like("action", action, "state", state)
     if noise is not None:
         check_tensor("noise", noise, tuple(action.shape))

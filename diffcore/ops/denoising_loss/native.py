@@ -34,7 +34,7 @@ def loss_and_gradients(
     weight = None if weight is None else weight.contiguous()
     t = t.to(torch.int64).contiguous()
     parameters = [p.contiguous() for p in parameters]
-    batch = len(action)
+    batch = action.shape[0]
     loss = action.new_full((), float("nan"))  # the mean of an empty batch
     make = torch.empty_like if batch else torch.zeros_like
     all_wanted = wanted[:2] + [any(wanted[2:])] * len(parameters)
@@ -54,7 +54,7 @@ def loss_and_gradients(
         if least < 0 or most >= len(levels):
             raise ValueError(f"t: expected levels in 0..{len(levels) - 1}, got {least}..{most}")
         core.denoising_loss(
-            _native.addresses(parameters),
+            parameters,
             getattr(core.Activation, activation),
             getattr(core.Precision, precision),
             batch,

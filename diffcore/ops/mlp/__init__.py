@@ -103,9 +103,16 @@ def support(
         if len(given) != len(weights):
             raise ValueError(f"{name}: expected {len(weights)}, one a layer, got {len(given)}")
     width: int = x.shape[-1]
-    for i, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
-        _check_layer(i, weight, bias, activation, width, x)
-        width = weight.shape[0]
+    if not (
+        _native.layers_fit(weights, biases, width)
+        and x.dtype is torch.float32
+        and x.is_cpu
+        and ACTIVATIONS.keys() >= {*activations}
+    ):
+        layers = zip(weights, biases, activations, strict=True)
+        for i, (weight, bias, activation) in enumerate(layers):
+            _check_layer(i, weight, bias, activation, width, x)
+            width = weight.shape[0]
     check_compute_dtype(compute_dtype)
     return _backends.support(KERNELS, [x], activations, len(weights), compute_dtype=compute_dtype)
 

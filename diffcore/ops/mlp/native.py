@@ -32,15 +32,15 @@ def run_forward(
 
         return triton.forward(x, parameters, activations, keep, precision)
     core = _native._core
-    layers, functions = _native.addresses(parameters), kinds(activations)
-    networks, batch = len(layers) // len(functions), len(x)
-    y = x.new_empty(networks, batch, len(parameters[-1]))
+    functions = kinds(activations)
+    networks, batch = len(parameters) // (2 * len(functions)), x.shape[0]
+    y = x.new_empty(networks, batch, parameters[-1].shape[0])
     multiplied_in = getattr(core.Precision, precision)
-    width = core.mlp_saved_width(layers, functions, multiplied_in) if keep else 0
+    width = core.mlp_saved_width(parameters, functions, multiplied_in) if keep else 0
     saved = x.new_empty(networks, batch if keep else 0, width)
     if batch:
         core.mlp_forward(
-            layers,
+            parameters,
             functions,
             multiplied_in,
             batch,
@@ -70,8 +70,8 @@ def _(
         settings = (kinds(activations), getattr(core.Precision, precision))
         width = core.mlp_saved_width(shapes, *settings) if keep else 0
     return (
-        x.new_empty(networks, len(x), len(parameters[-1])),
-        x.new_empty(networks, len(x) if keep else 0, width),
+        x.new_empty(networks, x.shape[0], parameters[-1].shape[0]),
+        x.new_empty(networks, x.shape[0] if keep else 0, width),
     )
 
 
@@ -94,13 +94,13 @@ def run_backward(
 
         wanted = (wants_x, wants_parameters)
         return triton.backward(grad_y, saved, parameters, activations, *wanted, precision)
-    batch = len(x)
+    batch = x.shape[0]
     grad_x = x.new_empty(batch if wants_x else 0, x.shape[1])
     if batch:
         core = _native._core
         grads = [torch.empty_like(p) for p in parameters] if wants_parameters else []
         core.mlp_backward(
-            _native.addresses(parameters),
+            parameters,
             kinds(activations),
             getattr(core.Precision, precision),
             batch,
@@ -131,7 +131,7 @@ def _(
     precision: str,
     backend: str,
 ) -> list[Tensor]:
-    grad_x = x.new_empty(len(x) if wants_x else 0, x.shape[1])
+    grad_x = x.new_empty(x.shape[0] if wants_x else 0, x.shape[1])
     return [grad_x, *([torch.empty_like(p) for p in parameters] if wants_parameters else [])]
 
 

@@ -69,6 +69,8 @@ def support(
             raise ValueError(
                 f"networks[{i}]: expected {len(first)} tensors like networks[0], got {len(network)}"
             )
+        if _native.same_sizes(network, first):
+            continue
         for j, (parameter, like) in enumerate(zip(network, first, strict=True)):
             if not (
                 isinstance(parameter, Tensor)
@@ -77,7 +79,7 @@ def support(
                 and parameter.device == like.device
             ):
                 _reject(f"networks[{i}][{j}]", parameter, like)
-    _dispatch.restrict(available, "cpu", lambda: _too_many(len(networks)))
+    available.restrict("cpu", lambda: _too_many(len(networks)))
     return available
 
 

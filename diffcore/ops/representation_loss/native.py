@@ -40,7 +40,7 @@ def loss_and_gradients(
     tensors = [t.contiguous() for t in (x, perturbed, *psi, *zeta)]
     x, perturbed, *parameters = tensors
     psi, zeta = parameters[: len(psi)], parameters[len(psi) :]
-    if not len(x) or backend == "triton":
+    if not x.shape[0] or backend == "triton":
         arguments = (x, perturbed, offset, score_weight, psi, zeta)
         names = (psi_activations, zeta_activations)
         return _in_parts(*arguments, *names, wanted, precision, backend)
@@ -53,12 +53,12 @@ def loss_and_gradients(
     grad_psi, grad_zeta = grads[2 : 2 + len(psi)], grads[2 + len(psi) :]
     core = _native._core
     core.representation_loss(
-        _native.addresses(psi),
+        psi,
         mlp.kinds(psi_activations),
-        _native.addresses(zeta),
+        zeta,
         mlp.kinds(zeta_activations),
         getattr(core.Precision, precision),
-        len(x),
+        x.shape[0],
         offset.shape[1],
         *[t.data_ptr() for t in (x, perturbed, offset, score_weight, loss)],
         grads[0].data_ptr() if wanted[0] else 0,

@@ -234,11 +234,11 @@ def _support(
         raise ValueError("x_init: a denoiser that isn't a diffcore.nn.Denoiser needs it given")
     action_dim: int | str = ours.action_dim if ours else "A"
     if x_init is not None:
-        check_tensor("x_init", x_init, (len(state), action_dim))
+        check_tensor("x_init", x_init, (state.shape[0], action_dim))
         check_like("x_init", x_init, "state", state)
         action_dim = x_init.shape[1]
     if noise is not None:
-        check_tensor("noise", noise, (steps, len(state), action_dim))
+        check_tensor("noise", noise, (steps, state.shape[0], action_dim))
         check_like("noise", noise, "state", state)
     check_number("noise_scale", noise_scale, least=0.0)
     check_number("clip", clip, above=0.0, finite=False)
@@ -261,7 +261,7 @@ def _support(
         len(parameters) // 2 - 2,  # without the time MLP's
         compute_dtype=compute_dtype,
     )
-    _dispatch.restrict(reasons, "cuda", lambda: _too_large_for_cuda(ours, state, compute_dtype))
+    reasons.restrict("cuda", lambda: _too_large_for_cuda(ours, state, compute_dtype))
     return reasons, ours, parameters
 
 

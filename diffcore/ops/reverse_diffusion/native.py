@@ -31,7 +31,8 @@ def chain(
 ) -> tuple[Tensor, Tensor]:
     """(actions ``[B, A]``, x before every step and at the end ``[steps + 1, B, A]`` or empty)."""
     module = _native._cuda if backend == "cuda" else _native._core
-    parameters = [p.contiguous() for p in parameters]
+    if backend != "cpu":  # whose module sees to that itself
+        parameters = [p.contiguous() for p in parameters]
     state = state.contiguous()
     x_init = None if x_init is None else x_init.contiguous()
     noise = None if noise is None else noise.contiguous()
@@ -61,7 +62,7 @@ def chain(
         )
         return actions, trajectory
     denoiser = (
-        _native.addresses(parameters),
+        _native.layers(parameters, backend),
         action_dim,
         state.shape[1],
         getattr(module.Activation, activation),
@@ -121,11 +122,11 @@ def _(
     keep_trajectory: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    action_dim = len(parameters[-1])
-    steps = len(coefficients) + 1 if keep_trajectory else 0
+    action_dim = parameters[-1].shape[0]
+    steps = coefficients.shape[0] + 1 if keep_trajectory else 0
     return (
-        state.new_empty(len(state), action_dim),
-        state.new_empty(steps, len(state), action_dim),
+        state.new_empty(state.shape[0], action_dim),
+        state.new_empty(steps, state.shape[0], action_dim),
     )
 
 
@@ -147,7 +148,7 @@ def chain_backward(
     Step by step backwards from the stored x: the denoiser is run again in float32, and its
     vector-Jacobian product taken by hand.
     """
-    steps, batch, action_dim = len(coefficients), len(state), grad_actions.shape[1]
+    steps, batch, action_dim = coefficients.shape[0], state.shape[0], grad_actions.shape[1]
     function = ACTIVATIONS[activation]
     state_offset = parameters[4].shape[1] - state.shape[1]
     grads = [torch.zeros_like(p) for p in parameters]
@@ -235,7 +236,7 @@ def _(
     activation: str,
     wants_noise: bool,
 ) -> list[Tensor]:
-    steps = len(coefficients) if wants_noise else 0
+    steps = coefficients.shape[0] if wants_noise else 0
     return [
         torch.empty_like(state),
         torch.empty_like(grad_actions),

@@ -71,8 +71,8 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     keep = keep and kind != "cos_sin"
     return (
-        x.new_empty(len(x), _width(omega, kind)),
-        x.new_empty(len(x) if keep else 0, len(omega)),
+        x.new_empty(x.shape[0], _width(omega, kind)),
+        x.new_empty(x.shape[0] if keep else 0, omega.shape[0]),
     )
 
 
@@ -141,9 +141,9 @@ def _(
     backend: str,
 ) -> list[Tensor]:
     return [
-        x.new_empty(len(x) if wants_x else 0, x.shape[1]),
-        x.new_empty(len(omega) if wants_omega else 0, x.shape[1]),
-        x.new_empty(len(omega) if wants_bias else 0),
+        x.new_empty(x.shape[0] if wants_x else 0, x.shape[1]),
+        x.new_empty(omega.shape[0] if wants_omega else 0, x.shape[1]),
+        x.new_empty(omega.shape[0] if wants_bias else 0),
     ]
 
 

@@ -71,7 +71,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     sources = (psi, hidden, weight, bias)
     shapes = [
-        (len(t) if want else 0, *t.shape[1:]) for t, want in zip(sources, wanted, strict=True)
+        (t.shape[0] if want else 0, *t.shape[1:]) for t, want in zip(sources, wanted, strict=True)
     ]
     return psi.new_empty(()), *(psi.new_empty(shape) for shape in shapes)
 

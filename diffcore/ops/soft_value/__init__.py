@@ -93,7 +93,7 @@ def support(
             raise TypeError(f"{name}: expected a diffcore.nn.{kind.__name__}, got {found}")
     state, noise, temperature = out_of_autocast(policy, state, noise, temperature)
     check_tensor("state", state, ("B", policy.state_dim))
-    check_tensor("noise", noise, (len(state), policy.action_dim))
+    check_tensor("noise", noise, (state.shape[0], policy.action_dim))
     check_tensor("temperature", temperature, ())
     if (psi.state_dim, psi.action_dim) != (policy.state_dim, policy.action_dim):
         raise ValueError(

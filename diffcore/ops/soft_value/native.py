@@ -33,7 +33,7 @@ def values_and_gradients(
     """
     state, noise = state.contiguous(), noise.contiguous()
     psi, critics, policy = ([p.contiguous() for p in ps] for ps in (psi, critics, policy))
-    batch = len(state)
+    batch = state.shape[0]
     loss = state.new_full((), float("nan"))  # the mean of an empty batch
     value, log_prob = state.new_empty(batch, 1), state.new_empty(batch, 1)
     make = torch.empty_like if batch else torch.zeros_like
@@ -42,7 +42,7 @@ def values_and_gradients(
         core = _native._core
         networks = ((policy, policy_kinds), (psi, psi_kinds), (critics, critic_kinds))
         core.soft_value(
-            *[x for ps, names in networks for x in (_native.addresses(ps), kinds(names))],
+            *[x for ps, names in networks for x in (ps, kinds(names))],
             getattr(core.Precision, precision),
             batch,
             low,
@@ -65,7 +65,7 @@ def _(
     wanted: bool,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    rows = len(state)
+    rows = state.shape[0]
     grads = [p.new_empty(p.shape) for p in policy] if wanted else []
     return state.new_empty(()), state.new_empty(rows, 1), state.new_empty(rows, 1), grads
 

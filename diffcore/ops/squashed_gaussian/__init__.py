@@ -81,15 +81,15 @@ def support(
     """Checks the arguments and says which backends can take them."""
     check_tensor("x", x, ("B", "in"))
     available = mlp_support(x, weights, biases, activations, compute_dtype=compute_dtype)
-    outputs = len(weights[-1])
+    outputs = weights[-1].shape[0]
     if outputs % 2:
         raise ValueError(f"weights[-1]: expected an even number of outputs, got {outputs}")
-    check_tensor("noise", noise, (len(x), outputs // 2))
+    check_tensor("noise", noise, (x.shape[0], outputs // 2))
     check_like("noise", noise, "x", x)
     low, high = log_std_bounds
     check_number("log_std_bounds[0]", low)
     check_number("log_std_bounds[1]", high, above=low)
-    _dispatch.restrict(available, "cpu", lambda: _refused(noise))
+    available.restrict("cpu", lambda: _refused(noise))
     return available
 
 

@@ -16,7 +16,7 @@ def _saved_width(parameters: list[Tensor], activations: str, precision: str) -> 
     layers = [(0, 0, w.shape[1], w.shape[0]) for w in parameters[::2]]
     core = _native._core
     width: int = core.mlp_saved_width(layers, kinds(activations), getattr(core.Precision, precision))
-    return width + len(parameters[-1])
+    return width + parameters[-1].shape[0]
 
 
 @_native.op("squashed_gaussian")
@@ -33,14 +33,14 @@ def forward(
     """(action ``[B, A]``, log density ``[B, 1]``, what the backward pass needs if `keep`)."""
     x, noise = x.contiguous(), noise.contiguous()
     parameters = [p.contiguous() for p in parameters]
-    batch = len(x)
+    batch = x.shape[0]
     action, log_prob = torch.empty_like(noise), x.new_empty(batch, 1)
     width = _saved_width(parameters, activations, precision) if keep else 0
     saved = x.new_empty(batch if keep else 0, width)
     if batch:
         core = _native._core
         core.squashed_gaussian(
-            _native.addresses(parameters),
+            parameters,
             kinds(activations),
             getattr(core.Precision, precision),
             batch,
@@ -71,8 +71,8 @@ def _(
     width = _saved_width(parameters, activations, precision) if keep else 0
     return (
         x.new_empty(noise.shape),
-        x.new_empty(len(x), 1),
-        x.new_empty(len(x) if keep else 0, width),
+        x.new_empty(x.shape[0], 1),
+        x.new_empty(x.shape[0] if keep else 0, width),
     )
 
 
@@ -94,14 +94,14 @@ def backward(
     x, action = x.contiguous(), action.contiguous()
     grad_action = None if grad_action is None else grad_action.contiguous()
     grad_log_prob = None if grad_log_prob is None else grad_log_prob.contiguous()
-    batch = len(x)
+    batch = x.shape[0]
     make = torch.empty_like if batch else torch.zeros_like
     grad_x = x.new_empty(batch if wants_x else 0, x.shape[1])
     grads = [make(p) for p in parameters] if wants_parameters else []
     if batch:
         core = _native._core
         core.squashed_gaussian_backward(
-            _native.addresses(parameters),
+            parameters,
             kinds(activations),
             getattr(core.Precision, precision),
             batch,
@@ -131,7 +131,7 @@ def _(
     wants_parameters: bool,
     precision: str,
 ) -> list[Tensor]:
-    grad_x = x.new_empty(len(x) if wants_x else 0, x.shape[1])
+    grad_x = x.new_empty(x.shape[0] if wants_x else 0, x.shape[1])
     return [grad_x, *([p.new_empty(p.shape) for p in parameters] if wants_parameters else [])]
 
 

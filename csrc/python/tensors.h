@@ -1,0 +1,344 @@
+// What a call looks up in torch's tensors and modules, in C.
+//
+// Every call looks at all of a network's parameters: what they are, where they lie, whether a layer is
+// more than its weights. In Python that takes longer than a small network does. torch isn't needed to
+// build this: it hands out what a tensor is through DLPack's exchange functions, an interface of plain C
+// (https://dmlc.github.io/dlpack), which torch has from 2.10 on. Older ones are asked in Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace diffcore {
+
+namespace py = pybind11;
+
+// ---- DLPack 1: the part of its interface that is used -------------------------------------------
+
+namespace dlpack {
+
+struct Tensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t type_code, type_bits;
+  uint16_t type_lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+constexpr int32_t cpu = 1;
+constexpr uint8_t floating = 2, bfloat = 4;  // codes of types
+
+struct ExchangeApi {
+  uint32_t major, minor;
+  void* older;
+  void *allocate, *managed_from_object, *managed_to_object;
+  // 0, or -1 and a Python exception. What it says holds until Python runs again.
+  int (*from_object)(void* object, Tensor* out);
+  void* current_stream;
+};
+
+}  // namespace dlpack
+
+// ---- tensors ---------------------------------------------------------------------------------------
+
+// A name that is looked up again and again.
+inline PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+
+// torch's, which Python names at import.
+struct Torch {
+  PyTypeObject *tensor, *parameter, *linear;
+  PyObject *float32, *is_neg, *is_zerotensor;
+  const dlpack::ExchangeApi* api;  // null: torch has none
+};
+inline Torch torch_types{};
+
+// `exchange_api`: torch.Tensor.__dlpack_c_exchange_api__, or None.
+inline void use_torch(py::type tensor, py::type parameter, py::type linear, py::object float32,
+                      py::object exchange_api) {
+  torch_types.is_neg = py::object(tensor.attr("is_neg")).release().ptr();
+  torch_types.is_zerotensor = py::object(tensor.attr("_is_zerotensor")).release().ptr();
+  torch_types.tensor = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
+  torch_types.parameter = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
+  torch_types.linear = reinterpret_cast<PyTypeObject*>(linear.release().ptr());
+  torch_types.float32 = float32.release().ptr();
+  torch_types.api = nullptr;
+  if (exchange_api.is_none()) return;
+  const void* at = PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api");
+  if (!at) throw py::error_already_set();
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(at);
+  if (api->major == 1 && api->from_object) torch_types.api = api;
+}
+
+struct TensorLook {
+  const void* data;
+  bool on_cpu, floating, float32, contiguous;
+  int dimensions;
+  int64_t rows, columns;  // the first two sizes
+};
+
+inline bool is_contiguous(const dlpack::Tensor& t) {
+  int64_t stride = 1;
+  bool in_order = true;
+  for (int d = t.ndim - 1; d >= 0; --d) {
+    if (t.shape[d] == 0) return true;
+    if (t.shape[d] != 1 && t.strides[d] != stride) in_order = false;
+    stride *= t.shape[d];
+  }
+  return in_order;
+}
+
+inline bool look_in_python(py::handle tensor, TensorLook* out) {
+  if (tensor.attr("is_meta").cast<bool>()) return false;
+  const py::tuple shape = tensor.attr("shape");
+  out->data = reinterpret_cast<const void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+  out->on_cpu = tensor.attr("is_cpu").cast<bool>();
+  out->floating = tensor.attr("is_floating_point")().cast<bool>();
+  out->float32 = tensor.attr("dtype").ptr() == torch_types.float32;
+  out->contiguous = tensor.attr("is_contiguous")().cast<bool>();
+  out->dimensions = static_cast<int>(shape.size());
+  out->rows = shape.size() > 0 ? shape[0].cast<int64_t>() : 1;
+  out->columns = shape.size() > 1 ? shape[1].cast<int64_t>() : 1;
+  return true;
+}
+
+// False for what isn't a tensor with memory: a wrapper of torch.func's, for instance.
+inline bool look_at(py::handle tensor, TensorLook* out) {
+  if (!torch_types.api) {
+    try {
+      return look_in_python(tensor, out);
+    } catch (const py::error_already_set&) {
+      return false;
+    }
+  }
+  dlpack::Tensor t;
+  if (torch_types.api->from_object(tensor.ptr(), &t) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  out->data = static_cast<const char*>(t.data) + t.byte_offset;
+  out->on_cpu = t.device_type == dlpack::cpu;
+  out->floating = t.type_code == dlpack::floating || t.type_code == dlpack::bfloat;
+  out->float32 = t.type_code == dlpack::floating && t.type_bits == 32 && t.type_lanes == 1;
+  out->contiguous = is_contiguous(t);
+  out->dimensions = t.ndim;
+  out->rows = t.ndim > 0 ? t.shape[0] : 1;
+  out->columns = t.ndim > 1 ? t.shape[1] : 1;
+  return true;
+}
+
+inline bool is_tensor(PyObject* object) {
+  return Py_TYPE(object) == torch_types.tensor || Py_TYPE(object) == torch_types.parameter;
+}
+
+inline bool says_yes(PyObject* method, PyObject* tensor) {
+  const auto answer = py::reinterpret_steal<py::object>(PyObject_CallOneArg(method, tensor));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() == Py_True;
+}
+
+// Whether an argument's memory holds its values: no subclass, no wrapper, nothing that is to be read
+// negated or as zeros without any memory.
+inline bool is_plain(PyObject* argument) {
+  if (argument == Py_None) return true;
+  PyTypeObject* const type = Py_TYPE(argument);
+  if (type == torch_types.tensor || type == torch_types.parameter) {
+    TensorLook look;
+    return look_at(argument, &look) && !says_yes(torch_types.is_neg, argument) &&
+           (look.data || !says_yes(torch_types.is_zerotensor, argument));
+  }
+  return type == &PyBool_Type || type == &PyLong_Type || type == &PyFloat_Type ||
+         type == &PyUnicode_Type;
+}
+
+// The same of a call's: tensors, numbers, texts and lists of them.
+inline bool are_plain(const py::tuple& arguments) {
+  for (py::handle argument : arguments) {
+    if (!PyList_CheckExact(argument.ptr())) {
+      if (!is_plain(argument.ptr())) return false;
+      continue;
+    }
+    for (py::handle item : py::reinterpret_borrow<py::list>(argument))
+      if (!is_plain(item.ptr())) return false;
+  }
+  return true;
+}
+
+// Whether it is a floating-point tensor of this shape, of up to two sizes; a text stands for any size.
+// False means no more than that it takes a closer look.
+inline bool fits(py::handle value, const py::tuple& shape) {
+  TensorLook look;
+  const auto dimensions = static_cast<int>(shape.size());
+  if (!is_tensor(value.ptr()) || !look_at(value, &look) || !look.floating ||
+      look.dimensions != dimensions || dimensions > 2)
+    return false;
+  const auto as_wanted = [&](int d, int64_t size) {
+    PyObject* const wanted = PyTuple_GET_ITEM(shape.ptr(), d);
+    if (PyUnicode_Check(wanted)) return true;
+    const long long number = PyLong_AsLongLong(wanted);
+    if (number == -1 && PyErr_Occurred()) PyErr_Clear();
+    return number == size;
+  };
+  return (dimensions < 1 || as_wanted(0, look.rows)) &&
+         (dimensions < 2 || as_wanted(1, look.columns));
+}
+
+// Whether kernels on the CPU can read it.
+inline bool look_at_float32_on_cpu(py::handle tensor, TensorLook* look) {
+  return is_tensor(tensor.ptr()) && look_at(tensor, look) && look->on_cpu && look->float32;
+}
+
+inline bool are_float32_on_cpu(py::handle tensors) {
+  if (!PyList_CheckExact(tensors.ptr())) return false;
+  for (py::handle tensor : tensors) {
+    TensorLook look;
+    if (!look_at_float32_on_cpu(tensor, &look)) return false;
+  }
+  return true;
+}
+
+// ---- layers ----------------------------------------------------------------------------------------
+
+inline bool are_lists_as_long(py::handle one, py::handle other) {
+  return PyList_CheckExact(one.ptr()) && PyList_CheckExact(other.ptr()) &&
+         PyList_GET_SIZE(one.ptr()) == PyList_GET_SIZE(other.ptr());
+}
+
+inline py::handle item(py::handle list, Py_ssize_t i) { return PyList_GET_ITEM(list.ptr(), i); }
+
+// Whether weights [out, in] and biases [out], all float32 on the CPU, lead from so many inputs on from one
+// layer to the next. Like what follows it says no to more than what is wrong.
+inline bool layers_fit(py::handle weights, py::handle biases, int64_t width) {
+  if (!are_lists_as_long(weights, biases)) return false;
+  for (Py_ssize_t l = 0; l < PyList_GET_SIZE(weights.ptr()); ++l) {
+    TensorLook weight, bias;
+    if (!look_at_float32_on_cpu(item(weights, l), &weight) ||
+        !look_at_float32_on_cpu(item(biases, l), &bias) || weight.dimensions != 2 ||
+        bias.dimensions != 1 || weight.columns != width || bias.rows != weight.rows)
+      return false;
+    width = weight.rows;
+  }
+  return true;
+}
+
+// Whether two lists of vectors and matrices, all float32 on the CPU, have the same sizes.
+inline bool same_sizes(py::handle tensors, py::handle others) {
+  if (!are_lists_as_long(tensors, others)) return false;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
+    TensorLook one, other;
+    if (!look_at_float32_on_cpu(item(tensors, i), &one) ||
+        !look_at_float32_on_cpu(item(others, i), &other) || one.dimensions != other.dimensions ||
+        one.dimensions > 2 || one.rows != other.rows || one.columns != other.columns)
+      return false;
+  }
+  return true;
+}
+
+// Whether a module is exactly of a class, without hooks or a forward of its own.
+inline bool is_unaltered(PyObject* module, PyTypeObject* type) {
+  static PyObject* const names[] = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
+                                    interned("_backward_hooks"), interned("_backward_pre_hooks")};
+  static PyObject* const forward = interned("forward");
+  if (Py_TYPE(module) != type) return false;
+  const auto attributes =
+      py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
+  if (!attributes) throw py::error_already_set();
+  if (PyDict_GetItemWithError(attributes.ptr(), forward)) return false;
+  for (PyObject* name : names) {
+    PyObject* const hooks = PyDict_GetItemWithError(attributes.ptr(), name);
+    if (!hooks || !PyDict_Check(hooks) || PyDict_Size(hooks) > 0) return false;
+  }
+  return true;
+}
+
+// [weight, bias, weight, bias, ...] of a dictionary of so many torch.nn.Linear with these inputs and
+// outputs, or None where there is anything about them that takes a closer look: another class,
+// hooks, a missing bias, shapes that don't fit.
+inline py::object linear_stack(const py::dict& modules, size_t count, std::optional<int64_t> in,
+                               std::optional<int64_t> out) {
+  static PyObject* const own = interned("_parameters");
+  static PyObject* const names[] = {interned("weight"), interned("bias")};
+  if (modules.size() != count) return py::none();
+  py::list result(2 * count);
+  size_t filled = 0;
+  std::optional<int64_t> width = in;
+  for (const auto& item : modules) {
+    PyObject* const layer = item.second.ptr();
+    if (!is_unaltered(layer, torch_types.linear)) return py::none();
+    const auto attributes =
+        py::reinterpret_steal<py::object>(PyObject_GenericGetDict(layer, nullptr));
+    PyObject* const parameters = PyDict_GetItemWithError(attributes.ptr(), own);
+    if (!parameters || !PyDict_Check(parameters)) return py::none();
+    PyObject* const weight = PyDict_GetItemWithError(parameters, names[0]);
+    PyObject* const bias = PyDict_GetItemWithError(parameters, names[1]);
+    TensorLook w, b;
+    if (!weight || !bias || !is_tensor(weight) || !is_tensor(bias) || !look_at(weight, &w) ||
+        !look_at(bias, &b) || w.dimensions != 2 || b.dimensions != 1 || b.rows != w.rows ||
+        (width && w.columns != *width))
+      return py::none();
+    width = w.rows;
+    result[filled++] = py::handle(weight);
+    result[filled++] = py::handle(bias);
+  }
+  if (out && width != out) return py::none();
+  return std::move(result);
+}
+
+// linear_stack of a diffcore.nn.MLP, whose class is `type`; None as well where that does more than its
+// layers, by a hook for instance.
+inline py::object mlp_stack(py::handle mlp, py::type type, std::optional<int64_t> in,
+                            std::optional<int64_t> out) {
+  static PyObject* const modules = interned("_modules");
+  static PyObject* const layers = interned("layers");
+  static PyObject* const activations = interned("activations");
+  if (!is_unaltered(mlp.ptr(), reinterpret_cast<PyTypeObject*>(type.ptr()))) return py::none();
+  const py::object list = mlp.attr(modules)[layers];
+  return linear_stack(list.attr(modules), py::len(mlp.attr(activations)), in, out);
+}
+
+// (weight address, bias address, in, out)
+using Layer = std::tuple<uintptr_t, uintptr_t, int, int>;
+
+// A network's layers. Python gives them as [weight, bias, weight, bias, ...].
+struct Layers : std::vector<Layer> {
+  std::vector<py::object> copies;  // of what didn't lie row by row, for the time of a call
+};
+
+}  // namespace diffcore
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<diffcore::Layers> {
+  PYBIND11_TYPE_CASTER(diffcore::Layers, const_name("list[Tensor]"));
+
+  bool load(handle source, bool) {
+    if (!PyList_Check(source.ptr())) return false;
+    const auto parameters = reinterpret_borrow<list>(source);
+    if (parameters.size() % 2) return false;
+    value.reserve(parameters.size() / 2);
+    for (size_t i = 0; i < parameters.size(); i += 2) {
+      diffcore::TensorLook weight, bias;
+      if (!rows_of(parameters[i], &weight) || !rows_of(parameters[i + 1], &bias)) return false;
+      value.emplace_back(reinterpret_cast<uintptr_t>(weight.data),
+                         reinterpret_cast<uintptr_t>(bias.data), static_cast<int>(weight.columns),
+                         static_cast<int>(weight.rows));
+    }
+    return true;
+  }
+
+ private:
+  bool rows_of(object tensor, diffcore::TensorLook* look) {
+    if (!diffcore::look_at(tensor, look)) return false;
+    if (look->contiguous) return true;
+    value.copies.push_back(tensor.attr("contiguous")());
+    return diffcore::look_at(value.copies.back(), look);
+  }
+};
+
+}  // namespace pybind11::detail

@@ -1,0 +1,237 @@
+"""The compiled module's quick looks at tensors and layers agree with what torch says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from diffcore import DiffusionSchedule, ops
+from diffcore.nn import MLP, Denoiser, TwinCritic
+from diffcore.ops import _native
+
+core = _native._core
+pytestmark = pytest.mark.skipif(core is None, reason="needs the compiled module")
+
+EXCHANGE_API = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+
+
+def use(exchange_api: Any) -> None:
+    core.use_torch(Tensor, nn.Parameter, nn.Linear, torch.float32, exchange_api)
+
+
+@pytest.fixture(params=["dlpack", "python"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both ways of looking: torch from 2.10 on has the first, older ones the second alone."""
+    if request.param == "dlpack" and EXCHANGE_API is None:
+        pytest.skip("this torch has no DLPack exchange functions")
+    use(EXCHANGE_API if request.param == "dlpack" else None)
+    yield request.param
+    use(EXCHANGE_API)
+
+
+class Subclass(Tensor):
+    pass
+
+
+def leaked() -> Tensor:
+    """A wrapper that outlived its transform."""
+    seen: list[Tensor] = []
+    torch.func.grad(lambda x: (seen.append(x), x.sum())[1])(torch.ones(3, 2))
+    return seen[0]
+
+
+TENSORS: dict[str, Callable[[], Tensor]] = {
+    "matrix": lambda: torch.randn(3, 2),
+    "parameter": lambda: nn.Parameter(torch.randn(3, 2)),
+    "transposed": lambda: torch.randn(2, 3).t(),
+    "expanded": lambda: torch.randn(1, 2).expand(3, 2),
+    "sliced": lambda: torch.randn(6, 2)[::2],
+    "inference": lambda: torch.inference_mode()(lambda: torch.randn(3, 2))(),
+    "empty": lambda: torch.randn(0, 2),
+    "vector": lambda: torch.randn(3),
+    "scalar": lambda: torch.randn(()),
+    "cube": lambda: torch.randn(3, 2, 2),
+    "double": lambda: torch.randn(3, 2, dtype=torch.float64),
+    "half": lambda: torch.randn(3, 2).half(),
+    "bfloat16": lambda: torch.randn(3, 2).bfloat16(),
+    "float8": lambda: torch.randn(3, 2).to(torch.float8_e5m2),
+    "integer": lambda: torch.ones(3, 2, dtype=torch.int64),
+    "bool": lambda: torch.ones(3, 2, dtype=torch.bool),
+    "complex": lambda: torch.ones(3, 2, dtype=torch.complex64),
+    "meta": lambda: torch.ones(3, 2, device="meta"),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "negated": lambda: torch._neg_view(torch.ones(3, 2)),
+    "zeros without memory": lambda: torch._efficientzerotensor(3, 2),
+    "subclass": lambda: torch.ones(3, 2).as_subclass(Subclass),
+    "leaked": leaked,
+}
+#: Of which a quick look can say that their memory holds their values.
+PLAIN = set(TENSORS) - {
+    "meta",
+    "sparse",
+    "negated",
+    "zeros without memory",
+    "subclass",
+    "leaked",
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_plain_tensors(way: str, name: str) -> None:
+    tensor = TENSORS[name]()
+    assert core.are_plain((tensor,)) == (name in PLAIN)
+    assert core.are_plain(("mish", None, [tensor, 1.0], True)) == (name in PLAIN)
+
+
+@pytest.mark.parametrize("other", [object(), (1, 2), torch.float32, {"a": 1}])
+def test_other_arguments_aren_t_plain(way: str, other: object) -> None:
+    assert not core.are_plain((other,))
+    assert not core.are_plain(([other],))
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_float32_on_the_cpu(way: str, name: str) -> None:
+    tensor = TENSORS[name]()
+    yes = tensor.dtype is torch.float32 and tensor.is_cpu
+    # No is allowed where a closer look says yes, but only there.
+    assert core.are_float32_on_cpu([torch.ones(1), tensor]) == (yes and name in PLAIN) or (
+        yes and name in ("negated", "zeros without memory")
+    )
+    assert not core.are_float32_on_cpu((tensor,))  # not a list
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("shape", [(3, 2), ("B", 2), (3, "in"), ("...", 2), (3,), (), (2, 3)])
+def test_shapes(way: str, name: str, shape: tuple[int | str, ...]) -> None:
+    tensor = TENSORS[name]()
+    fits = (
+        tensor.is_floating_point()
+        and tensor.ndim == len(shape)
+        and all(isinstance(w, str) or h == w for h, w in zip(tensor.shape, shape, strict=True))
+    )
+    said = core.fits(tensor, shape)
+    assert said == fits if name in PLAIN and name != "float8" else fits or not said
+
+
+@pytest.mark.parametrize("value", [None, 1.0, [[1.0, 2.0]], "text", object()])
+def test_what_isn_t_a_tensor(way: str, value: object) -> None:
+    assert not core.fits(value, ("B", "in"))
+    assert not core.are_float32_on_cpu([value])
+    assert not core.layers_fit([value], [value], 1)
+    assert not core.same_sizes([value], [value])
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.data())
+def test_layers_fit(widths: list[int], data: st.DataObject) -> None:
+    out = [data.draw(st.integers(1, 4)) for _ in widths]
+    bias = [data.draw(st.sampled_from([n, n, n + 1])) for n in out]
+    weights = [torch.empty(n, w) for n, w in zip(out, widths, strict=True)]
+    biases = [torch.empty(n) for n in bias]
+    fit = out == bias and out[:-1] == widths[1:]
+    assert core.layers_fit(weights, biases, widths[0]) == fit
+    assert not core.layers_fit(weights, biases, widths[0] + 1)
+    assert not core.layers_fit(weights, biases[1:], widths[0])
+
+
+def test_same_sizes(way: str) -> None:
+    tensors = [torch.empty(3, 2), torch.empty(3)]
+    assert core.same_sizes(tensors, [nn.Parameter(torch.empty(3, 2)), torch.empty(3)])
+    for others in (
+        [torch.empty(2, 3), torch.empty(3)],
+        [torch.empty(3, 2), torch.empty(3, 1)],
+        [torch.empty(3, 2), torch.empty(3, dtype=torch.float64)],
+        [torch.empty(3, 2)],
+        tuple(tensors),
+    ):
+        assert not core.same_sizes(tensors, others)
+    cube = [torch.empty(3, 2, 2)]
+    assert not core.same_sizes(cube, cube)
+
+
+# -- layers ------------------------------------------------------------------------------------------
+
+
+def changed(change: Callable[[MLP], object]) -> MLP:
+    mlp = MLP(2, 5, 3, 2)
+    change(mlp)
+    return mlp
+
+
+def replace_layer(layer: nn.Module) -> Callable[[MLP], object]:
+    return lambda mlp: mlp.layers.__setitem__(1, layer)
+
+
+def test_layers_in_order(way: str) -> None:
+    mlp = MLP(2, 5, 3, 2)
+    for dims in ((2, 3), (None, 3), (2, None), (None, None)):
+        for found in (
+            core.linear_stack(mlp.layers._modules, 3, *dims),
+            core.mlp_stack(mlp, MLP, *dims),
+        ):
+            assert len(found) == 6
+            assert all(p is q for p, q in zip(found, mlp.parameters(), strict=True))
+    assert core.linear_stack(mlp.layers._modules, 2, 2, 3) is None
+    for dims in ((3, 3), (2, 2)):
+        assert core.mlp_stack(mlp, MLP, *dims) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mlp: mlp.layers[0].register_forward_hook(lambda *_: None),
+        lambda mlp: mlp.layers[2].register_forward_pre_hook(lambda *_: None),
+        lambda mlp: mlp.layers[1].register_full_backward_hook(lambda *_: None),
+        lambda mlp: mlp.layers[1].register_full_backward_pre_hook(lambda *_: None),
+        lambda mlp: setattr(mlp.layers[1], "forward", lambda x: x),
+        lambda mlp: nn.utils.parametrizations.weight_norm(mlp.layers[0]),
+        lambda mlp: setattr(mlp.layers[0], "weight", None),
+        lambda mlp: mlp.layers.pop(1),
+        replace_layer(nn.Linear(5, 5, bias=False)),
+        replace_layer(nn.Linear(5, 4)),
+        replace_layer(nn.Identity()),
+        replace_layer(type("Doubled", (nn.Linear,), {})(5, 5)),
+    ],
+)
+def test_odd_layers_take_a_closer_look(way: str, change: Callable[[MLP], object]) -> None:
+    mlp = changed(change)
+    assert core.linear_stack(mlp.layers._modules, 3, 2, 3) is None
+    assert core.mlp_stack(mlp, MLP, 2, 3) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mlp: mlp.register_forward_hook(lambda *_: None),
+        lambda mlp: setattr(mlp, "forward", lambda x: x),
+    ],
+)
+def test_an_odd_mlp_takes_a_closer_look(way: str, change: Callable[[MLP], object]) -> None:
+    assert core.mlp_stack(changed(change), MLP, 2, 3) is None
+    assert core.mlp_stack(type("Derived", (MLP,), {})(2, 5, 3, 2), MLP, 2, 3) is None
+
+
+def test_kernels_read_weights_that_don_t_lie_row_by_row(way: str) -> None:
+    denoiser, critic, schedule = Denoiser(3, 2), TwinCritic(3, 2), DiffusionSchedule.cosine(5)
+    state, action = torch.randn(4, 3), torch.rand(4, 2)
+
+    def results() -> list[Tensor]:
+        chain = ops.reverse_diffusion(
+            denoiser, schedule, state, x_init=action, noise_scale=0.0, backend="cpu"
+        )
+        q1, _ = critic(state, action, backend="cpu")
+        return [chain, ops.action_gradient(critic, state, action, backend="cpu"), q1]
+
+    expected = results()
+    for parameter in [*denoiser.parameters(), *critic.parameters()]:
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.t().contiguous().t()
+        else:
+            parameter.data = torch.stack([parameter.data, parameter.data], dim=1)[:, 0]
+    assert not denoiser.trunk.layers[1].weight.is_contiguous()
+    assert all(map(torch.equal, results(), expected))
