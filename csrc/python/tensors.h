@@ -109,6 +109,7 @@ inline bool look_in_python(py::handle tensor, TensorLook* out) {
 
 // False for what isn't a tensor with memory: a wrapper of torch.func's, for instance.
 inline bool look_at(py::handle tensor, TensorLook* out) {
+  if (!PyObject_TypeCheck(tensor.ptr(), torch_types.tensor)) return false;
   if (!torch_types.api) {
     try {
       return look_in_python(tensor, out);

@@ -137,21 +137,22 @@ static void ascent(Activation activation, Precision precision, int batch) {
   const Layers critics[2] = {Layers(widths), Layers(widths)};
   const Floats state = random(batch * state_dim), action = random(batch * action_dim, 0.5f);
   const auto run = [&](const Kernels& kernels) {
-    CriticParameters p{};
-    p.layer_count = 3;
-    p.state_dim = state_dim;
-    p.action_dim = action_dim;
-    p.activation = activation;
-    p.precision = precision;
-    Packed<CriticPack> packed[2];
+    TwinCriticParameters p{};
     Floats improved(batch * action_dim);
     ActionGradientCall call{};
     for (int q = 0; q < 2; ++q) {
-      for (int l = 0; l < 3; ++l) p.layers[l] = critics[q].parameters[static_cast<size_t>(l)];
-      void* memory = packed[q].allocate(kernels.critic_pack_bytes(p));
-      kernels.pack_critic(p, memory, &packed[q].pack);
-      call.critics[q] = &packed[q].pack;
+      CriticParameters& critic = p.critics[q];
+      critic.layer_count = 3;
+      critic.state_dim = state_dim;
+      critic.action_dim = action_dim;
+      critic.activation = activation;
+      critic.precision = precision;
+      for (int l = 0; l < 3; ++l) critic.layers[l] = critics[q].parameters[static_cast<size_t>(l)];
     }
+    Packed<TwinCriticPack> packed;
+    void* memory = packed.allocate(kernels.twin_critic_pack_bytes(p));
+    kernels.pack_twin_critic(p, memory, &packed.pack);
+    for (int q = 0; q < 2; ++q) call.critics[q] = &packed.pack.critics[q];
     call.batch = batch;
     call.action_dim = action_dim;
     call.state_dim = state_dim;

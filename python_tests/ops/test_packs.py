@@ -18,12 +18,12 @@ SCHEDULE = DiffusionSchedule.linear(5)
 
 
 class Op:
-    """An op on one network and fixed inputs, and how many packs a first call builds."""
+    """An op on one network, which takes one pack, and fixed inputs."""
 
     made = itertools.count(1)
 
-    def __init__(self, network: torch.nn.Module, call: Callable[[str], Tensor], packs: int) -> None:
-        self.network, self.call, self.packs = network.requires_grad_(False), call, packs
+    def __init__(self, network: torch.nn.Module, call: Callable[[str], Tensor]) -> None:
+        self.network, self.call = network.requires_grad_(False), call
         # No two are alike, so that none finds the pack of one that lay there before.
         unique = 1e-4 * next(self.made)
         for parameter in network.parameters():
@@ -38,7 +38,6 @@ def chain() -> Op:
         lambda backend: ops.reverse_diffusion(
             denoiser, SCHEDULE, state, x_init=x, noise=noise, clip=4.0, backend=backend
         ),
-        packs=1,
     )
 
 
@@ -50,7 +49,6 @@ def ascent() -> Op:
         lambda backend: ops.action_gradient(
             critic, state, action, optimizer="ascent", lr=5.0, steps=3, backend=backend
         ),
-        packs=2,
     )
 
 
@@ -77,7 +75,7 @@ def assert_fresh(op: Op) -> None:
 
 
 def test_packs_are_kept_while_nothing_changes(isa: str, op: Op) -> None:
-    assert built(lambda: op.call("cpu")) == op.packs
+    assert built(lambda: op.call("cpu")) == 1
     assert built(lambda: [op.call("cpu") for _ in range(3)]) == 0
     with torch.no_grad():
         for parameter in op.network.parameters():
@@ -91,7 +89,7 @@ def test_an_instruction_set_has_packs_of_its_own(op: Op) -> None:
     try:
         for isa in core.available_isas():
             core.use_isa(isa)
-            assert built(lambda: op.call("cpu")) == op.packs
+            assert built(lambda: op.call("cpu")) == 1
             assert_fresh(op)
     finally:
         core.use_isa(before)
@@ -163,7 +161,7 @@ def test_threads_pack_what_one_does(
             ascended = ops.action_gradient(critic, state, actions, compute_dtype=compute_dtype)
             results.extend([actions, ascended])
 
-        assert built(run) == 3
+        assert built(run) == 2
         return results
 
     expected = results(1), results(1)
