@@ -62,6 +62,11 @@ def tiny_calls() -> dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module
     def networks() -> nn.Module:
         return nn.ModuleList([MLP(2, 8, 3, 1), MLP(4, 8, 3 * 2, 1)])
 
+    def networks_with_adam() -> nn.Module:
+        module = networks()
+        module.optimizer = torch.optim.Adam(module.parameters())  # type: ignore[assignment]
+        return module
+
     def rff(module: nn.Module) -> Tensor:
         return ops.rff_features(hidden, module.weight, module.bias)
 
@@ -72,6 +77,10 @@ def tiny_calls() -> dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module
 
     def representation(module: nn.Module) -> Tensor:
         return ops.representation_loss(*module, state, hidden, state, torch.ones(1))
+
+    def step(module: nn.Module) -> object:
+        inputs = state, hidden, state, torch.ones(1)
+        return ops.representation_step(*module, *inputs, module.optimizer)
 
     return {
         "reverse_diffusion": (
@@ -107,6 +116,7 @@ def tiny_calls() -> dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module
         "score_matching_loss, backward": (layer, lambda m: gradients(score(m), m)),
         "representation_loss": (networks, without_gradients(representation)),
         "representation_loss, backward": (networks, lambda m: gradients(representation(m), m)),
+        "representation_step": (networks_with_adam, step),
     }
 
 

@@ -21,6 +21,9 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     state, action = torch.randn(2, 5), torch.rand(2, 3)
     mlp = nn.MLP(5, 8, 3, 1)
     weights, biases = [layer.weight for layer in mlp.layers], [layer.bias for layer in mlp.layers]
+    zeta = nn.MLP(4, 8, 3 * 2, 1)
+    adam = torch.optim.Adam([*mlp.parameters(), *zeta.parameters()])
+    representation = mlp, zeta, state, torch.randn(2, 4), torch.randn(2, 2), torch.rand(2)
     return {
         "action_gradient": (nn.TwinCritic(5, 3, 8), state, action),
         "critic_loss": (
@@ -33,14 +36,8 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "mlp": (state, weights, biases, ["mish", "identity"]),
         "mlp_ensemble": (state, [mlp.weights_and_biases()] * 2, ["mish", "identity"]),
         "q_sample": (action, torch.tensor([0, 3]), action, SCHEDULE),
-        "representation_loss": (
-            mlp,
-            nn.MLP(4, 8, 3 * 2, 1),
-            state,
-            torch.randn(2, 4),
-            torch.randn(2, 2),
-            torch.rand(2),
-        ),
+        "representation_loss": representation,
+        "representation_step": (*representation, adam),
         "reverse_diffusion": (nn.Denoiser(5, 3, 8), SCHEDULE, state),
         "reverse_step": (action, action, SCHEDULE.solver().coefficients[0]),
         "rff_features": (state, torch.randn(8, 5)),

@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include "action_gradient.h"
+#include "adam.h"
 #include "critic_loss.h"
 #include "denoising_loss.h"
 #include "mlp.h"
@@ -86,6 +87,7 @@ const Kernels kernels = {
     rff_features,
     rff_features_backward,
     score_matching_loss,
+    adam,
     fma_peak,
 };
 

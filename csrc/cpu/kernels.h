@@ -315,6 +315,33 @@ struct RffBackwardCall {
   int threads;
 };
 
+// What a step of Adam is made with besides gradient and moments, at a parameter's t-th step.
+struct AdamScalars {
+  float exp_avg_weight;     // 1 - beta1
+  float exp_avg_sq_decay;   // beta2
+  float exp_avg_sq_weight;  // 1 - beta2
+  float root_correction;    // sqrt(1 - beta2^t)
+  float step_size;          // lr / (1 - beta1^t)
+  float eps;
+};
+
+// A parameter and its moments, contiguous, which a step changes in place.
+struct AdamParameter {
+  float* value;
+  float* exp_avg;
+  float* exp_avg_sq;
+  AdamScalars scalars;
+};
+
+struct AdamCall {
+  const AdamParameter* parameters;
+  const float* const* gradients;  // where null, the parameter stays as it is
+  const int64_t* sizes;
+  int count;
+  double* squared_norm;  // of all these gradients together: added to what is there
+  int threads;
+};
+
 // Diff-SR's loss, mean of |score_weight * psi^T zeta + offset|^2 over the batch, and its gradients.
 // zeta [batch, features, state_dim] is weight, bias applied to hidden.
 struct ScoreMatchingLossCall {
@@ -334,6 +361,9 @@ struct ScoreMatchingLossCall {
   float* grad_hidden;
   float* grad_weight;
   float* grad_bias;
+  // Instead of giving the weight's gradient, step the weight, after its last use; or null.
+  const AdamParameter* weight_step;
+  double* weight_squared_norm;  // of the gradient of that step: added to what is there
   int threads;
 };
 
@@ -368,15 +398,16 @@ struct Kernels {
   void (*rff_features)(const RffCall&);
   void (*rff_features_backward)(const RffBackwardCall&);
   void (*score_matching_loss)(const ScoreMatchingLossCall&);
+  void (*adam)(const AdamCall&);
   double (*fma_peak)(int threads, double seconds);
 };
 
 // Memory of the calling thread that grows and is never given back, 64-byte aligned; valid until
 // the thread asks for the same slot again. A call keeps what all its threads share in one slot and
 // every thread the buffers of its tile in another; the third is for what goes from call to call of an
-// op that makes several.
-enum class Scratch : int { call, tile, between_calls };
-constexpr int scratch_slots = 3;
+// op that makes several, the last for gradients that such an op uses up itself.
+enum class Scratch : int { call, tile, between_calls, gradients };
+constexpr int scratch_slots = 4;
 char* thread_scratch(Scratch slot, int64_t bytes);
 
 }  // namespace diffcore

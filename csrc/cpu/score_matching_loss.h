@@ -8,7 +8,8 @@
 //   Y_s = psi W_s                                                   grad hidden = sum_s g_s Y_s
 //   dW_s = (g_s psi)^T hidden         db_s = sum of g_s psi over the batch
 // One phase a line, each a matrix product of the same size, with its own way to share the work:
-// by rows, by columns of hidden, by weights. Every element is summed by one thread in an order that
+// by rows, by columns of hidden, by weights. Where the weight is to be stepped, the last phase does that
+// in place of handing dW_s out. Every element is summed by one thread in an order that
 // depends on the sizes of its own sum alone, so neither threads nor (up to the 1 / batch in g) the
 // other rows matter to a row.
 //
@@ -17,6 +18,7 @@
 // what is one number a row (score, g) is then one vector, and no sum runs across lanes.
 #pragma once
 
+#include "adam.h"
 #include "weight_gradient.h"
 
 namespace diffcore {
@@ -204,6 +206,16 @@ struct StoreSums {
   __attribute__((always_inline)) void finish() const {}
 };
 
+// Whether the weight's gradient is needed, to be given or to be used up.
+DIFFCORE_INLINE bool of_weight(const ScoreMatchingLossCall& call) {
+  return call.grad_weight || call.weight_step;
+}
+
+template <class Operand>
+DIFFCORE_INLINE int64_t feature_shares(const ScoreMatchingLossCall& call) {
+  return ceil_div(call.features, feature_share<Operand>);
+}
+
 // ---- what the phases share -------------------------------------------------------------------
 
 template <class Operand>
@@ -220,7 +232,8 @@ struct ScoreMatching {
   float* slope;           // [state][row]: g, zero in padding rows
   double* row_loss;       // [row]
   Rows<Input> psi;
-  Weight* hidden_columns;  // [hidden panel][row][column]
+  Weight* hidden_columns;        // [hidden panel][row][column]
+  double* weight_squared_norms;  // [item of the last phase]: of its piece of the weight's gradient
 
   int64_t rows() const { return row_panels * panel_width; }  // padding included
 
@@ -238,9 +251,11 @@ struct ScoreMatching {
     m.row_loss = memory->take<double>(8 * rows);
     m.psi = take_rows<Input>(memory, call.grad_hidden ? call.batch : 0, call.features);
     m.hidden_columns = memory->take<Weight>(
-        call.grad_weight ? 4 * static_cast<int64_t>(m.hidden_panels) * panel_width *
-                               Operand::depth(static_cast<int>(call.batch))
-                         : 0);
+        of_weight(call) ? 4 * static_cast<int64_t>(m.hidden_panels) * panel_width *
+                              Operand::depth(static_cast<int>(call.batch))
+                        : 0);
+    m.weight_squared_norms = memory->take<double>(
+        call.weight_step ? 8 * feature_shares<Operand>(call) * call.state_dim : 0);
     return m;
   }
 
@@ -519,20 +534,32 @@ static void scale_features(const ScoreMatchingLossCall& call, const ScoreMatchin
   }
 }
 
-// Gradient of some features at coordinate s: sums over the batch, in chunks of rows so that rounding
-// errors don't pile up along it.
+// A register block of features and a panel of columns of the weight at one coordinate, and a product
+// that makes some rows' part of its gradient.
 template <class Operand>
-static void zeta_weight_gradient(const ScoreMatchingLossCall& call, const ScoreMatching<Operand>& m,
-                                 int s, Span features) {
-  using Weight = typename Operand::Weight;
+struct WeightTile {
+  int64_t index;    // in its item
+  ptrdiff_t first;  // its first value in the weight
+  int rows;
+  int columns;
+  const typename Operand::Input* scaled;
+  ptrdiff_t scaled_stride;
+  const typename Operand::Weight* hidden;
+  int depth;
+  bool more;  // a part is there already
+  bool last;  // no other will follow
+};
+
+// Gradient of some features at coordinate s: sums over the batch, in chunks of rows so that rounding
+// errors don't pile up along it. use(tile) gets the weight's, tile by tile and chunk by chunk.
+template <class Operand, class Use>
+DIFFCORE_INLINE void for_weight_tiles(const ScoreMatchingLossCall& call,
+                                      const ScoreMatching<Operand>& m, int s, Span features,
+                                      Use use) {
   const int H = call.hidden_dim, depth = Operand::depth(static_cast<int>(call.batch));
-  const ptrdiff_t feature_stride = static_cast<ptrdiff_t>(call.state_dim) * H;
   const RegisterBlocks<Operand> blocks(features.rows);
-  BlockState<Operand> products;
   alignas(64) typename Operand::Input scaled_memory[block_rows<Operand>(2) * (batch_depth + line)];
-  alignas(64) float sums[block_rows<Operand>(2) * panel_width];
   const Rows<typename Operand::Input> scaled = {scaled_memory, batch_depth + line};
-  NothingAside nothing;
   for (int64_t row = 0; row < call.batch; row += batch_depth) {
     const int64_t left = m.rows() - row;
     const Span rows = {row, left < batch_depth ? static_cast<int>(left) : batch_depth};
@@ -541,26 +568,137 @@ static void zeta_weight_gradient(const ScoreMatchingLossCall& call, const ScoreM
     for (int64_t block = 0; block < blocks.blocks; ++block) {
       const Span d = {features.first + blocks[block].first, blocks[block].rows};
       scale_features(call, m, s, d, rows, scaled);
-      if (!call.grad_weight) continue;
-      const Rows<float> gradient = {
-          call.grad_weight + d.first * feature_stride + static_cast<ptrdiff_t>(s) * H,
-          feature_stride};
+      if (!of_weight(call)) continue;
       for (int n = 0; n < m.hidden_panels; ++n) {
         const int column = n * panel_width;
-        const int columns = H - column < panel_width ? H - column : panel_width;
-        prefetch_block(gradient, 0, d.rows, column, columns);
-        const Weight* hidden = m.hidden_columns + (n * depth + k) * panel_width;
-        if (columns == panel_width) {
-          product<Operand>(products, scaled.data, scaled.stride, d.rows, hidden, part,
-                           StoreSums{gradient.data + column, feature_stride, row > 0}, nothing);
+        use(WeightTile<Operand>{block * m.hidden_panels + n,
+                                (d.first * call.state_dim + s) * H + column, d.rows,
+                                H - column < panel_width ? H - column : panel_width, scaled.data,
+                                scaled.stride, m.hidden_columns + (n * depth + k) * panel_width,
+                                part, row > 0, row + batch_depth >= call.batch});
+      }
+    }
+  }
+}
+
+template <class Operand>
+static void zeta_weight_gradient(const ScoreMatchingLossCall& call, const ScoreMatching<Operand>& m,
+                                 int s, Span features) {
+  const ptrdiff_t stride = static_cast<ptrdiff_t>(call.state_dim) * call.hidden_dim;
+  BlockState<Operand> products;
+  alignas(64) float sums[block_rows<Operand>(2) * panel_width];
+  NothingAside nothing;
+  for_weight_tiles(call, m, s, features, [&](const WeightTile<Operand>& t) {
+    float* gradient = call.grad_weight + t.first;
+    const bool whole = t.columns == panel_width;
+    prefetch_block(Rows<float>{gradient, stride}, 0, t.rows, 0, t.columns);
+    product<Operand>(
+        products, t.scaled, t.scaled_stride, t.rows, t.hidden, t.depth,
+        whole ? StoreSums{gradient, stride, t.more} : StoreSums{sums, panel_width, false}, nothing);
+    if (!whole) store_gradient(sums, t.rows, t.columns, t.more, gradient, stride);
+  });
+}
+
+// ---- the weight's step ---------------------------------------------------------------------------
+
+// Adam's step on a tile of the weight whose gradient is complete, while the next tile's is made; and,
+// as that will be stepped then, its lines are fetched now: from memory, a few bytes of every row. Beside
+// a product neither the traffic nor the divisions and roots cost much.
+struct StepAside {
+  struct Tile {
+    ptrdiff_t first = 0;
+    int rows = 0;  // none: no tile
+    int columns = 0;
+    const float* gradient = nullptr;  // [row][panel_width]
+  };
+
+  const AdamParameter& weight;
+  ptrdiff_t stride;
+  double squared_norm = 0.0;
+  Vec squares = zero();
+  Tile stepped, fetched;
+  int vector = 0, vectors = 0, vectors_per_share = 0;
+
+  StepAside(const AdamParameter& parameter, ptrdiff_t row_stride)
+      : weight(parameter), stride(row_stride) {}
+
+  void begin(Tile to_step, Tile to_fetch, int shares) {
+    stepped = to_step;
+    fetched = to_fetch;
+    vector = 0;
+    vectors = 2 * (stepped.rows > fetched.rows ? stepped.rows : fetched.rows);
+    vectors_per_share = shares > 0 ? static_cast<int>(ceil_div(vectors, shares)) : vectors;
+  }
+
+  __attribute__((always_inline)) void operator()() { work(vectors_per_share); }
+
+  void finish() {
+    work(vectors);
+    squared_norm += sum_of_lanes(squares);
+    squares = zero();
+  }
+
+  __attribute__((always_inline)) void work(int count) {
+    const int end = vectors - vector < count ? vectors : vector + count;
+    for (; vector < end; ++vector) {
+      const int row = vector / 2, column = vector % 2 * W;
+      if (row < fetched.rows && column < fetched.columns) {
+        const ptrdiff_t at = fetched.first + row * stride + column;
+        __builtin_prefetch(weight.value + at, 1);
+        __builtin_prefetch(weight.exp_avg + at, 1);
+        __builtin_prefetch(weight.exp_avg_sq + at, 1);
+      }
+      if (row < stepped.rows && column < stepped.columns) {
+        const ptrdiff_t at = stepped.first + row * stride + column;
+        const Vec g = load(stepped.gradient + row * panel_width + column);
+        squares = fma(g, g, squares);
+        float *value = weight.value + at, *exp_avg = weight.exp_avg + at,
+              *exp_avg_sq = weight.exp_avg_sq + at;
+        if (stepped.columns - column >= W) {
+          adam_vector(weight.scalars, g, value, exp_avg, exp_avg_sq);
         } else {
-          product<Operand>(products, scaled.data, scaled.stride, d.rows, hidden, part,
-                           StoreSums{sums, panel_width, false}, nothing);
-          store_gradient(sums, d.rows, columns, row > 0, gradient.data + column, feature_stride);
+          adam_lanes(weight.scalars, g, value, exp_avg, exp_avg_sq, stepped.columns - column);
         }
       }
     }
   }
+};
+
+// Tiles of an item whose sums are kept: all where they are made in parts, else this and the one before.
+template <class Operand>
+DIFFCORE_INLINE int64_t kept_tiles(const ScoreMatchingLossCall& call) {
+  if (call.batch <= batch_depth) return 2;
+  return RegisterBlocks<Operand>(feature_share<Operand>).blocks *
+         ceil_div(call.hidden_dim, panel_width);
+}
+
+template <class Operand>
+DIFFCORE_INLINE float* take_tiles(const ScoreMatchingLossCall& call, Carver* memory) {
+  return memory->take<float>(
+      call.weight_step ? 4 * kept_tiles<Operand>(call) * block_rows<Operand>(2) * panel_width : 0);
+}
+
+// zeta_weight_gradient, used up at once. Returns the sum of its squares.
+template <class Operand>
+static double zeta_weight_step(const ScoreMatchingLossCall& call, const ScoreMatching<Operand>& m,
+                               int s, Span features, float* tiles) {
+  BlockState<Operand> products;
+  StepAside aside(*call.weight_step, static_cast<ptrdiff_t>(call.state_dim) * call.hidden_dim);
+  StepAside::Tile before;
+  const int64_t kept = kept_tiles<Operand>(call);
+  for_weight_tiles(call, m, s, features, [&](const WeightTile<Operand>& t) {
+    float* sums = tiles + t.index % kept * (block_rows<Operand>(2) * panel_width);
+    const StepAside::Tile tile =
+        t.last ? StepAside::Tile{t.first, t.rows, t.columns, sums} : StepAside::Tile{};
+    aside.begin(before, tile, shares_of(t.depth));
+    product<Operand>(products, t.scaled, t.scaled_stride, t.rows, t.hidden, t.depth,
+                     StoreSums{sums, panel_width, t.more}, aside);
+    aside.finish();
+    before = tile;
+  });
+  aside.begin(before, {}, 0);
+  aside.finish();
+  return aside.squared_norm;
 }
 
 // ---- all of it -----------------------------------------------------------------------------------
@@ -579,22 +717,24 @@ static void score_matching_loss(const ScoreMatchingLossCall& call) {
   const int64_t wanted_blocks = ceil_div(m.hidden_panels, hidden_block);
   const int64_t even_blocks = ceil_div(wanted_blocks, call.threads) * call.threads;
   const int64_t hidden_blocks = even_blocks < m.hidden_panels ? even_blocks : m.hidden_panels;
-  const int64_t feature_shares = ceil_div(call.features, feature_share<Operand>);
+  const int64_t shares = feature_shares<Operand>(call);
   const int threads = call.batch < 2 * min_tile ? 1 : call.threads;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int64_t most_panels = tile_span(m.row_panels, tiles, 0).rows;
-    Carver of_score{nullptr}, of_hidden{nullptr};
+    Carver of_score{nullptr}, of_hidden{nullptr}, of_step{nullptr};
     ScoreBuffers<Operand>::take(call, most_panels, &of_score);
     HiddenBuffers<Operand>::take(call, &of_hidden);
-    const int64_t bytes = of_score.used > of_hidden.used ? of_score.used : of_hidden.used;
+    take_tiles<Operand>(call, &of_step);
+    int64_t bytes = of_score.used > of_hidden.used ? of_score.used : of_hidden.used;
+    if (bytes < of_step.used) bytes = of_step.used;
     char* memory = thread_scratch(Scratch::tile, bytes);  // one phase after the other
 
 #pragma omp for schedule(static) nowait
     for (int64_t p = 0; p < m.row_panels; ++p) m.pack_row_panel(call, p);
 #pragma omp for schedule(static)
-    for (int n = 0; n < (call.grad_weight ? m.hidden_panels : 0); ++n) m.pack_hidden_panel(call, n);
+    for (int n = 0; n < (of_weight(call) ? m.hidden_panels : 0); ++n) m.pack_hidden_panel(call, n);
 
     of_score = {memory};
     const auto score_buffers = ScoreBuffers<Operand>::take(call, most_panels, &of_score);
@@ -611,16 +751,28 @@ static void score_matching_loss(const ScoreMatchingLossCall& call) {
                         tile_span(m.hidden_panels, hidden_blocks, item % hidden_blocks), buffers);
     }
 
-    if (call.grad_weight || call.grad_bias) {
+    if (call.weight_step) {
+#pragma omp barrier  // the phase before still reads the weight
+      of_step = {memory};
+      float* tiles = take_tiles<Operand>(call, &of_step);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t item = 0; item < feature_shares * call.state_dim; ++item)
+      for (int64_t item = 0; item < shares * call.state_dim; ++item)
+        m.weight_squared_norms[item] =
+            zeta_weight_step(call, m, static_cast<int>(item % call.state_dim),
+                             tile_span(call.features, shares, item / call.state_dim), tiles);
+    } else if (call.grad_weight || call.grad_bias) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t item = 0; item < shares * call.state_dim; ++item)
         zeta_weight_gradient(call, m, static_cast<int>(item % call.state_dim),
-                             tile_span(call.features, feature_shares, item / call.state_dim));
+                             tile_span(call.features, shares, item / call.state_dim));
     }
   }
   double sum = 0.0;
   for (int64_t i = 0; i < call.batch; ++i) sum += m.row_loss[i];
   *call.loss = static_cast<float>(sum / static_cast<double>(call.batch));
+  if (!call.weight_step) return;
+  for (int64_t item = 0; item < shares * call.state_dim; ++item)
+    *call.weight_squared_norm += m.weight_squared_norms[item];
 }
 
 static void score_matching_loss(const ScoreMatchingLossCall& call) {

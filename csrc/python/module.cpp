@@ -5,10 +5,12 @@
 
 #include <array>
 #include <chrono>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../cpu/dispatch.h"
@@ -338,13 +340,12 @@ void rff_features_backward(const Layer& omega, RffKind kind, int64_t batch, Addr
        pointer<float>(grad_x), pointer<float>(grad_omega), pointer<float>(grad_bias), threads});
 }
 
-void score_matching_loss(int64_t batch, int features, int state_dim, int hidden_dim,
-                         Precision precision, Address psi, Address hidden, Address weight,
-                         Address bias, Address offset, Address score_weight, Address loss,
-                         Address grad_psi, Address grad_hidden, Address grad_weight,
-                         Address grad_bias, int threads) {
-  const py::gil_scoped_release unlocked;
-  threads = threads_for(batch, threads);
+ScoreMatchingLossCall score_matching_call(int64_t batch, int features, int state_dim,
+                                          int hidden_dim, Precision precision, Address psi,
+                                          Address hidden, Address weight, Address bias,
+                                          Address offset, Address score_weight, Address loss,
+                                          Address grad_psi, Address grad_hidden,
+                                          Address grad_weight, Address grad_bias, int threads) {
   ScoreMatchingLossCall call{};
   call.batch = batch;
   call.features = features;
@@ -362,20 +363,36 @@ void score_matching_loss(int64_t batch, int features, int state_dim, int hidden_
   call.grad_hidden = pointer<float>(grad_hidden);
   call.grad_weight = pointer<float>(grad_weight);
   call.grad_bias = pointer<float>(grad_bias);
-  call.threads = threads;
-  if (grad_weight) {  // hundreds of MiB with a long state, and fresh at every call
-    prefer_huge_pages(call.grad_weight, int64_t{4} * features * state_dim * hidden_dim);
+  call.threads = threads_for(batch, threads);
+  return call;
+}
+
+void run_score_matching(const ScoreMatchingLossCall& call) {
+  const py::gil_scoped_release unlocked;
+  if (call.grad_weight) {  // hundreds of MiB with a long state, and fresh at every call
+    prefer_huge_pages(call.grad_weight,
+                      int64_t{4} * call.features * call.state_dim * call.hidden_dim);
   }
   active_kernels().score_matching_loss(call);
+}
+
+void score_matching_loss(int64_t batch, int features, int state_dim, int hidden_dim,
+                         Precision precision, Address psi, Address hidden, Address weight,
+                         Address bias, Address offset, Address score_weight, Address loss,
+                         Address grad_psi, Address grad_hidden, Address grad_weight,
+                         Address grad_bias, int threads) {
+  run_score_matching(score_matching_call(batch, features, state_dim, hidden_dim, precision, psi,
+                                         hidden, weight, bias, offset, score_weight, loss, grad_psi,
+                                         grad_hidden, grad_weight, grad_bias, threads));
 }
 
 // Floats for what one op's calls hand on, cut off piece by piece. Without any it only measures.
 class Workspace {
  public:
   Workspace() = default;
-  explicit Workspace(int64_t floats)
-      : base_(reinterpret_cast<Address>(thread_scratch(
-            Scratch::between_calls, floats * static_cast<int64_t>(sizeof(float))))) {}
+  explicit Workspace(int64_t floats, Scratch slot = Scratch::between_calls)
+      : base_(reinterpret_cast<Address>(
+            thread_scratch(slot, floats * static_cast<int64_t>(sizeof(float))))) {}
   Address take(int64_t floats) {
     const Address first = base_ ? base_ + used_ * sizeof(float) : 0;
     used_ += padded(floats);
@@ -516,14 +533,26 @@ void soft_value(const Layers& policy, const std::vector<Activation>& policy_kind
 
 // The score matching loss of two MLPs: zeta's last layer goes into the loss, the others and psi's run
 // before it, and behind it backwards where a gradient of theirs is wanted.
-void representation_loss(const Layers& psi, const std::vector<Activation>& psi_kinds, Layers zeta,
-                         const std::vector<Activation>& zeta_kinds, Precision precision,
-                         int64_t batch, int state_dim, Address x, Address perturbed, Address offset,
-                         Address score_weight, Address loss, Address grad_x, Address grad_perturbed,
-                         const std::vector<Address>& grad_psi, std::vector<Address> grad_zeta,
-                         int threads) {
-  const auto [weight, bias, hidden_dim, outputs] = zeta.back();
-  zeta.pop_back();
+struct RepresentationStages {
+  const Layers& psi;
+  const std::vector<Activation>& psi_kinds;
+  const Layers& zeta;
+  const std::vector<Activation>& zeta_kinds;  // without the last layer's
+  Precision precision;
+  int64_t batch;
+  int state_dim;
+  Address x, perturbed, offset, score_weight, loss;
+  int threads;
+};
+
+// A step takes the place of the last weight's gradient, and adds that one's squares to a norm.
+void run_representation(const RepresentationStages& s, Address grad_x, Address grad_perturbed,
+                        const std::vector<Address>& grad_psi, std::vector<Address> grad_zeta,
+                        const AdamParameter* weight_step = nullptr,
+                        double* weight_squared_norm = nullptr) {
+  const auto [weight, bias, hidden_dim, outputs] = s.zeta.back();
+  Layers zeta;
+  zeta.assign(s.zeta.begin(), s.zeta.end() - 1);
   Address grad_weight = 0, grad_bias = 0;
   const bool wants_zeta = !grad_zeta.empty();
   if (wants_zeta) {
@@ -535,12 +564,13 @@ void representation_loss(const Layers& psi, const std::vector<Activation>& psi_k
   const bool through_psi = grad_x || !grad_psi.empty();
   const bool through_zeta = grad_perturbed || wants_zeta;
 
-  const int features = outputs / state_dim;
+  const int64_t batch = s.batch;
+  const int features = outputs / s.state_dim;
   const int64_t psi_floats = batch * features, hidden_floats = batch * hidden_dim;
   const int64_t psi_saved_floats =
-      through_psi ? batch * mlp_saved_width(psi, psi_kinds, precision) : 0;
+      through_psi ? batch * mlp_saved_width(s.psi, s.psi_kinds, s.precision) : 0;
   const int64_t hidden_saved_floats =
-      through_zeta ? batch * mlp_saved_width(zeta, zeta_kinds, precision) : 0;
+      through_zeta ? batch * mlp_saved_width(zeta, s.zeta_kinds, s.precision) : 0;
   Workspace workspace(2 * (Workspace::padded(psi_floats) + Workspace::padded(hidden_floats)) +
                       Workspace::padded(psi_saved_floats) + Workspace::padded(hidden_saved_floats));
   const Address psi_out = workspace.take(psi_floats), hidden = workspace.take(hidden_floats);
@@ -549,17 +579,97 @@ void representation_loss(const Layers& psi, const std::vector<Activation>& psi_k
   const Address grad_psi_out = through_psi ? workspace.take(psi_floats) : 0;
   const Address grad_hidden = through_zeta ? workspace.take(hidden_floats) : 0;
 
-  mlp_forward(psi, psi_kinds, precision, batch, x, psi_out, psi_saved, threads);
-  mlp_forward(zeta, zeta_kinds, precision, batch, perturbed, hidden, hidden_saved, threads);
-  score_matching_loss(batch, features, state_dim, hidden_dim, precision, psi_out, hidden, weight,
-                      bias, offset, score_weight, loss, grad_psi_out, grad_hidden, grad_weight,
-                      grad_bias, threads);
+  mlp_forward(s.psi, s.psi_kinds, s.precision, batch, s.x, psi_out, psi_saved, s.threads);
+  mlp_forward(zeta, s.zeta_kinds, s.precision, batch, s.perturbed, hidden, hidden_saved, s.threads);
+  ScoreMatchingLossCall call =
+      score_matching_call(batch, features, s.state_dim, hidden_dim, s.precision, psi_out, hidden,
+                          weight, bias, s.offset, s.score_weight, s.loss, grad_psi_out, grad_hidden,
+                          grad_weight, grad_bias, s.threads);
+  call.weight_step = weight_step;
+  call.weight_squared_norm = weight_squared_norm;
+  run_score_matching(call);
   if (through_psi)
-    mlp_backward(psi, psi_kinds, precision, batch, x, psi_saved, grad_psi_out, grad_x, grad_psi,
-                 threads);
+    mlp_backward(s.psi, s.psi_kinds, s.precision, batch, s.x, psi_saved, grad_psi_out, grad_x,
+                 grad_psi, s.threads);
   if (through_zeta)
-    mlp_backward(zeta, zeta_kinds, precision, batch, perturbed, hidden_saved, grad_hidden,
-                 grad_perturbed, grad_zeta, threads);
+    mlp_backward(zeta, s.zeta_kinds, s.precision, batch, s.perturbed, hidden_saved, grad_hidden,
+                 grad_perturbed, grad_zeta, s.threads);
+}
+
+void representation_loss(const Layers& psi, const std::vector<Activation>& psi_kinds,
+                         const Layers& zeta, const std::vector<Activation>& zeta_kinds,
+                         Precision precision, int64_t batch, int state_dim, Address x,
+                         Address perturbed, Address offset, Address score_weight, Address loss,
+                         Address grad_x, Address grad_perturbed,
+                         const std::vector<Address>& grad_psi,
+                         const std::vector<Address>& grad_zeta, int threads) {
+  run_representation({psi, psi_kinds, zeta, zeta_kinds, precision, batch, state_dim, x, perturbed,
+                      offset, score_weight, loss, threads},
+                     grad_x, grad_perturbed, grad_psi, grad_zeta);
+}
+
+// As torch does: in double.
+AdamScalars adam_scalars(double lr, double beta1, double beta2, double eps, double step) {
+  AdamScalars s;
+  s.exp_avg_weight = static_cast<float>(1.0 - beta1);
+  s.exp_avg_sq_decay = static_cast<float>(beta2);
+  s.exp_avg_sq_weight = static_cast<float>(1.0 - beta2);
+  s.root_correction = static_cast<float>(std::sqrt(1.0 - std::pow(beta2, step)));
+  s.step_size = static_cast<float>(lr / (1.0 - std::pow(beta1, step)));
+  s.eps = static_cast<float>(eps);
+  return s;
+}
+
+// One step of Adam on that loss, of all parameters: zeta's last weight, most of them, inside the loss's
+// kernel, the others from gradients in scratch memory. `exp_avgs`, `exp_avg_sqs` and `steps`, how many
+// there were with this one, are [weight, bias, ...] of psi, then of zeta. Returns the gradient's norm.
+double representation_step(const Layers& psi, const std::vector<Activation>& psi_kinds,
+                           const Layers& zeta, const std::vector<Activation>& zeta_kinds,
+                           Precision precision, int64_t batch, int state_dim, Address x,
+                           Address perturbed, Address offset, Address score_weight, Address loss,
+                           const std::vector<Address>& exp_avgs,
+                           const std::vector<Address>& exp_avg_sqs,
+                           const std::vector<double>& steps, double lr, double beta1, double beta2,
+                           double eps, int threads) {
+  std::vector<AdamParameter> parameters;
+  std::vector<int64_t> sizes;
+  for (const Layers* network : {&psi, &zeta}) {
+    for (const auto& [weight, bias, in, out] : *network) {
+      for (const auto& [value, size] :
+           {std::pair(weight, int64_t{in} * out), std::pair(bias, int64_t{out})}) {
+        const size_t p = parameters.size();
+        parameters.push_back({pointer<float>(value), pointer<float>(exp_avgs[p]),
+                              pointer<float>(exp_avg_sqs[p]),
+                              adam_scalars(lr, beta1, beta2, eps, steps[p])});
+        sizes.push_back(size);
+      }
+    }
+  }
+  const size_t last_weight = parameters.size() - 2;
+  const auto take_gradients = [&](Workspace* memory) {
+    std::vector<Address> gradients;
+    for (size_t p = 0; p < sizes.size(); ++p)
+      gradients.push_back(p == last_weight ? 0 : memory->take(sizes[p]));
+    return gradients;
+  };
+  Workspace size;
+  take_gradients(&size);
+  Workspace memory(size.used(), Scratch::gradients);
+  const std::vector<Address> gradients = take_gradients(&memory);
+  const auto first_of_zeta = gradients.begin() + static_cast<ptrdiff_t>(2 * psi.size());
+
+  double squared_norm = 0.0;
+  run_representation({psi, psi_kinds, zeta, zeta_kinds, precision, batch, state_dim, x, perturbed,
+                      offset, score_weight, loss, threads},
+                     0, 0, {gradients.begin(), first_of_zeta}, {first_of_zeta, gradients.end()},
+                     &parameters[last_weight], &squared_norm);
+  std::vector<const float*> pointers;
+  for (const Address gradient : gradients) pointers.push_back(pointer<const float>(gradient));
+  const py::gil_scoped_release unlocked;
+  active_kernels().adam({parameters.data(), pointers.data(), sizes.data(),
+                         static_cast<int>(parameters.size()), &squared_norm,
+                         usable_threads(threads)});
+  return std::sqrt(squared_norm);
 }
 
 void normals(uint64_t seed, uint32_t step, int64_t first_row, int64_t rows, int columns,
@@ -656,5 +766,6 @@ PYBIND11_MODULE(_core, m) {
   m.def("squashed_gaussian_backward", &squashed_gaussian_backward);
   m.def("soft_value", &soft_value);
   m.def("representation_loss", &representation_loss);
+  m.def("representation_step", &representation_step);
   m.def("fma_peak", &fma_peak);
 }

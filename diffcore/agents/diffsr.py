@@ -411,7 +411,7 @@ class DiffSR(BaseAgent):
             perturbed = self.representation.perturb(drawn.next_state, generator=self.generator)
             *others_perturbed, batch_perturbed = perturbed.split(rows)
             for other, other_perturbed in zip(others, others_perturbed, strict=True):
-                self.update_representation(other, other_perturbed, measure=False)
+                self.update_representation(other, other_perturbed)
             metrics = self.update_representation(batch, batch_perturbed)
         bonus = self.exploration_bonus(batch, replay)
         metrics |= self.update_critic(batch, bonus)
@@ -426,7 +426,6 @@ class DiffSR(BaseAgent):
         *,
         level: Tensor | None = None,
         noise: Tensor | None = None,
-        measure: bool = True,
     ) -> dict[str, float | Tensor]:
         """One optimiser step of psi and zeta on the score-matching loss (Eq. 18).
 
@@ -435,7 +434,6 @@ class DiffSR(BaseAgent):
             perturbed: their next states with noise; None perturbs them now.
             level: ``[B]`` int64, the noise levels; None draws them uniformly.
             noise: ``[B, observation_dim]``; None draws it from N(0, I).
-            measure: whether to return metrics.
         """
         if self.config.freeze_representation:
             return {}
@@ -444,12 +442,10 @@ class DiffSR(BaseAgent):
             perturbed = self.representation.perturb(
                 batch.next_state, generator=self.generator, level=level, noise=noise
             )
-        loss = self.representation.loss(batch.state, batch.action, perturbed)
-        if not measure:
-            gradient_step(loss, self.representation_optimizer)
-            return {}
-        grad_norm = measured_step(loss, self.representation_optimizer)
-        return {"score_loss": loss.detach(), "representation_grad_norm": grad_norm}
+        loss, grad_norm = self.representation.step(
+            batch.state, batch.action, perturbed, self.representation_optimizer
+        )
+        return {"score_loss": loss, "representation_grad_norm": grad_norm}
 
     @torch.no_grad()
     def exploration_bonus(self, batch: Batch, replay: Replay) -> Tensor | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from diffcore.ops._adam import FusedAdam
 
 
 def make_adam(parameters: Iterable[nn.Parameter], *, lr: float, eps: float) -> torch.optim.Adam:
@@ -88,92 +88,6 @@ def cut_norm_(gradients: list[Tensor], max_norm: float) -> Tensor:
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
-
-
-@final
-class FusedAdam(torch.optim.Adam):
-    """``torch.optim.Adam(fused=True)``, to whose kernel :meth:`step` goes directly where it can."""
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        groups = []
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            groups.append((group, parameters, [self.state[p] for p in parameters]))
-        if (
-            closure is not None
-            or self._is_watched()
-            or not all(self._is_plain(group, states) for group, _, states in groups)
-        ):
-            return _torch_step(self, closure)
-        for group, parameters, states in groups:
-            beta1, beta2 = group["betas"]
-            torch._fused_adam_(
-                parameters,
-                [p.grad for p in parameters],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                _counted(states),
-                lr=group["lr"],
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
-        return None
-
-    # The mark by which torch knows a step that it has wrapped: it leaves this one alone.
-    step.hooked = True  # type: ignore[attr-defined]
-
-    def _is_watched(self) -> bool:
-        """Whether a hook or the profiler waits for steps, whom torch's wrapper serves."""
-        return bool(
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
-        )
-
-    def _is_plain(self, group: dict[str, Any], states: list[dict[str, Any]]) -> bool:
-        """Whether nothing is asked for but the kernel, and the first step has made the moments."""
-        return bool(
-            states
-            and group["fused"]
-            and not (group["amsgrad"] or group["maximize"])
-            and not group.get("decoupled_weight_decay")
-            and all(states)
-            and getattr(self, "grad_scale", None) is None  # a GradScaler's
-            and getattr(self, "found_inf", None) is None
-        )
-
-
-_torch_step = torch.optim.Optimizer.profile_hook_step(inspect.unwrap(torch.optim.Adam.step))
-
-
-def _counted(states: list[dict[str, Any]]) -> list[Tensor]:
-    """Every parameter's number of steps, one more than before.
-
-    On the CPU, where torch would add to one after the other, the counts are elements of one tensor,
-    as they stay unless a checkpoint is loaded.
-    """
-    counts = [state["step"] for state in states]
-    if not counts[0].is_cpu:
-        torch._foreach_add_(counts, 1)
-        return counts
-    together = counts[0]._base
-    if together is None or together.shape != (len(counts),) or any(
-        count._base is not together for count in counts
-    ):
-        together = torch.stack(counts)
-        counts = list(together.unbind())
-        for state, count in zip(states, counts, strict=True):
-            state["step"] = count
-    together.add_(1)
-    return counts
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcore import DiffusionSchedule, ops
-from diffcore.nn import Psi, Zeta
+from diffcore.nn import MLP, Psi, Zeta
 from diffcore.schedule import SolverTable
 
 
@@ -132,14 +132,41 @@ class DiffusionRepresentation(nn.Module):
         Returns:
             0-d, differentiable in the parameters.
         """
-        return ops.representation_loss(
+        arguments = self._loss_arguments(state, action, perturbed)
+        return ops.representation_loss(*arguments, compute_dtype=self.compute_dtype)
+
+    def step(
+        self,
+        state: Tensor,
+        action: Tensor,
+        perturbed: PerturbedState,
+        optimizer: torch.optim.Adam,
+    ) -> tuple[Tensor, Tensor]:
+        """One step of ``optimizer`` on :meth:`loss`.
+
+        Args:
+            state, action, perturbed: see :meth:`loss`.
+            optimizer: holds the parameters of psi and zeta.
+
+        Returns:
+            The loss before the step and its gradient's norm, 0-d.
+        """
+        arguments = self._loss_arguments(state, action, perturbed)
+        return ops.representation_step(
+            *arguments, optimizer, compute_dtype=self.compute_dtype
+        )
+
+    def _loss_arguments(
+        self, state: Tensor, action: Tensor, perturbed: PerturbedState
+    ) -> tuple[MLP, MLP, Tensor, Tensor, Tensor, Tensor]:
+        """Networks, their inputs, offset and score weight."""
+        return (
             self.psi.trunk,
             self.zeta.trunk,
             self.psi.inputs(state, action),
             self.zeta.inputs(perturbed.value, perturbed.alpha_bar, perturbed.level),
-            offset=perturbed.noise,
-            score_weight=perturbed.score_weight.squeeze(1),
-            compute_dtype=self.compute_dtype,
+            perturbed.noise,
+            perturbed.score_weight.squeeze(1),
         )
 
     def predicted_noise(self, psi: Tensor, perturbed: Tensor, level: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from diffcore.ops.mlp import mlp
 from diffcore.ops.mlp_ensemble import mlp_ensemble
 from diffcore.ops.q_sample import q_sample
 from diffcore.ops.representation_loss import representation_loss
+from diffcore.ops.representation_step import representation_step
 from diffcore.ops.reverse_diffusion import reverse_diffusion
 from diffcore.ops.reverse_step import reverse_step
 from diffcore.ops.rff_features import rff_features
@@ -22,6 +23,7 @@ __all__ = [
     "mlp_ensemble",
     "q_sample",
     "representation_loss",
+    "representation_step",
     "reverse_diffusion",
     "reverse_step",
     "rff_features",

@@ -386,13 +386,13 @@ def test_compute_dtype_reaches_every_product(
     compute_dtype: Any, expected: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[torch.dtype | None] = []
-    op = ops.representation_loss
+    op = ops.representation_step
 
-    def remember(*arguments: Any, compute_dtype: torch.dtype | None, **keywords: Any) -> Tensor:
+    def remember(*arguments: Any, compute_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
         asked.append(compute_dtype)
-        return op(*arguments, compute_dtype=compute_dtype, **keywords)
+        return op(*arguments, compute_dtype=compute_dtype)
 
-    monkeypatch.setattr(ops, "representation_loss", remember)
+    monkeypatch.setattr(ops, "representation_step", remember)
     agent = make_agent(compute_dtype=compute_dtype)
     agent.update(TensorReplay.random())
     assert asked == [expected, expected]

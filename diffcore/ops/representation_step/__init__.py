@@ -1,0 +1,115 @@
+"""One step of Adam on the loss that trains Diff-SR's representation, in one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffcore import nn  # which imports ops: its modules are there when an op is called
+from diffcore.ops import _adam, _backends, _dispatch, _native
+from diffcore.ops._checks import out_of_autocast
+from diffcore.ops.representation_loss import support as loss_support
+from diffcore.ops.representation_step import native, reference
+
+KERNELS = ("cpu",)
+
+
+def representation_step(
+    psi: nn.MLP,
+    zeta: nn.MLP,
+    x: Tensor,
+    perturbed: Tensor,
+    offset: Tensor,
+    score_weight: Tensor,
+    optimizer: torch.optim.Adam,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of Adam (Kingma & Ba 2015) on :func:`diffcore.ops.representation_loss`.
+
+    The kernel steps zeta's last weight, by far the largest, piece by piece where the pieces of its
+    gradient are made: that gradient, as large as the weight, never exists. Parameters and moments
+    come out as of ``torch.optim.Adam(fused=True)``, to rounding, and ``optimizer.state_dict()`` is
+    what it would be. No parameter has a ``grad`` afterwards.
+
+    The reference is :func:`~diffcore.ops.representation_loss` on the fastest backend, ``backward()``
+    and ``optimizer.step()``. It is for everything but the plain case: hooks, weight decay, amsgrad
+    and other options, parameters of other networks or not all of these, gradients that are off;
+    :func:`diffcore.explain` says which.
+
+    Args:
+        psi, zeta, x, perturbed, offset, score_weight, compute_dtype: see
+            :func:`diffcore.ops.representation_loss`.
+        optimizer: steps the parameters that it holds: the networks', for the kernel.
+        backend: "cpu" or "reference"; the fastest that can run the call if None.
+
+    Returns:
+        The loss before the step and the norm of its gradient, over all parameters together, both
+        0-d and without a gradient.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or a forced
+            backend that can't run this call.
+    """
+    x, perturbed, offset, score_weight = out_of_autocast(psi, x, perturbed, offset, score_weight)
+    arguments = (psi, zeta, x, perturbed, offset, score_weight, optimizer)
+    available = support(*arguments, compute_dtype=compute_dtype)
+    if _dispatch.choose("representation_step", available, backend) == "reference":
+        return reference.representation_step(*arguments, compute_dtype)
+    return native.step(
+        x,
+        perturbed,
+        offset,
+        score_weight,
+        psi.weights_and_biases(),
+        zeta.weights_and_biases(),
+        ",".join(psi.activations),
+        ",".join(zeta.activations[:-1]),
+        optimizer,
+        _backends.precision(compute_dtype, x),
+    )
+
+
+def support(
+    psi: nn.MLP,
+    zeta: nn.MLP,
+    x: Tensor,
+    perturbed: Tensor,
+    offset: Tensor,
+    score_weight: Tensor,
+    optimizer: torch.optim.Adam,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> _dispatch.Support:
+    """Checks the arguments and says which backends can take them."""
+    if not isinstance(optimizer, torch.optim.Adam):
+        raise TypeError(
+            f"optimizer: expected a torch.optim.Adam, got {type(optimizer).__name__}"
+        )
+    inputs = out_of_autocast(psi, x, perturbed, offset, score_weight)
+    of_loss = loss_support(psi, zeta, *inputs, compute_dtype=compute_dtype)
+    backends = [name for name in of_loss.backends if name in (*KERNELS, "reference")]
+    available = _dispatch.Support(backends, of_loss.why_not)
+
+    def refused() -> str | None:
+        return _refused(inputs) or _adam.not_by_kernel(
+            optimizer, [*psi.weights_and_biases(), *zeta.weights_and_biases()]
+        )
+
+    available.restrict("cpu", refused)
+    return available
+
+
+def _refused(inputs: list[Tensor]) -> str | None:
+    """Why the kernel can't take these, or None."""
+    if not torch.is_grad_enabled():
+        return "gradients are off, which a step needs"
+    if torch.compiler.is_compiling() or _native._dispatching((inputs,)):
+        return "a compiler, a mode or a transform follows what is called"
+    if any(tensor.requires_grad for tensor in inputs):
+        return "an input requires a gradient, which may lead back to a parameter"
+    if not inputs[0].shape[0]:
+        return "the batch is empty"
+    return None

@@ -1,0 +1,63 @@
+"""The step on the kernels of the loss and of Adam.
+
+It isn't an op that torch dispatches: what would follow one, a compiler for instance, gets the
+reference's ops to see.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffcore.ops import _adam, _native
+from diffcore.ops.mlp import native as mlp
+
+
+@torch.no_grad()
+def step(
+    x: Tensor,
+    perturbed: Tensor,
+    offset: Tensor,
+    score_weight: Tensor,
+    psi: list[Tensor],
+    zeta: list[Tensor],
+    psi_activations: str,
+    zeta_activations: str,
+    optimizer: torch.optim.Adam,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """(loss, norm of its gradient), after `psi`, `zeta`, all that `optimizer` holds, were stepped.
+
+    `zeta_activations`: without the last layer's.
+    """
+    inputs = [t.contiguous() for t in (x, perturbed, offset, score_weight)]
+    parameters = [*psi, *zeta]
+    (group,) = optimizer.param_groups
+    states = _adam.states_of(optimizer, parameters)
+    exp_avgs = [state["exp_avg"] for state in states]
+    exp_avg_sqs = [state["exp_avg_sq"] for state in states]
+    steps = [count.item() for count in _adam.counted(states)]
+    for parameter in parameters:
+        parameter.grad = None
+    loss = x.new_empty(())
+    core = _native._core
+    norm = core.representation_step(
+        psi,
+        mlp.kinds(psi_activations),
+        zeta,
+        mlp.kinds(zeta_activations),
+        getattr(core.Precision, precision),
+        x.shape[0],
+        offset.shape[1],
+        *[t.data_ptr() for t in (*inputs, loss)],
+        [t.data_ptr() for t in exp_avgs],
+        [t.data_ptr() for t in exp_avg_sqs],
+        steps,
+        group["lr"],
+        *group["betas"],
+        group["eps"],
+        torch.get_num_threads(),
+    )
+    for tensor in (*parameters, *exp_avgs, *exp_avg_sqs):
+        torch.autograd.graph.increment_version(tensor)
+    return loss, loss.new_tensor(norm)

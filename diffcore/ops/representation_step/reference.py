@@ -1,0 +1,37 @@
+"""The step by PyTorch's autograd and the optimiser itself: the specification, and the fallback."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from diffcore.ops.representation_loss import representation_loss
+
+if TYPE_CHECKING:
+    from diffcore.nn import MLP
+
+
+def representation_step(
+    psi: MLP,
+    zeta: MLP,
+    x: Tensor,
+    perturbed: Tensor,
+    offset: Tensor,
+    score_weight: Tensor,
+    optimizer: torch.optim.Adam,
+    compute_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        parameter.grad = None
+    inputs = x, perturbed, offset, score_weight
+    loss = representation_loss(psi, zeta, *inputs, compute_dtype=compute_dtype)
+    loss.backward(inputs=parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None
+    return loss.detach(), norm
