@@ -62,6 +62,27 @@ static double adam_range(const AdamParameter& p, const float* gradient, int64_t 
   return sum_of_lanes(squares);
 }
 
+// Pieces are summed in float, four vectors side by side, and their sums in double.
+static double sum_of_squares(const float* values, int64_t count) {
+  double total = 0.0;
+  while (count > 0) {
+    const int64_t piece = count < adam_piece ? count : adam_piece;
+    Vec squares[4] = {zero(), zero(), zero(), zero()};
+    int64_t i = 0;
+    for (; i + 4 * W <= piece; i += 4 * W) {
+      for (int v = 0; v < 4; ++v) {
+        const Vec value = load(values + i + v * W);
+        squares[v] = fma(value, value, squares[v]);
+      }
+    }
+    total += sum_of_lanes((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    for (; i < piece; ++i) total += static_cast<double>(values[i]) * values[i];
+    values += piece;
+    count -= piece;
+  }
+  return total;
+}
+
 static void adam(const AdamCall& call) {
   const auto pieces_of = [&](int p) {
     return call.gradients[p] ? ceil_div(call.sizes[p], adam_piece) : 0;

@@ -88,6 +88,7 @@ const Kernels kernels = {
     rff_features_backward,
     score_matching_loss,
     adam,
+    sum_of_squares,
     fma_peak,
 };
 

@@ -399,6 +399,7 @@ struct Kernels {
   void (*rff_features_backward)(const RffBackwardCall&);
   void (*score_matching_loss)(const ScoreMatchingLossCall&);
   void (*adam)(const AdamCall&);
+  double (*sum_of_squares)(const float* values, int64_t count);
   double (*fma_peak)(int threads, double seconds);
 };
 

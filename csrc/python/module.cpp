@@ -627,10 +627,9 @@ double representation_step(const Layers& psi, const std::vector<Activation>& psi
                            const Layers& zeta, const std::vector<Activation>& zeta_kinds,
                            Precision precision, int64_t batch, int state_dim, Address x,
                            Address perturbed, Address offset, Address score_weight, Address loss,
-                           const std::vector<Address>& exp_avgs,
-                           const std::vector<Address>& exp_avg_sqs,
-                           const std::vector<double>& steps, double lr, double beta1, double beta2,
-                           double eps, int threads) {
+                           const std::vector<Floats>& exp_avgs,
+                           const std::vector<Floats>& exp_avg_sqs, const std::vector<double>& steps,
+                           double lr, double beta1, double beta2, double eps, int threads) {
   std::vector<AdamParameter> parameters;
   std::vector<int64_t> sizes;
   for (const Layers* network : {&psi, &zeta}) {
@@ -638,8 +637,7 @@ double representation_step(const Layers& psi, const std::vector<Activation>& psi
       for (const auto& [value, size] :
            {std::pair(weight, int64_t{in} * out), std::pair(bias, int64_t{out})}) {
         const size_t p = parameters.size();
-        parameters.push_back({pointer<float>(value), pointer<float>(exp_avgs[p]),
-                              pointer<float>(exp_avg_sqs[p]),
+        parameters.push_back({pointer<float>(value), exp_avgs[p].values, exp_avg_sqs[p].values,
                               adam_scalars(lr, beta1, beta2, eps, steps[p])});
         sizes.push_back(size);
       }
@@ -670,6 +668,14 @@ double representation_step(const Layers& psi, const std::vector<Activation>& psi
                          static_cast<int>(parameters.size()), &squared_norm,
                          usable_threads(threads)});
   return std::sqrt(squared_norm);
+}
+
+// The Euclidean norm of all values together.
+double norm(const std::vector<Floats>& tensors) {
+  const py::gil_scoped_release unlocked;
+  double squares = 0.0;
+  for (const Floats& t : tensors) squares += active_kernels().sum_of_squares(t.values, t.count);
+  return std::sqrt(squares);
 }
 
 void normals(uint64_t seed, uint32_t step, int64_t first_row, int64_t rows, int columns,
@@ -767,5 +773,6 @@ PYBIND11_MODULE(_core, m) {
   m.def("soft_value", &soft_value);
   m.def("representation_loss", &representation_loss);
   m.def("representation_step", &representation_step);
+  m.def("norm", &norm);
   m.def("fma_peak", &fma_peak);
 }

@@ -80,6 +80,7 @@ struct TensorLook {
   bool on_cpu, floating, float32, contiguous;
   int dimensions;
   int64_t rows, columns;  // the first two sizes
+  int64_t count;          // of values
 };
 
 inline bool is_contiguous(const dlpack::Tensor& t) {
@@ -102,6 +103,7 @@ inline bool look_in_python(py::handle tensor, TensorLook* out) {
   out->float32 = tensor.attr("dtype").ptr() == torch_types.float32;
   out->contiguous = tensor.attr("is_contiguous")().cast<bool>();
   out->dimensions = static_cast<int>(shape.size());
+  out->count = tensor.attr("numel")().cast<int64_t>();
   out->rows = shape.size() > 0 ? shape[0].cast<int64_t>() : 1;
   out->columns = shape.size() > 1 ? shape[1].cast<int64_t>() : 1;
   return true;
@@ -128,6 +130,8 @@ inline bool look_at(py::handle tensor, TensorLook* out) {
   out->float32 = t.type_code == dlpack::floating && t.type_bits == 32 && t.type_lanes == 1;
   out->contiguous = is_contiguous(t);
   out->dimensions = t.ndim;
+  out->count = 1;
+  for (int d = 0; d < t.ndim; ++d) out->count *= t.shape[d];
   out->rows = t.ndim > 0 ? t.shape[0] : 1;
   out->columns = t.ndim > 1 ? t.shape[1] : 1;
   return true;
@@ -194,11 +198,11 @@ inline bool look_at_float32_on_cpu(py::handle tensor, TensorLook* look) {
   return is_tensor(tensor.ptr()) && look_at(tensor, look) && look->on_cpu && look->float32;
 }
 
-inline bool are_float32_on_cpu(py::handle tensors) {
+inline bool are_float32_on_cpu(py::handle tensors, bool contiguous) {
   if (!PyList_CheckExact(tensors.ptr())) return false;
   for (py::handle tensor : tensors) {
     TensorLook look;
-    if (!look_at_float32_on_cpu(tensor, &look)) return false;
+    if (!look_at_float32_on_cpu(tensor, &look) || (contiguous && !look.contiguous)) return false;
   }
   return true;
 }
@@ -305,6 +309,12 @@ inline py::object mlp_stack(py::handle mlp, py::type type, std::optional<int64_t
 // (weight address, bias address, in, out)
 using Layer = std::tuple<uintptr_t, uintptr_t, int, int>;
 
+// A contiguous float32 tensor on the CPU.
+struct Floats {
+  float* values;
+  int64_t count;
+};
+
 // A network's layers. Python gives them as [weight, bias, weight, bias, ...].
 struct Layers : std::vector<Layer> {
   std::vector<py::object> copies;  // of what didn't lie row by row, for the time of a call
@@ -313,6 +323,18 @@ struct Layers : std::vector<Layer> {
 }  // namespace diffcore
 
 namespace pybind11::detail {
+
+template <>
+struct type_caster<diffcore::Floats> {
+  PYBIND11_TYPE_CASTER(diffcore::Floats, const_name("Tensor"));
+
+  bool load(handle source, bool) {
+    diffcore::TensorLook look;
+    if (!diffcore::look_at_float32_on_cpu(source, &look) || !look.contiguous) return false;
+    value = {static_cast<float*>(const_cast<void*>(look.data)), look.count};
+    return true;
+  }
+};
 
 template <>
 struct type_caster<diffcore::Layers> {

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffcore.ops import _native
 from diffcore.ops._adam import FusedAdam
 
 
@@ -84,6 +85,8 @@ def cut_norm_(gradients: list[Tensor], max_norm: float) -> Tensor:
     """``nn.utils.clip_grad_norm_`` of gradients on one device; ``max_norm <= 0`` leaves them."""
     if not gradients:
         return torch.zeros(())
+    if max_norm <= 0 and _native.are_float32_on_cpu(gradients, True):  # which only needs reporting
+        return torch.tensor(_native._core.norm(gradients), dtype=torch.float32)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from diffcore.ops import _native
 
 
 @final
@@ -121,15 +123,38 @@ _OPTIONS = (
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def states_of(optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """The optimiser's state of these parameters, begun as torch does where there is none yet."""
+class KernelStep(NamedTuple):
+    """What a kernel needs to step parameters, whose count of steps it is part of already."""
+
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[float]
+    """How many there were, with this one, of every parameter."""
+    settings: tuple[float, float, float, float]
+    """lr, both betas and eps."""
+
+
+def begin_step(optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> KernelStep:
+    """Count a step of parameters for which :func:`not_by_kernel` has no reason."""
+    (group,) = optimizer.param_groups
     for parameter in parameters:
         state = optimizer.state[parameter]
-        if not state:
+        if not state:  # as torch begins it
             state["step"] = torch.zeros(())
             for name in _MOMENTS:
                 state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    return [optimizer.state[parameter] for parameter in parameters]
+    states = [optimizer.state[parameter] for parameter in parameters]
+    return KernelStep(
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        torch.stack(counted(states)).tolist(),
+        (group["lr"], *group["betas"], group["eps"]),
+    )
+
+
+def end_step(parameters: Sequence[Tensor], step: KernelStep) -> None:
+    """Tell autograd what the kernel has changed."""
+    torch.autograd.graph.increment_version([*parameters, *step.exp_avgs, *step.exp_avg_sqs])
 
 
 def not_by_kernel(optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> str | None:
@@ -157,10 +182,8 @@ def not_by_kernel(optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> 
             return "a parameter doesn't require a gradient"
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             return "a hook waits for a parameter's gradient"
-        state = optimizer.state.get(parameter) or {}
-        for tensor in (parameter, *(state[name] for name in _MOMENTS if state)):
-            if type(tensor) not in (Tensor, nn.Parameter):
-                return f"a parameter or a moment of its is a {type(tensor).__name__}"
-            if not (tensor.is_cpu and tensor.dtype is torch.float32 and tensor.is_contiguous()):
-                return "a parameter or a moment isn't contiguous float32 on the CPU"
+    states = [optimizer.state.get(parameter) or {} for parameter in parameters]
+    tensors = [*parameters, *(state[name] for state in states for name in _MOMENTS if state)]
+    if not _native.are_float32_on_cpu(tensors, True):
+        return "a parameter or a moment isn't contiguous float32 on the CPU"
     return None

@@ -115,7 +115,7 @@ def _cannot_run(
 
 def _tensors_lack(tensors: Sequence[Tensor], device: str, kind: str) -> str | None:
     on_cpu, float32 = device == "cpu", torch.float32
-    if on_cpu and _native.are_float32_on_cpu(tensors):
+    if on_cpu and _native.are_float32_on_cpu(tensors, False):
         return None
     for tensor in tensors:
         if tensor.dtype is float32 and (tensor.is_cpu if on_cpu else tensor.is_cuda):

@@ -164,8 +164,8 @@ def _quick_look(name: str, unknown: Any) -> Callable[..., Any]:
 #: Whether it is a floating-point tensor of a shape, in which a text stands for any size.
 fits: Callable[[Any, tuple[int | str, ...]], bool] = _quick_look("fits", False)
 
-#: Whether all of a list's tensors are that.
-are_float32_on_cpu: Callable[[Any], bool] = _quick_look("are_float32_on_cpu", False)
+#: Whether all of a list's tensors are float32 on the CPU, and where that is asked for contiguous.
+are_float32_on_cpu: Callable[[Any, bool], bool] = _quick_look("are_float32_on_cpu", False)
 
 #: Whether lists of weights and biases, float32 on the CPU, fit so many inputs and each other.
 layers_fit: Callable[[Any, Any, int], bool] = _quick_look("layers_fit", False)

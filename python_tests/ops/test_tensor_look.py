@@ -100,10 +100,12 @@ def test_float32_on_the_cpu(way: str, name: str) -> None:
     tensor = TENSORS[name]()
     yes = tensor.dtype is torch.float32 and tensor.is_cpu
     # No is allowed where a closer look says yes, but only there.
-    assert core.are_float32_on_cpu([torch.ones(1), tensor]) == (yes and name in PLAIN) or (
+    assert core.are_float32_on_cpu([torch.ones(1), tensor], False) == (yes and name in PLAIN) or (
         yes and name in ("negated", "zeros without memory")
     )
-    assert not core.are_float32_on_cpu((tensor,))  # not a list
+    assert not core.are_float32_on_cpu((tensor,), False)  # not a list
+    if core.are_float32_on_cpu([tensor], False):
+        assert core.are_float32_on_cpu([tensor], True) == tensor.is_contiguous()
 
 
 @pytest.mark.parametrize("name", TENSORS)
@@ -122,7 +124,7 @@ def test_shapes(way: str, name: str, shape: tuple[int | str, ...]) -> None:
 @pytest.mark.parametrize("value", [None, 1.0, [[1.0, 2.0]], "text", object()])
 def test_what_isn_t_a_tensor(way: str, value: object) -> None:
     assert not core.fits(value, ("B", "in"))
-    assert not core.are_float32_on_cpu([value])
+    assert not core.are_float32_on_cpu([value], False)
     assert not core.layers_fit([value], [value], 1)
     assert not core.same_sizes([value], [value])
 

@@ -32,11 +32,7 @@ def step(
     """
     inputs = [t.contiguous() for t in (x, perturbed, offset, score_weight)]
     parameters = [*psi, *zeta]
-    (group,) = optimizer.param_groups
-    states = _adam.states_of(optimizer, parameters)
-    exp_avgs = [state["exp_avg"] for state in states]
-    exp_avg_sqs = [state["exp_avg_sq"] for state in states]
-    steps = [count.item() for count in _adam.counted(states)]
+    adam = _adam.begin_step(optimizer, parameters)
     for parameter in parameters:
         parameter.grad = None
     loss = x.new_empty(())
@@ -50,14 +46,11 @@ def step(
         x.shape[0],
         offset.shape[1],
         *[t.data_ptr() for t in (*inputs, loss)],
-        [t.data_ptr() for t in exp_avgs],
-        [t.data_ptr() for t in exp_avg_sqs],
-        steps,
-        group["lr"],
-        *group["betas"],
-        group["eps"],
+        adam.exp_avgs,
+        adam.exp_avg_sqs,
+        adam.steps,
+        *adam.settings,
         torch.get_num_threads(),
     )
-    for tensor in (*parameters, *exp_avgs, *exp_avg_sqs):
-        torch.autograd.graph.increment_version(tensor)
-    return loss, loss.new_tensor(norm)
+    _adam.end_step(parameters, adam)
+    return loss, torch.tensor(norm, dtype=torch.float32)
