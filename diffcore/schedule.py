@@ -100,7 +100,7 @@ class DiffusionSchedule:
         alphas_cumprod = torch.cumprod(alphas, 0)
         before = torch.cat([betas.new_ones(1), alphas_cumprod[:-1]])
         # Not from NumPy: within torch.func's transforms a tensor may have no memory to look at.
-        content = array("d", betas.tolist()).tobytes()
+        content = array("d", map(float, betas)).tobytes()
         for name, value in (
             ("betas", betas),
             ("alphas", alphas),
