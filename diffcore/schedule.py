@@ -14,6 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from diffcore._kept import kept
+
 SOLVERS = ("ddpm", "ddpm_unclipped", "ddim", "exponential_integrator", "dpmpp_2m")
 
 
@@ -62,7 +64,7 @@ class SolverTable:
         return len(self.timesteps)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DiffusionSchedule:
     """The noise levels of a diffusion of K steps.
 
@@ -85,11 +87,10 @@ class DiffusionSchedule:
         ValueError: ``betas`` is empty, not a vector, or has a value outside (0, 1) or a NaN.
     """
 
-    betas: Tensor = field(compare=False)
-    alphas: Tensor = field(init=False, compare=False)
-    alphas_cumprod: Tensor = field(init=False, compare=False)
-    alphas_cumprod_prev: Tensor = field(init=False, compare=False)
-    _content: bytes = field(init=False)  # the betas, to compare by: bytes keep their hash
+    betas: Tensor
+    alphas: Tensor = field(init=False)
+    alphas_cumprod: Tensor = field(init=False)
+    alphas_cumprod_prev: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         _check_vector("betas", self.betas)
@@ -106,9 +107,17 @@ class DiffusionSchedule:
             ("alphas", alphas),
             ("alphas_cumprod", alphas_cumprod),
             ("alphas_cumprod_prev", before),
-            ("_content", content),
+            ("_content", content),  # to compare by: bytes keep their hash
         ):
             object.__setattr__(self, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DiffusionSchedule):
+            return NotImplemented
+        return bool(self._content == other._content)  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash(self._content)  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
         ends = [
@@ -274,8 +283,7 @@ def _gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
 # -- the samplers' coefficients -------------------------------------------------------------------
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # what is kept must serve training too
+@kept
 def _solver_table(schedule: DiffusionSchedule, name: str, steps: int, eta: float) -> SolverTable:
     if steps == schedule.K:
         t = torch.arange(schedule.K - 1, -1, -1, device="cpu")

@@ -1,5 +1,5 @@
-// The Python face of the CPU kernels: addresses and sizes in, nothing checked. Shapes, types and
-// devices are checked in diffcore/ops/<op>/__init__.py, and only there.
+// The Python face of the CPU kernels: addresses, sizes and lists of parameters in, and hardly anything
+// checked. What is wrong with an argument is said in diffcore/ops/<op>/__init__.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -39,7 +40,6 @@ void reverse_diffusion(const Layers& layers, int action_dim, int state_dim, Acti
                        int64_t batch, Address state, Address x_init, Address noise, uint64_t seed,
                        float noise_scale, float clip, Address trajectory, Address actions,
                        int threads) {
-  const py::gil_scoped_release unlocked;
   const auto start = std::chrono::steady_clock::now();
   TeamWork work;
   threads = usable_threads(threads);
@@ -96,7 +96,6 @@ void action_gradient(const Layers& first, const Layers& second, int action_dim, 
                      Address action, Address improved, int steps, float lr, float eps,
                      float max_norm, NormClip norm_clip, ActionOptimizer optimizer, float low,
                      float high, int threads) {
-  const py::gil_scoped_release unlocked;
   const auto start = std::chrono::steady_clock::now();
   TeamWork work;
   threads = usable_threads(threads);
@@ -214,7 +213,6 @@ int mlp_saved_width(const Layers& layers, const std::vector<Activation>& activat
 void mlp_forward(const Layers& layers, const std::vector<Activation>& activations,
                  Precision precision, int64_t batch, Address x, Address y, Address saved,
                  int threads) {
-  const py::gil_scoped_release unlocked;
   threads = threads_for(batch, threads);
   const std::vector<PackedMlp> networks =
       packed_mlps(layers, activations, precision, {true, false, false}, threads);
@@ -231,7 +229,6 @@ void mlp_forward(const Layers& layers, const std::vector<Activation>& activation
 void mlp_backward(const Layers& layers, const std::vector<Activation>& activations,
                   Precision precision, int64_t batch, Address x, Address saved, Address grad_y,
                   Address grad_x, const std::vector<Address>& grad_parameters, int threads) {
-  const py::gil_scoped_release unlocked;
   threads = threads_for(batch, threads);
   const std::vector<PackedMlp> networks =
       packed_mlps(layers, activations, precision, {false, true, grad_x != 0}, threads);
@@ -253,7 +250,6 @@ void critic_loss(const Layers& layers, const std::vector<Activation>& activation
                  Precision precision, int64_t batch, Address x, Address target, Address loss,
                  Address q, Address grad_x, const std::vector<Address>& grad_parameters,
                  int threads) {
-  const py::gil_scoped_release unlocked;
   threads = threads_for(batch, threads);
   const GradientAddresses gradients(grad_parameters);
   const std::vector<PackedMlp> networks =
@@ -278,7 +274,6 @@ void denoising_loss(const Layers& layers, Activation activation, Precision preci
                     Address noise, Address t, Address levels, Address embedding, Address loss,
                     Address grad_state, Address grad_action,
                     const std::vector<Address>& grad_parameters, int threads) {
-  const py::gil_scoped_release unlocked;
   threads = threads_for(batch, threads);
   const GradientAddresses gradients(grad_parameters);
   const bool backward = gradients.wanted || grad_state || grad_action;
@@ -320,7 +315,6 @@ void denoising_loss(const Layers& layers, Activation activation, Precision preci
 
 void rff_features(const Layer& omega, RffKind kind, float scale, int64_t batch, Address x,
                   Address y, Address slope, int threads) {
-  const py::gil_scoped_release unlocked;
   threads = threads_for(batch, threads);
   const auto layer = packed_layer(linear_parameters(omega, threads), false);
   active_kernels().rff_features({&layer->pack, batch, kind, scale, pointer<const float>(x),
@@ -330,7 +324,6 @@ void rff_features(const Layer& omega, RffKind kind, float scale, int64_t batch, 
 void rff_features_backward(const Layer& omega, RffKind kind, int64_t batch, Address x,
                            Address saved, Address grad_y, Address grad_x, Address grad_omega,
                            Address grad_bias, int threads) {
-  const py::gil_scoped_release unlocked;
   threads = threads_for(batch, threads);
   const LinearParameters parameters = linear_parameters(omega, threads);
   const auto layer = grad_x ? packed_layer(parameters, true) : nullptr;
@@ -368,7 +361,6 @@ ScoreMatchingLossCall score_matching_call(int64_t batch, int features, int state
 }
 
 void run_score_matching(const ScoreMatchingLossCall& call) {
-  const py::gil_scoped_release unlocked;
   if (call.grad_weight) {  // hundreds of MiB with a long state, and fresh at every call
     prefer_huge_pages(call.grad_weight,
                       int64_t{4} * call.features * call.state_dim * call.hidden_dim);
@@ -632,11 +624,18 @@ double representation_step(const Layers& psi, const std::vector<Activation>& psi
                            double lr, double beta1, double beta2, double eps, int threads) {
   std::vector<AdamParameter> parameters;
   std::vector<int64_t> sizes;
+  const size_t count = 2 * (psi.size() + zeta.size());
+  if (exp_avgs.size() != count || exp_avg_sqs.size() != count || steps.size() != count)
+    throw std::invalid_argument("a moment and a count for every parameter are expected");
   for (const Layers* network : {&psi, &zeta}) {
+    if (!network->copies.empty())
+      throw std::invalid_argument("parameters that a step changes must be contiguous");
     for (const auto& [weight, bias, in, out] : *network) {
       for (const auto& [value, size] :
            {std::pair(weight, int64_t{in} * out), std::pair(bias, int64_t{out})}) {
         const size_t p = parameters.size();
+        if (exp_avgs[p].count != size || exp_avg_sqs[p].count != size)
+          throw std::invalid_argument("moments of the parameters' sizes are expected");
         parameters.push_back({pointer<float>(value), exp_avgs[p].values, exp_avg_sqs[p].values,
                               adam_scalars(lr, beta1, beta2, eps, steps[p])});
         sizes.push_back(size);
@@ -663,7 +662,6 @@ double representation_step(const Layers& psi, const std::vector<Activation>& psi
                      &parameters[last_weight], &squared_norm);
   std::vector<const float*> pointers;
   for (const Address gradient : gradients) pointers.push_back(pointer<const float>(gradient));
-  const py::gil_scoped_release unlocked;
   active_kernels().adam({parameters.data(), pointers.data(), sizes.data(),
                          static_cast<int>(parameters.size()), &squared_norm,
                          usable_threads(threads)});
@@ -672,7 +670,6 @@ double representation_step(const Layers& psi, const std::vector<Activation>& psi
 
 // The Euclidean norm of all values together.
 double norm(const std::vector<Floats>& tensors) {
-  const py::gil_scoped_release unlocked;
   double squares = 0.0;
   for (const Floats& t : tensors) squares += active_kernels().sum_of_squares(t.values, t.count);
   return std::sqrt(squares);
@@ -680,13 +677,11 @@ double norm(const std::vector<Floats>& tensors) {
 
 void normals(uint64_t seed, uint32_t step, int64_t first_row, int64_t rows, int columns,
              Address out) {
-  const py::gil_scoped_release unlocked;
   active_kernels().normals({seed, step, first_row, rows, columns, pointer<float>(out)});
 }
 
 // What a call does to its weights, for benchmarks: the seconds it takes. (address, count) of each.
 double fingerprint(const std::vector<std::pair<Address, int64_t>>& places, int threads) {
-  const py::gil_scoped_release unlocked;
   std::vector<Piece> pieces;
   for (const auto& [address, count] : places)
     pieces.push_back({pointer<const float>(address), count});
@@ -696,9 +691,11 @@ double fingerprint(const std::vector<std::pair<Address, int64_t>>& places, int t
 }
 
 double fma_peak(int threads, double seconds) {
-  const py::gil_scoped_release unlocked;
   return active_kernels().fma_peak(usable_threads(threads), seconds);
 }
+
+// Python's lock isn't held while a kernel runs.
+using Unlocked = py::call_guard<py::gil_scoped_release>;
 
 }  // namespace
 
@@ -730,6 +727,7 @@ PYBIND11_MODULE(_core, m) {
       .value("ascent", ActionOptimizer::ascent);
   m.def("use_torch", &use_torch);
   m.def("fits", &fits);
+  m.def("lacks_memory", &lacks_memory);
   m.def("are_plain", &are_plain);
   m.def("are_float32_on_cpu", &are_float32_on_cpu);
   m.def("layers_fit", &layers_fit);
@@ -749,11 +747,11 @@ PYBIND11_MODULE(_core, m) {
   m.def("always_use_teams", &always_use_teams);
   m.def("teams_run", &teams_run);
   m.def("packs_built", &packs_built);
-  m.def("fingerprint", &fingerprint);
-  m.def("reverse_diffusion", &reverse_diffusion);
-  m.def("reverse_step", &reverse_step);
-  m.def("action_gradient", &action_gradient);
-  m.def("normals", &normals);
+  m.def("fingerprint", &fingerprint, Unlocked());
+  m.def("reverse_diffusion", &reverse_diffusion, Unlocked());
+  m.def("reverse_step", &reverse_step, Unlocked());
+  m.def("action_gradient", &action_gradient, Unlocked());
+  m.def("normals", &normals, Unlocked());
   m.def("mlp_saved_width", &mlp_saved_width);
   m.def("mlp_saved_width", [](const std::vector<Layer>& shapes,  // where there are no tensors
                               const std::vector<Activation>& activations, Precision precision) {
@@ -761,18 +759,18 @@ PYBIND11_MODULE(_core, m) {
     layers.assign(shapes.begin(), shapes.end());
     return mlp_saved_width(layers, activations, precision);
   });
-  m.def("mlp_forward", &mlp_forward);
-  m.def("mlp_backward", &mlp_backward);
-  m.def("critic_loss", &critic_loss);
-  m.def("denoising_loss", &denoising_loss);
-  m.def("rff_features", &rff_features);
-  m.def("rff_features_backward", &rff_features_backward);
-  m.def("score_matching_loss", &score_matching_loss);
-  m.def("squashed_gaussian", &squashed_gaussian);
-  m.def("squashed_gaussian_backward", &squashed_gaussian_backward);
-  m.def("soft_value", &soft_value);
-  m.def("representation_loss", &representation_loss);
-  m.def("representation_step", &representation_step);
-  m.def("norm", &norm);
-  m.def("fma_peak", &fma_peak);
+  m.def("mlp_forward", &mlp_forward, Unlocked());
+  m.def("mlp_backward", &mlp_backward, Unlocked());
+  m.def("critic_loss", &critic_loss, Unlocked());
+  m.def("denoising_loss", &denoising_loss, Unlocked());
+  m.def("rff_features", &rff_features, Unlocked());
+  m.def("rff_features_backward", &rff_features_backward, Unlocked());
+  m.def("score_matching_loss", &score_matching_loss, Unlocked());
+  m.def("squashed_gaussian", &squashed_gaussian, Unlocked());
+  m.def("squashed_gaussian_backward", &squashed_gaussian_backward, Unlocked());
+  m.def("soft_value", &soft_value, Unlocked());
+  m.def("representation_loss", &representation_loss, Unlocked());
+  m.def("representation_step", &representation_step, Unlocked());
+  m.def("norm", &norm, Unlocked());
+  m.def("fma_peak", &fma_peak, Unlocked());
 }

@@ -10,6 +10,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <exception>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -53,7 +54,7 @@ inline PyObject* interned(const char* name) { return PyUnicode_InternFromString(
 // torch's, which Python names at import.
 struct Torch {
   PyTypeObject *tensor, *parameter, *linear;
-  PyObject *float32, *is_neg, *is_zerotensor;
+  PyObject *float32, *is_neg;
   const dlpack::ExchangeApi* api;  // null: torch has none
 };
 inline Torch torch_types{};
@@ -62,16 +63,14 @@ inline Torch torch_types{};
 inline void use_torch(py::type tensor, py::type parameter, py::type linear, py::object float32,
                       py::object exchange_api) {
   torch_types.is_neg = py::object(tensor.attr("is_neg")).release().ptr();
-  torch_types.is_zerotensor = py::object(tensor.attr("_is_zerotensor")).release().ptr();
   torch_types.tensor = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
   torch_types.parameter = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
   torch_types.linear = reinterpret_cast<PyTypeObject*>(linear.release().ptr());
   torch_types.float32 = float32.release().ptr();
   torch_types.api = nullptr;
-  if (exchange_api.is_none()) return;
-  const void* at = PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api");
-  if (!at) throw py::error_already_set();
-  const auto* api = static_cast<const dlpack::ExchangeApi*>(at);
+  if (!PyCapsule_IsValid(exchange_api.ptr(), "dlpack_exchange_api")) return;
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(
+      PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
   if (api->major == 1 && api->from_object) torch_types.api = api;
 }
 
@@ -109,13 +108,17 @@ inline bool look_in_python(py::handle tensor, TensorLook* out) {
   return true;
 }
 
-// False for what isn't a tensor with memory: a wrapper of torch.func's, for instance.
+// Whether its values lie in memory: those of torch.func's wrappers don't, nor do a tensor of zeros that
+// torch keeps without any or one whose storage was freed.
+inline bool has_memory(const TensorLook& look) { return look.data || look.count == 0; }
+
+// False for what isn't a tensor with memory.
 inline bool look_at(py::handle tensor, TensorLook* out) {
   if (!PyObject_TypeCheck(tensor.ptr(), torch_types.tensor)) return false;
   if (!torch_types.api) {
     try {
-      return look_in_python(tensor, out);
-    } catch (const py::error_already_set&) {
+      return look_in_python(tensor, out) && has_memory(*out);
+    } catch (const std::exception&) {  // Python's, or an answer of another type
       return false;
     }
   }
@@ -134,7 +137,14 @@ inline bool look_at(py::handle tensor, TensorLook* out) {
   for (int d = 0; d < t.ndim; ++d) out->count *= t.shape[d];
   out->rows = t.ndim > 0 ? t.shape[0] : 1;
   out->columns = t.ndim > 1 ? t.shape[1] : 1;
-  return true;
+  return has_memory(*out);
+}
+
+// Whether a tensor that has values has no memory for them.
+inline bool lacks_memory(py::handle tensor) {
+  TensorLook look{};
+  look_at(tensor, &look);
+  return !has_memory(look);
 }
 
 inline bool is_tensor(PyObject* object) {
@@ -148,14 +158,13 @@ inline bool says_yes(PyObject* method, PyObject* tensor) {
 }
 
 // Whether an argument's memory holds its values: no subclass, no wrapper, nothing that is to be read
-// negated or as zeros without any memory.
+// negated.
 inline bool is_plain(PyObject* argument) {
   if (argument == Py_None) return true;
   PyTypeObject* const type = Py_TYPE(argument);
   if (type == torch_types.tensor || type == torch_types.parameter) {
     TensorLook look;
-    return look_at(argument, &look) && !says_yes(torch_types.is_neg, argument) &&
-           (look.data || !says_yes(torch_types.is_zerotensor, argument));
+    return look_at(argument, &look) && !says_yes(torch_types.is_neg, argument);
   }
   return type == &PyBool_Type || type == &PyLong_Type || type == &PyFloat_Type ||
          type == &PyUnicode_Type;

@@ -86,7 +86,7 @@ def cut_norm_(gradients: list[Tensor], max_norm: float) -> Tensor:
     if not gradients:
         return torch.zeros(())
     if max_norm <= 0 and _native.are_float32_on_cpu(gradients, True):  # which only needs reporting
-        return torch.tensor(_native._core.norm(gradients), dtype=torch.float32)
+        return torch.tensor(_native._core.norm(gradients), dtype=torch.float32, device="cpu")
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -63,9 +64,30 @@ class FusedAdam(torch.optim.Adam):
         )
 
 
-_adam_step = inspect.unwrap(torch.optim.Adam.step)
-_torch_step = torch.optim.Optimizer.profile_hook_step(_adam_step)
-_OF_ADAM = (_adam_step, inspect.unwrap(FusedAdam.step))
+_torch_step = torch.optim.Optimizer.profile_hook_step(inspect.unwrap(torch.optim.Adam.step))
+
+
+def _without_hook(step: Any) -> Any:
+    """What torch wrapped when it made the first optimiser of a class, to serve its hooks."""
+    hooked = getattr(step, "__code__", None) is _torch_step.__code__
+    return step.__wrapped__ if hooked else step
+
+
+_STEPS_OF_ADAM = [_without_hook(vars(kind)["step"]) for kind in (torch.optim.Adam, FusedAdam)]
+
+
+def _steps_as_adam(optimizer: torch.optim.Adam) -> bool:
+    """Whether its step is torch's own, unchanged by a subclass or a patch but a scheduler's."""
+    if type(optimizer) not in (torch.optim.Adam, FusedAdam):
+        return False
+    step = vars(optimizer).get("step")
+    if step is None:
+        step = vars(type(optimizer))["step"]
+    elif hasattr(step, "_wrapped_by_lr_sched"):
+        step = step.__wrapped__
+    else:
+        return False
+    return _without_hook(step) in _STEPS_OF_ADAM
 
 
 def _is_watched(optimizer: torch.optim.Adam) -> bool:
@@ -123,46 +145,48 @@ _OPTIONS = (
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class KernelStep(NamedTuple):
-    """What a kernel needs to step parameters, whose count of steps it is part of already."""
+class KernelStep:
+    """A step of parameters for which :func:`not_by_kernel` has no reason, as a kernel takes it."""
 
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    steps: list[float]
-    """How many there were, with this one, of every parameter."""
-    settings: tuple[float, float, float, float]
-    """lr, both betas and eps."""
+    def __init__(self, optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> None:
+        (group,) = optimizer.param_groups
+        for parameter in parameters:
+            state = optimizer.state[parameter]
+            if not state:  # as torch begins it
+                wide = torch.get_default_dtype() is torch.float64 and not group["fused"]
+                state["step"] = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
+                for name in _MOMENTS:
+                    state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        self.optimizer, self.parameters = optimizer, parameters
+        self.states = [optimizer.state[parameter] for parameter in parameters]
+        self.exp_avgs = [state["exp_avg"] for state in self.states]
+        self.exp_avg_sqs = [state["exp_avg_sq"] for state in self.states]
+        counts = torch.stack([state["step"] for state in self.states])
+        #: How many there were of every parameter, with this one.
+        self.steps: list[float] = (counts + 1).tolist()
+        self.settings: tuple[float, ...] = (group["lr"], *group["betas"], group["eps"])
 
-
-def begin_step(optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> KernelStep:
-    """Count a step of parameters for which :func:`not_by_kernel` has no reason."""
-    (group,) = optimizer.param_groups
-    for parameter in parameters:
-        state = optimizer.state[parameter]
-        if not state:  # as torch begins it
-            state["step"] = torch.zeros(())
-            for name in _MOMENTS:
-                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    states = [optimizer.state[parameter] for parameter in parameters]
-    return KernelStep(
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
-        torch.stack(counted(states)).tolist(),
-        (group["lr"], *group["betas"], group["eps"]),
-    )
-
-
-def end_step(parameters: Sequence[Tensor], step: KernelStep) -> None:
-    """Tell autograd what the kernel has changed."""
-    torch.autograd.graph.increment_version([*parameters, *step.exp_avgs, *step.exp_avg_sqs])
+    def take(self, kernel: Callable[[], float]) -> float:
+        """What `kernel` returns, which takes the step; it is counted if that ends well."""
+        try:
+            result = kernel()
+        finally:  # some may have been stepped before memory ran out
+            changed = [*self.parameters, *self.exp_avgs, *self.exp_avg_sqs]
+            torch.autograd.graph.increment_version(changed)
+        counted(self.states)
+        if "step" in vars(self.optimizer):
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]  # a scheduler asks
+        return result
 
 
 def not_by_kernel(optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> str | None:
     """Why a kernel on the CPU can't take the optimiser's step on these parameters, or None."""
-    if inspect.unwrap(type(optimizer).step) not in _OF_ADAM or "step" in vars(optimizer):
+    if not _steps_as_adam(optimizer):
         return "the optimizer's step isn't torch.optim.Adam's"
     if _is_watched(optimizer):
         return "a hook or the profiler waits for the optimizer's steps"
+    if torch.is_anomaly_enabled():
+        return "anomalies in gradients are to be detected"
     if _is_scaled(optimizer):
         return "a GradScaler scales the optimizer's gradients"
     if len(optimizer.param_groups) != 1:
@@ -171,8 +195,9 @@ def not_by_kernel(optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> 
     for name in _OPTIONS:
         if group.get(name):
             return f"the optimizer has {name}, which the kernel doesn't"
-    if not all(isinstance(value, float) for value in (group["lr"], *group["betas"])):
-        return "the optimizer's lr or betas are no floats"
+    numbers = (group["lr"], *group["betas"], group["eps"])
+    if not all(type(number) in (float, int) for number in numbers):
+        return "the optimizer's lr, betas or eps are no numbers"
     if group["betas"][0] <= 0.5:  # torch then rounds another way
         return "the optimizer's first beta isn't above 0.5"
     if sorted(map(id, parameters)) != sorted(map(id, group["params"])):
@@ -182,8 +207,16 @@ def not_by_kernel(optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> 
             return "a parameter doesn't require a gradient"
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             return "a hook waits for a parameter's gradient"
-    states = [optimizer.state.get(parameter) or {} for parameter in parameters]
-    tensors = [*parameters, *(state[name] for state in states for name in _MOMENTS if state)]
-    if not _native.are_float32_on_cpu(tensors, True):
-        return "a parameter or a moment isn't contiguous float32 on the CPU"
+    if not _native.are_float32_on_cpu([*parameters], True):
+        return "a parameter isn't contiguous float32 on the CPU"
+    spans = sorted((parameter.data_ptr(), 4 * parameter.numel()) for parameter in parameters)
+    if any(start + size > after for (start, size), (after, _) in itertools.pairwise(spans)):
+        return "parameters share memory"
+    begun = [parameter for parameter in parameters if optimizer.state.get(parameter)]
+    for name in _MOMENTS:
+        moments = [optimizer.state[parameter][name] for parameter in begun]
+        if not (
+            _native.are_float32_on_cpu(moments, True) and _native.same_sizes(begun, moments)
+        ):
+            return "a moment isn't its parameter's like in contiguous float32 on the CPU"
     return None

@@ -118,6 +118,9 @@ def _tensors_lack(tensors: Sequence[Tensor], device: str, kind: str) -> str | No
     if on_cpu and _native.are_float32_on_cpu(tensors, False):
         return None
     for tensor in tensors:
+        # Zeros without memory get some from torch's dispatcher.
+        if _native.lacks_memory(tensor) and not tensor._is_zerotensor():
+            return "a tensor's memory was freed"
         if tensor.dtype is float32 and (tensor.is_cpu if on_cpu else tensor.is_cuda):
             continue  # quicker than a look at its device, and every call looks at every tensor
         if tensor.device.type != device:

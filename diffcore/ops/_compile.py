@@ -33,10 +33,10 @@ def own_module(network: object, kind: type[M]) -> M | None:
         return network
     if torch.compiler.is_compiling():  # which sees through the wrapper by itself
         return None
-    compiler = sys.modules.get("torch._dynamo")
-    if compiler is None:  # nothing has been compiled
+    wrapper = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", None)
+    if wrapper is None:  # nothing has been compiled
         return None
-    if not isinstance(network, compiler.OptimizedModule) or (
+    if not isinstance(network, wrapper) or (
         network._forward_hooks
         or network._forward_pre_hooks
         or network._backward_hooks

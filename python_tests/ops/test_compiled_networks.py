@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -141,3 +143,11 @@ def test_one_of_another_kind_is_refused() -> None:
     networks, rest, _ = calls()["representation_loss"]
     with pytest.raises(TypeError, match="^psi: expected a diffcore.nn.MLP, got OptimizedModule"):
         ops.representation_loss(wrapped(torch.nn.Linear(5, 3)), networks[1], *rest)
+
+
+def test_while_another_thread_imports_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the module is there, and what it defines isn't yet."""
+    monkeypatch.setitem(sys.modules, "torch._dynamo", types.ModuleType("torch._dynamo"))
+    schedule, x, state = DiffusionSchedule.linear(3), torch.randn(4, 2), torch.randn(4, 3)
+    result = ops.reverse_diffusion(lambda x, state, t: x, schedule, state, x_init=x)
+    assert result.shape == x.shape

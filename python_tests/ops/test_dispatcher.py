@@ -10,10 +10,12 @@ import pytest
 import torch
 from helpers import run_script
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffcore import DiffusionSchedule, ops
+from diffcore.nn import Denoiser
 from diffcore.ops import _native
 from diffcore.ops.rff_features import native
 
@@ -214,3 +216,24 @@ def test_gradients_through_a_vmap_inside(name: str, order: str) -> None:
         grads = torch.autograd.grad(total(*inputs), inputs)
     for a, b in zip(grads, expected, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_fake_calls_leave_nothing_behind() -> None:
+    """Tables are kept for all schedules with the same betas, so one fake one would spoil them all."""
+    denoiser, state, action = Denoiser(3, 2), torch.randn(4, 3), torch.randn(4, 2)
+    given = {"t": torch.tensor([0, 5, 2, 6]), "noise": torch.randn(4, 2)}
+    calls: list[Callable[[DiffusionSchedule], Tensor]] = [
+        lambda schedule: ops.denoising_loss(denoiser, schedule, state, action, **given),
+        lambda schedule: ops.reverse_diffusion(
+            denoiser, schedule, state, x_init=action, noise_scale=0.0
+        ),
+        lambda schedule: ops.q_sample(action, *given.values(), schedule),
+    ]
+    for steps, call in enumerate(calls, start=7):
+        schedule, equal = (DiffusionSchedule.linear(steps, 0.1, 0.3) for _ in range(2))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            call(schedule)
+        assert type(call(equal)) is Tensor
+    schedule = DiffusionSchedule.linear(10, 0.1, 0.3)
+    with torch.device("meta"):
+        assert calls[0](schedule).is_cpu

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -91,7 +93,7 @@ class Learner:
         return [*(p.detach() for p in self.parameters), *moments]
 
 
-def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
+def assert_same(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -247,6 +249,24 @@ def not_contiguous(learner: Learner) -> None:
     weight.data = weight.data.t().contiguous().t()  # type: ignore[operator, union-attr]
 
 
+def shared(learner: Learner) -> None:
+    first, second = learner.zeta.layers[0].bias, learner.psi.layers[0].bias
+    first.data = second.data[1:]  # type: ignore[operator, union-attr]
+
+
+def of_another_shape(learner: Learner) -> None:
+    """As ``load_state_dict`` takes it over without a word; what torch broadcasts, though."""
+    learner.unfused(learner.batch(9))
+    state = learner.optimizer.state[learner.parameters[0]]
+    state["exp_avg"] = state["exp_avg"][:1].clone()
+    state["exp_avg_sq"] = state["exp_avg_sq"][:1].clone()
+
+
+def negated(learner: Learner) -> None:
+    weight = learner.zeta.layers[0].weight
+    weight.data = torch._neg_view(weight.data)  # type: ignore[arg-type, union-attr]
+
+
 def option(name: str, value: Any) -> Callable[[Learner], None]:
     def change(learner: Learner) -> None:
         learner.optimizer.param_groups[0][name] = value
@@ -260,7 +280,10 @@ def option(name: str, value: Any) -> Callable[[Learner], None]:
     [
         (two_groups, "the optimizer has several groups of parameters"),
         (not_all, "the optimizer doesn't hold exactly the networks' parameters"),
-        (not_contiguous, "a parameter or a moment isn't contiguous float32 on the CPU"),
+        (not_contiguous, "a parameter isn't contiguous float32 on the CPU"),
+        (shared, "parameters share memory"),
+        (of_another_shape, "a moment isn't its parameter's like"),
+        (negated, "a compiler, a mode or a transform follows"),
         (on_the_gradient, "a hook waits for a parameter's gradient"),
         (tensor_hook, "a hook waits for a parameter's gradient"),
         (lambda a: a.optimizer.register_step_post_hook(hook), "a hook or the profiler waits"),
@@ -268,7 +291,7 @@ def option(name: str, value: Any) -> Callable[[Learner], None]:
         (lambda a: setattr(a.optimizer, "step", a.optimizer.step), "the optimizer's step isn't"),
         (option("weight_decay", 0.1), "the optimizer has weight_decay, which the kernel doesn't"),
         (option("maximize", True), "the optimizer has maximize, which the kernel doesn't"),
-        (option("lr", torch.tensor(0.1)), "the optimizer's lr or betas are no floats"),
+        (option("lr", torch.tensor(0.1)), "the optimizer's lr, betas or eps are no numbers"),
         (option("betas", (0.5, 0.9)), "the optimizer's first beta isn't above 0.5"),
     ],
 )
@@ -278,8 +301,8 @@ def test_what_only_the_optimiser_can_do(change: Callable[[Learner], object], why
     for learner in (ours, other):
         change(learner)
     assert ours.why_not(ours.batch(9)).startswith(why)
-    if hasattr(ours.optimizer, "grad_scale"):  # which a real GradScaler takes away again
-        return
+    if hasattr(ours.optimizer, "grad_scale") or change is of_another_shape:
+        return  # a real GradScaler takes it away again; torch's step raises
     ours.step(ours.batch(9))
     other.unfused(other.batch(9))
     assert_same([p.detach() for p in ours.parameters], [p.detach() for p in other.parameters])
@@ -291,24 +314,142 @@ def test_inputs_and_surroundings_that_the_kernel_can_not_take() -> None:
     x, *rest = learner.batch(9)
     assert "lead back" in learner.why_not((x.clone().requires_grad_(), *rest))
     assert learner.why_not(learner.batch(0)) == "the batch is empty"
-    with torch.no_grad():
-        assert learner.why_not((x, *rest)) == "gradients are off, which a step needs"
-    with torch.inference_mode():
-        assert learner.why_not((x, *rest)) == "gradients are off, which a step needs"
+    for off in (torch.no_grad(), torch.inference_mode()):
+        with off, pytest.raises(ValueError, match="expected gradients to be on, got them off"):
+            learner.step((x, *rest))
+    with torch.autograd.detect_anomaly():
+        assert "anomalies" in learner.why_not((x, *rest))
     with torch.profiler.profile():
         assert "follows what is called" in learner.why_not((x, *rest))
+
+
+def test_frozen_and_foreign_parameters_stay_as_they_are() -> None:
+    learner = Learner()
+    rows = learner.batch(9)
     learner.psi.requires_grad_(False)
-    assert learner.why_not((x, *rest)) == "a parameter doesn't require a gradient"
+    if _native._core is not None:
+        assert learner.why_not(rows) == "a parameter doesn't require a gradient"
+    before = [p.detach().clone() for p in learner.parameters]
+    _, norm = learner.step(rows)
+    moved = [not torch.equal(p, q) for p, q in zip(learner.parameters, before, strict=True)]
+    assert norm > 0
+    assert moved == [False] * 4 + [True] * 6
+
+    learner.zeta.requires_grad_(False)
+    before = [p.clone() for p in learner.parameters]
+    assert learner.step(rows)[1] == 0
+    assert_same(before, learner.parameters)
+    stranger = nn.Parameter(torch.ones(2))
+    learner.optimizer = torch.optim.Adam([stranger])
+    assert learner.step(rows)[1] == 0
+    assert torch.equal(stranger, torch.ones(2))
 
 
 @needs_kernels
-def test_a_subclass_of_adam_makes_its_own_step() -> None:
-    class Own(torch.optim.Adam):
-        def step(self, closure: Any = None) -> Any:
-            return super().step(closure)
+def test_a_failed_step_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where it fails within the kernel, autograd knows that weights may have changed."""
+    learner = Learner()
+    rows = learner.batch(9)
+    learner.step(rows, backend="cpu")
+    before = [t.clone() for t in learner.everything()]
+    version = learner.parameters[-2]._version
+    with monkeypatch.context() as patch:
+        patch.setattr(_native._core, "representation_step", out_of_memory)
+        with pytest.raises(MemoryError):
+            learner.step(rows, backend="cpu")
+    assert_same(before, learner.everything())
+    assert learner.parameters[-2]._version > version
 
-    learner = Learner(kind=Own)
+
+def out_of_memory(*_: Any) -> float:
+    raise MemoryError
+
+
+@needs_kernels
+def test_the_kernel_refuses_moments_of_other_sizes() -> None:
+    learner = Learner()
+    learner.step(learner.batch(9), backend="cpu")
+    other = Learner(hidden=3)
+    other.step(other.batch(9), backend="cpu")
+    learner.optimizer.load_state_dict(other.optimizer.state_dict())
+    assert learner.why_not(learner.batch(9)).startswith("a moment isn't its parameter's like")
+    with pytest.raises(RuntimeError, match="must match"):
+        learner.step(learner.batch(9))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("fused", [False, True])
+def test_counts_begin_as_torch_begins_them(dtype: torch.dtype, fused: bool) -> None:
+    ours, other = Learner(fused=fused), Learner(fused=fused)
+    rows = ours.batch(9)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        ours.step(rows, backend="cpu")
+        other.unfused(rows)
+    finally:
+        torch.set_default_dtype(before)
+    for p, q in zip(ours.parameters, other.parameters, strict=True):
+        count, expected = ours.optimizer.state[p]["step"], other.optimizer.state[q]["step"]
+        assert count.dtype is expected.dtype
+        assert count == expected == 1
+
+
+@needs_kernels
+def test_a_scheduler_sets_the_rate_of_the_kernel_s_steps() -> None:
+    ours, other = Learner(fused=True), Learner(fused=True)
+    schedules = [
+        torch.optim.lr_scheduler.StepLR(learner.optimizer, 1, 0.5) for learner in (ours, other)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's, of a scheduler that steps before the optimiser
+        for i in range(3):
+            ours.step(ours.batch(9, i), backend="cpu")
+            other.unfused(other.batch(9, i))
+            for schedule in schedules:
+                schedule.step()
+    assert ours.optimizer.param_groups[0]["lr"] == LR / 8
+    for a, b in zip(ours.parameters, other.parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * LR)
+
+
+class Derived(torch.optim.Adam):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class Wrapping(torch.optim.Adam):
+    @functools.wraps(torch.optim.Adam.step)
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class Grouping(torch.optim.Adam):
+    def _init_group(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._init_group(*args, **kwargs)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", [Derived, Wrapping, Grouping])
+def test_a_subclass_of_adam_makes_its_own_step(kind: type[torch.optim.Adam]) -> None:
+    learner = Learner(kind=kind)
     assert learner.why_not(learner.batch(9)) == "the optimizer's step isn't torch.optim.Adam's"
+
+
+@needs_kernels
+def test_a_patched_step_is_the_patch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, calls = Learner(), []
+    own = torch.optim.Adam.step
+
+    @functools.wraps(own)
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", patched)
+    learner.step(learner.batch(9))
+    assert calls == [1]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from diffcore import DiffusionSchedule, ops
+from diffcore import DiffusionSchedule, explain, ops
 from diffcore.nn import MLP, Denoiser, TwinCritic
 from diffcore.ops import _native
 
@@ -46,6 +46,13 @@ def leaked() -> Tensor:
     return seen[0]
 
 
+def freed() -> Tensor:
+    """As torch's FSDP keeps the parameters of which another process has the values."""
+    tensor = torch.ones(3, 2)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 TENSORS: dict[str, Callable[[], Tensor]] = {
     "matrix": lambda: torch.randn(3, 2),
     "parameter": lambda: nn.Parameter(torch.randn(3, 2)),
@@ -70,6 +77,7 @@ TENSORS: dict[str, Callable[[], Tensor]] = {
     "zeros without memory": lambda: torch._efficientzerotensor(3, 2),
     "subclass": lambda: torch.ones(3, 2).as_subclass(Subclass),
     "leaked": leaked,
+    "freed": freed,
 }
 #: Of which a quick look can say that their memory holds their values.
 PLAIN = set(TENSORS) - {
@@ -79,6 +87,7 @@ PLAIN = set(TENSORS) - {
     "zeros without memory",
     "subclass",
     "leaked",
+    "freed",
 }
 
 
@@ -99,10 +108,8 @@ def test_other_arguments_aren_t_plain(way: str, other: object) -> None:
 def test_float32_on_the_cpu(way: str, name: str) -> None:
     tensor = TENSORS[name]()
     yes = tensor.dtype is torch.float32 and tensor.is_cpu
-    # No is allowed where a closer look says yes, but only there.
-    assert core.are_float32_on_cpu([torch.ones(1), tensor], False) == (yes and name in PLAIN) or (
-        yes and name in ("negated", "zeros without memory")
-    )
+    has_memory = name in PLAIN or name == "negated"
+    assert core.are_float32_on_cpu([torch.ones(1), tensor], False) == (yes and has_memory)
     assert not core.are_float32_on_cpu((tensor,), False)  # not a list
     if core.are_float32_on_cpu([tensor], False):
         assert core.are_float32_on_cpu([tensor], True) == tensor.is_contiguous()
@@ -237,3 +244,44 @@ def test_kernels_read_weights_that_don_t_lie_row_by_row(way: str) -> None:
             parameter.data = torch.stack([parameter.data, parameter.data], dim=1)[:, 0]
     assert not denoiser.trunk.layers[1].weight.is_contiguous()
     assert all(map(torch.equal, results(), expected))
+
+
+def test_weights_whose_memory_was_freed_are_refused(way: str) -> None:
+    critic, state, action = TwinCritic(3, 2), torch.randn(4, 3), torch.rand(4, 2)
+    critic.q1.layers[1].weight.untyped_storage().resize_(0)
+    for call in (lambda: ops.action_gradient(critic, state, action), lambda: critic(state, action)):
+        with pytest.raises((RuntimeError, TypeError)):
+            call()
+
+
+def test_inputs_whose_memory_was_freed_are_no_kernel_s(way: str) -> None:
+    critic, state, action = TwinCritic(3, 2), torch.randn(4, 3), torch.rand(4, 2)
+    state.untyped_storage().resize_(0)
+    why = explain("action_gradient", critic, state, action).passed_over["cpu"]
+    assert why == "a tensor's memory was freed"
+
+
+def test_answers_of_another_type_take_a_closer_look() -> None:
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return object()
+
+    use(None)
+    try:
+        x = torch.ones(3, 2)
+        with Mode():
+            assert not core.fits(x, (3, 2))
+            assert not core.are_float32_on_cpu([x], False)
+    finally:
+        use(EXCHANGE_API)
+
+
+def test_an_unknown_exchange_is_left_alone() -> None:
+    for other in (1, object(), None):
+        use(other)
+        try:
+            assert core.fits(torch.ones(3, 2), (3, 2))
+        finally:
+            use(EXCHANGE_API)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from diffcore import nn  # which imports ops: its modules are there when an op is called
+from diffcore._kept import kept
 from diffcore.ops import _backends, _dispatch, _native, _philox
 from diffcore.ops._checks import (
     check_compute_dtype,
@@ -116,12 +117,11 @@ def _tables(
     return _cached_tables(schedule, time_dim, device)
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # what is kept must serve training too
+@kept
 def _cached_tables(
     schedule: DiffusionSchedule, time_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    embedding = nn.time_embedding(torch.arange(schedule.K), time_dim)
+    embedding = nn.time_embedding(torch.arange(schedule.K, device="cpu"), time_dim)
     return cached_levels(schedule, device), embedding.to(device, torch.float32)
 
 

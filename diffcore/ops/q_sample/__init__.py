@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
+from diffcore._kept import kept
 from diffcore.ops import _backends, _dispatch, _native
 from diffcore.ops._checks import check_levels, check_like, check_tensor
 from diffcore.ops._compile import constant_under_compile
@@ -62,8 +61,7 @@ def _levels(schedule: DiffusionSchedule, device: torch.device) -> Tensor:
     return cached_levels(schedule, device)
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # what is kept must serve training too
+@kept
 def cached_levels(schedule: DiffusionSchedule, device: torch.device) -> Tensor:
     """float32 ``[K, 2]`` by level: what x0 and the noise are multiplied by."""
     abar = schedule.alphas_cumprod

@@ -31,12 +31,13 @@ def representation_step(
     The kernel steps zeta's last weight, by far the largest, piece by piece where the pieces of its
     gradient are made: that gradient, as large as the weight, never exists. Parameters and moments
     come out as of ``torch.optim.Adam(fused=True)``, to rounding, and ``optimizer.state_dict()`` is
-    what it would be. No parameter has a ``grad`` afterwards.
+    what it would be. None of the optimiser's parameters has a ``grad`` afterwards.
 
     The reference is :func:`~diffcore.ops.representation_loss` on the fastest backend, ``backward()``
     and ``optimizer.step()``. It is for everything but the plain case: hooks, weight decay, amsgrad
-    and other options, parameters of other networks or not all of these, gradients that are off;
-    :func:`diffcore.explain` says which.
+    and other options, parameters that are frozen, of other networks or not all of these;
+    :func:`diffcore.explain` says which. Hooks on nodes of autograd's graph, which neither sees, are
+    called by the reference alone. Like any optimiser's step this is none for ``torch.func``.
 
     Args:
         psi, zeta, x, perturbed, offset, score_weight, compute_dtype: see
@@ -49,8 +50,8 @@ def representation_step(
         0-d and without a gradient.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or a forced
-            backend that can't run this call.
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, gradients that
+            are off, or a forced backend that can't run this call.
     """
     x, perturbed, offset, score_weight = out_of_autocast(psi, x, perturbed, offset, score_weight)
     arguments = (psi, zeta, x, perturbed, offset, score_weight, optimizer)
@@ -88,25 +89,24 @@ def support(
         raise TypeError(
             f"optimizer: expected a torch.optim.Adam, got {type(optimizer).__name__}"
         )
+    if not torch.is_grad_enabled():
+        raise ValueError("representation_step: expected gradients to be on, got them off (no_grad)")
     inputs = out_of_autocast(psi, x, perturbed, offset, score_weight)
     of_loss = loss_support(psi, zeta, *inputs, compute_dtype=compute_dtype)
     backends = [name for name in of_loss.backends if name in (*KERNELS, "reference")]
     available = _dispatch.Support(backends, of_loss.why_not)
 
     def refused() -> str | None:
-        return _refused(inputs) or _adam.not_by_kernel(
-            optimizer, [*psi.weights_and_biases(), *zeta.weights_and_biases()]
-        )
+        parameters = [*psi.weights_and_biases(), *zeta.weights_and_biases()]
+        return _refused(inputs, parameters) or _adam.not_by_kernel(optimizer, parameters)
 
     available.restrict("cpu", refused)
     return available
 
 
-def _refused(inputs: list[Tensor]) -> str | None:
+def _refused(inputs: list[Tensor], parameters: list[Tensor]) -> str | None:
     """Why the kernel can't take these, or None."""
-    if not torch.is_grad_enabled():
-        return "gradients are off, which a step needs"
-    if torch.compiler.is_compiling() or _native._dispatching((inputs,)):
+    if torch.compiler.is_compiling() or _native._dispatching((inputs, parameters)):
         return "a compiler, a mode or a transform follows what is called"
     if any(tensor.requires_grad for tensor in inputs):
         return "an input requires a gradient, which may lead back to a parameter"

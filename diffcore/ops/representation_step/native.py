@@ -32,12 +32,10 @@ def step(
     """
     inputs = [t.contiguous() for t in (x, perturbed, offset, score_weight)]
     parameters = [*psi, *zeta]
-    adam = _adam.begin_step(optimizer, parameters)
-    for parameter in parameters:
-        parameter.grad = None
+    adam = _adam.KernelStep(optimizer, parameters)
     loss = x.new_empty(())
     core = _native._core
-    norm = core.representation_step(
+    arguments = (
         psi,
         mlp.kinds(psi_activations),
         zeta,
@@ -52,5 +50,7 @@ def step(
         *adam.settings,
         torch.get_num_threads(),
     )
-    _adam.end_step(parameters, adam)
-    return loss, torch.tensor(norm, dtype=torch.float32)
+    norm = adam.take(lambda: core.representation_step(*arguments))
+    for parameter in parameters:
+        parameter.grad = None
+    return loss, torch.tensor(norm, dtype=torch.float32, device="cpu")

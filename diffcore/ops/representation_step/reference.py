@@ -28,9 +28,11 @@ def representation_step(
         parameter.grad = None
     inputs = x, perturbed, offset, score_weight
     loss = representation_loss(psi, zeta, *inputs, compute_dtype=compute_dtype)
-    loss.backward(inputs=parameters)
+    if loss.requires_grad:
+        loss.backward(inputs=[p for p in parameters if p.requires_grad])
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    norms = torch._foreach_norm(gradients) if gradients else [loss.new_zeros(())]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     optimizer.step()
     for parameter in parameters:
         parameter.grad = None

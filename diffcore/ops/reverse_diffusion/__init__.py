@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from diffcore import nn  # which imports ops: its modules are there when an op is called
+from diffcore._kept import kept
 from diffcore.ops import _backends, _dispatch, _native, _philox
 from diffcore.ops._checks import (
     check_choice,
@@ -163,21 +164,19 @@ def _highest_level(solver: SolverTable) -> int:
     return _cached_highest_level(solver)
 
 
-@lru_cache(maxsize=256)
+@kept
 def _cached_highest_level(solver: SolverTable) -> int:
     return int(solver.timesteps.max())
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # what is kept must serve training too
+@kept
 def _cached_coefficients(
     schedule: DiffusionSchedule, solver: str | SolverTable, device: torch.device
 ) -> Tensor:
     return _table(schedule, solver).coefficients.to(device, torch.float32)
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
+@kept
 def _cached_embedding(
     schedule: DiffusionSchedule, solver: str | SolverTable, dim: int, device: torch.device
 ) -> Tensor:
