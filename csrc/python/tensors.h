@@ -140,15 +140,16 @@ inline bool look_at(py::handle tensor, TensorLook* out) {
   return has_memory(*out);
 }
 
-// Whether a tensor that has values has no memory for them.
-inline bool lacks_memory(py::handle tensor) {
-  TensorLook look{};
-  look_at(tensor, &look);
-  return !has_memory(look);
-}
-
 inline bool is_tensor(PyObject* object) {
   return Py_TYPE(object) == torch_types.tensor || Py_TYPE(object) == torch_types.parameter;
+}
+
+// Whether a tensor on the CPU that has values has no memory for them. Fake ones, a subclass, never had any.
+inline bool lacks_memory(py::handle tensor) {
+  TensorLook look{};
+  if (!is_tensor(tensor.ptr())) return false;
+  look_at(tensor, &look);
+  return look.on_cpu && !has_memory(look);
 }
 
 inline bool says_yes(PyObject* method, PyObject* tensor) {

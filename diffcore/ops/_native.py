@@ -170,7 +170,7 @@ are_float32_on_cpu: Callable[[Any, bool], bool] = _quick_look("are_float32_on_cp
 #: Whether lists of weights and biases, float32 on the CPU, fit so many inputs and each other.
 layers_fit: Callable[[Any, Any, int], bool] = _quick_look("layers_fit", False)
 
-#: Whether a tensor's values have no memory.
+#: Whether a tensor on the CPU has no memory for its values.
 lacks_memory: Callable[[Tensor], bool] = _quick_look("lacks_memory", False)
 
 #: Whether two lists of tensors, float32 on the CPU, have the same sizes.
