@@ -24,6 +24,7 @@ from diffcore.ops._checks import (
     check_positive_int,
     check_tensor,
 )
+from diffcore.ops._compile import has_hooks
 from diffcore.ops._native import linear_stack, mlp_stack
 from diffcore.ops.critic_loss import critic_loss
 from diffcore.ops.mlp import mlp
@@ -166,12 +167,7 @@ def altered(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """What a call of ``module`` does beside what a ``kind`` with its weights does, or None."""
     if type(module).forward is not kind.forward or "forward" in module.__dict__:
         return f"{type(module).__name__} has a forward that isn't {kind.__name__}'s"
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
+    if has_hooks(module):
         return f"{type(module).__name__} has hooks"
     return None
 

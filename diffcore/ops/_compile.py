@@ -23,6 +23,16 @@ def constant_under_compile(function: Callable[P, R]) -> Callable[P, R]:
     return function
 
 
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of the module does more than its ``forward``."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def own_module(network: object, kind: type[M]) -> M | None:
     """The module of this kind that ``network`` is, or that ``torch.compile`` made it of; else None.
 
@@ -36,12 +46,7 @@ def own_module(network: object, kind: type[M]) -> M | None:
     wrapper = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", None)
     if wrapper is None:  # nothing has been compiled
         return None
-    if not isinstance(network, wrapper) or (
-        network._forward_hooks
-        or network._forward_pre_hooks
-        or network._backward_hooks
-        or network._backward_pre_hooks
-    ):
+    if not isinstance(network, wrapper) or has_hooks(network):
         return None
     original = network._orig_mod
     return original if isinstance(original, kind) else None
