@@ -612,20 +612,21 @@ AdamScalars adam_scalars(double lr, double beta1, double beta2, double eps, doub
   return s;
 }
 
-// One step of Adam on that loss, of all parameters: zeta's last weight, most of them, inside the loss's
-// kernel, the others from gradients in scratch memory. `exp_avgs`, `exp_avg_sqs` and `steps`, how many
-// there were with this one, are [weight, bias, ...] of psi, then of zeta. Returns the gradient's norm.
-double representation_step(const Layers& psi, const std::vector<Activation>& psi_kinds,
-                           const Layers& zeta, const std::vector<Activation>& zeta_kinds,
-                           Precision precision, int64_t batch, int state_dim, Address x,
-                           Address perturbed, Address offset, Address score_weight, Address loss,
-                           const std::vector<Floats>& exp_avgs,
-                           const std::vector<Floats>& exp_avg_sqs, const std::vector<double>& steps,
-                           double lr, double beta1, double beta2, double eps, int threads) {
+// Steps of Adam on that loss, one on each of `minibatches` that lie one after the other: of zeta's last
+// weight, most of all parameters, inside the loss's kernel, of the others from gradients in scratch
+// memory. `exp_avgs`, `exp_avg_sqs` and `counts`, of steps before these, are [weight, bias, ...] of
+// psi, then of zeta. `loss` and `norm`, of the gradient, are one number a minibatch.
+void representation_step(const Layers& psi, const std::vector<Activation>& psi_kinds,
+                         const Layers& zeta, const std::vector<Activation>& zeta_kinds,
+                         Precision precision, int minibatches, int64_t batch, int state_dim,
+                         Address x, Address perturbed, Address offset, Address score_weight,
+                         Address loss, Address norm, const std::vector<Floats>& exp_avgs,
+                         const std::vector<Floats>& exp_avg_sqs, const std::vector<double>& counts,
+                         double lr, double beta1, double beta2, double eps, int threads) {
   std::vector<AdamParameter> parameters;
   std::vector<int64_t> sizes;
   const size_t count = 2 * (psi.size() + zeta.size());
-  if (exp_avgs.size() != count || exp_avg_sqs.size() != count || steps.size() != count)
+  if (exp_avgs.size() != count || exp_avg_sqs.size() != count || counts.size() != count)
     throw std::invalid_argument("a moment and a count for every parameter are expected");
   for (const Layers* network : {&psi, &zeta}) {
     if (!network->copies.empty())
@@ -636,8 +637,8 @@ double representation_step(const Layers& psi, const std::vector<Activation>& psi
         const size_t p = parameters.size();
         if (exp_avgs[p].count != size || exp_avg_sqs[p].count != size)
           throw std::invalid_argument("moments of the parameters' sizes are expected");
-        parameters.push_back({pointer<float>(value), exp_avgs[p].values, exp_avg_sqs[p].values,
-                              adam_scalars(lr, beta1, beta2, eps, steps[p])});
+        parameters.push_back(
+            {pointer<float>(value), exp_avgs[p].values, exp_avg_sqs[p].values, AdamScalars{}});
         sizes.push_back(size);
       }
     }
@@ -655,17 +656,27 @@ double representation_step(const Layers& psi, const std::vector<Activation>& psi
   const std::vector<Address> gradients = take_gradients(&memory);
   const auto first_of_zeta = gradients.begin() + static_cast<ptrdiff_t>(2 * psi.size());
 
-  double squared_norm = 0.0;
-  run_representation({psi, psi_kinds, zeta, zeta_kinds, precision, batch, state_dim, x, perturbed,
-                      offset, score_weight, loss, threads},
-                     0, 0, {gradients.begin(), first_of_zeta}, {first_of_zeta, gradients.end()},
-                     &parameters[last_weight], &squared_norm);
   std::vector<const float*> pointers;
   for (const Address gradient : gradients) pointers.push_back(pointer<const float>(gradient));
-  active_kernels().adam({parameters.data(), pointers.data(), sizes.data(),
-                         static_cast<int>(parameters.size()), &squared_norm,
-                         usable_threads(threads)});
-  return std::sqrt(squared_norm);
+  const int psi_inputs = std::get<2>(psi.front()), zeta_inputs = std::get<2>(zeta.front());
+  for (int n = 0; n < minibatches; ++n) {
+    for (size_t p = 0; p < parameters.size(); ++p)
+      parameters[p].scalars = adam_scalars(lr, beta1, beta2, eps, counts[p] + n + 1);
+    const auto nth = [&](Address rows, int width) {
+      return rows + sizeof(float) * static_cast<size_t>(n * batch * width);
+    };
+    double squared_norm = 0.0;
+    run_representation(
+        {psi, psi_kinds, zeta, zeta_kinds, precision, batch, state_dim, nth(x, psi_inputs),
+         nth(perturbed, zeta_inputs), nth(offset, state_dim), nth(score_weight, 1),
+         loss + sizeof(float) * static_cast<size_t>(n), threads},
+        0, 0, {gradients.begin(), first_of_zeta}, {first_of_zeta, gradients.end()},
+        &parameters[last_weight], &squared_norm);
+    active_kernels().adam({parameters.data(), pointers.data(), sizes.data(),
+                           static_cast<int>(parameters.size()), &squared_norm,
+                           usable_threads(threads)});
+    pointer<float>(norm)[n] = static_cast<float>(std::sqrt(squared_norm));
+  }
 }
 
 // The Euclidean norm of all values together.

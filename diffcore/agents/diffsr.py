@@ -403,16 +403,10 @@ class DiffSR(BaseAgent):
             Metrics, as 0-d tensors on the agent's device: nothing here waits for the device.
         """
         steps, rows = self.config.extra_feature_steps + 1, self.config.batch_size
-        # Drawn and perturbed together: on small batches every call costs as much as what it does.
+        # Drawn and stepped on together: on small batches every call costs as much as what it does.
         drawn = replay.sample(steps * rows, self.generator)
-        *others, batch = drawn.split(rows)
-        metrics = {}
-        if not self.config.freeze_representation:
-            perturbed = self.representation.perturb(drawn.next_state, generator=self.generator)
-            *others_perturbed, batch_perturbed = perturbed.split(rows)
-            for other, other_perturbed in zip(others, others_perturbed, strict=True):
-                self.update_representation(other, other_perturbed)
-            metrics = self.update_representation(batch, batch_perturbed)
+        metrics = self.update_representation(drawn, steps=steps)
+        *_, batch = drawn.split(rows)
         bonus = self.exploration_bonus(batch, replay)
         metrics |= self.update_critic(batch, bonus)
         metrics |= self.update_actor(batch)
@@ -422,30 +416,41 @@ class DiffSR(BaseAgent):
     def update_representation(
         self,
         batch: Batch,
-        perturbed: PerturbedState | None = None,
         *,
+        steps: int = 1,
         level: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> dict[str, float | Tensor]:
-        """One optimiser step of psi and zeta on the score-matching loss (Eq. 18).
+        """Optimiser steps of psi and zeta on the score-matching loss (Eq. 18).
 
         Args:
             batch: transitions; rewards don't matter.
-            perturbed: their next states with noise; None perturbs them now.
+            steps: into how many minibatches they are cut, one step on each in order.
             level: ``[B]`` int64, the noise levels; None draws them uniformly.
             noise: ``[B, observation_dim]``; None draws it from N(0, I).
+
+        Returns:
+            Metrics of the last step.
+
+        Raises:
+            ValueError: if a shape in ``batch`` is wrong, or it can't be cut so.
         """
         if self.config.freeze_representation:
             return {}
         self.check_batch(batch)
-        if perturbed is None:
-            perturbed = self.representation.perturb(
-                batch.next_state, generator=self.generator, level=level, noise=noise
-            )
-        loss, grad_norm = self.representation.step(
-            batch.state, batch.action, perturbed, self.representation_optimizer
+        check_integer("steps", steps, at_least=1)
+        if len(batch.state) % steps:
+            raise ValueError(f"steps must divide the batch's {len(batch.state)} rows, got {steps}")
+        perturbed = self.representation.perturb(
+            batch.next_state, generator=self.generator, level=level, noise=noise
         )
-        return {"score_loss": loss, "representation_grad_norm": grad_norm}
+        state, action, *columns = [
+            t.unflatten(0, (steps, -1)) for t in (batch.state, batch.action, *perturbed)
+        ]
+        loss, grad_norm = self.representation.step(
+            state, action, PerturbedState(*columns), self.representation_optimizer
+        )
+        return {"score_loss": loss[-1], "representation_grad_norm": grad_norm[-1]}
 
     @torch.no_grad()
     def exploration_bonus(self, batch: Batch, replay: Replay) -> Tensor | None:

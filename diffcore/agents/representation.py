@@ -17,20 +17,15 @@ class PerturbedState(NamedTuple):
     """Next states with noise, and what zeta and the loss must know of it, row by row."""
 
     value: Tensor
-    """s~, ``[B, S]``"""
+    """s~, ``[..., S]``"""
     level: Tensor
-    """``[B]`` int64"""
+    """``[...]`` int64"""
     alpha_bar: Tensor
-    """abar, ``[B, 1]``"""
+    """abar, ``[..., 1]``"""
     noise: Tensor
-    """What was added, ``sigma sqrt(1 - abar) eps``, ``[B, S]``"""
+    """What was added, ``sigma sqrt(1 - abar) eps``, ``[..., S]``"""
     score_weight: Tensor
-    """``sigma (1 - abar)``, ``[B, 1]``"""
-
-    def split(self, rows: int) -> list[PerturbedState]:
-        """Views of ``rows`` rows each, in order; the last may have fewer."""
-        columns = [column.split(rows) for column in self]
-        return [PerturbedState(*parts) for parts in zip(*columns, strict=True)]
+    """``sigma (1 - abar)``, ``[..., 1]``"""
 
 
 class DiffusionRepresentation(nn.Module):
@@ -103,20 +98,20 @@ class DiffusionRepresentation(nn.Module):
         """What the loss is taken of; it doesn't depend on the parameters.
 
         Args:
-            next_state: s', ``[B, S]``.
+            next_state: s', ``[..., S]``.
             generator: source of what is drawn.
-            level: ``[B]`` int64 in 0..K-1; None draws it uniformly.
-            noise: eps, ``[B, S]``; None draws it from N(0, I).
+            level: ``[...]`` int64 in 0..K-1; None draws it uniformly.
+            noise: eps, ``[..., S]``; None draws it from N(0, I).
         """
         if level is None:
-            rows = next_state.shape[:1]
+            rows = next_state.shape[:-1]
             level = torch.randint(
                 self.schedule.K, rows, generator=generator, device=next_state.device
             )
         if noise is None:
             noise = torch.empty_like(next_state).normal_(generator=generator)
-        at_level = self._levels.index_select(0, level)
-        alpha_bar, signal, noise_std, score_weight = at_level.split(1, dim=1)
+        at_level = torch.embedding(self._levels, level)
+        alpha_bar, signal, noise_std, score_weight = at_level.split(1, dim=-1)
         scaled_noise = noise_std * noise
         perturbed = torch.addcmul(scaled_noise, signal, next_state)
         return PerturbedState(perturbed, level, alpha_bar, scaled_noise, score_weight)
@@ -142,15 +137,24 @@ class DiffusionRepresentation(nn.Module):
         perturbed: PerturbedState,
         optimizer: torch.optim.Adam,
     ) -> tuple[Tensor, Tensor]:
-        """One step of ``optimizer`` on :meth:`loss`.
+        """One step of ``optimizer`` on :meth:`loss`, or several.
 
         Args:
-            state, action, perturbed: see :meth:`loss`.
+            state, action, perturbed: see :meth:`loss`. Or ``[N, B, ...]``: N minibatches, one step on
+                each in order.
             optimizer: holds the parameters of psi and zeta.
 
         Returns:
-            The loss before the step and its gradient's norm, 0-d.
+            The loss before the step and its gradient's norm, 0-d or ``[N]``.
         """
+        if state.ndim == 3 and self.zeta.time_mlp is not None:  # whose weights each step changes
+            minibatches = zip(state, action, zip(*perturbed, strict=True), strict=True)
+            results = [
+                self.step(some_states, some_actions, PerturbedState(*some_perturbed), optimizer)
+                for some_states, some_actions, some_perturbed in minibatches
+            ]
+            losses, norms = zip(*results, strict=True)
+            return torch.stack(losses), torch.stack(norms)
         arguments = self._loss_arguments(state, action, perturbed)
         return ops.representation_step(
             *arguments, optimizer, compute_dtype=self.compute_dtype
@@ -166,7 +170,7 @@ class DiffusionRepresentation(nn.Module):
             self.psi.inputs(state, action),
             self.zeta.inputs(perturbed.value, perturbed.alpha_bar, perturbed.level),
             perturbed.noise,
-            perturbed.score_weight.squeeze(1),
+            perturbed.score_weight.squeeze(-1),
         )
 
     def predicted_noise(self, psi: Tensor, perturbed: Tensor, level: Tensor) -> Tensor:

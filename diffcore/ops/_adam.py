@@ -109,15 +109,15 @@ def _is_scaled(optimizer: torch.optim.Adam) -> bool:
     )
 
 
-def counted(states: list[dict[str, Any]]) -> list[Tensor]:
-    """Every parameter's number of steps, one more than before.
+def counted(states: list[dict[str, Any]], steps: int = 1) -> list[Tensor]:
+    """Every parameter's number of steps, so many more than before.
 
     On the CPU, where torch would add to one after the other, the counts are elements of one tensor,
     as they stay unless a checkpoint is loaded.
     """
     counts = [state["step"] for state in states]
     if not counts[0].is_cpu:
-        torch._foreach_add_(counts, 1)
+        torch._foreach_add_(counts, steps)
         return counts
     together = counts[0]._base
     if together is None or together.shape != (len(counts),) or any(
@@ -127,7 +127,7 @@ def counted(states: list[dict[str, Any]]) -> list[Tensor]:
         counts = list(together.unbind())
         for state, count in zip(states, counts, strict=True):
             state["step"] = count
-    together.add_(1)
+    together.add_(steps)
     return counts
 
 
@@ -145,8 +145,8 @@ _OPTIONS = (
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class KernelStep:
-    """A step of parameters for which :func:`not_by_kernel` has no reason, as a kernel takes it."""
+class KernelSteps:
+    """Steps of parameters for which :func:`not_by_kernel` has no reason, as a kernel takes them."""
 
     def __init__(self, optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> None:
         (group,) = optimizer.param_groups
@@ -161,22 +161,20 @@ class KernelStep:
         self.states = [optimizer.state[parameter] for parameter in parameters]
         self.exp_avgs = [state["exp_avg"] for state in self.states]
         self.exp_avg_sqs = [state["exp_avg_sq"] for state in self.states]
-        counts = torch.stack([state["step"] for state in self.states])
-        #: How many there were of every parameter, with this one.
-        self.steps: list[float] = (counts + 1).tolist()
+        #: How many there were of every parameter.
+        self.counts: list[float] = torch.stack([state["step"] for state in self.states]).tolist()
         self.settings: tuple[float, ...] = (group["lr"], *group["betas"], group["eps"])
 
-    def take(self, kernel: Callable[[], float]) -> float:
-        """What `kernel` returns, which takes the step; it is counted if that ends well."""
+    def take(self, kernel: Callable[[], None], steps: int) -> None:
+        """Calls `kernel`, which takes so many: they are counted if that ends well."""
         try:
-            result = kernel()
+            kernel()
         finally:  # some may have been stepped before memory ran out
             changed = [*self.parameters, *self.exp_avgs, *self.exp_avg_sqs]
             torch.autograd.graph.increment_version(changed)
-        counted(self.states)
+        counted(self.states, steps)
         if "step" in vars(self.optimizer):
             self.optimizer._opt_called = True  # type: ignore[attr-defined]  # a scheduler asks
-        return result
 
 
 def not_by_kernel(optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> str | None:

@@ -240,28 +240,40 @@ def test_the_last_representation_batch_serves_critic_and_actor(
         remember(name)
     agent.update(replay)
     [drawn] = replay.drawn
-    names = ["update_representation"] * (extra + 1) + ["update_critic", "update_actor"]
+    names = ["update_representation", "update_critic", "update_actor"]
     assert [name for name, _ in calls] == names
-    *steps, critic_batch, actor_batch = [batch for _, batch in calls]
-    assert critic_batch is actor_batch is steps[-1]
+    stepped_on, critic_batch, actor_batch = [batch for _, batch in calls]
+    assert stepped_on is drawn
+    assert critic_batch is actor_batch
     for field in dataclasses.fields(Batch):
-        parts = [getattr(batch, field.name) for batch in steps]
-        assert [len(part) for part in parts] == [16] * (extra + 1)
-        assert torch.equal(torch.cat(parts), getattr(drawn, field.name))
+        every = getattr(drawn, field.name)
+        assert len(every) == 16 * (extra + 1)
+        assert torch.equal(every[-16:], getattr(critic_batch, field.name))
     assert replay.written == []
 
 
-def test_next_states_perturbed_together_are_those_of_their_own_steps() -> None:
+@pytest.mark.parametrize("conditioning", ["alpha_bar", "time_embedding"])
+def test_steps_on_parts_of_a_batch_are_those_on_its_parts(conditioning: Any) -> None:
     batch, level = random_batch(), torch.arange(16)
     noise = torch.randn(16, OBSERVATION_DIM)
-    representation = make_agent(noise_steps=16).representation
-    together = representation.perturb(batch.next_state, level=level, noise=noise)
-    halves = zip(batch.split(8), together.split(8), level.split(8), noise.split(8), strict=True)
-    for half, perturbed, its_level, its_noise in halves:
-        ours, alone = make_agent(noise_steps=16), make_agent(noise_steps=16)
-        loss = ours.update_representation(half, perturbed)["score_loss"]
-        expected = alone.update_representation(half, level=its_level, noise=its_noise)["score_loss"]
-        torch.testing.assert_close(loss, expected)
+    settings = {"conditioning": conditioning, "noise_steps": 16}
+    together, alone = make_agent(**settings), make_agent(**settings)
+    metrics = together.update_representation(batch, steps=2, level=level, noise=noise)
+    for half, its_level, its_noise in zip(
+        batch.split(8), level.split(8), noise.split(8), strict=True
+    ):
+        expected = alone.update_representation(half, level=its_level, noise=its_noise)
+    torch.testing.assert_close(metrics, expected)
+    pairs = zip(together.representation.parameters(), alone.representation.parameters(), strict=True)
+    for ours, others in pairs:
+        torch.testing.assert_close(ours, others)
+
+
+def test_a_batch_that_steps_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="steps must divide the batch's 16 rows, got 3"):
+        make_agent().update_representation(random_batch(), steps=3)
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        make_agent().update_representation(random_batch(), steps=0)
 
 
 def test_only_its_own_loss_trains_the_representation() -> None:
@@ -395,7 +407,7 @@ def test_compute_dtype_reaches_every_product(
     monkeypatch.setattr(ops, "representation_step", remember)
     agent = make_agent(compute_dtype=compute_dtype)
     agent.update(TensorReplay.random())
-    assert asked == [expected, expected]
+    assert asked == [expected]
     parts = (agent.representation, agent.critic, agent.critic_target, agent.actor)
     networks = [m for part in parts for m in part.modules() if isinstance(m, MLP)]
     assert {network.compute_dtype for network in networks} == {expected}

@@ -176,6 +176,23 @@ def test_hyper_parameters_and_counts_are_the_optimisers() -> None:
     assert {int(state["step"]) for state in ours.optimizer.state.values()} == {2, 3}
 
 
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 9, 300])
+def test_minibatches_are_stepped_on_one_after_the_other(
+    backend: str, batch: int, compute_dtype: Any
+) -> None:
+    together, alone = Learner(43, 35), Learner(43, 35)
+    several = [together.batch(batch, i) for i in range(STEPS)]
+    options = {"backend": backend, "compute_dtype": compute_dtype}
+    stacked = tuple(map(torch.stack, zip(*several, strict=True)))
+    losses, norms = together.step(stacked, **options)
+    expected = [alone.step(one, **options) for one in several]
+    expected_losses, expected_norms = zip(*expected, strict=True)
+    assert_same([*losses, *norms], [*expected_losses, *expected_norms])
+    assert_same(together.everything(), alone.everything())
+    assert {int(state["step"]) for state in together.optimizer.state.values()} == {STEPS}
+
+
 # -- as a part of PyTorch --------------------------------------------------------------------------
 
 
@@ -361,7 +378,7 @@ def test_a_failed_step_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert learner.parameters[-2]._version > version
 
 
-def out_of_memory(*_: Any) -> float:
+def out_of_memory(*_: Any) -> None:
     raise MemoryError
 
 
@@ -450,6 +467,27 @@ def test_a_patched_step_is_the_patch_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.optim.Adam, "step", patched)
     learner.step(learner.batch(9))
     assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "value", "message"),
+    [
+        (0, torch.zeros(0, 9, 5), r"^x: expected a minibatch at least, got shape \[0, 9, 5\]"),
+        (0, torch.zeros(2, 9, 4), r"^x: expected shape \[B, 5\], got \[9, 4\]"),
+        (1, torch.zeros(9, 4), r"^perturbed: expected shape \[2, 9, in\], got \[9, 4\]"),
+        (2, torch.zeros(2, 8, 3), r"^offset: expected shape \[2, 9, S\], got \[2, 8, 3\]"),
+        (3, torch.zeros(2, 9, 1), r"^score_weight: expected shape \[2, 9\], got \[2, 9, 1\]"),
+        (1, torch.zeros(2, 9, 4, requires_grad=True), "^perturbed: expected no gradient of several"),
+    ],
+)
+def test_bad_minibatches_are_named(changed: int, value: Tensor, message: str) -> None:
+    learner = Learner()
+    rows = [torch.stack([one, one]) for one in learner.batch(9)]
+    rows[changed] = value
+    if changed == 0 and not len(value):
+        rows = [one[:0] for one in rows]
+    with pytest.raises(ValueError, match=message):
+        learner.step(tuple(rows))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""One step of Adam on the loss that trains Diff-SR's representation, in one call."""
+"""Steps of Adam on the loss that trains Diff-SR's representation, in one call."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffcore import nn  # which imports ops: its modules are there when an op is called
 from diffcore.ops import _adam, _backends, _dispatch, _native
-from diffcore.ops._checks import out_of_autocast
+from diffcore.ops._checks import check_tensor, out_of_autocast
 from diffcore.ops.representation_loss import support as loss_support
 from diffcore.ops.representation_step import native, reference
 
@@ -26,7 +26,7 @@ def representation_step(
     compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of Adam (Kingma & Ba 2015) on :func:`diffcore.ops.representation_loss`.
+    """One step of Adam (Kingma & Ba 2015) on :func:`diffcore.ops.representation_loss`, or several.
 
     The kernel steps zeta's last weight, by far the largest, piece by piece where the pieces of its
     gradient are made: that gradient, as large as the weight, never exists. Parameters and moments
@@ -41,13 +41,14 @@ def representation_step(
 
     Args:
         psi, zeta, x, perturbed, offset, score_weight, compute_dtype: see
-            :func:`diffcore.ops.representation_loss`.
+            :func:`diffcore.ops.representation_loss`. Or ``[N, B, ...]``: N minibatches, one step on
+            each in order.
         optimizer: steps the parameters that it holds: the networks', for the kernel.
         backend: "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
         The loss before the step and the norm of its gradient, over all parameters together, both
-        0-d and without a gradient.
+        0-d, or ``[N]``, and without a gradient.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, gradients that
@@ -92,7 +93,8 @@ def support(
     if not torch.is_grad_enabled():
         raise ValueError("representation_step: expected gradients to be on, got them off (no_grad)")
     inputs = out_of_autocast(psi, x, perturbed, offset, score_weight)
-    of_loss = loss_support(psi, zeta, *inputs, compute_dtype=compute_dtype)
+    minibatch = _first_minibatch(*inputs) if isinstance(x, Tensor) and x.ndim == 3 else inputs
+    of_loss = loss_support(psi, zeta, *minibatch, compute_dtype=compute_dtype)
     backends = [name for name in of_loss.backends if name in (*KERNELS, "reference")]
     available = _dispatch.Support(backends, of_loss.why_not)
 
@@ -104,12 +106,33 @@ def support(
     return available
 
 
+def _first_minibatch(
+    x: Tensor, perturbed: Tensor, offset: Tensor, score_weight: Tensor
+) -> list[Tensor]:
+    """What each is to be like; several are stepped on."""
+    sizes = x.shape[:2]
+    check_tensor("x", x, ("N", "B", "in"))
+    check_tensor("perturbed", perturbed, (*sizes, "in"))
+    check_tensor("offset", offset, (*sizes, "S"))
+    check_tensor("score_weight", score_weight, sizes)
+    if not sizes[0]:
+        raise ValueError(f"x: expected a minibatch at least, got shape {list(x.shape)}")
+    tensors = {"x": x, "perturbed": perturbed, "offset": offset, "score_weight": score_weight}
+    for name, tensor in tensors.items():
+        if _native.requires_gradient(tensor):
+            raise ValueError(
+                f"{name}: expected no gradient of several minibatches, it requires one: what it was "
+                "made of changes with the first step"
+            )
+    return [tensor[0] for tensor in tensors.values()]
+
+
 def _refused(inputs: list[Tensor], parameters: list[Tensor]) -> str | None:
     """Why the kernel can't take these, or None."""
     if torch.compiler.is_compiling() or _native._dispatching((inputs, parameters)):
         return "a compiler, a mode or a transform follows what is called"
     if any(tensor.requires_grad for tensor in inputs):
         return "an input requires a gradient, which may lead back to a parameter"
-    if not inputs[0].shape[0]:
+    if not inputs[-1].numel():
         return "the batch is empty"
     return None

@@ -1,4 +1,4 @@
-"""The step on the kernels of the loss and of Adam.
+"""The steps on the kernels of the loss and of Adam.
 
 It isn't an op that torch dispatches: what would follow one, a compiler for instance, gets the
 reference's ops to see.
@@ -26,14 +26,15 @@ def step(
     optimizer: torch.optim.Adam,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, norm of its gradient), after `psi`, `zeta`, all that `optimizer` holds, were stepped.
+    """(losses, norms of their gradients), with which `psi` and `zeta` were stepped.
 
+    They are all that `optimizer` holds. `x` and the others: of one minibatch or several.
     `zeta_activations`: without the last layer's.
     """
     inputs = [t.contiguous() for t in (x, perturbed, offset, score_weight)]
     parameters = [*psi, *zeta]
-    adam = _adam.KernelStep(optimizer, parameters)
-    loss = x.new_empty(())
+    adam = _adam.KernelSteps(optimizer, parameters)
+    loss, norm = x.new_empty(2, *x.shape[:-2]).unbind()
     core = _native._core
     arguments = (
         psi,
@@ -41,16 +42,16 @@ def step(
         zeta,
         mlp.kinds(zeta_activations),
         getattr(core.Precision, precision),
-        x.shape[0],
-        offset.shape[1],
-        *[t.data_ptr() for t in (*inputs, loss)],
+        loss.numel(),  # minibatches
+        *offset.shape[-2:],
+        *[t.data_ptr() for t in (*inputs, loss, norm)],
         adam.exp_avgs,
         adam.exp_avg_sqs,
-        adam.steps,
+        adam.counts,
         *adam.settings,
         torch.get_num_threads(),
     )
-    norm = adam.take(lambda: core.representation_step(*arguments))
+    adam.take(lambda: core.representation_step(*arguments), loss.numel())
     for parameter in parameters:
         parameter.grad = None
-    return loss, torch.tensor(norm, dtype=torch.float32, device="cpu")
+    return loss, norm

@@ -1,4 +1,4 @@
-"""The step by PyTorch's autograd and the optimiser itself: the specification, and the fallback."""
+"""The steps by PyTorch's autograd and the optimiser itself: the specification, and the fallback."""
 
 from __future__ import annotations
 
@@ -23,6 +23,14 @@ def representation_step(
     optimizer: torch.optim.Adam,
     compute_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
+    if x.ndim == 3:
+        minibatches = zip(x, perturbed, offset, score_weight, strict=True)
+        results = [
+            representation_step(psi, zeta, *minibatch, optimizer, compute_dtype)
+            for minibatch in minibatches
+        ]
+        losses, norms = zip(*results, strict=True)
+        return torch.stack(losses), torch.stack(norms)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in parameters:
         parameter.grad = None
@@ -31,8 +39,8 @@ def representation_step(
     if loss.requires_grad:
         loss.backward(inputs=[p for p in parameters if p.requires_grad])
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(gradients) if gradients else [loss.new_zeros(())]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    of_each = torch._foreach_norm(gradients) if gradients else [loss.new_zeros(())]
+    norm = torch.linalg.vector_norm(torch.stack(of_each))
     optimizer.step()
     for parameter in parameters:
         parameter.grad = None
