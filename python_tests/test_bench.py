@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from diffcore import ops
+
 BENCH = Path(__file__).parent.parent / "bench"
 
 
@@ -86,8 +88,9 @@ def test_scaling_writes_curves_and_pictures(tmp_path: Path) -> None:
 def test_memory_counts_calls_and_peaks() -> None:
     done = bench("--memory", "--quick", "--env", "Pendulum-v1", "--no-save")
     assert done.returncode == 0, done.stderr
-    assert "calls" in done.stdout
-    assert "update of DIPO, diffcore" in done.stdout
+    lines = [line.strip("| ").split("|")[0].strip() for line in done.stdout.splitlines()]
+    assert {line.removesuffix(", backward") for line in lines} >= set(ops.__all__)
+    assert "update of DIPO, diffcore" in lines
 
 
 def test_profile_adds_up_to_a_step(tmp_path: Path) -> None:
