@@ -272,6 +272,7 @@ OPS: dict[str, Op] = {
 }
 
 CALLS = [(name, precision) for name, op in OPS.items() for precision in op.precisions]
+DIFFERENTIABLE = [*(name for name, op in OPS.items() if op.differentiable), "soft_value"]
 every_op = pytest.mark.parametrize("name", OPS)
 every_call = pytest.mark.parametrize(("name", "precision"), CALLS)
 
@@ -337,7 +338,7 @@ def test_error_at_most_twice_eager(isa: str, name: str) -> None:
     assert compared
 
 
-@pytest.mark.parametrize("name", [*(n for n, op in OPS.items() if op.differentiable), "soft_value"])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_derivatives_of_the_reference(name: str) -> None:
     """First and second, in float64, in all rows and parameters that have one."""
     op, sizes = OPS[name], Sizes(2, 2, 3, 1, "tanh")
@@ -352,6 +353,19 @@ def test_derivatives_of_the_reference(name: str) -> None:
 
     assert torch.autograd.gradcheck(values, inputs)
     assert torch.autograd.gradgradcheck(values, inputs)
+
+
+@pytest.mark.parametrize("name", [n for n in DIFFERENTIABLE if OPS[n].make(Sizes()).state_dict()])
+def test_a_second_derivative_of_a_kernel_says_that_there_is_none(name: str) -> None:
+    """Ops without a network, which have one, are differentiated twice in their own files."""
+    op = OPS[name]
+    network, rows = op.make(Sizes()), op.rows(Sizes(), 3)
+    by_row, of_all = op.call(network, rows, backend="cpu")
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    value = sum(weighted_sum(r) for r in (*by_row, *of_all) if r.requires_grad)
+    slopes = torch.autograd.grad(value, parameters, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative.*backend='reference'"):
+        sum(slope.sum() for slope in slopes).backward()
 
 
 @every_call
