@@ -34,13 +34,14 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_all_sections_are_measured_and_checked(stored: Path) -> None:
     results = json.loads(stored.read_text())
-    ops = {row["op"] for row in results["rows"]}
-    assert ops == {
+    assert {row["op"] for row in results["rows"]} == {
         "reverse_diffusion",
+        "reverse_step",
         "action_gradient",
         "mlp",
         "critic_update",
         "denoising_update",
+        "squashed_gaussian",
         "rff_features",
         "score_matching_loss",
         "representation_loss",
@@ -58,9 +59,9 @@ def test_all_sections_are_measured_and_checked(stored: Path) -> None:
 
 def test_jax_computes_the_same() -> None:
     pytest.importorskip("jax")
-    ops = ("reverse_diffusion", "action_gradient", "denoising_update")
-    ops += ("representation_loss", "diffsr_update")
-    done = bench("--quick", "--no-compile", "--no-save", "--brief", "--only", *ops)
+    cases = ("reverse_diffusion", "reverse_step", "action_gradient", "denoising_update")
+    cases += ("squashed_gaussian", "representation_loss", "diffsr_update")
+    done = bench("--quick", "--no-compile", "--no-save", "--brief", "--only", *cases)
     assert done.returncode == 0, done.stderr
     assert all("JAX" in line for line in done.stdout.splitlines())
 
