@@ -338,6 +338,19 @@ def test_error_at_most_twice_eager(isa: str, name: str) -> None:
     assert compared
 
 
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_run_on_the_reference(name: str, dtype: torch.dtype) -> None:
+    op = OPS[name]
+    network, rows = op.make(Sizes()).to(dtype), op.rows(Sizes(), 3)
+    rows = {k: v.to(dtype) if v.is_floating_point() else v for k, v in rows.items()}
+    ours = op.call(copy.deepcopy(network), rows)
+    expected = op.call(network, rows, backend="reference")
+    for a, b in zip(ours[0] + ours[1], expected[0] + expected[1], strict=True):
+        assert a.dtype == dtype
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_derivatives_of_the_reference(name: str) -> None:
     """First and second, in float64, in all rows and parameters that have one."""
