@@ -24,9 +24,9 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = (
-    "reverse_diffusion", "action_gradient", "mlp", "critic_update", "denoising_update",
-    "rff_features", "score_matching_loss", "representation_loss", "dipo_step", "diffsr_update",
-    "latency", "contention",
+    "reverse_diffusion", "reverse_step", "action_gradient", "mlp", "critic_update",
+    "denoising_update", "squashed_gaussian", "rff_features", "score_matching_loss",
+    "representation_loss", "dipo_step", "diffsr_update", "latency", "contention",
 )  # fmt: skip
 REPORTS = {
     "overhead": "what a call costs beside its kernel",
@@ -99,6 +99,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for steps in options.steps if "reverse_diffusion" in only else ():
             for batch in options.batches:
                 yield workloads.reverse_diffusion_case(env, batch, steps, rivals=rivals)
+        if "reverse_step" in only:
+            yield workloads.reverse_step_case(env, UPDATE_BATCH, rivals=rivals)
         for name, case in (
             ("action_gradient", workloads.action_gradient_case),
             ("mlp", workloads.mlp_case),
@@ -110,6 +112,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         if "denoising_update" in only:
             steps = max(options.steps)
             yield workloads.denoising_update_case(env, UPDATE_BATCH, steps, rivals=rivals)
+        if "squashed_gaussian" in only:
+            yield diffsr_workloads.squashed_gaussian_case(env, UPDATE_BATCH, rivals=rivals)
         if "rff_features" in only:
             yield diffsr_workloads.rff_features_case(UPDATE_BATCH, rivals=rivals)
         if "score_matching_loss" in only:

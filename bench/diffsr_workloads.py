@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import importlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from workloads import (
     BASELINE,
     COMPILED,
     JAX,
+    OPTIMISED,
     OURS,
     OURS_BF16,
     OURS_NEW_WEIGHTS,
@@ -35,6 +37,7 @@ from workloads import (
 
 from diffcore import ops
 from diffcore.agents import Batch, DiffSR, DiffSRConfig
+from diffcore.nn import SquashedGaussian
 
 FEATURES, RANDOM_FEATURES, ZETA_HIDDEN = 256, 1024, 512
 UPDATE_SIZES = (
@@ -118,6 +121,100 @@ def rff_features_case(batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
         rivals.admit(variants),
         exact,
         flops=2.0 * 3 * batch * FEATURES * RANDOM_FEATURES,
+    )
+
+
+def squashed_gaussian_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
+    """A policy's sample and its log density, with the gradients of all parameters."""
+    torch.manual_seed(SEED)
+    state_dim, action_dim = SIZES[env]
+    policy = SquashedGaussian(state_dim, action_dim)
+    retrained, in_bf16 = copy.deepcopy(policy), copy.deepcopy(policy)
+    in_bf16.trunk.compute_dtype = torch.bfloat16
+    bounds, low, high = policy.log_std_bounds, *policy.log_std_bounds
+    as_written = eager_diffsr.Actor(eager.sequential(policy.trunk), bounds)
+    state, noise = torch.randn(batch, state_dim), torch.randn(batch, action_dim)
+    grads = torch.randn(batch, action_dim), torch.randn(batch, 1)
+    Sample = Callable[..., tuple[Tensor, Tensor]]
+
+    def by_distribution(actor: nn.Module, state: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
+        distribution = actor(state)
+        if z is None:
+            action = distribution.rsample()
+        else:
+            normal = distribution.base_dist
+            action = distribution.transforms[0](normal.loc + normal.scale * z)
+        return action, distribution.log_prob(action).sum(-1, keepdim=True)
+
+    def optimised(actor: nn.Module, state: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        mean, raw = actor.trunk(state).chunk(2, dim=-1)
+        log_std = low + 0.5 * (high - low) * (raw.tanh() + 1)
+        u = mean + log_std.exp() * z
+        slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
+        density = -0.5 * z * z - log_std - 0.5 * math.log(2 * math.pi) - slope
+        return u.tanh(), density.sum(-1, keepdim=True)
+
+    def run(sample: Sample, of: nn.Module, x: Tensor, z: Tensor | None) -> Result:
+        results = sample(of, x, z)
+        weights = [g.to(x.dtype) for g in grads]
+        return *results, *torch.autograd.grad(results, list(of.parameters()), weights)
+
+    scales = scales_of(run(by_distribution, as_written, state, noise))
+
+    def variant(name: str, sample: Sample, of: nn.Module, **more: Any) -> Variant:
+        def call() -> Result:
+            z = None if sample is by_distribution else torch.randn(batch, action_dim)
+            return run(sample, of, state, z)
+
+        return Variant(name, call, lambda: in_scale(run(sample, of, state, noise), scales), **more)
+
+    def ours(policy: SquashedGaussian, state: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return policy.sample(state, z)
+
+    def in_jax() -> Variant | None:
+        if not (jax := rivals.jax_baselines()):
+            return None
+
+        def of_parameters(*arrays: Any) -> Any:
+            *parameters, x, z = arrays
+            pairs = zip(parameters[::2], parameters[1::2], strict=True)
+            return jax.squashed_gaussian([(w.T, b) for w, b in pairs], x, z, bounds)
+
+        parameters = list(policy.parameters())
+        grad = torch.cat(grads, dim=1)
+        call = jax.ForwardAndBackward(of_parameters, parameters, grad, state, noise)
+
+        def given() -> Tensor:
+            values, *gradients = call.on()
+            return in_scale([*values.split([action_dim, 1], dim=1), *gradients], scales)
+
+        return Variant(JAX, call, given)
+
+    variants = [
+        variant(BASELINE, by_distribution, as_written),
+        variant(OPTIMISED, optimised, as_written),
+        variant(COMPILED, torch.compile(optimised, dynamic=False), as_written),
+        in_jax(),
+        variant(OURS, ours, policy),
+        variant(OURS_NEW_WEIGHTS, ours, retrained, before=lambda: change_weights(retrained)),
+        variant(OURS_BF16, ours, in_bf16),
+    ]
+
+    def exact() -> Tensor:
+        double = copy.deepcopy(as_written).double()
+        return in_scale(run(by_distribution, double, state.double(), noise.double()), scales)
+
+    sizes = [(layer.in_features, layer.out_features) for layer in policy.trunk.layers]
+    products = 3 * sum(i * o for i, o in sizes) - sizes[0][0] * sizes[0][1]
+    return Case(
+        "squashed_gaussian",
+        state_dim,
+        batch,
+        1,
+        rivals.admit(variants),
+        exact,
+        bfloat16_bound=Error(1e-2, 1.0),
+        flops=2.0 * batch * products,
     )
 
 

@@ -119,15 +119,18 @@ class GaussianDiffusion(nn.Module):
         log_variance = extract(self.posterior_log_variance_clipped, t, x_t.shape)
         return mean, variance, log_variance
 
-    def p_mean_variance(self, x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x_recon = self.predict_start_from_noise(x, t, noise=self.model(x, t, s))
+    def p_mean_variance(self, x: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_recon = self.predict_start_from_noise(x, t, noise=eps)
         x_recon.clamp_(-1.0, 1.0)
         return self.q_posterior(x_recon, x, t)
 
     @torch.no_grad()
     def p_sample(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        mean, _, log_variance = self.p_mean_variance(x, t, s)
-        noise = torch.randn_like(x)
+        return self.step(x, t, self.model(x, t, s), torch.randn_like(x))
+
+    @torch.no_grad()
+    def step(self, x: Tensor, t: Tensor, eps: Tensor, noise: Tensor) -> Tensor:
+        mean, _, log_variance = self.p_mean_variance(x, t, eps)
         nonzero_mask = (1 - (t == 0).float()).reshape(len(x), *((1,) * (x.ndim - 1)))
         return mean + nonzero_mask * (0.5 * log_variance).exp() * noise * self.noise_ratio
 
@@ -216,9 +219,12 @@ class EagerDIPO:
     def act(self, observation: Tensor) -> Tensor:
         return self.actor.sample(observation)
 
+    def target_actions(self, state: Tensor) -> Tensor:
+        return self.actor_target.sample(state)
+
     def update(self, replay: Replay, generator: torch.Generator) -> None:
         batch = replay.sample(self.config.batch_size, generator)
-        self.update_critic(batch, self.actor_target.sample(batch.next_state))
+        self.update_critic(batch, self.target_actions(batch.next_state))
         batch = replay.sample(self.config.batch_size, generator)
         best_actions = self.improve_actions(batch)
         replay.set_best_action(batch.index, best_actions)
@@ -462,3 +468,58 @@ class CompiledActionGradient(OptimisedActionGradient):
 @torch.compile(fullgraph=True, dynamic=False)
 def compiled_ascend(ascent: OptimisedActionGradient, *arguments: Any) -> tuple[Tensor, ...]:
     return ascent.ascend(*arguments)
+
+
+class OptimisedDIPO(EagerDIPO):
+    """DIPO's act and update with chain and ascent hand-optimised, fused Adam, targets by foreach.
+
+    Args:
+        agent: whose weights it starts from.
+        compiled: chain, ascent and the networks of both losses under ``torch.compile``.
+    """
+
+    def __init__(self, agent: DIPO, *, compiled: bool = False) -> None:
+        assert isinstance(agent.actor, DiffusionPolicy)
+        self.config, self.action_dim = agent.config, agent.action_dim
+        config, schedule = agent.config, agent.actor.schedule
+        denoiser, denoiser_target = (copy.deepcopy(agent.actor.denoiser) for _ in range(2))
+        critic, critic_target = (copy.deepcopy(agent.critic) for _ in range(2))
+        self.actor = GaussianDiffusion(denoiser, schedule)
+        self.actor_target = GaussianDiffusion(denoiser_target, schedule)
+        self.critic, self.critic_target = Critic(critic), Critic(critic_target)
+        adam = {"lr": config.lr, "eps": config.adam_eps, "fused": True}
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), **adam)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), **adam)
+        sampler = CompiledSampler if compiled else OptimisedSampler
+        self.sampler, self.target_sampler = (
+            sampler(network, schedule) for network in (denoiser, denoiser_target)
+        )
+        ascent = CompiledActionGradient if compiled else OptimisedActionGradient
+        self.ascent = ascent(
+            critic,
+            steps=config.action_gradient_steps,
+            lr=config.action_lr,
+            max_norm=config.action_grad_norm_ratio * self.action_dim,
+        )
+        if compiled:
+            for network in (self.actor.model, self.critic, self.critic_target):
+                network.compile(dynamic=False)
+
+    def act(self, observation: Tensor) -> Tensor:
+        return self.sampler(observation)
+
+    def target_actions(self, state: Tensor) -> Tensor:
+        return self.target_sampler(state)
+
+    def improve_actions(self, batch: Batch) -> Tensor:
+        return self.ascent(batch.state, batch.best_action)
+
+    @torch.no_grad()
+    def update_targets(self) -> None:
+        for model, target in (
+            (self.critic, self.critic_target),
+            (self.actor, self.actor_target),
+        ):
+            torch._foreach_lerp_(
+                list(target.parameters()), list(model.parameters()), self.config.tau
+            )

@@ -383,6 +383,42 @@ def representation_loss(
     return score_matching_loss(features, perturbed, weight.T, bias, offset, score_weight)
 
 
+class ReverseStep:
+    """One step of the chain with a row of coefficients, from x and eps; noise drawn in the call."""
+
+    def __init__(self, coefficients: Sequence[float], x: Tensor, eps: Tensor) -> None:
+        c, self.inputs, self.key = coefficients, (to_jax(x), to_jax(eps)), jax.random.key(0)
+
+        def step(x: Array, eps: Array, z: Array) -> Array:
+            return c[2] * jnp.clip(c[0] * x - c[1] * eps, -1.0, 1.0) + c[3] * x + c[5] * z
+
+        def draw_and_step(x: Array, eps: Array, key: Array) -> tuple[Array, Array]:
+            key, own = jax.random.split(key)
+            return step(x, eps, jax.random.normal(own, x.shape)), key
+
+        self.step, self.draw_and_step = jax.jit(step), jax.jit(draw_and_step)
+
+    def __call__(self) -> Array:
+        result, self.key = self.draw_and_step(*self.inputs, self.key)
+        return jax.block_until_ready(result)
+
+    def on(self, z: Tensor) -> Tensor:
+        return to_torch(self.step(*self.inputs, to_jax(z)))
+
+
+def squashed_gaussian(
+    network: Layers, x: Array, noise: Array, log_std_bounds: tuple[float, float]
+) -> Array:
+    """Actions and their log density, side by side."""
+    low, high = log_std_bounds
+    mean, raw = jnp.split(mlp(x, network, jax.nn.elu), 2, axis=-1)
+    log_std = low + 0.5 * (high - low) * (jnp.tanh(raw) + 1)
+    u = mean + jnp.exp(log_std) * noise
+    slope = 2 * (math.log(2) - u - jax.nn.softplus(-2 * u))
+    density = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi) - slope
+    return jnp.concatenate([jnp.tanh(u), density.sum(-1, keepdims=True)], axis=-1)
+
+
 class ForwardAndBackward:
     """A function's value and its gradients at ``inputs``; ``constants`` follow them."""
 

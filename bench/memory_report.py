@@ -23,7 +23,7 @@ from workloads import SEED, SIZES, change_weights, random_replay
 
 from diffcore import DiffusionSchedule, ops
 from diffcore.agents import DIPO, DiffSR, DiffSRConfig, DIPOConfig
-from diffcore.nn import MLP, Denoiser, TwinCritic
+from diffcore.nn import MLP, Denoiser, Psi, SquashedGaussian, TwinCritic, TwinRFFCritic
 
 MOST_CALLS = 1_000_000
 NEW_WEIGHTS_EVERY, NEW_NETWORK_EVERY = 16, 1024
@@ -45,7 +45,7 @@ def tiny_calls() -> dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module
     tiny = {"hidden_dim": 8, "hidden_layers": 1}
 
     def gradients(loss: Tensor, module: nn.Module) -> object:
-        return torch.autograd.grad(loss, list(module.parameters()))
+        return torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad])
 
     def without_gradients(call: Callable[[nn.Module], object]) -> Callable[[nn.Module], object]:
         return torch.no_grad()(call)
@@ -59,6 +59,13 @@ def tiny_calls() -> dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module
     def layer() -> nn.Module:
         return nn.Linear(4, 6)
 
+    def mlp() -> nn.Module:
+        return MLP(2, 8, 2, 1)
+
+    def judged_policy() -> nn.Module:
+        judges = nn.ModuleList([Psi(2, 1, 3, 8), TwinRFFCritic(3, 8)]).requires_grad_(False)
+        return nn.ModuleList([SquashedGaussian(2, 1, 8), *judges])
+
     def networks() -> nn.Module:
         return nn.ModuleList([MLP(2, 8, 3, 1), MLP(4, 8, 3 * 2, 1)])
 
@@ -66,6 +73,20 @@ def tiny_calls() -> dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module
         module = networks()
         module.optimizer = torch.optim.Adam(module.parameters())  # type: ignore[assignment]
         return module
+
+    def critics_loss(module: nn.Module) -> Tensor:
+        x = torch.cat([state, action], dim=1)
+        networks = [list(q.parameters()) for q in (module.q1, module.q2)]
+        return ops.critic_loss(x, networks, module.q1.activations, action)[0]
+
+    def policy_sample(module: nn.Module) -> Tensor:
+        parameters = list(module.parameters())
+        layers = parameters[::2], parameters[1::2], module.activations
+        sample, log_prob = ops.squashed_gaussian(state, *layers, action)
+        return sample.sum() + log_prob.sum()
+
+    def policy_loss(module: nn.Module) -> Tensor:
+        return ops.soft_value(*module, state, action, torch.ones(()))[0]
 
     def rff(module: nn.Module) -> Tensor:
         return ops.rff_features(hidden, module.weight, module.bias)
@@ -100,8 +121,16 @@ def tiny_calls() -> dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module
             critic,
             lambda m: ops.action_gradient(m, state, action, steps=2, max_norm=0.1),
         ),
-        "mlp": (critic, without_gradients(lambda m: m(state, action))),
-        "mlp, backward": (critic, lambda m: gradients(sum(m(state, action)).sum(), m)),
+        "mlp": (mlp, without_gradients(lambda m: m(state))),
+        "mlp, backward": (mlp, lambda m: gradients(m(state).sum(), m)),
+        "mlp_ensemble": (critic, without_gradients(lambda m: m(state, action))),
+        "mlp_ensemble, backward": (critic, lambda m: gradients(sum(m(state, action)).sum(), m)),
+        "critic_loss": (critic, without_gradients(critics_loss)),
+        "critic_loss, backward": (critic, lambda m: gradients(critics_loss(m), m)),
+        "squashed_gaussian": (mlp, without_gradients(policy_sample)),
+        "squashed_gaussian, backward": (mlp, lambda m: gradients(policy_sample(m), m)),
+        "soft_value": (judged_policy, without_gradients(policy_loss)),
+        "soft_value, backward": (judged_policy, lambda m: gradients(policy_loss(m), m)),
         "denoising_loss": (
             denoiser,
             without_gradients(lambda m: ops.denoising_loss(m, schedule, state, action)),

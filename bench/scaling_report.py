@@ -41,6 +41,10 @@ VALUES = {
 QUICK_VALUES = {"batch": (1, 9), "width": (64, 65), "depth": (1, 2), "steps": (5, 10)}
 CLIFF = 1.25
 """A share of peak this many times below that of a neighbouring size is worth a look."""
+GOAL = 0.6
+"""Share of peak that every width is to reach at 256 rows."""
+TILE_FROM = 8
+"""Rows from which every thread has tiles of its own; fewer are shared by columns of the weights."""
 
 
 @dataclass(frozen=True)
@@ -192,19 +196,18 @@ def sweep(op: Op, quick: bool, seconds: float) -> list[Point]:
     found = []
     for point in points:
         varies, shape, n = point
-        # For fewer rows no second thread is woken, but by the chain for a team.
-        cores = n if shape.batch >= 8 or op.name == "reverse_diffusion" else 1
-        at_peak = shape.steps * shape.batch * op.flops_per_row(shape) / peak[cores]
+        at_peak = shape.steps * shape.batch * op.flops_per_row(shape) / peak[n]
         weights = op.weights(shape)
         rate = rates.setdefault(weights, read_rate(weights))
-        bound = max(at_peak, shape.steps * 4 * weights / rate)
+        read_by_a_core = 4 * weights / (n if shape.batch < TILE_FROM else 1)
+        bound = max(at_peak, shape.steps * read_by_a_core / rate)
         median = statistics.median(samples[point])
         found.append(Point(op.name, varies, *asdict(shape).values(), n, median, at_peak, bound))
     return found
 
 
 def cliffs(points: list[Point]) -> list[str]:
-    """Sizes whose share of peak lies far below a smaller neighbour's, or below 60% at 256 rows."""
+    """Sizes whose share of peak lies far below a smaller neighbour's."""
     lines = []
     curves: dict[tuple[str, str, int], list[Point]] = {}
     for point in points:
@@ -213,10 +216,23 @@ def cliffs(points: list[Point]) -> list[str]:
         for before, point in itertools.pairwise(curve):
             if before.share > CLIFF * point.share:
                 lines.append(
-                    f"{op}, {threads} threads, {varies} {point.value}: {point.share:.0%} of peak, "
+                    f"{op}, {_threads(threads)}, {varies} {point.value}: {point.share:.0%} of peak, "
                     f"at {before.value} {before.share:.0%}"
                 )
     return lines
+
+
+def narrow(points: list[Point]) -> list[str]:
+    """Widths whose share of peak is below GOAL at 256 rows, for each op and number of threads."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for p in points:
+        if p.varies == "width" and p.share < GOAL:
+            found.setdefault((p.op, p.threads), []).append(f"{p.width} ({p.share:.0%})")
+    return [f"{op}, {_threads(n)}: {', '.join(w)}" for (op, n), w in found.items()]
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def picture(op: str, points: list[Point], title: str, path: Path) -> None:
@@ -233,7 +249,7 @@ def picture(op: str, points: list[Point], title: str, path: Path) -> None:
         for n in sorted({p.threads for p in points}):
             curve = [p for p in points if p.varies == varies and p.threads == n]
             x = [p.value for p in curve]
-            color, label = colors[(n - 1) % 4], f"{n} thread{'s' if n > 1 else ''}"
+            color, label = colors[(n - 1) % 4], _threads(n)
             above.plot(x, [p.seconds * 1e3 for p in curve], "o-", ms=3.5, color=color, label=label)
             above.plot(x, [p.bound * 1e3 for p in curve], "--", lw=1, color=color)
             below.plot(x, [p.share * 100 for p in curve], "o-", ms=3.5, color=color)
@@ -244,7 +260,7 @@ def picture(op: str, points: list[Point], title: str, path: Path) -> None:
         above.grid(alpha=0.3, which="both")
         below.grid(alpha=0.3)
         below.set_ylim(0, 108)
-        below.axhline(60, color="gray", lw=0.8, ls=":")
+        below.axhline(100 * GOAL, color="gray", lw=0.8, ls=":")
         fixed = asdict(Shape())
         if varies != "depth":
             below.set_xscale("log", base=2 if varies != "steps" else 10)
@@ -273,28 +289,39 @@ def run(options: argparse.Namespace) -> str:
     seconds = min(options.seconds * 5, 90.0)
     for op in (chain_op(options.env), ascent_op(options.env)):
         points += sweep(op, options.quick, seconds)
-    curves = ["Not stored."]
+    directory = None
     if not options.no_save:
         # The page itself goes into docs/, or all together into the directory asked for.
         directory = options.output or RESULTS
         directory.mkdir(parents=True, exist_ok=True)
+    return page(points, environment, directory, "" if options.output else f"{RESULTS.name}/")
+
+
+def page(points: list[Point], environment: str, directory: Path | None, link: str) -> str:
+    """What is worth a look, as Markdown, with links to the curves that it stores."""
+    curves = ["Not stored."]
+    if directory is not None:
         with (directory / "scaling.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow([*asdict(points[0]), "share_of_peak"])
             writer.writerows([*asdict(p).values(), round(p.share, 4)] for p in points)
-        here = "" if options.output else f"{RESULTS.name}/"
-        curves = [f"Every point: [scaling.csv]({here}scaling.csv)."]
+        curves = [f"Every point: [scaling.csv]({link}scaling.csv)."]
         for name in dict.fromkeys(p.op for p in points):
             path = directory / f"scaling-{name}.png"
             picture(name, [p for p in points if p.op == name], environment, path)
-            curves.append(f"![{name}]({here}{path.name})")
-    steep = cliffs(points)
+            curves.append(f"![{name}]({link}{path.name})")
     return "\n\n".join(
         [
             "# Scaling",
             environment,
             f"Sizes whose share of peak is {CLIFF:.2f} times below that of the next smaller one:",
-            "\n".join(f"- {line}" for line in steep) or "none",
+            _listed(cliffs(points)),
+            f"Widths below {GOAL:.0%} of peak, of 256 rows and 3 hidden layers:",
+            _listed(narrow(points)),
             *curves,
         ]
     )
+
+
+def _listed(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines) or "none"

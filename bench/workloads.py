@@ -295,6 +295,52 @@ def action_gradient_case(
     )
 
 
+def reverse_step_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
+    """One step of the chain from a predicted noise; the step's noise is drawn in the call."""
+    torch.manual_seed(SEED)
+    steps = 100
+    state_dim, action_dim = SIZES[env]
+    schedule = DiffusionSchedule.cosine(steps)
+    middle = steps // 2
+    coefficients = schedule.solver("ddpm").coefficients[middle].float()
+    x, eps, z = torch.randn(3, batch, action_dim)
+    level = torch.full((batch,), int(schedule.solver("ddpm").timesteps[middle]))
+    diffusion = eager.GaussianDiffusion(Denoiser(state_dim, action_dim, 8), schedule)
+    c = coefficients.tolist()
+
+    def as_written(noise: Tensor | None = None) -> Tensor:
+        return diffusion.step(x, level, eps, torch.randn_like(x) if noise is None else noise)
+
+    def optimised(x: Tensor, eps: Tensor, z: Tensor) -> Tensor:
+        return c[2] * (c[0] * x - c[1] * eps).clamp(-1.0, 1.0) + c[3] * x + c[5] * z
+
+    def ours(noise: Tensor | None = None) -> Tensor:
+        noise = torch.randn_like(x) if noise is None else noise
+        return ops.reverse_step(x, eps, coefficients, noise=noise)[0]
+
+    compiled = torch.compile(optimised, dynamic=False)
+    jax = rivals.jax_baselines()
+    in_jax = jax and jax.ReverseStep(c, x, eps)
+    variants = [
+        Variant(BASELINE, as_written, lambda: as_written(z)),
+        Variant(
+            OPTIMISED, lambda: optimised(x, eps, torch.randn_like(x)), lambda: optimised(x, eps, z)
+        ),
+        Variant(
+            COMPILED, lambda: compiled(x, eps, torch.randn_like(x)), lambda: compiled(x, eps, z)
+        ),
+        jax and Variant(JAX, in_jax, lambda: in_jax.on(z)),
+        Variant(OURS, ours, lambda: ours(z)),
+    ]
+
+    def exact() -> Tensor:
+        table = schedule.solver("ddpm").coefficients[middle]
+        tensors = (t.double() for t in (x, eps))
+        return ops.reverse_step(*tensors, table, noise=z.double())[0]
+
+    return Case("reverse_step", state_dim, batch, 1, rivals.admit(variants), exact)
+
+
 def mlp_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
     """Forward and backward of one critic, gradients of its parameters and input included."""
     torch.manual_seed(SEED)
@@ -507,15 +553,15 @@ def dipo_step_case(env: str, steps: int, *, rivals: Rivals = ALL_RIVALS) -> Case
         config = DIPOConfig(**{**fields, "compute_dtype": compute_dtype})
         return DIPO(state_dim, action_dim, config, seed=SEED)
 
-    def as_written() -> Variant:
-        eager_agent = eager.EagerDIPO(agent("float32"))
+    def in_eager(name: str, form: Callable[[DIPO], eager.EagerDIPO]) -> Variant:
+        eager_agent = form(agent("float32"))
         generator = torch.Generator().manual_seed(SEED)
 
         def step() -> None:
             eager_agent.act(observation)
             eager_agent.update(replay, generator)
 
-        return Variant(BASELINE, step, lambda: given_update(eager.EagerDIPO(agent("float32"))))
+        return Variant(name, step, lambda: given_update(form(agent("float32"))))
 
     def in_jax() -> Variant | None:
         if not (jax := rivals.jax_baselines()):
@@ -575,7 +621,14 @@ def dipo_step_case(env: str, steps: int, *, rivals: Rivals = ALL_RIVALS) -> Case
         rows,
         steps,
         rivals.admit(
-            [as_written(), in_jax(), ours(OURS, "float32"), ours(OURS_BF16, "bfloat16")]
+            [
+                in_eager(BASELINE, eager.EagerDIPO),
+                in_eager(OPTIMISED, eager.OptimisedDIPO),
+                in_eager(COMPILED, functools.partial(eager.OptimisedDIPO, compiled=True)),
+                in_jax(),
+                ours(OURS, "float32"),
+                ours(OURS_BF16, "bfloat16"),
+            ]
         ),
         exact,
         bfloat16_bound=Error(1e-4, 2.0),

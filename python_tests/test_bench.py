@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from diffcore import ops
+
 BENCH = Path(__file__).parent.parent / "bench"
 
 
@@ -32,13 +34,14 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_all_sections_are_measured_and_checked(stored: Path) -> None:
     results = json.loads(stored.read_text())
-    ops = {row["op"] for row in results["rows"]}
-    assert ops == {
+    assert {row["op"] for row in results["rows"]} == {
         "reverse_diffusion",
+        "reverse_step",
         "action_gradient",
         "mlp",
         "critic_update",
         "denoising_update",
+        "squashed_gaussian",
         "rff_features",
         "score_matching_loss",
         "representation_loss",
@@ -56,9 +59,9 @@ def test_all_sections_are_measured_and_checked(stored: Path) -> None:
 
 def test_jax_computes_the_same() -> None:
     pytest.importorskip("jax")
-    ops = ("reverse_diffusion", "action_gradient", "denoising_update")
-    ops += ("representation_loss", "diffsr_update")
-    done = bench("--quick", "--no-compile", "--no-save", "--brief", "--only", *ops)
+    cases = ("reverse_diffusion", "reverse_step", "action_gradient", "denoising_update")
+    cases += ("squashed_gaussian", "representation_loss", "diffsr_update")
+    done = bench("--quick", "--no-compile", "--no-save", "--brief", "--only", *cases)
     assert done.returncode == 0, done.stderr
     assert all("JAX" in line for line in done.stdout.splitlines())
 
@@ -86,8 +89,9 @@ def test_scaling_writes_curves_and_pictures(tmp_path: Path) -> None:
 def test_memory_counts_calls_and_peaks() -> None:
     done = bench("--memory", "--quick", "--env", "Pendulum-v1", "--no-save")
     assert done.returncode == 0, done.stderr
-    assert "calls" in done.stdout
-    assert "update of DIPO, diffcore" in done.stdout
+    lines = [line.strip("| ").split("|")[0].strip() for line in done.stdout.splitlines()]
+    assert {line.removesuffix(", backward") for line in lines} >= set(ops.__all__)
+    assert "update of DIPO, diffcore" in lines
 
 
 def test_profile_adds_up_to_a_step(tmp_path: Path) -> None:

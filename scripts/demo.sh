@@ -14,4 +14,5 @@ echo "== DIPO on Pendulum-v1: returns start near -1200, a good policy reaches -1
 
 echo
 echo "== One training step of this run, beside the same step in eager PyTorch =="
-.venv/bin/python bench --only dipo_step --env Pendulum-v1 --steps 20 --seconds 10 --brief --no-save
+.venv/bin/python bench --only dipo_step --env Pendulum-v1 --steps 20 --seconds 10 --brief --no-compile \
+  --no-save

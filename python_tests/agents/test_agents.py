@@ -13,7 +13,7 @@ from doubles import ACTION_DIM, KINDS, OBSERVATION_DIM, TensorReplay, make_kind
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffcore.ops import _native
+from diffcore.ops import _dispatch, _native
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 one_of_each = pytest.mark.parametrize("kind", ["dipo", "diffsr"])
@@ -46,6 +46,30 @@ def test_update_reads_no_value_on_the_host(kind: str, monkeypatch: pytest.Monkey
     assert reads.seen == ["aten._local_scalar_dense.default"]  # the one above: the probe works
     assert all(isinstance(value, Tensor) and value.ndim == 0 for value in metrics.values())
     assert not any(value.requires_grad for value in metrics.values())
+
+
+@pytest.mark.skipif(_native._core is None, reason="needs the compiled module")
+@every_kind
+def test_an_action_and_an_update_run_on_the_kernels(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: dict[str, set[str]] = {}
+    choose = _dispatch.choose
+
+    def remember(op: str, *others: Any) -> str:
+        backend = choose(op, *others)
+        chosen.setdefault(op, set()).add(backend)
+        return backend
+
+    monkeypatch.setattr(_dispatch, "choose", remember)
+    agent = make_kind(kind)
+    agent.act(torch.randn(3, OBSERVATION_DIM), explore=True)
+    agent.update(TensorReplay.random())
+    # Networks that no one kernel has whole: the op runs in parts, and these on theirs.
+    in_parts = {"diffsr-paper": "representation_step", "diffsr-orthogonal": "soft_value"}
+    assert chosen.pop(in_parts.get(kind, ""), {"reference"}) == {"reference"}
+    assert len(chosen) >= 4
+    assert all(backends == {"cpu"} for backends in chosen.values())
 
 
 # ---------------------------------------------------------------- acting

@@ -72,6 +72,24 @@ def test_elliptical_is_exact_after_a_million_rows(decay: float) -> None:
     assert torch.isfinite(bonus(phi.float())).all()
 
 
+def test_elliptical_is_exact_after_a_million_updates() -> None:
+    """Four rows by turns: in the end a geometric series of each."""
+    width, ridge = 4, 1e-3
+    torch.manual_seed(0)
+    mixing = torch.randn(width, width).double() * 10.0 ** (-torch.arange(width).double())
+    rows = (torch.randn(4, width).double() @ mixing.T).split(1)
+    bonus = EllipticalBonus(width, ridge)
+    for _ in range(250_000):
+        for row in rows:
+            bonus.add(row)
+    last = bonus.decay ** torch.arange(3.0, -1.0, -1.0).double() / (1 - bonus.decay**4)
+    total = sum(w * (row.T @ row) for w, row in zip(last, rows, strict=True))
+    exact = total + ridge * torch.eye(width).double()
+    phi = torch.randn(64, width).double() @ mixing.T
+    expected = (phi * torch.linalg.solve(exact, phi.T).T).sum(1, keepdim=True)
+    torch.testing.assert_close(bonus(phi), expected, rtol=1e-6, atol=0)
+
+
 def test_elliptical_falls_as_one_over_the_visits() -> None:
     bonus, phi = EllipticalBonus(3, 1e-6, decay=1.0), torch.tensor([[3.0, 4.0, 0.0]])
     for visits in range(1, 6):

@@ -342,7 +342,7 @@ def test_opcheck_of_the_chain(given: bool, keep_trajectory: bool) -> None:
 def test_opcheck_of_its_gradient(wants_noise: bool) -> None:
     (state, *rest), settings = op_arguments(4, True)
     _, trajectory = chain(state, *rest, *settings, "float32", True, "cpu")
-    arguments = (torch.randn(4, 3), trajectory, state, rest[-1], *settings, wants_noise)
+    arguments = (torch.randn(4, 3), trajectory, state, rest[-1], *settings, wants_noise, "cpu")
     torch.library.opcheck(torch.ops.diffcore.reverse_diffusion_backward.default, arguments)
     assert len(chain_backward(*arguments)) == 3 + len(rest[-1])
 

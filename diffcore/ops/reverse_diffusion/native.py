@@ -11,6 +11,7 @@ from torch import Tensor
 from diffcore.ops import _native
 from diffcore.ops._activations import ACTIVATIONS
 from diffcore.ops._compile import constant_under_compile
+from diffcore.ops.mlp import native as mlp
 
 
 @_native.op("reverse_diffusion")
@@ -142,6 +143,7 @@ def chain_backward(
     clip: float,
     activation: str,
     wants_noise: bool,
+    backend: str,
 ) -> list[Tensor]:
     """Gradients of [state, x_init, noise (empty unless wanted), *parameters].
 
@@ -149,9 +151,10 @@ def chain_backward(
     vector-Jacobian product taken by hand.
     """
     steps, batch, action_dim = coefficients.shape[0], state.shape[0], grad_actions.shape[1]
-    function = ACTIVATIONS[activation]
     state_offset = parameters[4].shape[1] - state.shape[1]
-    grads = [torch.zeros_like(p) for p in parameters]
+    time_mlp = _MLP(parameters[:4], activation, backend)
+    trunk = _MLP(parameters[4:], activation, backend)
+    trunk_grads = [torch.zeros_like(p) for p in trunk.parameters]
     grad_state = torch.zeros_like(state)
     grad_noise = state.new_empty(steps if wants_noise else 0, batch, action_dim)
 
@@ -160,16 +163,13 @@ def chain_backward(
     grad_x0_of_previous = torch.zeros_like(grad_x)
     # Float32 like the way there, whatever autocast is on.
     with torch.autocast(state.device.type, enabled=False):
+        time_features, time_saved = time_mlp.forward(embedding)
+        grad_time_features = torch.empty_like(time_features)
         for i in range(steps - 1, -1, -1):
             c0, c1, c2, c3, c4, c5, c6 = coefficients[i].unbind()
             x = trajectory[i]
-
-            # eps = denoiser(x, state, t), keeping what the way back needs.
-            time_inputs, time_pre = _mlp(embedding[i : i + 1], parameters[:4], function.forward)
-            time_features = time_pre[-1].expand(batch, -1)
-            trunk_input = torch.cat([x, time_features, state], dim=1)
-            inputs, pre = _mlp(trunk_input, parameters[4:], function.forward)
-            eps = pre[-1]
+            trunk_input = torch.cat([x, time_features[i].expand(batch, -1), state], dim=1)
+            eps, saved = trunk.forward(trunk_input)
 
             # x' = c2 clip(c0 x - c1 eps) + c3 x + c4 eps + c5 z + c6 x0'
             if wants_noise:
@@ -181,46 +181,52 @@ def chain_backward(
             grad_eps = c4 * grad_x - c1 * grad_x0
             grad_x = c3 * grad_x + c0 * grad_x0
 
-            grad_input = _mlp_backward(
-                grad_eps, inputs, pre, parameters[4:], function.backward, grads[4:]
-            )
+            grad_input, *grads = trunk.backward(grad_eps, trunk_input, saved)
+            torch._foreach_add_(trunk_grads, grads)
             grad_x = grad_x + grad_input[:, :action_dim]
+            grad_time_features[i] = grad_input[:, action_dim:state_offset].sum(0)
             grad_state += grad_input[:, state_offset:]
-            grad_time = grad_input[:, action_dim:state_offset].sum(0, keepdim=True)
-            _mlp_backward(
-                grad_time, time_inputs, time_pre, parameters[:4], function.backward, grads[:4]
-            )
-    return [grad_state, grad_x, grad_noise, *grads]
+        _, *time_grads = time_mlp.backward(grad_time_features, embedding, time_saved)
+    return [grad_state, grad_x, grad_noise, *time_grads, *trunk_grads]
 
 
-def _mlp(x: Tensor, parameters: list[Tensor], activation: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """(inputs, pre-activations) of every layer; the last pre-activation is the output."""
-    inputs: list[Tensor] = []
-    pre: list[Tensor] = []
-    for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
-        if pre:
-            x = activation(pre[-1])
-        inputs.append(x)
-        pre.append(torch.addmm(bias, x, weight.T))
-    return inputs, pre
+class _MLP:
+    """A part of a denoiser, forward and back in float32.
 
+    On the CPU by :func:`diffcore.ops.mlp`'s kernels, whose results know neither threads nor, row by
+    row, the batch; elsewhere by torch.
+    """
 
-def _mlp_backward(
-    grad: Tensor,
-    inputs: list[Tensor],
-    pre: list[Tensor],
-    parameters: list[Tensor],
-    activation_backward: Any,
-    grads: list[Tensor],
-) -> Tensor:
-    """Gradient at the input; parameter gradients are added to `grads`."""
-    for layer in range(len(pre) - 1, -1, -1):
-        if layer < len(pre) - 1:
-            grad = activation_backward(grad, pre[layer])
-        grads[2 * layer].addmm_(grad.T, inputs[layer])
-        grads[2 * layer + 1].add_(grad.sum(0))
-        grad = grad @ parameters[2 * layer]
-    return grad
+    def __init__(self, parameters: list[Tensor], activation: str, backend: str) -> None:
+        self.parameters, self.on_cpu = parameters, backend == "cpu"
+        self.kinds = [*[activation] * (len(parameters) // 2 - 1), "identity"]
+        self.settings = ("float32", backend)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        """y, and what the way back needs."""
+        if self.on_cpu:
+            y, saved = mlp.run_forward(x, self.parameters, ",".join(self.kinds), True, *self.settings)
+            return y[0], saved
+        inputs, pre = [], []
+        pairs = zip(self.parameters[::2], self.parameters[1::2], self.kinds, strict=True)
+        for weight, bias, kind in pairs:
+            inputs.append(x)
+            pre.append(torch.addmm(bias, x, weight.T))
+            x = ACTIVATIONS[kind].forward(pre[-1])
+        return x, (inputs, pre)
+
+    def backward(self, grad: Tensor, x: Tensor, saved: Any) -> list[Tensor]:
+        """Gradients of x and of the parameters."""
+        if self.on_cpu:
+            arguments = (grad, x, saved, self.parameters, ",".join(self.kinds), True, True)
+            return mlp.run_backward(*arguments, *self.settings)
+        grads: list[Tensor] = []
+        layers = zip(self.parameters[::2], self.kinds, *saved, strict=True)
+        for weight, kind, inputs, pre in reversed([*layers]):
+            grad = ACTIVATIONS[kind].backward(grad, pre)
+            grads[:0] = [grad.T @ inputs, grad.sum(0)]
+            grad = grad @ weight
+        return [grad, *grads]
 
 
 @_native.fake("reverse_diffusion_backward")
@@ -235,6 +241,7 @@ def _(
     clip: float,
     activation: str,
     wants_noise: bool,
+    backend: str,
 ) -> list[Tensor]:
     steps = coefficients.shape[0] if wants_noise else 0
     return [
@@ -279,7 +286,7 @@ class Chain(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         state, x_init, noise, _seed, coefficients, embedding, *rest = inputs
-        ctx.noise_scale, ctx.clip, ctx.activation, _precision, _backend, *parameters = rest
+        ctx.noise_scale, ctx.clip, ctx.activation, _precision, ctx.backend, *parameters = rest
         ctx.has_x_init, ctx.has_noise = x_init is not None, noise is not None
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)  # no zeros as large as what is kept
@@ -289,9 +296,10 @@ class Chain(torch.autograd.Function):
     def backward(ctx: Any, grad_actions: Tensor, _: Tensor) -> Any:
         trajectory, state, x_init, noise, coefficients, embedding, *parameters = ctx.saved_tensors
         wants_noise = ctx.has_noise and ctx.needs_input_grad[2]
-        settings = (coefficients, embedding, ctx.noise_scale, ctx.clip, ctx.activation, wants_noise)
+        settings = (coefficients, embedding, ctx.noise_scale, ctx.clip, ctx.activation)
         # x_init and noise: the gradients depend on them through the trajectory.
-        arguments = (grad_actions, trajectory, state, x_init, noise, *settings, *parameters)
+        flags = (wants_noise, ctx.backend)
+        arguments = (grad_actions, trajectory, state, x_init, noise, *settings, *flags, *parameters)
         grads = _native.gradients("reverse_diffusion", _gradients, *arguments)
         grad_state, grad_x, grad_noise, *grad_parameters = grads
         return (
@@ -315,9 +323,10 @@ def _gradients(
     clip: float,
     activation: str,
     wants_noise: bool,
+    backend: str,
     *parameters: Tensor,
 ) -> list[Tensor]:
-    settings = (coefficients, embedding, noise_scale, clip, activation, wants_noise)
+    settings = (coefficients, embedding, noise_scale, clip, activation, wants_noise, backend)
     return chain_backward(grad_actions, trajectory, state, list(parameters), *settings)
 
 

@@ -1,0 +1,490 @@
+"""What every op promises, asked of all of them alike. Their own files look closer at each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from helpers import ACTIVATIONS, assert_error_at_most_twice_eager
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from diffcore import DiffusionSchedule, ops
+from diffcore.nn import MLP, Denoiser, Psi, SquashedGaussian, TwinCritic, TwinRFFCritic
+
+SCHEDULE = DiffusionSchedule.linear(4)
+COEFFICIENTS = torch.tensor([1.5, 0.7, 0.3, 0.9, -0.2, 0.4, -0.6], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of an op's networks and inputs."""
+
+    state: int = 5
+    action: int = 3
+    hidden: int = 33
+    depth: int = 2
+    activation: str = "mish"
+
+    @property
+    def network(self) -> dict[str, Any]:
+        return {
+            "hidden_dim": self.hidden,
+            "hidden_layers": self.depth,
+            "activation": self.activation,
+        }
+
+
+Rows = dict[str, Tensor]
+Results = tuple[list[Tensor], list[Tensor]]
+"""What has a row for each of the batch's, and what belongs to the batch."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op as a function of a network and of inputs of which each has the batch's rows."""
+
+    make: Callable[[Sizes], nn.Module]
+    rows: Callable[[Sizes, int], Rows]
+    call: Callable[..., Results]
+    """(network, rows, **options); what requires a gradient is differentiated."""
+    differentiable: tuple[str, ...] = ()
+    """Rows that the op's kernel has gradients of."""
+    is_mean: bool = False
+    """A mean over the batch, of which a row's gradient is the larger the fewer rows there are."""
+    precisions: tuple[Any, ...] = (None, torch.bfloat16)
+    backend: str = "cpu"
+
+
+def vectors(batch: int, **widths: int) -> Rows:
+    return {name: torch.randn(batch, width) for name, width in widths.items()}
+
+
+def parameters(network: nn.Module) -> list[Tensor]:
+    return list(network.parameters())
+
+
+def sequential(s: Sizes, inputs: int, outputs: int, activation: str | None = None) -> MLP:
+    return MLP(inputs, s.hidden, outputs, s.depth, activation or s.activation, "uniform")
+
+
+def layers(mlp: Any) -> tuple[list[Tensor], list[Tensor], list[str]]:
+    own = parameters(mlp)
+    return own[::2], own[1::2], mlp.activations
+
+
+def ensemble(network: Any) -> tuple[list[list[Tensor]], list[str]]:
+    return [parameters(mlp) for mlp in network], network[0].activations
+
+
+def by_rows(results: Tensor) -> Tensor:
+    """``[N, B, out]`` -> ``[B, N * out]``"""
+    return results.movedim(0, 1).flatten(1)
+
+
+def soft_value_networks(s: Sizes) -> nn.Module:
+    policy, psi = SquashedGaussian(s.state, s.action, s.hidden), Psi(s.state, s.action, 7, s.hidden)
+    critics = TwinRFFCritic(7, s.hidden)
+    return nn.ModuleList([policy, psi.requires_grad_(False), critics.requires_grad_(False)])
+
+
+def soft_value(networks: Any, r: Rows, **options: Any) -> Results:
+    loss, value, log_prob = ops.soft_value(
+        *networks, r["state"], r["noise"], r["state"].new_tensor(0.3), **options
+    )
+    return [value, log_prob], [loss]
+
+
+def psi_and_zeta(s: Sizes) -> nn.Module:
+    return nn.ModuleList([sequential(s, s.state, 7), sequential(s, s.action, 7 * s.action)])
+
+
+def representation_step(networks: Any, r: Rows, **options: Any) -> Results:
+    # With a large epsilon: a small one makes a full step of a gradient that is all rounding.
+    optimizer = torch.optim.Adam(networks.parameters(), lr=0.01, eps=1e-2)
+    if not len(r["x"]):  # which has no kernel
+        del options["backend"]
+    loss, norm = ops.representation_step(*networks, *r.values(), optimizer, **options)
+    return [], [loss, norm, *(p.detach() for p in networks.parameters())]
+
+
+def critic_loss(networks: Any, r: Rows, **options: Any) -> Results:
+    loss, q = ops.critic_loss(r["x"], *ensemble(networks), r["target"], **options)
+    return [by_rows(q)], [loss]
+
+
+def representation_rows(s: Sizes, batch: int) -> Rows:
+    rows = vectors(batch, x=s.state, perturbed=s.action, offset=s.action, score_weight=1)
+    rows["score_weight"] = rows["score_weight"][:, 0]
+    return rows
+
+
+def score_rows(s: Sizes, batch: int) -> Rows:
+    rows = vectors(batch, psi=7, hidden=s.hidden, offset=s.action, score_weight=1)
+    rows["score_weight"] = rows["score_weight"][:, 0]
+    return rows
+
+
+def leveled(rows: Rows, batch: int) -> Rows:
+    return {**rows, "t": torch.arange(batch) % SCHEDULE.K}
+
+
+OPS: dict[str, Op] = {
+    "action_gradient": Op(
+        lambda s: TwinCritic(s.state, s.action, **s.network),
+        lambda s, batch: vectors(batch, state=s.state, action=s.action),
+        # Plain steps of at most 2e-3, so that a kink doesn't turn a rounding into a whole step.
+        lambda critic, r, **options: (
+            [
+                ops.action_gradient(
+                    critic,
+                    **r,
+                    steps=2,
+                    lr=0.1,
+                    max_norm=0.01,
+                    optimizer="ascent",
+                    clip_mode="row",
+                    **options,
+                )
+            ],
+            [],
+        ),
+    ),
+    "critic_loss": Op(
+        lambda s: nn.ModuleList([sequential(s, s.state, 1) for _ in range(2)]),
+        lambda s, batch: vectors(batch, x=s.state, target=1),
+        critic_loss,
+        ("x",),
+        is_mean=True,
+    ),
+    "denoising_loss": Op(
+        lambda s: Denoiser(s.state, s.action, **s.network),
+        lambda s, batch: leveled(
+            vectors(batch, state=s.state, action=s.action, noise=s.action), batch
+        ),
+        lambda denoiser, r, **options: (
+            [],
+            [ops.denoising_loss(denoiser, SCHEDULE, **r, **options)],
+        ),
+        ("state", "action"),
+        is_mean=True,
+    ),
+    "mlp": Op(
+        lambda s: sequential(s, s.state, s.action),
+        lambda s, batch: vectors(batch, x=s.state),
+        lambda mlp, r, **options: ([ops.mlp(r["x"], *layers(mlp), **options)], []),
+        ("x",),
+    ),
+    "mlp_ensemble": Op(
+        lambda s: nn.ModuleList([sequential(s, s.state, s.action) for _ in range(3)]),
+        lambda s, batch: vectors(batch, x=s.state),
+        lambda networks, r, **options: (
+            [by_rows(ops.mlp_ensemble(r["x"], *ensemble(networks), **options))],
+            [],
+        ),
+        ("x",),
+    ),
+    "q_sample": Op(
+        lambda s: nn.Identity(),
+        lambda s, batch: leveled(vectors(batch, x0=s.action, noise=s.action), batch),
+        lambda _, r, **options: ([ops.q_sample(**r, schedule=SCHEDULE, **options)], []),
+        ("x0", "noise"),
+        precisions=(None,),
+        backend="reference",
+    ),
+    "representation_loss": Op(
+        psi_and_zeta,
+        representation_rows,
+        lambda networks, r, **options: ([], [ops.representation_loss(*networks, **r, **options)]),
+        ("x", "perturbed"),
+        is_mean=True,
+    ),
+    "representation_step": Op(psi_and_zeta, representation_rows, representation_step),
+    "reverse_diffusion": Op(
+        lambda s: Denoiser(s.state, s.action, **s.network),
+        lambda s, batch: {
+            **vectors(batch, state=s.state, x_init=s.action),
+            "noise": torch.randn(batch, SCHEDULE.K, s.action),
+        },
+        lambda denoiser, r, **options: (
+            [
+                ops.reverse_diffusion(
+                    denoiser, SCHEDULE, **{**r, "noise": r["noise"].transpose(0, 1)}, **options
+                )
+            ],
+            [],
+        ),
+        ("state", "x_init", "noise"),
+    ),
+    "reverse_step": Op(
+        lambda s: nn.Identity(),
+        lambda s, batch: vectors(
+            batch, x=s.action, eps=s.action, noise=s.action, x0_previous=s.action
+        ),
+        lambda _, r, **options: (
+            list(ops.reverse_step(**r, coefficients=COEFFICIENTS, **options)),
+            [],
+        ),
+        ("x", "eps", "noise", "x0_previous"),
+        precisions=(None,),
+    ),
+    "rff_features": Op(
+        lambda s: nn.Linear(s.state, s.hidden),
+        lambda s, batch: vectors(batch, x=s.state),
+        lambda layer, r, **options: (
+            [ops.rff_features(r["x"], *layer.parameters(), kind="cos_sin", **options)],
+            [],
+        ),
+        ("x",),
+        precisions=(None,),
+    ),
+    "score_matching_loss": Op(
+        lambda s: nn.Linear(s.hidden, 7 * s.action),
+        score_rows,
+        lambda last, r, **options: (
+            [],
+            [ops.score_matching_loss(**r, weight=last.weight, bias=last.bias, **options)],
+        ),
+        ("psi", "hidden"),
+        is_mean=True,
+    ),
+    "soft_value": Op(
+        soft_value_networks,
+        lambda s, batch: vectors(batch, state=s.state, noise=s.action),
+        soft_value,
+        is_mean=True,
+        precisions=(None,),  # its networks say what they multiply in
+    ),
+    "squashed_gaussian": Op(
+        lambda s: sequential(s, s.state, 2 * s.action),
+        lambda s, batch: vectors(batch, x=s.state, noise=s.action),
+        lambda mlp, r, **options: (
+            list(ops.squashed_gaussian(r["x"], *layers(mlp), r["noise"], **options)),
+            [],
+        ),
+        ("x",),
+    ),
+}
+
+CALLS = [(name, precision) for name, op in OPS.items() for precision in op.precisions]
+DIFFERENTIABLE = [*(name for name, op in OPS.items() if op.differentiable), "soft_value"]
+every_op = pytest.mark.parametrize("name", OPS)
+every_call = pytest.mark.parametrize(("name", "precision"), CALLS)
+
+
+def run(
+    op: Op,
+    network: nn.Module,
+    rows: Rows,
+    dtype: torch.dtype = torch.float32,
+    precision: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Results:
+    """The op's results, then its gradients of rows and of parameters, everything in ``dtype``."""
+    network = copy.deepcopy(network).to(dtype)
+    rows = {k: v.to(dtype) if v.is_floating_point() else v for k, v in rows.items()}
+    leaves = [rows[name].detach().requires_grad_() for name in op.differentiable]
+    rows |= dict(zip(op.differentiable, leaves, strict=True))
+    options = {"backend": backend or op.backend}
+    by_row, of_all = op.call(network, rows, **options, **_precision(precision))
+    values = [r for r in (*by_row, *of_all) if r.requires_grad]
+    if values:
+        wanted = [*leaves, *(p for p in network.parameters() if p.requires_grad)]
+        gradients = torch.autograd.grad(sum(map(weighted_sum, values)), wanted)
+        by_row, of_all = [*by_row, *gradients[: len(leaves)]], [*of_all, *gradients[len(leaves) :]]
+    return [r.detach() for r in by_row], [r.detach() for r in of_all]
+
+
+def _precision(precision: torch.dtype | None) -> dict[str, Any]:
+    return {} if precision is None else {"compute_dtype": precision}
+
+
+def weighted_sum(values: Tensor) -> Tensor:
+    """Of a loss itself; of what has rows every column with a weight of its own."""
+    if values.ndim == 0:
+        return values
+    return (values * torch.arange(1, values.shape[-1] + 1).to(values).cos()).sum()
+
+
+def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x.nan_to_num(nan=7.0), y.nan_to_num(nan=7.0))
+        assert torch.equal(x.isnan(), y.isnan())
+
+
+def test_none_is_left_out() -> None:
+    assert sorted(OPS) == sorted(ops.__all__)
+
+
+@every_op
+def test_error_at_most_twice_eager(isa: str, name: str) -> None:
+    """Of all results and gradients that are large enough to compare errors by."""
+    op, sizes = OPS[name], Sizes(state=11, action=6, hidden=65)
+    network, rows = op.make(sizes), op.rows(sizes, 1024)
+    ours = run(op, network, rows)
+    eager = run(op, network, rows, backend="reference")
+    exact = run(op, network, rows, torch.float64, backend="reference")
+    compared = 0
+    for results in zip(*(by_row + of_all for by_row, of_all in (ours, eager, exact)), strict=True):
+        assert torch.isfinite(results[0]).all()
+        if results[0].numel() >= 1000:
+            assert_error_at_most_twice_eager(*results)
+            compared += 1
+    assert compared
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_run_on_the_reference(name: str, dtype: torch.dtype) -> None:
+    op = OPS[name]
+    network, rows = op.make(Sizes()).to(dtype), op.rows(Sizes(), 3)
+    rows = {k: v.to(dtype) if v.is_floating_point() else v for k, v in rows.items()}
+    ours = op.call(copy.deepcopy(network), rows)
+    expected = op.call(network, rows, backend="reference")
+    for a, b in zip(ours[0] + ours[1], expected[0] + expected[1], strict=True):
+        assert a.dtype == dtype
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_derivatives_of_the_reference(name: str) -> None:
+    """First and second, in float64, in all rows and parameters that have one."""
+    op, sizes = OPS[name], Sizes(2, 2, 3, 1, "tanh")
+    network, rows = op.make(sizes).double(), op.rows(sizes, 3)
+    rows = {k: v.double() if v.is_floating_point() else v for k, v in rows.items()}
+    leaves = [rows[given_].requires_grad_() for given_ in op.differentiable]
+    inputs = [*leaves, *(p for p in network.parameters() if p.requires_grad)]
+
+    def values(*_: Tensor) -> tuple[Tensor, ...]:
+        by_row, of_all = op.call(network, rows, backend="reference")
+        return tuple(r for r in (*by_row, *of_all) if r.requires_grad)
+
+    assert torch.autograd.gradcheck(values, inputs)
+    assert torch.autograd.gradgradcheck(values, inputs)
+
+
+@pytest.mark.parametrize("name", [n for n in DIFFERENTIABLE if OPS[n].make(Sizes()).state_dict()])
+def test_a_second_derivative_of_a_kernel_says_that_there_is_none(name: str) -> None:
+    """Ops without a network, which have one, are differentiated twice in their own files."""
+    op = OPS[name]
+    network, rows = op.make(Sizes()), op.rows(Sizes(), 3)
+    by_row, of_all = op.call(network, rows, backend="cpu")
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    value = sum(weighted_sum(r) for r in (*by_row, *of_all) if r.requires_grad)
+    slopes = torch.autograd.grad(value, parameters, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative.*backend='reference'"):
+        sum(slope.sum() for slope in slopes).backward()
+
+
+@every_call
+def test_same_bits_for_any_number_of_threads_and_on_repeat(
+    isa: str, name: str, precision: Any, set_threads: Callable[[int], None]
+) -> None:
+    op = OPS[name]
+    for batch in (5, 2100):  # large enough for torch to share its own sums, where it makes some
+        network, rows = op.make(Sizes()), op.rows(Sizes(), batch)
+        results = []
+        for threads in (1, 2, 3, 2):
+            set_threads(threads)
+            results.append(run(op, network, rows, precision=precision))
+        for other in results[1:]:
+            assert_same(results[0][0], other[0])
+            assert_same(results[0][1], other[1])
+
+
+@every_call
+def test_a_row_does_not_know_its_batch(isa: str, name: str, precision: Any) -> None:
+    """Nor its place in it. Parts are powers of two, by which a mean's gradient scales exactly."""
+    op = OPS[name]
+    network, rows = op.make(Sizes()), op.rows(Sizes(), 256)
+    whole, _ = run(op, network, rows, precision=precision)
+    values = len(whole) - len(op.differentiable)
+    for part in (slice(0, 1), slice(101, 102), slice(40, 42), slice(99, 163)):
+        alone, _ = run(op, network, {k: v[part] for k, v in rows.items()}, precision=precision)
+        share = (part.stop - part.start) / 256 if op.is_mean else 1.0
+        for i, (own, of_whole) in enumerate(zip(alone, whole, strict=True)):
+            assert torch.equal(own * (1.0 if i < values else share), of_whole[part])
+
+
+NAN_INPUTS = [
+    (name, precision, given_)
+    for name, precision in CALLS
+    for given_, values in OPS[name].rows(Sizes(), 1).items()
+    if values.is_floating_point()
+]
+
+
+@pytest.mark.parametrize(("name", "precision", "where"), NAN_INPUTS)
+def test_nan_stays_in_its_row(isa: str, name: str, precision: Any, where: str) -> None:
+    """What has rows is NaN in that one and in all others what it is without; a loss is NaN."""
+    op = OPS[name]
+    network, rows = op.make(Sizes()), op.rows(Sizes(), 21)
+    before, _ = run(op, network, rows, precision=precision)
+    values = rows[where][5].view(-1)
+    values[len(values) // 2] = torch.nan
+    by_row, of_all = run(op, network, rows, precision=precision)
+    others = torch.arange(21) != 5
+    for after, without in zip(by_row, before, strict=True):
+        assert torch.equal(after[others], without[others])
+    if by_row:
+        assert any(result[5].isnan().any() for result in by_row)
+    if of_all:
+        assert any(result.isnan().any() for result in of_all)
+
+
+def layouts(values: Tensor, layout: str) -> Tensor:
+    """The same values, elsewhere in memory."""
+    if layout == "shifted":  # contiguous, but not aligned
+        moved = values.new_empty(values.numel() + 1)[1:].view(values.shape)
+    elif layout == "transposed":
+        moved = values.new_empty(values.shape[::-1]).permute(*reversed(range(values.ndim)))
+    else:
+        moved = values.new_empty(*values.shape, 2)[..., 0]
+    return moved.copy_(values)
+
+
+@every_op
+@given(
+    batch=st.integers(0, 20),
+    sizes=st.builds(
+        Sizes,
+        state=st.integers(1, 20),
+        action=st.integers(1, 9),
+        hidden=st.integers(1, 40),
+        depth=st.integers(1, 3),
+        activation=st.sampled_from(list(ACTIVATIONS)),
+    ),
+    scale=st.sampled_from([0.0, 1e-30, 1.0, 1e3, 1e15, 1e30]),
+    layout=st.sampled_from(["shifted", "transposed", "every second"]),
+)
+def test_any_shape_stride_and_magnitude(
+    isa: str, name: str, batch: int, sizes: Sizes, scale: float, layout: str
+) -> None:
+    """Results don't know where inputs lie, leave them alone, and are those of float64.
+
+    Beyond 1e3 errors are too large to compare (beyond 1 those of a sine, whose argument's error
+    counts by its own size); there, what float32 can hold is finite.
+    """
+    op = OPS[name]
+    network, rows = op.make(sizes), op.rows(sizes, batch)
+    rows = {k: scale * v if v.is_floating_point() else v for k, v in rows.items()}
+    moved = {k: layouts(v, layout) for k, v in rows.items()}
+    ours, elsewhere = run(op, network, rows), run(op, network, moved)
+    for name_, values in rows.items():
+        assert torch.equal(moved[name_], values)
+    eager = run(op, network, rows, backend="reference")
+    exact = run(op, network, rows, torch.float64, backend="reference")
+    overflows = not all(torch.isfinite(result).all() for result in eager[0] + eager[1])
+    for a, b, x in zip(*(r + o for r, o in (ours, elsewhere, exact)), strict=True):
+        assert_same([a], [b])
+        assert a.shape == x.shape
+        if scale <= (1.0 if sizes.activation in ("sin", "cos") else 1e3):
+            bound = 3e-5 * max(1.0, scale) * max([1.0, *x.nan_to_num().abs().flatten().tolist()])
+            torch.testing.assert_close(a.double(), x, rtol=0, atol=bound, equal_nan=True)
+        elif not overflows:
+            assert torch.isfinite(a).all()
