@@ -745,6 +745,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("same_sizes", &same_sizes);
   m.def("linear_stack", &linear_stack);
   m.def("mlp_stack", &mlp_stack);
+  m.def("mlp_stacks", &mlp_stacks);
   m.attr("max_layers") = max_layers;
   m.attr("max_networks") = max_networks;
   m.def("isa", [] { return std::string(active_kernels().isa); });

@@ -316,6 +316,23 @@ inline py::object mlp_stack(py::handle mlp, py::type type, std::optional<int64_t
   return linear_stack(list.attr(modules), py::len(mlp.attr(activations)), in, out);
 }
 
+// mlp_stack of each of some MLPs that a module of class `type` has under these names; None as well where
+// that module does more.
+inline py::object mlp_stacks(py::handle module, py::type type, const py::tuple& names,
+                             py::type mlp_type, std::optional<int64_t> in,
+                             std::optional<int64_t> out) {
+  static PyObject* const modules = interned("_modules");
+  if (!is_unaltered(module.ptr(), reinterpret_cast<PyTypeObject*>(type.ptr()))) return py::none();
+  const py::object own = module.attr(modules);
+  py::list result(names.size());
+  for (size_t i = 0; i < names.size(); ++i) {
+    const py::object stack = mlp_stack(own[names[i]], mlp_type, in, out);
+    if (stack.is_none()) return stack;
+    result[i] = stack;
+  }
+  return std::move(result);
+}
+
 // (weight address, bias address, in, out)
 using Layer = std::tuple<uintptr_t, uintptr_t, int, int>;
 

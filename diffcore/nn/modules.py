@@ -25,7 +25,7 @@ from diffcore.ops._checks import (
     check_tensor,
 )
 from diffcore.ops._compile import has_hooks
-from diffcore.ops._native import linear_stack, mlp_stack
+from diffcore.ops._native import linear_stack, mlp_stack, mlp_stacks
 from diffcore.ops.critic_loss import critic_loss
 from diffcore.ops.mlp import mlp
 from diffcore.ops.mlp_ensemble import mlp_ensemble
@@ -305,6 +305,14 @@ class TwinCritic(nn.Module):
         own: Any = self._modules
         return altered(self, TwinCritic) or altered(own["q1"], MLP) or altered(own["q2"], MLP)
 
+    def unaltered_networks(self) -> list[list[Tensor]] | None:
+        """What :meth:`networks` says, or None where :meth:`altered` says something."""
+        in_dim = self.state_dim + self.action_dim
+        stacks = mlp_stacks(self, TwinCritic, ("q1", "q2"), MLP, in_dim, 1)
+        if stacks is None and self.altered() is None:
+            return self.networks()
+        return stacks
+
     def networks(self) -> list[list[Tensor]]:
         """Both critics' parameters: see :meth:`MLP.weights_and_biases`."""
         own: dict[str, Any] = self._modules
@@ -338,12 +346,13 @@ class TwinCritic(nn.Module):
         Returns:
             A scalar, and ``[2, B, 1]``.
         """
-        if self.altered() is not None:
+        networks = self.unaltered_networks()
+        if networks is None:
             q1, q2 = self(state, action, **forced(backend))
             check_tensor("target", target, tuple(q1.shape))
             return mse_loss(q1, target) + mse_loss(q2, target), torch.stack([q1, q2]).detach()
         first = self.q1
-        arguments = self._inputs(state, action), self.networks(), first.activations, target
+        arguments = self._inputs(state, action), networks, first.activations, target
         return critic_loss(*arguments, compute_dtype=first.compute_dtype, backend=backend)
 
     def _inputs(self, state: Tensor, action: Tensor) -> Tensor:

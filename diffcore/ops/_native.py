@@ -185,6 +185,12 @@ linear_stack = _quick_look("linear_stack", None)
 mlp_stack: Callable[[Any, type, int | None, int | None], list[Tensor] | None]
 mlp_stack = _quick_look("mlp_stack", None)
 
+#: The same of each diffcore.nn.MLP that a module of some class has under these names, or None.
+mlp_stacks: Callable[
+    [Any, type, tuple[str, ...], type, int | None, int | None], list[list[Tensor]] | None
+]
+mlp_stacks = _quick_look("mlp_stacks", None)
+
 
 def differentiates(*tensors: Tensor | None) -> bool:
     """Whether a gradient may be taken in any of these of what is computed now."""

@@ -225,6 +225,21 @@ def test_an_odd_mlp_takes_a_closer_look(way: str, change: Callable[[MLP], object
     assert core.mlp_stack(type("Derived", (MLP,), {})(2, 5, 3, 2), MLP, 2, 3) is None
 
 
+def test_several_mlps_of_a_module(way: str) -> None:
+    critic, names = TwinCritic(3, 2, 5), ("q1", "q2")
+    first, second = core.mlp_stacks(critic, TwinCritic, names, MLP, 5, 1)
+    for found, expected in ((first, critic.q1), (second, critic.q2)):
+        assert all(p is q for p, q in zip(found, expected.parameters(), strict=True))
+    assert core.mlp_stacks(critic, TwinCritic, names, MLP, 4, 1) is None
+    assert core.mlp_stacks(critic, MLP, names, MLP, 5, 1) is None
+    critic.q2.layers[0].register_forward_hook(lambda *_: None)
+    assert core.mlp_stacks(critic, TwinCritic, names, MLP, 5, 1) is None
+    hooked = TwinCritic(3, 2, 5)
+    hooked.register_forward_hook(lambda *_: None)
+    assert core.mlp_stacks(hooked, TwinCritic, names, MLP, 5, 1) is None
+    assert hooked.unaltered_networks() is None
+
+
 def test_kernels_read_weights_that_don_t_lie_row_by_row(way: str) -> None:
     denoiser, critic, schedule = Denoiser(3, 2), TwinCritic(3, 2), DiffusionSchedule.cosine(5)
     state, action = torch.randn(4, 3), torch.rand(4, 2)

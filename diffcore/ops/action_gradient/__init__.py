@@ -166,10 +166,11 @@ def _support(
     if ours is None:
         refused = "the critic isn't a diffcore.nn.TwinCritic"
         return _backends.support(KERNELS, [state], refused=refused), None, [], []
-    if (why := ours.altered()) is not None:
-        refused = f"the critic is called, since {why}"
+    networks = ours.unaltered_networks()
+    if networks is None:
+        refused = f"the critic is called, since {ours.altered()}"
         return _backends.support(KERNELS, [state], refused=refused), ours, [], []
-    q1, q2 = ours.networks()
+    q1, q2 = networks
     check_like("state", state, "the critic", q1[0])
     reasons = _backends.support(
         KERNELS,

@@ -37,7 +37,8 @@ def ascend(
     if backend != "cpu":  # whose module sees to that itself
         q1, q2 = [p.contiguous() for p in q1], [p.contiguous() for p in q2]
     improved = torch.empty_like(action)
-    if not action.shape[0]:
+    batch, action_dim = action.shape
+    if not batch:
         return improved
     if backend == "triton":
         from diffcore.ops.action_gradient import triton
@@ -63,11 +64,11 @@ def ascend(
     critics = (
         _native.layers(q1, backend),
         _native.layers(q2, backend),
-        action.shape[1],
+        action_dim,
         state.shape[1],
         getattr(module.Activation, activation),
         getattr(module.Precision, precision),
-        action.shape[0],
+        batch,
     )
     rest = (
         state.data_ptr(),
