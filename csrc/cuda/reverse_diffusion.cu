@@ -12,8 +12,8 @@
 // Roofline, on an H100 at 1.7 GHz: 132 multiprocessors, of each 128 FFMA a clock (100 are reckoned
 // with) or, through mma.sync, some 400 tf32 and 800 bf16 multiply-adds; shared memory 128 bytes a
 // clock; L2 64 bytes a clock, 3,000 for all together. A chain of K = 100 steps, hidden 256 x 3,
-// state 17, action 6 has 134,000 multiply-adds and 768 activations of some 30 instructions per row
-// and step, and 0.54 MB of float32 weights.
+// state 17, action 6 has 134,000 multiply-adds (268,000 FLOPs) and 768 activations of some 30
+// instructions per row and step, and 0.54 MB of float32 weights.
 //
 //   batch 1     Every step needs all weights. From L2 into one multiprocessor they take 8,400
 //               clocks. Spread over the shared memory of 8 they take 512 in each, to which come two
@@ -604,7 +604,7 @@ const char* run(const Plan& plan) {
 
 }  // namespace
 
-const char* plan_reverse_diffusion(const ReverseDiffusionCall& call, ReverseDiffusionPlan* result) {
+const char* plan_reverse_diffusion(const ReverseDiffusionCall& call, KernelPlan* result) {
   Plan plan;
   if (const char* reason = make_plan(call, &plan)) return reason;
   *result = {plan.chain.group.size, plan.rows, 0, plan.shared_bytes,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 import cuda_builds
+import emulated
 import pytest
 from filelock import FileLock
 
@@ -42,6 +43,14 @@ def cuda(cuda_module: object, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(_native, "cuda_unavailable", None)
     monkeypatch.setenv("CUDA_ON_CPU_DEVICE", SMALL_DEVICE)
     return "cpu"
+
+
+@pytest.fixture(params=["gpu"] if ON_GPU else list(emulated.DEVICES))
+def way(request: pytest.FixtureRequest, cuda: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test on devices for which the launchers plan differently."""
+    if not ON_GPU:
+        monkeypatch.setenv("CUDA_ON_CPU_DEVICE", emulated.DEVICES[request.param])
+    return str(request.param)
 
 
 @pytest.fixture(params=LANES)

@@ -150,6 +150,8 @@ class Kernel(NamedTuple):
     registers: int
     stack_bytes: int
     """Of local memory: registers that spilled, arrays that were indexed."""
+    shared_bytes: int
+    """Of static shared memory; what is dynamic, the launcher asks for."""
     instructions: str
     """Its SASS."""
 
@@ -166,11 +168,12 @@ def look_into(module: Path) -> list[Kernel]:
     """Every kernel for every architecture in a file."""
     cuobjdump = find_cuobjdump()
     assert cuobjdump is not None, "no cuobjdump: neither on PATH nor in triton's wheel"
-    usage: dict[tuple[str, str], tuple[int, int]] = {}
+    usage: dict[tuple[str, str], tuple[int, int, int]] = {}
     for architecture, text in _by_architecture(run([cuobjdump, "-res-usage", module])):
         for name, numbers in re.findall(r"Function (\w+):\n\s*(.*)", text):
-            values = dict(re.findall(r"(REG|STACK):(\d+)", numbers))
-            usage[architecture, name] = int(values["REG"]), int(values["STACK"])
+            values = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", numbers))
+            registers, stack, shared = (int(values[key]) for key in ("REG", "STACK", "SHARED"))
+            usage[architecture, name] = registers, stack, shared
     code: dict[tuple[str, str], str] = {}
     for architecture, text in _by_architecture(run([cuobjdump, "-sass", module])):
         parts = re.split(r"\n\s*Function : (\w+)\n", text)[1:]

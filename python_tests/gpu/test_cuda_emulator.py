@@ -305,7 +305,7 @@ FAULTS = {
     ),
     "blocks of a cluster don't wait for each other": (
         "chain",
-        "reverse_diffusion.cu",
+        "group.cuh",
         [
             (
                 "case Exchange::cluster: wait_for_cluster(); break;",
@@ -315,12 +315,12 @@ FAULTS = {
     ),
     "no wait at the software barrier": (
         "chain",
-        "reverse_diffusion.cu",
-        [("while (load_acquire(&chain_.counters[index_]) < arrivals_) poll();", "")],
+        "group.cuh",
+        [("while (load_acquire(&layout_.counters[index_]) < arrivals_) poll();", "")],
     ),
     "exchanges don't take turns": (
         "chain",
-        "reverse_diffusion.cu",
+        "group.cuh",
         [("    turn_ ^= 1;\n", "")],
     ),
 }
