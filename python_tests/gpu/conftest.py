@@ -11,7 +11,6 @@ import os
 import cuda_builds
 import emulated
 import pytest
-from filelock import FileLock
 
 from diffcore.ops import _native
 
@@ -28,10 +27,7 @@ def cuda_module() -> object:
     """The module with the CUDA kernels."""
     if ON_GPU:
         return _native._cuda
-    cuda_builds.BUILD.mkdir(exist_ok=True)
-    with FileLock(cuda_builds.BUILD / "cuda_on_cpu.lock"):  # one of the tests' processes builds it
-        module = cuda_builds.build_for_cpu()
-    return cuda_builds.load(module)
+    return cuda_builds.load(cuda_builds.build_for_tests())
 
 
 @pytest.fixture

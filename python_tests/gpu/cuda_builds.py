@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from filelock import FileLock
+
 ROOT = Path(__file__).parent.parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build"
@@ -117,6 +119,19 @@ def build_for_cpu(directory: Path = CUDA, extra_flags: Sequence[str] = ()) -> Pa
     return module
 
 
+def build_for_tests() -> Path:
+    """The module that tests run: by the first of their processes that asks for it.
+
+    ``CUDA_ON_CPU_SOURCES`` in the environment names a directory with other sources,
+    ``CUDA_ON_CPU_FLAGS`` further flags.
+    """
+    directory = Path(os.environ.get("CUDA_ON_CPU_SOURCES", CUDA))
+    flags = os.environ.get("CUDA_ON_CPU_FLAGS", "").split()
+    BUILD.mkdir(exist_ok=True)
+    with FileLock(BUILD / "cuda_on_cpu.lock"):
+        return build_for_cpu(directory, flags)
+
+
 def load(path: Path) -> ModuleType:
     """The module that `build_for_cpu` made."""
     spec = importlib.util.spec_from_file_location("_cuda_on_cpu", path)
@@ -125,6 +140,17 @@ def load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def altered(file: str, change: Sequence[tuple[str, str]], target: Path) -> Path:
+    """A copy of csrc/cuda in which a file's text is changed."""
+    shutil.copytree(CUDA, target)
+    text = (target / file).read_text()
+    for before, after in change:
+        assert text.count(before) == 1, f"{file} has {before!r} {text.count(before)} times"
+        text = text.replace(before, after)
+    (target / file).write_text(text)
+    return target
 
 
 # -- by nvcc ---------------------------------------------------------------------------------------
