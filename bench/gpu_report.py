@@ -290,7 +290,7 @@ def elementwise_case(op: str, batch: int, device: str, compiled: bool) -> Case:
     arguments = (x, z, c) if op == "reverse_step" else (x, t, z, schedule)
     for backend in backends(op, *arguments):
         calls[backend] = partial(ours, backend)
-    case.variants += [Variant(name, call, call) for name, call in calls.items()]
+    case.variants.extend(Variant(name, call, call) for name, call in calls.items())
     return case
 
 
