@@ -34,11 +34,12 @@ fail() {
 }
 
 # A part's name, its limit in seconds and its command; goes on after a failure, which the end
-# reports.
+# reports. All parts together end within ten minutes.
 failed=()
 part() {
-  local name=$1 limit=$2 started=$SECONDS status
+  local name=$1 limit=$2 left=$((590 - SECONDS)) started=$SECONDS status
   shift 2
+  ((limit > left)) && limit=$((left > 1 ? left : 1))
   echo
   echo "== $name"
   timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$out/${name// /-}.log"

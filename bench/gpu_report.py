@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,43 @@ def with_gradients(
     return case
 
 
+def elementwise_case(op: str, batch: int, device: str, compiled: bool) -> Case:
+    """One step of a sampler, or the forward corruption: limited by memory, or by the launch."""
+    torch.manual_seed(SEED)
+    schedule = DiffusionSchedule.cosine(CHAIN)
+    x, z = torch.randn(2, batch, ACTION, device=device)
+    c = schedule.solver("ddpm").coefficients[50].float().to(device)
+    t = torch.randint(0, CHAIN, (batch,), device=device)
+    abar = schedule.alphas_cumprod.to(device)[t][:, None]
+
+    def step(x: Tensor, eps: Tensor) -> Tensor:
+        k = c.to(x.dtype)
+        x0 = (k[0] * x - k[1] * eps).clamp(-1, 1)
+        return k[2] * x0 + k[3] * x + k[4] * eps
+
+    def corruption(x: Tensor, z: Tensor) -> Tensor:
+        return abar.sqrt().to(x.dtype) * x + (1 - abar).sqrt().to(x.dtype) * z
+
+    function = step if op == "reverse_step" else corruption
+
+    def ours(backend: str) -> Tensor:
+        if op == "reverse_step":
+            return ops.reverse_step(x, z, c, backend=backend)[0]
+        return ops.q_sample(x, t, z, schedule, backend=backend)
+
+    numbers = 4 if op == "reverse_step" else 3
+    exact = partial(function, x.double(), z.double())
+    case = Case(op, batch, exact, 0.0, 4.0 * numbers * x.numel())
+    calls = {EAGER: partial(function, x, z)}
+    if compiled:
+        calls[COMPILED] = partial(torch.compile(function, dynamic=False), x, z)
+    arguments = (x, z, c) if op == "reverse_step" else (x, t, z, schedule)
+    for backend in backends(op, *arguments):
+        calls[backend] = partial(ours, backend)
+    case.variants.extend(Variant(name, call, call) for name, call in calls.items())
+    return case
+
+
 def rff_features_case(batch: int, device: str, compiled: bool) -> Case:
     torch.manual_seed(SEED)
     sizes = 256, 1024
@@ -382,6 +420,8 @@ def cases(device: str, *, small: bool, compiled: bool) -> Iterator[Callable[[], 
     for batch in batches:
         c = compiled and batch == usual
         yield lambda b=batch, c=c: action_gradient_case(b, ascent, hidden, device, c)
+    for op in ("reverse_step", "q_sample"):
+        yield lambda op=op: elementwise_case(op, usual, device, compiled)
     yield lambda: rff_features_case(usual, device, compiled)
     yield lambda: mlp_case(usual, device, compiled)
     yield lambda: denoising_loss_case(usual, device, compiled)

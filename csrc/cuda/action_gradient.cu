@@ -1,40 +1,52 @@
 // All steps of the ascent of a batch of actions on min(Q1, Q2) in one launch.
 //
-// The work of a step is shared out by critic and tile of rows: a block takes one critic's value and
-// its gradient at the actions of a tile, keeping the activations' slopes for the way back, and
-// publishes both. Then the whole grid meets. Now everybody can see which critic attains a row's
-// minimum and takes the gradient of that one alone (of both, half each, on a tie), and every block
-// sums the norm over the batch by itself, in the same order. The two blocks that share a tile each
-// make the same update of its actions: nothing more has to be exchanged, and one meeting a step is
-// enough, since values and gradients alternate between two places.
+// The work of a step is shared out by critic and tile of rows: a group of blocks (group.cuh) takes
+// one critic's value and its gradient at the actions of a tile, keeping the activations' slopes for
+// the way back, and publishes both. Then the whole grid meets. Now everybody can see which critic
+// attains a row's minimum and takes the gradient of that one alone (of both, half each, on a tie),
+// and every block sums the norm over the batch by itself, in the same order. The blocks that share
+// a tile each make the same update of their own copy of its actions: nothing more has to be
+// exchanged, and one meeting a step is enough, since values and gradients alternate between two
+// places.
 //
 // Going back through one critic a row only would save nothing while tiles hold rows of both kinds:
 // the weights, which are the limit, have to be read anyway; and to know which would take a second
 // meeting.
 //
 // Weights are packed once a call, at the start of the launch, in both directions and in the
-// precision that they are multiplied in; every step streams them from L2 through cp.async. No
-// parameter gradient is ever formed. The state's part of each first layer is computed once.
+// precision that they are multiplied in. A group keeps to one critic, whose slices stay in the
+// blocks' shared memory for all steps, if they fit; else every step streams them from L2 through
+// cp.async. No parameter gradient is ever formed. The state's part of each first layer is computed
+// once.
 //
-// Budget: 256 threads, up to 255 registers (one block a multiprocessor), no spills; dynamic shared
-// memory as `SharedLayout` says: 8 rows of width 256 in float32 take 128 KB, 32 rows 178 KB.
+// Budget: 256 threads, up to 255 registers (one block a multiprocessor), no spills; shared memory
+// as the plan says, up to all of it.
 //
-// Roofline, on an H100 at 1.7 GHz (132 multiprocessors; of each: 128 FFMA or about 1,000 bf16
-// multiply-adds a clock; L2 64 B a clock, and 3,000 for all), three hidden layers of 256, action 6.
-// An item is 133 k multiply-adds a row forward and as many back, and streams 2 * 131,072 weights a
-// step, 1.05 MB in float32: 16,400 clocks. A meeting of the grid is taken as 3,000 clocks. 20
-// steps:
+// Roofline, on an H100 at 1.7 GHz: 132 multiprocessors, of each 128 FFMA a clock (100 are reckoned
+// with) or, through mma.sync, some 800 bf16 multiply-adds; shared memory 128 bytes a clock; L2 64
+// bytes a clock, 3,000 for all together. Three hidden layers of 256, action 6: a step of one critic
+// takes 133,000 multiply-adds a row forward and as many back, 266,000 FLOPs each way, and 1.05 MB
+// of float32 weights. A meeting of the grid is taken as 3,000 clocks, one of a cluster as 800, of
+// which a step has six: three hidden layers forward, the turn and two layers back. 20 steps:
 //
-//   batch 256   float32: 64 items of 8 rows, 16,600 clocks of FFMA; 64 * 1.05 MB from L2 are 22,400
-//               and limit it: 0.30 ms. bf16: 32 items of 16 rows, the stream of one multiprocessor
-//               limits it, 8,200 clocks: 0.13 ms.
-//   batch 4096  float32: 256 items of 32 rows in two rounds, 133,000 clocks of FFMA: 1.6 ms. bf16:
-//               256 items of 32 rows in two rounds, 44,700 clocks from L2: 0.56 ms.
+//   batch 1     Every step needs all weights. From L2 into a multiprocessor for each critic they
+//               take 16,400 clocks. Spread over 8 for each they stay there, and take 1,024 from
+//               shared memory; the tile's 8 rows of products take 3,000, exchanges 4,800, and with
+//               the grid's meeting a step has 12,100 clocks: 0.14 ms. Latency limits it. The same
+//               goes for up to 64 rows. In bf16 10,200 clocks, 0.12 ms.
+//   batch 256   32 groups of 4 blocks, 16 rows each: products take 11,000 clocks, limited alike by
+//               FFMA and by the layers that don't stay, from L2; with exchanges and meeting 21,800,
+//               0.26 ms. 64 blocks alone with 8 rows each would read 22,400 clocks from L2: 30,100 in
+//               all. In bf16 all weights stay, and exchanges limit it: 11,600, 0.14 ms.
+//   batch 4096  256 items of 32 rows for blocks alone, in two rounds. FFMA limits float32: 168,000
+//               of 198,000 clocks, 2.3 ms. In bf16 weights from L2 take 46,000 and activations
+//               20,000 of 74,500: 0.88 ms. Tiles of 64 rows would halve the former, but spill.
 //
-// No GPU has measured it yet.
+// `estimate` below does this arithmetic for the call at hand, and the launcher takes the group and
+// the rows for which it gives least. No GPU has measured it yet.
 #include "activations.cuh"
+#include "group.cuh"
 #include "kernels.h"
-#include "tile.cuh"
 
 namespace diffcore {
 namespace cuda {
@@ -43,45 +55,44 @@ namespace {
 
 // -- what a call lays out -------------------------------------------------------------------------
 
-// A critic's weights as they are multiplied, in the workspace. Entries l of `forward` and
-// `backward` are layers 1 .. count - 1 and 0 .. count - 2 in `Math`'s operands; what meets states
-// and actions on the way forward is float32 in any precision: the layer is thin, and actions are
-// what is refined.
+// A critic's weights as they are multiplied: packed in the workspace, and slices of them in shared
+// memory. Entries l of `forward` and `backward` are layers 1 .. count - 1 and 0 .. count - 2 in
+// `Math`'s operands; what meets states and actions on the way forward is float32 in any precision:
+// the layer is thin, and actions are what is refined. The last layer forward and the first one
+// backward are thin too: every block of a group makes them as a whole.
 struct PackedCritic {
-  float* state_input;   // [width, state_dim]
-  float* action_input;  // [width, action_dim]
-  void* forward[max_layers];
-  void* backward[max_layers];
-};
-
-// Where things lie in a block's dynamic shared memory.
-struct SharedLayout {
-  int hidden_stride;  // elements
-  int hidden;         // two buffers [rows, hidden_stride], before the first step one for states
-  int hidden_bytes;   // of one of them
-  int state_stride;
-  int action_stride;
-  int action;  // [rows, action_stride]
-  int warps;   // what `linear` needs
-  int warp_bytes;
-  int sums;  // one float a warp, and two
-  int total;
+  SlicedWeights state_input;   // [width, state_dim]
+  SlicedWeights action_input;  // [width, action_dim]
+  SlicedWeights forward[max_layers];
+  SlicedWeights backward[max_layers];
 };
 
 struct AscentPlan {
   ActionGradientCall call;
   PackedCritic packed[2];
-  SharedLayout shared;
-  int width;          // of the widest hidden layer, padded
-  int64_t tiles;      // of rows; an item is a tile of one critic
+  GroupLayout group;
+  int width;      // of the widest hidden layer, padded
+  int64_t tiles;  // of rows; an item is a tile of one critic
+  int groups;     // even, so that a group keeps to one critic; or a single one, which streams
+
+  // Where things lie in a block's dynamic shared memory.
+  int state_offset;  // [rows, state_stride], before the hidden activations come there
+  int state_stride;
+  int action_offset;  // [rows, action_stride]
+  int action_stride;
+  int sums_offset;    // one float a warp, and two
+  int memory_offset;  // the warps' memory; for states, as much as the streams of weights take
+  int bytes_a_warp;
+  int state_bytes_a_warp;
+
+  // In the workspace.
   float* state_part;  // [2, batch, width]
   float* slopes;      // [blocks, layers - 1, rows, width]
-  float* actions;     // [2, batch, action_dim], and so on
+  float* actions;     // [copies, batch, action_dim], one of every critic and rank; and so on
   float* first_moment;
   float* second_moment;
   float* values;     // [2 by step, 2, batch]
   float* gradients;  // [2 by step, 2, batch, action_dim]
-  int64_t bytes;     // of the workspace
 };
 
 int widest_hidden(const ActionGradientCall& call) {
@@ -92,91 +103,16 @@ int widest_hidden(const ActionGradientCall& call) {
   return round_up(widest, 16);
 }
 
-// Takes pieces of the workspace, each on 256 bytes; without memory it only measures.
-struct Workspace {
-  char* base;
-  int64_t used = 0;
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
-    return piece;
-  }
-};
-
-template <class Math>
-int64_t packed_size(int columns, int k) {
-  return static_cast<int64_t>(round_up(columns, 8)) * round_up(k, Math::k_step);
-}
-
-template <class Math>
-SharedLayout shared_layout(const ActionGradientCall& call, int rows) {
-  using Operand = typename Math::Operand;
-  const int state_dim = call.critics[0].state_dim, action_dim = call.critics[0].action_dim;
-  SharedLayout s{};
-  s.hidden_stride = operand_stride<Operand>(round_up(widest_hidden(call), Math::k_step));
-  s.hidden_bytes = rows * s.hidden_stride * static_cast<int>(sizeof(Operand));
-  s.state_stride = operand_stride<float>(round_up(state_dim, Float32Math::k_step));
-  s.action_stride = operand_stride<float>(round_up(action_dim, Float32Math::k_step));
-  const int state_bytes = rows * s.state_stride * 4;
-  s.action = round_up(2 * s.hidden_bytes > state_bytes ? 2 * s.hidden_bytes : state_bytes, 128);
-  s.warps = round_up(s.action + rows * s.action_stride * 4, 128);
-  s.warp_bytes = warp_bytes<Math>(rows, true);
-  if (s.warp_bytes < warp_bytes<Float32Math>(rows, true))
-    s.warp_bytes = warp_bytes<Float32Math>(rows, true);
-  s.sums = s.warps + warps * s.warp_bytes;
-  s.total = s.sums + (warps + 2) * 4;
-  return s;
-}
-
-template <class Math>
-AscentPlan plan_ascent(const ActionGradientCall& call, int rows, unsigned blocks) {
-  using Operand = typename Math::Operand;
-  AscentPlan plan{};
-  Workspace memory{static_cast<char*>(call.workspace)};
-  const int action_dim = call.critics[0].action_dim;
-  plan.call = call;
-  plan.shared = shared_layout<Math>(call, rows);
-  plan.width = widest_hidden(call);
-  plan.tiles = (call.batch + rows - 1) / rows;
-  int layers = 0;
-  for (int c = 0; c < 2; ++c) {
-    const CriticParameters& critic = call.critics[c];
-    PackedCritic& packed = plan.packed[c];
-    const LinearParameters* l = critic.layers;
-    const int count = critic.layer_count;
-    packed.state_input = memory.take<float>(packed_size<Float32Math>(l[0].out, critic.state_dim));
-    packed.action_input = memory.take<float>(packed_size<Float32Math>(l[0].out, action_dim));
-    packed.backward[0] = memory.take<Operand>(packed_size<Math>(action_dim, l[0].out));
-    for (int i = 1; i < count; ++i) {
-      packed.forward[i] = memory.take<Operand>(packed_size<Math>(l[i].out, l[i].in));
-      if (i < count - 1)
-        packed.backward[i] = memory.take<Operand>(packed_size<Math>(l[i].in, l[i].out));
-    }
-    layers = count - 1 > layers ? count - 1 : layers;
-  }
-  const int64_t elements = call.batch * action_dim;
-  plan.state_part = memory.take<float>(2 * call.batch * plan.width);
-  plan.slopes = memory.take<float>(static_cast<int64_t>(blocks) * layers * rows * plan.width);
-  plan.actions = memory.take<float>(2 * elements);
-  plan.first_moment = memory.take<float>(2 * elements);
-  plan.second_moment = memory.take<float>(2 * elements);
-  plan.values = memory.take<float>(2 * 2 * call.batch);
-  plan.gradients = memory.take<float>(2 * 2 * elements);
-  plan.bytes = memory.used;
-  return plan;
-}
-
 // -- packing --------------------------------------------------------------------------------------
 
 // packed [columns, k] with zeros where they are padded: weight(column, k), which is at
 // from[column * column_stride + k * k_stride]. By all threads of the grid.
 template <class Math>
 __device__ void pack(const float* from, int columns, int64_t column_stride, int k, int64_t k_stride,
-                     void* to) {
-  const int pairs = round_up(k, Math::k_step) / 2;
-  const int count = round_up(columns, 8) * pairs;
-  const auto packed = static_cast<typename Math::Pair*>(to);
+                     const SlicedWeights& to) {
+  const int pairs = to.k / 2;
+  const int count = to.columns * pairs;
+  const auto packed = static_cast<typename Math::Pair*>(to.weight);
   const int first = static_cast<int>(blockIdx.x) * block_threads + static_cast<int>(threadIdx.x);
   for (int p = first; p < count; p += static_cast<int>(gridDim.x) * block_threads) {
     const int column = p / pairs, at = p % pairs * 2;
@@ -205,10 +141,17 @@ __device__ void pack_critics(const AscentPlan& plan) {
   }
 }
 
-template <class Math>
-__device__ Weights<typename Math::Operand> streamed(const void* packed, int k, int columns) {
-  return {nullptr, static_cast<const typename Math::Operand*>(packed), round_up(k, Math::k_step),
-          round_up(columns, 8)};
+// Copies the block's slices of a critic to where they stay, and waits for them.
+template <class Operand>
+__device__ void load_slices(const AscentPlan& plan, int critic, int rank, char* shared) {
+  const PackedCritic& packed = plan.packed[critic];
+  const int last = plan.call.critics[critic].layer_count - 1;
+  load_slice<float>(packed.action_input, rank, shared);
+  for (int l = 1; l <= last; ++l)
+    load_slice<Operand>(packed.forward[l], l < last ? rank : 0, shared);
+  for (int l = 0; l < last; ++l) load_slice<Operand>(packed.backward[l], l > 0 ? rank : 0, shared);
+  commit_copies();
+  wait_for_copies<0>();
 }
 
 // -- one critic on one tile -----------------------------------------------------------------------
@@ -237,104 +180,137 @@ __device__ void stage_rows(const float* from, int row_count, int columns, float*
   }
 }
 
-// Zeros in columns of a hidden buffer that the next layer reads and the last one didn't write.
-template <class Math>
-__device__ void clear_padding(typename Math::Operand* hidden, int stride, int row_count,
-                              int width) {
-  const int written = round_up(width, 8), gap = round_up(width, Math::k_step) - written;
-  for (int i = static_cast<int>(threadIdx.x); i < row_count * gap; i += block_threads)
-    hidden[i / gap * stride + written + i % gap] = 0;
-}
-
 template <class Math, int rows>
 class CriticPass {
  public:
   using Operand = typename Math::Operand;
-  using Pair = typename Math::Pair;
 
-  __device__ CriticPass(const AscentPlan& plan, const Item& item, char* memory)
+  __device__ CriticPass(const AscentPlan& plan, const Item& item, char* shared,
+                        Group<Math, rows>& group)
       : plan_(plan),
         critic_(plan.call.critics[item.critic]),
         packed_(plan.packed[item.critic]),
         item_(item),
-        memory_(memory),
+        shared_(shared),
+        group_(group),
         slopes_(plan.slopes +
                 static_cast<int64_t>(blockIdx.x) * (critic_.layer_count - 1) * rows * plan.width) {}
 
-  // The first layer, thin and in float32, on rows of states or of actions. What states make of it,
-  // with the bias, is kept for all steps; actions add their part and are activated.
-  __device__ void first_layer(bool of_states, const float* input) const {
-    const SharedLayout& s = plan_.shared;
-    const LinearParameters& layer = critic_.layers[0];
-    const int width = of_states ? critic_.state_dim : critic_.action_dim;
-    const int stride = of_states ? s.state_stride : s.action_stride;
-    const auto staged = reinterpret_cast<float*>(memory_ + (of_states ? s.hidden : s.action));
-    stage_rows(input, item_.rows, width, staged, stride);
+  // What states and the bias make of the first layer, in float32: kept for all steps.
+  __device__ void state_part(const float* states) const {
+    const auto staged = reinterpret_cast<float*>(shared_ + plan_.state_offset);
+    stage_rows(states, item_.rows, critic_.state_dim, staged, plan_.state_stride);
     __syncthreads();
-    const float* packed = of_states ? packed_.state_input : packed_.action_input;
-    linear<Float32Math, rows>(staged, stride, item_.rows,
-                              streamed<Float32Math>(packed, width, layer.out), memory_ + s.warps,
-                              s.warp_bytes, [&](int row, int column, float2 sum) {
-                                float2* part = state_part_at(row, column);
-                                const float2 other = of_states ? bias_of(layer, column) : *part;
-                                sum = make_float2(sum.x + other.x, sum.y + other.y);
-                                if (of_states) {
-                                  *part = sum;
-                                } else {
-                                  activate_pair(0, row, column, sum, 0);
-                                }
+    const Slice<float> slice = slice_of<float>(packed_.state_input, group_.rank(), shared_);
+    linear<Float32Math, rows>(staged, plan_.state_stride, item_.rows, slice.weights, memory(),
+                              plan_.state_bytes_a_warp, [&](int row, int column, float2 sum) {
+                                const int at = slice.first + column;
+                                const float2 bias = bias_of(critic_.layers[0], at);
+                                *state_part_at(row, at) =
+                                    make_float2(sum.x + bias.x, sum.y + bias.y);
                               });
     __syncthreads();
   }
 
-  // All that comes after the first layer: the tile's values [rows] and, back through all layers,
-  // the gradients at its actions [rows, action_dim]. One loop over all products and one call of
-  // `linear`: each is a thousand instructions.
-  __device__ void rest(float* values, float* gradients) const {
-    const SharedLayout& s = plan_.shared;
-    const int action_dim = critic_.action_dim, last = critic_.layer_count - 1;
-    const LinearParameters& output = critic_.layers[last];
-    int current = 0;
-    for (int product = 1; product <= 2 * last; ++product, current ^= 1) {
-      const bool forward = product <= last;
-      const int l = forward ? product : 2 * last - product;
-      const LinearParameters& layer = critic_.layers[l];
-      const int k = forward ? layer.in : layer.out;
-      const int columns = forward ? layer.out : l > 0 ? layer.in : action_dim;
-      const int next = current ^ 1;
-      clear_padding<Math>(hidden(current), s.hidden_stride, item_.rows, k);
-      __syncthreads();
-      linear<Math, rows>(
-          hidden(current), s.hidden_stride, item_.rows,
-          streamed<Math>(forward ? packed_.forward[l] : packed_.backward[l], k, columns),
-          memory_ + s.warps, s.warp_bytes, [&](int row, int column, float2 sum) {
-            if (product < last) {
-              const float2 bias = bias_of(layer, column);
-              activate_pair(l, row, column, make_float2(sum.x + bias.x, sum.y + bias.y), next);
-            } else if (product == last) {
-              if (column == 0) values[row] = sum.x + bias_of(output, 0).x;
-            } else if (l > 0) {
-              const float2 slope = *slope_at(l - 1, row, column);
-              *hidden_pair(next, row, column) = Math::pair(sum.x * slope.x, sum.y * slope.y);
-            } else {
-              float* g = gradients + row * action_dim + column;
-              if (column < action_dim) g[0] = sum.x;
-              if (column + 1 < action_dim) g[1] = sum.y;
-            }
-          });
-      if (product == last) turn_back(output, last - 1, next);
-    }
+  // The tile's values [rows] and, back through all layers, the gradients at its actions [rows,
+  // action_dim].
+  __device__ void run(const float* actions, float* values, float* gradients) const {
+    rest(first_layer(actions), values, gradients);
     __syncthreads();
   }
 
  private:
-  __device__ Operand* hidden(int which) const {
-    return reinterpret_cast<Operand*>(memory_ + plan_.shared.hidden +
-                                      which * plan_.shared.hidden_bytes);
+  // Thin, and in float32. Actions add their part to what states made.
+  __device__ Operand* first_layer(const float* actions) const {
+    const auto staged = reinterpret_cast<float*>(shared_ + plan_.action_offset);
+    stage_rows(actions, item_.rows, critic_.action_dim, staged, plan_.action_stride);
+    __syncthreads();
+    const Slice<float> slice = slice_of<float>(packed_.action_input, group_.rank(), shared_);
+    linear<Float32Math, rows>(staged, plan_.action_stride, item_.rows, slice.weights, memory(),
+                              plan_.bytes_a_warp, [&](int row, int column, float2 sum) {
+                                const int at = slice.first + column;
+                                const float2 part = *state_part_at(row, at);
+                                activate_pair(0, row, at,
+                                              make_float2(sum.x + part.x, sum.y + part.y));
+                              });
+    return exchange(packed_.action_input.columns);
   }
-  __device__ Pair* hidden_pair(int which, int row, int column) const {
-    return reinterpret_cast<Pair*>(hidden(which) + row * plan_.shared.hidden_stride + column);
+
+  // One loop over all products and one call of `linear`: each is a thousand instructions.
+  __device__ void rest(Operand* in, float* values, float* gradients) const {
+    const int action_dim = critic_.action_dim, last = critic_.layer_count - 1;
+    const LinearParameters& output = critic_.layers[last];
+    const int stride = plan_.group.hidden_stride;
+    const bool writes = group_.rank() == 0;
+    for (int product = 1; product <= 2 * last; ++product) {
+      const bool forward = product <= last, thin = product == last || product == 2 * last;
+      const int l = forward ? product : 2 * last - product;
+      const LinearParameters& layer = critic_.layers[l];
+      const SlicedWeights& weights = forward ? packed_.forward[l] : packed_.backward[l];
+      const Slice<Operand> slice = slice_of<Operand>(weights, thin ? 0 : group_.rank(), shared_);
+      clear_padding(in, stride, forward ? layer.in : layer.out, weights.k);
+      linear<Math, rows>(in, stride, item_.rows, slice.weights, memory(), plan_.bytes_a_warp,
+                         [&](int row, int column, float2 sum) {
+                           const int at = slice.first + column;
+                           if (product < last) {
+                             const float2 bias = bias_of(layer, at);
+                             activate_pair(l, row, at, make_float2(sum.x + bias.x, sum.y + bias.y));
+                           } else if (product == last) {
+                             if (writes && at == 0) values[row] = sum.x + bias_of(output, 0).x;
+                           } else if (l > 0) {
+                             const float2 slope = *slope_at(l - 1, row, at);
+                             group_.put(row, at, Math::pair(sum.x * slope.x, sum.y * slope.y));
+                           } else if (writes) {
+                             float* g = gradients + row * action_dim + at;
+                             if (at < action_dim) g[0] = sum.x;
+                             if (at + 1 < action_dim) g[1] = sum.y;
+                           }
+                         });
+      if (product == last) turn_back(output, last - 1);
+      if (product < 2 * last) in = exchange(thin ? round_up(output.in, 8) : weights.columns);
+    }
   }
+
+  // The gradient of the value at the sums of the last hidden layer, of which each block has a slice.
+  __device__ void turn_back(const LinearParameters& output, int layer) const {
+    const SlicedWeights& made_by = layer > 0 ? packed_.forward[layer] : packed_.action_input;
+    const int begin = group_.rank() * made_by.slice, left = made_by.columns - begin;
+    const int pairs = (left < made_by.slice ? left : made_by.slice) / 2;
+    for (int p = static_cast<int>(threadIdx.x); p < item_.rows * pairs; p += block_threads) {
+      const int row = p / pairs, column = begin + p % pairs * 2;
+      const float2 slope = *slope_at(layer, row, column);
+      const float w0 = column < output.in ? output.weight[column] : 0.0f;
+      const float w1 = column + 1 < output.in ? output.weight[column + 1] : 0.0f;
+      group_.put(row, column, Math::pair(w0 * slope.x, w1 * slope.y));
+    }
+  }
+
+  __device__ void activate_pair(int layer, int row, int column, float2 sum) const {
+    const ValueAndSlope a = value_and_slope(critic_.activation, sum.x);
+    const ValueAndSlope b = value_and_slope(critic_.activation, sum.y);
+    group_.put(row, column, Math::pair(a.value, b.value));
+    *slope_at(layer, row, column) = make_float2(a.slope, b.slope);
+  }
+
+  // Waits for the group's columns of a layer, and returns where they lie.
+  __device__ Operand* exchange(int columns) const {
+    Operand* here = group_.exchanged();
+    group_.arrive();
+    group_.wait(item_.rows, columns);
+    return here;
+  }
+
+  // Zeros from the columns that a layer has to those that the next one reads: wider layers may have
+  // left something there.
+  __device__ void clear_padding(Operand* hidden, int stride, int width, int k) const {
+    const int written = round_up(width, 8), gap = k - written;
+    if (gap <= 0) return;
+    for (int i = static_cast<int>(threadIdx.x); i < item_.rows * gap; i += block_threads)
+      hidden[i / gap * stride + written + i % gap] = 0;
+    __syncthreads();
+  }
+
+  __device__ char* memory() const { return shared_ + plan_.memory_offset; }
   __device__ float2* slope_at(int layer, int row, int column) const {
     return reinterpret_cast<float2*>(
         slopes_ + (static_cast<int64_t>(layer) * rows + row) * plan_.width + column);
@@ -349,30 +325,12 @@ class CriticPass {
                        column + 1 < layer.out ? layer.bias[column + 1] : 0.0f);
   }
 
-  // The gradient of the value at the sums of the last hidden layer.
-  __device__ void turn_back(const LinearParameters& output, int layer, int to) const {
-    const int pairs = round_up(output.in, 8) / 2;
-    for (int p = static_cast<int>(threadIdx.x); p < item_.rows * pairs; p += block_threads) {
-      const int row = p / pairs, column = p % pairs * 2;
-      const float2 slope = *slope_at(layer, row, column);
-      const float w0 = column < output.in ? output.weight[column] : 0.0f;
-      const float w1 = column + 1 < output.in ? output.weight[column + 1] : 0.0f;
-      *hidden_pair(to, row, column) = Math::pair(w0 * slope.x, w1 * slope.y);
-    }
-  }
-
-  __device__ void activate_pair(int layer, int row, int column, float2 sum, int to) const {
-    const ValueAndSlope a = value_and_slope(critic_.activation, sum.x);
-    const ValueAndSlope b = value_and_slope(critic_.activation, sum.y);
-    *hidden_pair(to, row, column) = Math::pair(a.value, b.value);
-    *slope_at(layer, row, column) = make_float2(a.slope, b.slope);
-  }
-
   const AscentPlan& plan_;
   const CriticParameters& critic_;
   const PackedCritic& packed_;
   const Item item_;
-  char* const memory_;
+  char* const shared_;
+  Group<Math, rows>& group_;
   float* const slopes_;
 };
 
@@ -434,15 +392,20 @@ __device__ float row_factor(const Published& p, int64_t row, float max_norm) {
   return clip_factor(sum, max_norm);
 }
 
-__device__ void update_actions(const AscentPlan& plan, const Item& item, const Published& p,
-                               float factor_of_batch, const float* adam) {
+// Which of [copies, batch] rows a block updates as its own.
+__device__ int64_t own_rows(const AscentPlan& plan, const Item& item, int rank) {
+  return (2 * rank + item.critic) * plan.call.batch + item.first;
+}
+
+__device__ void update_actions(const AscentPlan& plan, const Item& item, int rank,
+                               const Published& p, float factor_of_batch, const float* adam) {
   const ActionGradientCall& call = plan.call;
   const int action_dim = p.action_dim;
   const float step_size = adam[0], root_correction = adam[1];
   for (int i = static_cast<int>(threadIdx.x); i < item.rows * action_dim; i += block_threads) {
     const int64_t row = item.first + i / action_dim;
     const int column = i % action_dim;
-    const int64_t at = (item.critic * call.batch + row) * action_dim + column;
+    const int64_t at = own_rows(plan, item, rank) * action_dim + i;
     const float factor =
         call.norm_clip == NormClip::row ? row_factor(p, row, call.max_norm) : factor_of_batch;
     const float g = p.descent(row, column) * factor;
@@ -462,10 +425,10 @@ __device__ void update_actions(const AscentPlan& plan, const Item& item, const P
 }
 
 // The block's own copy of a tile's actions, and Adam's moments at 0.
-__device__ void start(const AscentPlan& plan, const Item& item) {
+__device__ void start(const AscentPlan& plan, const Item& item, int rank) {
   const int action_dim = plan.call.critics[0].action_dim;
   const int64_t from = item.first * action_dim;
-  const int64_t to = item.critic * plan.call.batch * action_dim + from;
+  const int64_t to = own_rows(plan, item, rank) * action_dim;
   for (int i = static_cast<int>(threadIdx.x); i < item.rows * action_dim; i += block_threads) {
     plan.actions[to + i] = plan.call.action[from + i];
     plan.first_moment[to + i] = plan.second_moment[to + i] = 0.0f;
@@ -477,32 +440,38 @@ __device__ void start(const AscentPlan& plan, const Item& item) {
 template <class Math, int rows>
 __global__ void __launch_bounds__(block_threads, 1)
     ascend(const __grid_constant__ AscentPlan plan) {
-  DIFFCORE_DYNAMIC_SHARED(memory);
+  DIFFCORE_DYNAMIC_SHARED(shared);
   const ActionGradientCall& call = plan.call;
   const int action_dim = call.critics[0].action_dim;
   const int64_t items = 2 * plan.tiles, elements = call.batch * action_dim;
-  const auto sums = reinterpret_cast<float*>(memory + plan.shared.sums);
+  const auto sums = reinterpret_cast<float*>(shared + plan.sums_offset);
   float* const adam = sums + warps;  // step size, and the correction of the root
+  Group<Math, rows> group(plan.group, shared);
+  const int rank = group.rank();
 
   pack_critics<Math>(plan);
+  if (plan.group.counters && rank == 0 && threadIdx.x == 0) plan.group.counters[group.index()] = 0;
   wait_for_grid();
+  for (int64_t i = group.index(); i < items; i += plan.groups) {
+    const Item item = item_at<rows>(plan, i);
+    start(plan, item, rank);
+    CriticPass<Math, rows>(plan, item, shared, group)
+        .state_part(call.state + item.first * call.critics[0].state_dim);
+  }
+  load_slices<typename Math::Operand>(plan, group.index() % 2, rank, shared);
+  group.start();
+
   double power1 = 1.0, power2 = 1.0;
-  for (int step = -1; step < call.steps; ++step) {  // the first time round, what the steps share
+  for (int step = 0; step < call.steps; ++step) {
     float* values = plan.values + (step & 1) * 2 * call.batch;
     float* gradients = plan.gradients + (step & 1) * 2 * elements;
-    for (int64_t i = blockIdx.x; i < items; i += gridDim.x) {
+    for (int64_t i = group.index(); i < items; i += plan.groups) {
       const Item item = item_at<rows>(plan, i);
-      const CriticPass<Math, rows> pass(plan, item, memory);
       const int64_t row = item.critic * call.batch + item.first;
-      if (step < 0) {
-        start(plan, item);
-        pass.first_layer(true, call.state + item.first * call.critics[0].state_dim);
-      } else {
-        pass.first_layer(false, plan.actions + row * action_dim);
-        pass.rest(values + row, gradients + row * action_dim);
-      }
+      CriticPass<Math, rows>(plan, item, shared, group)
+          .run(plan.actions + own_rows(plan, item, rank) * action_dim, values + row,
+               gradients + row * action_dim);
     }
-    if (step < 0) continue;
     // Bias corrections of Adam, computed as torch does, in double, by one thread.
     if (threadIdx.x == 0) {
       power1 *= 0.9;
@@ -514,74 +483,262 @@ __global__ void __launch_bounds__(block_threads, 1)
     const Published published = {values, gradients, call.batch, action_dim};
     const float factor =
         call.norm_clip == NormClip::batch ? batch_factor(published, call.max_norm, sums) : 1.0f;
-    for (int64_t i = blockIdx.x; i < items; i += gridDim.x)
-      update_actions(plan, item_at<rows>(plan, i), published, factor, adam);
+    for (int64_t i = group.index(); i < items; i += plan.groups)
+      update_actions(plan, item_at<rows>(plan, i), rank, published, factor, adam);
     __syncthreads();
   }
 
-  for (int64_t i = blockIdx.x; i < items; i += gridDim.x) {
+  if (rank != 0) return;
+  for (int64_t i = group.index(); i < items; i += plan.groups) {
     const Item item = item_at<rows>(plan, i);
     if (item.critic != 0) continue;
-    const int64_t first = item.first * action_dim;
+    const float* from = plan.actions + own_rows(plan, item, rank) * action_dim;
+    float* to = call.improved + item.first * action_dim;
     for (int e = static_cast<int>(threadIdx.x); e < item.rows * action_dim; e += block_threads)
-      call.improved[first + e] = plan.actions[first + e];
+      to[e] = from[e];
   }
 }
 
-// -- the choice of a tile -------------------------------------------------------------------------
+// -- the plan -------------------------------------------------------------------------------------
 
-// What is launched for a call: few rows a tile while that keeps everybody busy, else many.
-struct Choice {
-  AscentPlan plan;
+struct Plan {
+  AscentPlan ascent;
   Launch launch;
   void (*kernel)(AscentPlan);
+  int rows;
+  double clocks;  // of a step, by `estimate`
 };
 
+// The widths of a critic's weights, and which slices stay in shared memory from `used` on: the thin
+// ones first, then as many of the others as there is room for. Returns where shared memory ends.
+int lay_out_critic(const CriticParameters& critic, int group_size, bool stay, int most, int used,
+                   PackedCritic* packed) {
+  const Precision precision = critic.precision;
+  const int last = critic.layer_count - 1;
+  const LinearParameters* layers = critic.layers;
+  const auto keep = [&](Precision of, SlicedWeights* w) {
+    const int bytes = slice_bytes(of, *w);
+    if (!stay || used + bytes > most) return;
+    w->shared_offset = used;
+    used += bytes;
+  };
+  packed->state_input = sliced(Precision::float32, critic.state_dim, layers[0].out, group_size);
+  packed->action_input = sliced(Precision::float32, critic.action_dim, layers[0].out, group_size);
+  packed->forward[last] = sliced(precision, layers[last].in, layers[last].out, 1);
+  packed->backward[0] = sliced(precision, layers[0].out, critic.action_dim, 1);
+  keep(Precision::float32, &packed->action_input);
+  keep(precision, &packed->forward[last]);
+  keep(precision, &packed->backward[0]);
+  for (int l = 1; l < last; ++l) {
+    packed->forward[l] = sliced(precision, layers[l].in, layers[l].out, group_size);
+    packed->backward[l] = sliced(precision, layers[l].out, layers[l].in, group_size);
+    keep(precision, &packed->forward[l]);
+    keep(precision, &packed->backward[l]);
+  }
+  return used;
+}
+
+bool all_stay(const PackedCritic& packed, int last) {
+  if (packed.action_input.shared_offset < 0) return false;
+  for (int l = 0; l < last; ++l)
+    if (packed.forward[l + 1].shared_offset < 0 || packed.backward[l].shared_offset < 0)
+      return false;
+  return true;
+}
+
+// Widths, and what lies where in shared memory, for at most so many groups; false if it doesn't
+// fit.
+bool lay_out(const ActionGradientCall& call, const Device& device, int group_size, int most_groups,
+             int rows, Plan* plan) {
+  const Precision precision = call.critics[0].precision;
+  const int action_dim = call.critics[0].action_dim;
+  AscentPlan& a = plan->ascent;
+  a = AscentPlan{};
+  a.call = call;
+  a.width = widest_hidden(call);
+  a.tiles = (call.batch + rows - 1) / rows;
+  const int64_t items = 2 * a.tiles;
+  a.groups = items < most_groups ? static_cast<int>(items) : most_groups;
+  if (a.groups > 1) a.groups -= a.groups % 2;
+  if (a.groups == 0 && items > 0) return false;
+  plan->rows = rows;
+
+  int used = 0;
+  const auto take = [&](int bytes) {
+    const int offset = used;
+    used += round_up(bytes, 128);
+    return offset;
+  };
+  GroupLayout& group = a.group;
+  group.size = group_size;
+  group.exchange = exchange_of(device, group_size);
+  group.hidden_stride = operand_stride_of(precision, round_up(a.width, k_step_of(precision)));
+  group.hidden_bytes = round_up(element_bytes(precision) * rows * group.hidden_stride, 128);
+  a.state_stride = operand_stride<float>(round_up(call.critics[0].state_dim, Float32Math::k_step));
+  a.action_stride = operand_stride<float>(round_up(action_dim, Float32Math::k_step));
+  const int state_bytes = 4 * rows * a.state_stride;
+  group.hidden_offset = a.state_offset =
+      take(2 * group.hidden_bytes > state_bytes ? 2 * group.hidden_bytes : state_bytes);
+  a.action_offset = take(4 * rows * a.action_stride);
+  a.sums_offset = take(4 * (warps + 2));
+  a.memory_offset = used;
+  a.state_bytes_a_warp = bytes_for_warp(Precision::float32, rows, true);
+
+  const auto lay_out_weights = [&](bool streams) {
+    a.bytes_a_warp = bytes_for_warp(precision, rows, streams);
+    const int begin = a.memory_offset + warps * a.bytes_a_warp;
+    used = a.memory_offset + warps * a.state_bytes_a_warp;
+    bool all = true;
+    for (int c = 0; c < 2; ++c) {
+      const int end = lay_out_critic(call.critics[c], group_size, a.groups % 2 == 0,
+                                     device.shared_bytes, begin, &a.packed[c]);
+      if (end > used) used = end;
+      all = all && all_stay(a.packed[c], call.critics[c].layer_count - 1);
+    }
+    return all;
+  };
+  if (!lay_out_weights(false)) lay_out_weights(true);
+  plan->launch = {static_cast<unsigned>(a.groups * group_size), block_threads,
+                  static_cast<size_t>(used), call.stream};
+  if (group.exchange == Exchange::cluster) plan->launch.cluster = static_cast<unsigned>(group_size);
+  plan->launch.cooperative = true;
+  return used <= device.shared_bytes;
+}
+
+// Clocks of a step, by the figures at the top of this file.
+double estimate(const Plan& plan) {
+  const AscentPlan& a = plan.ascent;
+  if (a.groups == 0) return 0;
+  const double l2 = l2_rate(static_cast<int64_t>(a.groups) * a.group.size);
+  double longest = 0;
+  for (int c = 0; c < 2; ++c) {
+    const CriticParameters& critic = a.call.critics[c];
+    const PackedCritic& packed = a.packed[c];
+    const int last = critic.layer_count - 1;
+    double clocks = 300;  // staging the actions, and the output's sums
+    const auto add = [&](Precision precision, const SlicedWeights& w, bool exchanged) {
+      clocks += product_clocks(precision, w, plan.rows, l2);
+      if (exchanged) clocks += activation_clocks(w, plan.rows) + exchange_clocks(a.group.exchange);
+    };
+    add(Precision::float32, packed.action_input, true);
+    for (int l = 1; l <= last; ++l) add(critic.precision, packed.forward[l], l < last);
+    clocks += exchange_clocks(a.group.exchange);  // of what turns back
+    for (int l = last - 1; l >= 0; --l) add(critic.precision, packed.backward[l], l > 0);
+    if (clocks > longest) longest = clocks;
+  }
+  constexpr double grid_meeting = 3000;
+  const double rounds = static_cast<double>((2 * a.tiles + a.groups - 1) / a.groups);
+  return rounds * longest + grid_meeting;
+}
+
+// Makes a plan the best one, if it fits and takes the least time so far. All its blocks must run at
+// the same time, of which clusters may allow fewer than there are multiprocessors.
 template <class Math, int rows>
-bool choose(const ActionGradientCall& call, const Device& device, Choice* choice) {
-  const int shared_bytes = shared_layout<Math>(call, rows).total;
-  if (shared_bytes > device.shared_bytes) return false;
-  const int64_t items = 2 * ((call.batch + rows - 1) / rows);
-  const auto blocks =
-      static_cast<unsigned>(items < device.multiprocessors ? items : device.multiprocessors);
-  choice->plan = plan_ascent<Math>(call, rows, blocks);
-  choice->launch = {blocks, block_threads, static_cast<size_t>(shared_bytes), call.stream};
-  choice->launch.cooperative = true;
-  choice->kernel = ascend<Math, rows>;
-  return items <= device.multiprocessors;
+const char* consider(const ActionGradientCall& call, const Device& device, int group_size,
+                     Plan* best) {
+  Plan plan{};
+  plan.kernel = ascend<Math, rows>;
+  int groups = device.multiprocessors / group_size;
+  if (!lay_out(call, device, group_size, groups, rows, &plan)) return nullptr;
+  if (plan.launch.cluster > 1) {
+    if (const char* error = clusters_at_once(plan.launch, plan.kernel, &groups)) return error;
+    if (groups < plan.ascent.groups && !lay_out(call, device, group_size, groups, rows, &plan))
+      return nullptr;
+  }
+  plan.clocks = estimate(plan);
+  if (!best->kernel || plan.clocks < best->clocks) *best = plan;
+  return nullptr;
 }
 
-template <class Math, int few_rows, int many_rows>
-bool choose(const ActionGradientCall& call, const Device& device, Choice* choice) {
-  if (choose<Math, few_rows>(call, device, choice)) return true;
-  choose<Math, many_rows>(call, device, choice);
-  return choice->kernel != nullptr;
+template <class Math>
+const char* consider_all(const ActionGradientCall& call, const Device& device, Plan* best) {
+  for (const int group_size : {1, 2, 4, 8}) {
+    const char* error = nullptr;
+    if constexpr (Math::least_rows <= 8) error = consider<Math, 8>(call, device, group_size, best);
+    if (!error) error = consider<Math, 16>(call, device, group_size, best);
+    if (!error) error = consider<Math, 32>(call, device, group_size, best);
+    if (error) return error;
+  }
+  return best->kernel ? nullptr : "the critic's layers are too wide for shared memory";
 }
 
-const char* choose(const ActionGradientCall& call, Choice* choice) {
+const char* make_plan(const ActionGradientCall& call, Plan* plan) {
   Device device{};
   if (const char* error = current_device(&device)) return error;
-  bool fits = false;
   switch (call.critics[0].precision) {
-    case Precision::float32: fits = choose<Float32Math, 8, 32>(call, device, choice); break;
-    case Precision::tf32: fits = choose<Tf32Math, 16, 32>(call, device, choice); break;
-    case Precision::bfloat16: fits = choose<Bfloat16Math, 16, 32>(call, device, choice); break;
-    case Precision::float16: fits = choose<Float16Math, 16, 32>(call, device, choice); break;
+    case Precision::float32: return consider_all<Float32Math>(call, device, plan);
+    case Precision::tf32: return consider_all<Tf32Math>(call, device, plan);
+    case Precision::bfloat16: return consider_all<Bfloat16Math>(call, device, plan);
+    case Precision::float16: return consider_all<Float16Math>(call, device, plan);
   }
-  return fits ? nullptr : "the critic's layers are too wide for shared memory";
+  return "an unknown precision";
+}
+
+// Gives the plan's arrays their places in a workspace; with null it only measures.
+int64_t lay_out_workspace(char* workspace, Plan* plan) {
+  AscentPlan& a = plan->ascent;
+  int64_t used = 0;
+  const auto take = [&](int64_t bytes) {
+    char* place = workspace ? workspace + used : nullptr;
+    used += (bytes + 255) / 256 * 256;
+    return place;
+  };
+  const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(4 * count)); };
+  const auto pack = [&](Precision precision, SlicedWeights* w) {
+    w->weight = take(static_cast<int64_t>(element_bytes(precision)) * w->columns * w->k);
+  };
+  int layers = 0;
+  for (int c = 0; c < 2; ++c) {
+    const CriticParameters& critic = a.call.critics[c];
+    PackedCritic& packed = a.packed[c];
+    const int last = critic.layer_count - 1;
+    pack(Precision::float32, &packed.state_input);
+    pack(Precision::float32, &packed.action_input);
+    for (int l = 1; l <= last; ++l) pack(critic.precision, &packed.forward[l]);
+    for (int l = 0; l < last; ++l) pack(critic.precision, &packed.backward[l]);
+    layers = last > layers ? last : layers;
+  }
+  const int64_t batch = a.call.batch, elements = batch * a.call.critics[0].action_dim;
+  const int64_t blocks = plan->launch.grid, copies = 2 * a.group.size;
+  a.state_part = floats(2 * batch * a.width);
+  a.slopes = floats(blocks * layers * plan->rows * a.width);
+  a.actions = floats(copies * elements);
+  a.first_moment = floats(copies * elements);
+  a.second_moment = floats(copies * elements);
+  a.values = floats(2 * 2 * batch);
+  a.gradients = floats(2 * 2 * elements);
+  if (a.group.exchange == Exchange::grid) {
+    a.group.exchanged = take(2LL * a.groups * a.group.hidden_bytes);
+    a.group.counters = reinterpret_cast<unsigned*>(take(4LL * a.groups));
+  }
+  return used;
 }
 
 }  // namespace
 
+const char* plan_action_gradient(const ActionGradientCall& call, KernelPlan* result) {
+  Plan plan{};
+  if (const char* reason = make_plan(call, &plan)) return reason;
+  const AscentPlan& a = plan.ascent;
+  *result = {a.group.size, plan.rows, 0, static_cast<int>(plan.launch.shared_bytes),
+             plan.clocks * call.steps};
+  const int last = call.critics[0].layer_count - 1;
+  for (int l = 1; l <= last; ++l)
+    result->resident_layers +=
+        a.packed[0].forward[l].shared_offset >= 0 && a.packed[0].backward[l - 1].shared_offset >= 0;
+  return nullptr;
+}
+
 int64_t action_gradient_workspace(const ActionGradientCall& call) {
-  Choice choice{};
-  return choose(call, &choice) ? -1 : choice.plan.bytes;
+  Plan plan{};
+  return make_plan(call, &plan) ? -1 : lay_out_workspace(nullptr, &plan);
 }
 
 const char* action_gradient(const ActionGradientCall& call) {
-  Choice choice{};
-  if (const char* error = choose(call, &choice)) return error;
-  return launch(choice.launch, choice.kernel, choice.plan);
+  Plan plan{};
+  if (const char* error = make_plan(call, &plan)) return error;
+  lay_out_workspace(static_cast<char*>(call.workspace), &plan);
+  return launch(plan.launch, plan.kernel, plan.ascent);
 }
 
 }  // namespace cuda

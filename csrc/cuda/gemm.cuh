@@ -26,6 +26,7 @@ struct Shared {
   float a[2][depth][tile + 4];
   float b[2][depth][tile + 4];
 };
+static_assert(sizeof(Shared) == 17408, "the budget of rff_features.cu");
 
 __device__ __forceinline__ int thread_row() { return static_cast<int>(threadIdx.x) / across; }
 __device__ __forceinline__ int thread_column() { return static_cast<int>(threadIdx.x) % across; }

@@ -141,17 +141,18 @@ struct RffBackwardCall {
 };
 
 // How the current device would run a call of these shapes; or why it can't.
-struct ReverseDiffusionPlan {
-  int blocks_a_tile;
+struct KernelPlan {
+  int blocks_a_tile;  // of the action gradient: a tile of one critic
   int rows_a_tile;
-  int resident_layers;  // whose weights stay in shared memory
+  int resident_layers;  // whose weights stay in shared memory; of a critic's, in both directions
   int shared_bytes;     // a block
-  double clocks;        // expected of all steps, by the arithmetic in reverse_diffusion.cu
+  double clocks;        // expected of all steps, by the arithmetic at the top of the op's file
 };
-const char* plan_reverse_diffusion(const ReverseDiffusionCall&, ReverseDiffusionPlan*);
+const char* plan_reverse_diffusion(const ReverseDiffusionCall&, KernelPlan*);
 int64_t reverse_diffusion_workspace(const ReverseDiffusionCall&);
 const char* reverse_diffusion(const ReverseDiffusionCall&);
 const char* reverse_step(const ReverseStepCall&);
+const char* plan_action_gradient(const ActionGradientCall&, KernelPlan*);
 int64_t action_gradient_workspace(const ActionGradientCall&);
 const char* action_gradient(const ActionGradientCall&);
 const char* rff_features(const RffCall&);

@@ -50,6 +50,12 @@ const char* launch(const Launch& how, void (*kernel)(Arguments), const Arguments
   return nullptr;
 }
 
+template <class Arguments>
+const char* clusters_at_once(const Launch& how, void (*)(Arguments), int* count) {
+  *count = cuda_on_cpu::device().multiprocessors / static_cast<int>(how.cluster);
+  return nullptr;
+}
+
 inline const char* current_device(Device* device) {
   const cuda_on_cpu::Device d = cuda_on_cpu::device();
   *device = {d.multiprocessors, d.shared_bytes, d.major};
@@ -122,20 +128,13 @@ inline const char* error_text(cudaError_t error) {
 // What the last launch of this thread came to; an error is reported once.
 inline const char* launch_error() { return error_text(cudaGetLastError()); }
 
-template <class Arguments>
-const char* launch(const Launch& how, void (*kernel)(Arguments), const Arguments& arguments) {
-  const auto function = reinterpret_cast<const void*>(kernel);
-  if (how.shared_bytes > 48 << 10) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes));
-    if (error != cudaSuccess) return error_text(error);
-  }
+// A launch in the words of the runtime, which keeps pointing to `attributes`.
+inline cudaLaunchConfig_t launch_config(const Launch& how, cudaLaunchAttribute (&attributes)[2]) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(how.grid);
   config.blockDim = dim3(how.block);
   config.dynamicSmemBytes = how.shared_bytes;
   config.stream = static_cast<cudaStream_t>(how.stream);
-  cudaLaunchAttribute attributes[2];
   config.attrs = attributes;
   if (how.cluster > 1) {
     cudaLaunchAttribute& a = attributes[config.numAttrs++];
@@ -148,8 +147,37 @@ const char* launch(const Launch& how, void (*kernel)(Arguments), const Arguments
     a.id = cudaLaunchAttributeCooperative;
     a.val.cooperative = 1;
   }
+  return config;
+}
+
+// Has a kernel take as much dynamic shared memory as a launch asks for.
+inline cudaError_t allow_shared_bytes(const Launch& how, const void* kernel) {
+  if (how.shared_bytes <= 48 << 10) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(how.shared_bytes));
+}
+
+template <class Arguments>
+const char* launch(const Launch& how, void (*kernel)(Arguments), const Arguments& arguments) {
+  const auto function = reinterpret_cast<const void*>(kernel);
+  const cudaError_t error = allow_shared_bytes(how, function);
+  if (error != cudaSuccess) return error_text(error);
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = launch_config(how, attributes);
   void* pointers[] = {const_cast<Arguments*>(&arguments)};
   return error_text(cudaLaunchKernelExC(&config, function, pointers));
+}
+
+// How many of a launch's clusters the device can run at the same time. A cluster's blocks are
+// neighbours, so that a few multiprocessors may be left over.
+template <class Arguments>
+const char* clusters_at_once(const Launch& how, void (*kernel)(Arguments), int* count) {
+  const auto function = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = allow_shared_bytes(how, function);
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = launch_config(how, attributes);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(count, function, &config);
+  return error_text(error);
 }
 
 inline const char* current_device(Device* device) {

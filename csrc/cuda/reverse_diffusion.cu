@@ -4,19 +4,16 @@
 // once per row, and the time embedding's, once per step. It also pads the weights to what the tile
 // reads and rounds them to the precision; so nothing outside has to know whether they changed.
 //
-// A group of 1, 2, 4 or 8 blocks takes a tile of rows through the whole chain. Every block holds x,
-// and makes a slice of each layer's columns for all rows. The slice's weights stay in its shared
-// memory for all steps, if they fit, or else pass by on their way from L2. After a layer the blocks
-// hand each other their columns: a block of a cluster (compute capability 9.0) writes them into the
-// others' shared memory; before 9.0 they go through L2 with a barrier in software, in a cooperative
-// launch. The last layer is thin; every block makes all of it, and the solver's step, so the group
-// meets only after hidden layers. Noise is drawn while waiting for the others.
+// A group of 1, 2, 4 or 8 blocks takes a tile of rows through the whole chain (group.cuh). Every
+// block holds x, and makes a slice of each layer's columns for all rows. The last layer is thin;
+// every block makes all of it, and the solver's step, so the group meets only after hidden layers.
+// Noise is drawn while waiting for the others.
 //
 // Roofline, on an H100 at 1.7 GHz: 132 multiprocessors, of each 128 FFMA a clock (100 are reckoned
 // with) or, through mma.sync, some 400 tf32 and 800 bf16 multiply-adds; shared memory 128 bytes a
 // clock; L2 64 bytes a clock, 3,000 for all together. A chain of K = 100 steps, hidden 256 x 3,
-// state 17, action 6 has 134,000 multiply-adds and 768 activations of some 30 instructions per row
-// and step, and 0.54 MB of float32 weights.
+// state 17, action 6 has 134,000 multiply-adds (268,000 FLOPs) and 768 activations of some 30
+// instructions per row and step, and 0.54 MB of float32 weights.
 //
 //   batch 1     Every step needs all weights. From L2 into one multiprocessor they take 8,400
 //               clocks. Spread over the shared memory of 8 they take 512 in each, to which come two
@@ -37,6 +34,7 @@
 //
 // Budget: 256 threads, up to 255 registers (one block a multiprocessor), no spills; shared memory
 // as the plan says, up to all of it.
+#include "group.cuh"
 #include "kernels.h"
 #include "philox.cuh"
 #include "platform.cuh"
@@ -51,45 +49,31 @@ namespace {
 constexpr int max_width = 1024;
 constexpr int64_t alignment = 256;  // of what lies in the workspace
 
-// How the blocks of a group hand each other their columns.
-enum class Exchange : int { none, cluster, grid };
-
-// A layer as it was packed: weight [columns, k] of the Math's operands (of layer 0 floats), bias
-// [columns], both padded with zeros.
-struct Layer {
-  void* weight;
+// A layer as it was packed: weights of the Math's operands (of layer 0 floats) and bias [columns],
+// both padded with zeros.
+struct Layer : SlicedWeights {
   float* bias;
-  int k;
-  int columns;
-  int slice;          // columns of a block, from rank * slice on
-  int shared_offset;  // of the slice's weights in shared memory, or -1: streamed
 };
 
 struct Chain {
   ReverseDiffusionCall call;
   Layer layers[max_layers];
   int layer_count;
-  float* state_part;   // [batch, layers[0].columns]
-  float* step_bias;    // [steps, layers[0].columns], the first layer's bias included
-  char* exchanged;     // of every group twice [rows, hidden_stride]
-  unsigned* counters;  // of every group, how many blocks came to its barriers
+  float* state_part;  // [batch, layers[0].columns]
+  float* step_bias;   // [steps, layers[0].columns], the first layer's bias included
+  GroupLayout group;
   int64_t tiles;
   int groups;
-  int group_size;
-  Exchange exchange;
   bool share_first;  // the first layer too is made in slices
 
   // In shared memory.
   int x_stride;
   int z_stride;
-  int hidden_stride;
   int x_offset;
   int x0_offset;
   int z_offset;
   int step_bias_offset;  // of this step and the next
-  int hidden_offset;     // buffers of hidden_bytes: two that are exchanged, one that isn't
-  int hidden_bytes;
-  int memory_offset;  // the warps' memory
+  int memory_offset;     // the warps' memory
   int bytes_a_warp;
 };
 
@@ -222,154 +206,13 @@ __global__ void __launch_bounds__(block_threads) prepare(const __grid_constant__
     return;
   }
   block -= p.state_blocks;
-  if (block == 0 && chain.counters)
+  if (block == 0 && chain.group.counters)
     for (int g = static_cast<int>(threadIdx.x); g < chain.groups; g += block_threads)
-      chain.counters[g] = 0;
+      chain.group.counters[g] = 0;
   pack_weights<Math>(chain, block * warps + warp_index(), p.pack_blocks * warps);
 }
 
-// -- the blocks of a group ------------------------------------------------------------------------
-
-template <class Math, int rows>
-class Group {
- public:
-  using Operand = typename Math::Operand;
-
-  __device__ __forceinline__ explicit Group(const Chain& chain, char* shared)
-      : chain_(chain), shared_(shared) {
-    const int block = static_cast<int>(blockIdx.x);
-    index_ = block / chain.group_size;
-    rank_ = block % chain.group_size;
-  }
-
-  __device__ __forceinline__ int index() const { return index_; }
-  __device__ __forceinline__ int rank() const { return rank_; }
-
-  // Hidden activations [rows, hidden_stride] in shared memory: 0 and 1 are exchanged by turns, 2
-  // belongs to this block alone.
-  //
-  // Turns make one barrier an exchange enough: whoever writes into the buffer of two exchanges ago
-  // has passed the barrier of the last one, where all others came after they had read it.
-  __device__ __forceinline__ Operand* hidden(int buffer) const {
-    return reinterpret_cast<Operand*>(shared_ + chain_.hidden_offset +
-                                      buffer * chain_.hidden_bytes);
-  }
-  __device__ __forceinline__ Operand* exchanged() const { return hidden(turn_); }
-
-  // Writes two neighbouring columns of a row, to be read by the whole group after `wait`.
-  __device__ __forceinline__ void put(int row, int column, typename Math::Pair pair) const {
-    const int at = row * chain_.hidden_stride + column;
-    switch (chain_.exchange) {
-      case Exchange::none: *reinterpret_cast<typename Math::Pair*>(exchanged() + at) = pair; break;
-      case Exchange::cluster:
-        for (int r = 0; r < chain_.group_size; ++r) store_in_cluster(exchanged() + at, r, pair);
-        break;
-      case Exchange::grid: *reinterpret_cast<typename Math::Pair*>(in_global() + at) = pair; break;
-    }
-  }
-
-  // An exchange ends in two halves, as its barrier does: what a thread writes between them can be
-  // read after the block's next barrier.
-  __device__ __forceinline__ void arrive() {
-    if (chain_.exchange == Exchange::cluster) arrive_at_cluster();
-    if (chain_.exchange != Exchange::grid) return;
-    __syncthreads();
-    arrivals_ += static_cast<unsigned>(chain_.group_size);
-    if (threadIdx.x == 0) {
-      __threadfence();
-      atomicAdd(&chain_.counters[index_], 1u);
-    }
-  }
-  // Then [row_count, columns] lies in `exchanged()` as it was before, and the turn passes on.
-  __device__ __forceinline__ void wait(int row_count, int columns) {
-    switch (chain_.exchange) {
-      case Exchange::none: __syncthreads(); break;
-      case Exchange::cluster: wait_for_cluster(); break;
-      case Exchange::grid:
-        if (threadIdx.x == 0) {
-          while (load_acquire(&chain_.counters[index_]) < arrivals_) poll();
-          __threadfence();
-        }
-        __syncthreads();
-        fetch(row_count, columns);
-        __syncthreads();
-        break;
-    }
-    turn_ ^= 1;
-  }
-
-  // Before the first exchange: no block writes to another that hasn't started.
-  __device__ __forceinline__ void start() {
-    if (chain_.exchange == Exchange::cluster) {
-      arrive_at_cluster();
-      wait_for_cluster();
-    } else {
-      __syncthreads();
-    }
-  }
-
- private:
-  __device__ __forceinline__ Operand* in_global() const {
-    return reinterpret_cast<Operand*>(chain_.exchanged) +
-           (static_cast<int64_t>(index_) * 2 + turn_) * rows * chain_.hidden_stride;
-  }
-
-  // From global memory, past L1, which may hold what lay there two exchanges ago.
-  __device__ __forceinline__ void fetch(int row_count, int columns) const {
-    constexpr int unit = 8 / sizeof(Operand);
-    const int units = columns / unit;
-    for (int i = static_cast<int>(threadIdx.x); i < row_count * units; i += block_threads) {
-      const int at = i / units * chain_.hidden_stride + i % units * unit;
-      *reinterpret_cast<float2*>(exchanged() + at) =
-          __ldcg(reinterpret_cast<const float2*>(in_global() + at));
-    }
-  }
-
-  const Chain& chain_;
-  char* shared_;
-  int index_;
-  int rank_;
-  int turn_ = 0;
-  unsigned arrivals_ = 0;
-};
-
 // -- the chain ------------------------------------------------------------------------------------
-
-// The block's columns of a layer: of those that every block makes, all.
-template <class Operand>
-struct Slice {
-  Weights<Operand> weights;
-  const float* bias;
-  int first;
-};
-
-template <class Operand>
-__device__ __forceinline__ Slice<Operand> slice_of(const Layer& layer, int rank, char* shared) {
-  const int begin = rank * layer.slice;
-  const int first = begin < layer.columns ? begin : layer.columns;
-  const int left = layer.columns - first;
-  const int columns = left < layer.slice ? left : layer.slice;
-  const auto* weight = static_cast<const Operand*>(layer.weight);
-  const auto* resident = layer.shared_offset < 0
-                             ? nullptr
-                             : reinterpret_cast<const Operand*>(shared + layer.shared_offset);
-  return {{resident, weight + static_cast<int64_t>(first) * layer.k, layer.k, columns},
-          layer.bias + first,
-          first};
-}
-
-// Copies the block's slice of a layer to where it stays.
-template <class Operand>
-__device__ __forceinline__ void load_slice(const Layer& layer, int rank, char* shared) {
-  if (layer.shared_offset < 0) return;
-  const Slice<Operand> slice = slice_of<Operand>(layer, rank, shared);
-  constexpr int unit = 16 / sizeof(Operand);
-  const int units = layer.k / unit, stride = operand_stride<Operand>(layer.k);
-  auto* to = reinterpret_cast<Operand*>(shared + layer.shared_offset);
-  for (int i = static_cast<int>(threadIdx.x); i < slice.weights.columns * units; i += block_threads)
-    copy_async_16(to + i / units * stride + i % units * unit,
-                  slice.weights.in_global + static_cast<int64_t>(i) * unit);
-}
 
 template <class Math, int rows>
 class ChainTile {
@@ -442,8 +285,8 @@ class ChainTile {
           if (chain_.share_first) {
             group_.put(row, slice.first + column, pair);
           } else {
-            *reinterpret_cast<typename Math::Pair*>(out + row * chain_.hidden_stride + column) =
-                pair;
+            *reinterpret_cast<typename Math::Pair*>(out + row * chain_.group.hidden_stride +
+                                                    column) = pair;
           }
         });
     if (chain_.share_first) group_.arrive();
@@ -461,9 +304,10 @@ class ChainTile {
     const Slice<Operand> slice = slice_of<Operand>(layer, group_.rank(), shared_);
     Operand* out = group_.exchanged();
     linear<Math, rows>(
-        in, chain_.hidden_stride, row_count_, slice.weights, memory(), chain_.bytes_a_warp,
+        in, chain_.group.hidden_stride, row_count_, slice.weights, memory(), chain_.bytes_a_warp,
         [&](int row, int column, float2 sum) {
-          const float2 bias = __ldg(reinterpret_cast<const float2*>(slice.bias + column));
+          const float2 bias =
+              __ldg(reinterpret_cast<const float2*>(layer.bias + slice.first + column));
           sum = activate(call_.denoiser.activation, make_float2(sum.x + bias.x, sum.y + bias.y));
           group_.put(row, slice.first + column, Math::pair(sum.x, sum.y));
         });
@@ -475,8 +319,8 @@ class ChainTile {
   // eps, and x and x0 moved on by it.
   __device__ __forceinline__ void last_layer(int step, const Operand* in,
                                              const SolverStep& solver) {
-    const Slice<Operand> slice =
-        slice_of<Operand>(chain_.layers[chain_.layer_count - 1], 0, shared_);
+    const Layer& layer = chain_.layers[chain_.layer_count - 1];
+    const Slice<Operand> slice = slice_of<Operand>(layer, 0, shared_);
     const int columns = call_.denoiser.action_dim;
     const bool writes = group_.rank() == 0;
     const bool last = step + 1 == call_.denoiser.steps;
@@ -491,10 +335,10 @@ class ChainTile {
       if (trajectory) trajectory[row * columns + column] = next;
       if (last && writes) call_.actions[(first_row_ + row) * columns + column] = solver.clamp(next);
     };
-    linear<Math, rows>(in, chain_.hidden_stride, row_count_, slice.weights, memory(),
+    linear<Math, rows>(in, chain_.group.hidden_stride, row_count_, slice.weights, memory(),
                        chain_.bytes_a_warp, [&](int row, int column, float2 sum) {
-                         const float2 bias =
-                             __ldg(reinterpret_cast<const float2*>(slice.bias + column));
+                         const float2 bias = __ldg(
+                             reinterpret_cast<const float2*>(layer.bias + slice.first + column));
                          if (column < columns) move(row, column, sum.x + bias.x);
                          if (column + 1 < columns) move(row, column + 1, sum.y + bias.y);
                        });
@@ -561,7 +405,7 @@ template <class Math, int rows>
 __global__ void __launch_bounds__(block_threads, 1)
     reverse_chain(const __grid_constant__ Chain chain) {
   DIFFCORE_DYNAMIC_SHARED(shared);
-  Group<Math, rows> group(chain, shared);
+  Group<Math, rows> group(chain.group, shared);
   for (int l = 0; l < chain.layer_count; ++l) {
     const bool last = l == chain.layer_count - 1;
     if (l == 0) {
@@ -583,31 +427,6 @@ __global__ void __launch_bounds__(block_threads, 1)
 
 // -- the plan -------------------------------------------------------------------------------------
 
-constexpr int element_bytes(Precision precision) {
-  return precision == Precision::bfloat16 || precision == Precision::float16 ? 2 : 4;
-}
-
-int operand_stride_of(Precision precision, int k) {
-  return element_bytes(precision) == 2 ? operand_stride<uint16_t>(k) : operand_stride<float>(k);
-}
-
-int k_step(Precision precision) {
-  switch (precision) {
-    case Precision::float32: return Float32Math::k_step;
-    case Precision::tf32: return Tf32Math::k_step;
-    default: return Bfloat16Math::k_step;
-  }
-}
-
-// The first layer's chunks are floats, so its streams need Float32Math's memory too.
-int bytes_for_warp(Precision precision, int rows, bool streams) {
-  const int first = warp_bytes<Float32Math>(rows, streams);
-  const int others = precision == Precision::bfloat16 || precision == Precision::float16
-                         ? warp_bytes<Bfloat16Math>(rows, streams)
-                         : warp_bytes<Tf32Math>(rows, streams);
-  return first > others ? first : others;
-}
-
 struct Plan {
   Chain chain;
   int rows;
@@ -623,10 +442,8 @@ bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_s
   c = Chain{};
   c.call = call;
   c.layer_count = p.trunk_layers;
-  c.group_size = group_size;
-  c.exchange = group_size == 1     ? Exchange::none
-               : device.major >= 9 ? Exchange::cluster
-                                   : Exchange::grid;
+  c.group.size = group_size;
+  c.group.exchange = exchange_of(device, group_size);
   c.share_first = group_size == 1 || rows >= 16;
   c.tiles = (call.batch + rows - 1) / rows;
   const int64_t most = device.multiprocessors / group_size;
@@ -638,12 +455,10 @@ bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_s
   for (int l = 0; l < c.layer_count; ++l) {
     Layer& layer = c.layers[l];
     const bool first = l == 0, last = l == c.layer_count - 1;
-    layer.k = first ? round_up(p.action_dim, Float32Math::k_step)
-                    : round_up(p.trunk[l].in, k_step(p.precision));
-    layer.columns = round_up(p.trunk[l].out, 8);
-    const bool sliced = !last && (!first || c.share_first);
-    layer.slice = sliced ? 8 * divide_up(layer.columns / 8, group_size) : layer.columns;
-    layer.shared_offset = -1;
+    const bool shared_out = !last && (!first || c.share_first);
+    static_cast<SlicedWeights&>(layer) =
+        sliced(first ? Precision::float32 : p.precision, first ? p.action_dim : p.trunk[l].in,
+               p.trunk[l].out, shared_out ? group_size : 1);
     if (!last && layer.columns > widest) widest = layer.columns;
     if (!first && layer.k > widest) widest = layer.k;
   }
@@ -656,24 +471,22 @@ bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_s
   };
   c.x_stride = operand_stride<float>(round_up(p.action_dim, Float32Math::k_step));
   c.z_stride = round_up(p.action_dim, 4);
-  c.hidden_stride = operand_stride_of(p.precision, widest);
+  c.group.hidden_stride = operand_stride_of(p.precision, widest);
   c.x_offset = take(4 * rows * c.x_stride);
   c.x0_offset = take(4 * rows * c.x_stride);
   c.z_offset = take(4 * rows * c.z_stride);
   c.step_bias_offset = take(4 * 2 * c.layers[0].columns);
-  c.hidden_bytes = round_up(element_bytes(p.precision) * rows * c.hidden_stride, 128);
-  c.hidden_offset = take(c.hidden_bytes * (c.share_first ? 2 : 3));
+  GroupLayout& group = c.group;
+  group.hidden_bytes = round_up(element_bytes(p.precision) * rows * group.hidden_stride, 128);
+  group.hidden_offset = take(group.hidden_bytes * (c.share_first ? 2 : 3));
   c.memory_offset = used;
 
   // The thin layers stay first, then as many of the others as there is room for.
   const auto weight_bytes = [&](int l) {
-    const Precision precision = l == 0 ? Precision::float32 : p.precision;
-    return round_up(
-        element_bytes(precision) * c.layers[l].slice * operand_stride_of(precision, c.layers[l].k),
-        128);
+    return slice_bytes(l == 0 ? Precision::float32 : p.precision, c.layers[l]);
   };
   const auto stay = [&](bool streams) {
-    c.bytes_a_warp = round_up(bytes_for_warp(p.precision, rows, streams), 128);
+    c.bytes_a_warp = bytes_for_warp(p.precision, rows, streams);
     used = c.memory_offset + warps * c.bytes_a_warp;
     int streamed = c.layer_count;
     for (int i = 0; i < c.layer_count; ++i) {
@@ -693,27 +506,15 @@ bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_s
 // Clocks of a step of all tiles, by the figures of an H100 at the top of this file.
 double estimate(const Plan& plan) {
   const Chain& c = plan.chain;
-  const Precision precision = c.call.denoiser.precision;
-  const double rate = precision == Precision::float32 ? 100
-                      : precision == Precision::tf32  ? 400
-                                                      : 800;
-  const int bytes = element_bytes(precision);
-  const double blocks = static_cast<double>(c.groups) * c.group_size;
-  const double l2 = 3000 / blocks < 64 ? 3000 / blocks : 64;  // bytes a clock and block
-  const double meeting = c.exchange == Exchange::none      ? 100
-                         : c.exchange == Exchange::cluster ? 800
-                                                           : 2500;
+  const double l2 = l2_rate(static_cast<int64_t>(c.groups) * c.group.size);
   double clocks = 600;  // the solver's step and the last layer's sums
   for (int l = 0; l < c.layer_count; ++l) {
     const Layer& layer = c.layers[l];
-    const double weights = static_cast<double>(layer.slice) * layer.k;
     const bool first = l == 0, last = l == c.layer_count - 1;
-    double product = plan.rows * weights / (first ? 100 : rate);
-    const double read = weights * (first ? 4 : bytes) / (layer.shared_offset < 0 ? l2 : 128);
-    if (read > product) product = read;
-    clocks += product + 100;
-    if (!last) clocks += 0.25 * plan.rows * layer.slice;
-    if (!last && (!first || c.share_first)) clocks += meeting;
+    const Precision precision = first ? Precision::float32 : c.call.denoiser.precision;
+    clocks += product_clocks(precision, layer, plan.rows, l2);
+    if (!last) clocks += activation_clocks(layer, plan.rows);
+    if (!last && (!first || c.share_first)) clocks += exchange_clocks(c.group.exchange);
   }
   const double rounds = static_cast<double>((c.tiles + c.groups - 1) / c.groups);
   return rounds * clocks;
@@ -769,9 +570,9 @@ int64_t lay_out_workspace(char* workspace, Plan* plan) {
   const int64_t columns = c.layers[0].columns;
   c.state_part = reinterpret_cast<float*>(take(4 * c.call.batch * columns));
   c.step_bias = reinterpret_cast<float*>(take(4 * c.call.denoiser.steps * columns));
-  if (c.exchange == Exchange::grid) {
-    c.exchanged = take(2LL * c.groups * c.hidden_bytes);
-    c.counters = reinterpret_cast<unsigned*>(take(4LL * c.groups));
+  if (c.group.exchange == Exchange::grid) {
+    c.group.exchanged = take(2LL * c.groups * c.group.hidden_bytes);
+    c.group.counters = reinterpret_cast<unsigned*>(take(4LL * c.groups));
   }
   return used;
 }
@@ -791,10 +592,10 @@ const char* run(const Plan& plan) {
                              prepare<Math>, preparation);
   if (error) return error;
 
-  Launch how{static_cast<unsigned>(c.groups * c.group_size), block_threads,
+  Launch how{static_cast<unsigned>(c.groups * c.group.size), block_threads,
              static_cast<size_t>(plan.shared_bytes), c.call.stream};
-  if (c.exchange == Exchange::cluster) how.cluster = static_cast<unsigned>(c.group_size);
-  how.cooperative = c.exchange == Exchange::grid;
+  if (c.group.exchange == Exchange::cluster) how.cluster = static_cast<unsigned>(c.group.size);
+  how.cooperative = c.group.exchange == Exchange::grid;
   if (plan.rows == 32) return launch(how, reverse_chain<Math, 32>, c);
   if (plan.rows == 16) return launch(how, reverse_chain<Math, 16>, c);
   if constexpr (Math::least_rows <= 4) return launch(how, reverse_chain<Math, 4>, c);
@@ -803,10 +604,10 @@ const char* run(const Plan& plan) {
 
 }  // namespace
 
-const char* plan_reverse_diffusion(const ReverseDiffusionCall& call, ReverseDiffusionPlan* result) {
+const char* plan_reverse_diffusion(const ReverseDiffusionCall& call, KernelPlan* result) {
   Plan plan;
   if (const char* reason = make_plan(call, &plan)) return reason;
-  *result = {plan.chain.group_size, plan.rows, 0, plan.shared_bytes,
+  *result = {plan.chain.group.size, plan.rows, 0, plan.shared_bytes,
              plan.clocks * call.denoiser.steps};
   for (int l = 0; l < plan.chain.layer_count; ++l)
     result->resident_layers += plan.chain.layers[l].shared_offset >= 0;

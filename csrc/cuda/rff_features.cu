@@ -11,13 +11,14 @@
 // summed in pieces, which a second launch adds in order: the same bits at every call.
 //
 // Budget: 256 threads, up to 128 registers (two blocks a multiprocessor), no spills; 17,408 bytes
-// of dynamic shared memory.
+// of dynamic shared memory. The launch that adds pieces: up to 40 registers, no shared memory.
 //
 // Roofline, on an H100 at 1.7 GHz (132 multiprocessors of 128 FFMA a clock, 3.35 TB/s), batch 256,
-// 256 -> 1024. Forward: 64 tiles of 64 * 64 * 256 multiply-adds, one a multiprocessor, 8,200 clocks
-// or 4.8 us; a sine and cosine are some 40 instructions, 1,300 clocks a tile; memory, 2.3 MB, 0.7
-// us. So FFMA limits it, on half the device. Backward: 64 tiles of grad_omega like those, and 16 of
-// grad_x that sum over 1024, 32,800 clocks or 19 us. No GPU has measured it yet.
+// 256 -> 1024. Forward, 134 MFLOP: 64 tiles of 64 * 64 * 256 multiply-adds, one a multiprocessor,
+// 8,200 clocks or 4.8 us; a sine and cosine are some 40 instructions, 1,300 clocks a tile; memory,
+// 2.3 MB, 0.7 us. So FFMA limits it, on half the device. Backward, 268 MFLOP and 4.7 MB: 64 tiles
+// of grad_omega like those, and 16 of grad_x that sum over 1024, 32,800 clocks or 19 us. No GPU has
+// measured it yet.
 #include "gemm.cuh"
 #include "kernels.h"
 #include "sincos.cuh"

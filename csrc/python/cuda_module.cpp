@@ -100,15 +100,11 @@ int64_t reverse_diffusion_bytes(const std::vector<Layer>& layers, int action_dim
 }
 
 // A dictionary, or a text: why the device can't.
-py::object reverse_diffusion_plan(const std::vector<Layer>& layers, int action_dim, int state_dim,
-                                  Precision precision, int steps, int64_t batch, int device) {
+template <class Call>
+py::object plan_of(const char* (*make)(const Call&, KernelPlan*), const Call& call, int device) {
   const CurrentDevice current({device, 0});
-  ReverseDiffusionPlan plan{};
-  const char* reason = plan_reverse_diffusion(
-      reverse_diffusion_shapes(layers, action_dim, state_dim, Activation::identity, precision,
-                               steps, batch),
-      &plan);
-  if (reason) return py::str(reason);
+  KernelPlan plan{};
+  if (const char* reason = make(call, &plan)) return py::str(reason);
   py::dict result;
   result["blocks_a_tile"] = plan.blocks_a_tile;
   result["rows_a_tile"] = plan.rows_a_tile;
@@ -116,6 +112,14 @@ py::object reverse_diffusion_plan(const std::vector<Layer>& layers, int action_d
   result["shared_bytes"] = plan.shared_bytes;
   result["clocks"] = plan.clocks;
   return result;
+}
+
+py::object reverse_diffusion_plan(const std::vector<Layer>& layers, int action_dim, int state_dim,
+                                  Precision precision, int steps, int64_t batch, int device) {
+  return plan_of(plan_reverse_diffusion,
+                 reverse_diffusion_shapes(layers, action_dim, state_dim, Activation::identity,
+                                          precision, steps, batch),
+                 device);
 }
 
 void launch_reverse_diffusion(const std::vector<Layer>& layers, int action_dim, int state_dim,
@@ -176,15 +180,31 @@ CriticParameters critic_parameters(const std::vector<Layer>& layers, int action_
   return parameters;
 }
 
-int64_t action_gradient_bytes(const std::vector<Layer>& first, const std::vector<Layer>& second,
-                              int action_dim, int state_dim, Activation activation,
-                              Precision precision, int64_t batch, int device) {
-  const CurrentDevice current({device, 0});
+ActionGradientCall action_gradient_shapes(const std::vector<Layer>& first,
+                                          const std::vector<Layer>& second, int action_dim,
+                                          int state_dim, Activation activation, Precision precision,
+                                          int64_t batch) {
   ActionGradientCall call{};
   call.critics[0] = critic_parameters(first, action_dim, state_dim, activation, precision);
   call.critics[1] = critic_parameters(second, action_dim, state_dim, activation, precision);
   call.batch = batch;
-  return action_gradient_workspace(call);
+  return call;
+}
+
+int64_t action_gradient_bytes(const std::vector<Layer>& first, const std::vector<Layer>& second,
+                              int action_dim, int state_dim, Activation activation,
+                              Precision precision, int64_t batch, int device) {
+  const CurrentDevice current({device, 0});
+  return action_gradient_workspace(
+      action_gradient_shapes(first, second, action_dim, state_dim, activation, precision, batch));
+}
+
+py::object action_gradient_plan(const std::vector<Layer>& critic, int action_dim, int state_dim,
+                                Precision precision, int steps, int64_t batch, int device) {
+  ActionGradientCall call = action_gradient_shapes(critic, critic, action_dim, state_dim,
+                                                   Activation::identity, precision, batch);
+  call.steps = steps;
+  return plan_of(plan_action_gradient, call, device);
 }
 
 void launch_action_gradient(const std::vector<Layer>& first, const std::vector<Layer>& second,
@@ -194,10 +214,8 @@ void launch_action_gradient(const std::vector<Layer>& first, const std::vector<L
                             NormClip norm_clip, ActionOptimizer optimizer, float low, float high,
                             Address workspace, const Queue& queue) {
   const py::gil_scoped_release unlocked;
-  ActionGradientCall call{};
-  call.critics[0] = critic_parameters(first, action_dim, state_dim, activation, precision);
-  call.critics[1] = critic_parameters(second, action_dim, state_dim, activation, precision);
-  call.batch = batch;
+  ActionGradientCall call =
+      action_gradient_shapes(first, second, action_dim, state_dim, activation, precision, batch);
   call.state = pointer<const float>(state);
   call.action = pointer<const float>(action);
   call.improved = pointer<float>(improved);
@@ -294,6 +312,7 @@ void define(py::module_& m) {
   m.def("reverse_diffusion_workspace", &reverse_diffusion_bytes);
   m.def("reverse_diffusion", &launch_reverse_diffusion);
   m.def("reverse_step", &launch_reverse_step);
+  m.def("action_gradient_plan", &action_gradient_plan);
   m.def("action_gradient_workspace", &action_gradient_bytes);
   m.def("action_gradient", &launch_action_gradient);
   m.def("rff_features", &launch_rff_features);

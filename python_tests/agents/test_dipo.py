@@ -25,7 +25,7 @@ from diffcore.agents import (
     VAEPolicy,
 )
 from diffcore.nn import MLP
-from diffcore.ops import _dispatch
+from diffcore.ops import _dispatch, _native
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SWITCHES = [field.name for field in dataclasses.fields(ModeSwitches)]
@@ -163,27 +163,56 @@ def in_large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlp, "depth_of_blocks", lambda _: 32)
 
 
-def test_updates_on_triton_repeat_the_released_codes(
-    golden: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, device: str
-) -> None:
-    """Critics and denoising loss with their gradients; chain and ascent run as always."""
-    if device != "cpu":
-        pytest.skip("the recorded updates run on the CPU, where only the interpreter takes them")
-    on_triton = set()
+def prefer(backend: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Has a backend run whatever it can; returns the ops that it ran, as they come."""
+    ran = set()
     choose = _dispatch.choose
 
-    def triton_first(op: str, support: _dispatch.Support, forced: str | None) -> str:
-        if op not in ("mlp", "mlp_ensemble", "denoising_loss"):
+    def preferred_first(op: str, support: _dispatch.Support, forced: str | None) -> str:
+        if backend not in support.backends or support.why_not(backend) is not None:
             return choose(op, support, forced)
-        on_triton.add(op)
-        return choose(op, support, "triton")
+        ran.add(op)
+        return choose(op, support, backend)
 
-    monkeypatch.setattr(_dispatch, "choose", triton_first)
+    monkeypatch.setattr(_dispatch, "choose", preferred_first)
+    return ran
+
+
+def test_updates_on_triton_repeat_the_released_codes(
+    golden: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, device: str, large_tiles: None
+) -> None:
+    if device != "cpu":
+        pytest.skip("the recorded updates run on the CPU, where only the interpreter takes them")
+    ran = prefer("triton", monkeypatch)
     in_large_blocks(monkeypatch)
-    agent, _ = replay_recorded_updates(golden, monkeypatch)
+    agent, replay = replay_recorded_updates(golden, monkeypatch)
     errors = largest_errors(agent, golden)
     assert all(errors[name] <= TOLERANCE[name] for name in errors), errors
-    assert on_triton >= {"mlp_ensemble", "denoising_loss"}
+    after = golden["diffusion_actions_after"]
+    torch.testing.assert_close(replay.columns["best_action"], after, rtol=0, atol=1e-5)
+    assert ran >= {"mlp_ensemble", "denoising_loss", "reverse_diffusion", "action_gradient"}
+
+
+def test_updates_on_cuda_repeat_the_released_codes(
+    golden: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chain and ascent on the CUDA sources as ordinary C++; the rest runs as always."""
+    if torch.cuda.is_available():
+        pytest.skip("the recorded updates run on the CPU")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "gpu"))
+    import cuda_builds
+
+    module = cuda_builds.load(cuda_builds.build_for_tests())
+    monkeypatch.setattr(_native, "_cuda", module)
+    monkeypatch.setattr(_native, "cuda_unavailable", None)
+    monkeypatch.setenv("CUDA_ON_CPU_DEVICE", "16,232448,9")
+    ran = prefer("cuda", monkeypatch)
+    agent, replay = replay_recorded_updates(golden, monkeypatch)
+    errors = largest_errors(agent, golden)
+    assert all(errors[name] <= TOLERANCE[name] for name in errors), errors
+    after = golden["diffusion_actions_after"]
+    torch.testing.assert_close(replay.columns["best_action"], after, rtol=0, atol=1e-5)
+    assert ran >= {"reverse_diffusion", "action_gradient"}
 
 
 @pytest.mark.parametrize(

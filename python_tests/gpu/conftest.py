@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 
 import cuda_builds
+import emulated
 import pytest
-from filelock import FileLock
 
 from diffcore.ops import _native
 
@@ -27,10 +27,7 @@ def cuda_module() -> object:
     """The module with the CUDA kernels."""
     if ON_GPU:
         return _native._cuda
-    cuda_builds.BUILD.mkdir(exist_ok=True)
-    with FileLock(cuda_builds.BUILD / "cuda_on_cpu.lock"):  # one of the tests' processes builds it
-        module = cuda_builds.build_for_cpu()
-    return cuda_builds.load(module)
+    return cuda_builds.load(cuda_builds.build_for_tests())
 
 
 @pytest.fixture
@@ -42,6 +39,14 @@ def cuda(cuda_module: object, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(_native, "cuda_unavailable", None)
     monkeypatch.setenv("CUDA_ON_CPU_DEVICE", SMALL_DEVICE)
     return "cpu"
+
+
+@pytest.fixture(params=["gpu"] if ON_GPU else list(emulated.DEVICES))
+def way(request: pytest.FixtureRequest, cuda: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test on devices for which the launchers plan differently."""
+    if not ON_GPU:
+        monkeypatch.setenv("CUDA_ON_CPU_DEVICE", emulated.DEVICES[request.param])
+    return str(request.param)
 
 
 @pytest.fixture(params=LANES)

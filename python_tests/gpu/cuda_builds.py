@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from filelock import FileLock
+
 ROOT = Path(__file__).parent.parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build"
@@ -117,6 +119,19 @@ def build_for_cpu(directory: Path = CUDA, extra_flags: Sequence[str] = ()) -> Pa
     return module
 
 
+def build_for_tests() -> Path:
+    """The module that tests run: by the first of their processes that asks for it.
+
+    ``CUDA_ON_CPU_SOURCES`` in the environment names a directory with other sources,
+    ``CUDA_ON_CPU_FLAGS`` further flags.
+    """
+    directory = Path(os.environ.get("CUDA_ON_CPU_SOURCES", CUDA))
+    flags = os.environ.get("CUDA_ON_CPU_FLAGS", "").split()
+    BUILD.mkdir(exist_ok=True)
+    with FileLock(BUILD / "cuda_on_cpu.lock"):
+        return build_for_cpu(directory, flags)
+
+
 def load(path: Path) -> ModuleType:
     """The module that `build_for_cpu` made."""
     spec = importlib.util.spec_from_file_location("_cuda_on_cpu", path)
@@ -125,6 +140,17 @@ def load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def altered(file: str, change: Sequence[tuple[str, str]], target: Path) -> Path:
+    """A copy of csrc/cuda in which a file's text is changed."""
+    shutil.copytree(CUDA, target)
+    text = (target / file).read_text()
+    for before, after in change:
+        assert text.count(before) == 1, f"{file} has {before!r} {text.count(before)} times"
+        text = text.replace(before, after)
+    (target / file).write_text(text)
+    return target
 
 
 # -- by nvcc ---------------------------------------------------------------------------------------
@@ -150,6 +176,8 @@ class Kernel(NamedTuple):
     registers: int
     stack_bytes: int
     """Of local memory: registers that spilled, arrays that were indexed."""
+    shared_bytes: int
+    """Of static shared memory; what is dynamic, the launcher asks for."""
     instructions: str
     """Its SASS."""
 
@@ -166,11 +194,12 @@ def look_into(module: Path) -> list[Kernel]:
     """Every kernel for every architecture in a file."""
     cuobjdump = find_cuobjdump()
     assert cuobjdump is not None, "no cuobjdump: neither on PATH nor in triton's wheel"
-    usage: dict[tuple[str, str], tuple[int, int]] = {}
+    usage: dict[tuple[str, str], tuple[int, int, int]] = {}
     for architecture, text in _by_architecture(run([cuobjdump, "-res-usage", module])):
         for name, numbers in re.findall(r"Function (\w+):\n\s*(.*)", text):
-            values = dict(re.findall(r"(REG|STACK):(\d+)", numbers))
-            usage[architecture, name] = int(values["REG"]), int(values["STACK"])
+            values = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", numbers))
+            registers, stack, shared = (int(values[key]) for key in ("REG", "STACK", "SHARED"))
+            usage[architecture, name] = registers, stack, shared
     code: dict[tuple[str, str], str] = {}
     for architecture, text in _by_architecture(run([cuobjdump, "-sass", module])):
         parts = re.split(r"\n\s*Function : (\w+)\n", text)[1:]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
+import emulated
 import pytest
 import torch
+from conftest import ON_GPU
 from helpers import (
     ACTIVATIONS,
     assert_error_at_most_twice_eager,
     golden_critic,
     load_golden,
     plain_critic,
+    plain_mlp,
     root_mean_square,
 )
 from hypothesis import given, settings
@@ -56,7 +60,7 @@ def exact_gradient(
 
 
 @pytest.mark.parametrize("name", ["halfcheetah", "pendulum"])
-def test_golden(cuda: str, name: str) -> None:
+def test_golden(way: str, cuda: str, name: str) -> None:
     g = load_golden(f"dipo_action_gradient_{name}")
     critic, options = golden_critic(g), {"max_norm": g["max_norm"], "eps": g["adam_eps"]}
     action = ascend(cuda, critic, g["state"], g["action"], steps=g["steps"], lr=g["lr"], **options)
@@ -93,12 +97,13 @@ def test_error_at_most_twice_eager(cuda: str, case: tuple[Any, ...]) -> None:
     rows=st.sampled_from([1, 7, 8, 9, 33]),
     state_dim=st.sampled_from([1, 5, 17]),
     action_dim=st.sampled_from([1, 3, 6, 9]),
-    hidden_dim=st.sampled_from([1, 7, 16, 33, 70]),
+    hidden_dim=st.sampled_from([1, 7, 16, 33, 70, 200]),
     hidden_layers=st.integers(1, 3),
     activation=st.sampled_from(sorted(ACTIVATIONS)),
 )
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_awkward_sizes(
+    way: str,
     cuda: str,
     lanes: str,
     rows: int,
@@ -115,10 +120,13 @@ def test_awkward_sizes(
     assert (ours - exact).abs().max() <= 2e-6 * max(1.0, exact.abs().max().item())
 
 
+@pytest.mark.parametrize("hidden", [16, 250])  # on a device each; many blocks a tile
 @pytest.mark.parametrize("optimizer", ["adam", "ascent"])
 @pytest.mark.parametrize("clip_mode", ["batch", "row"])
-def test_every_variant(cuda: str, lanes: str, optimizer: str, clip_mode: str) -> None:
-    critic = nn.TwinCritic(5, 3, 16, 2)
+def test_every_variant(
+    way: str, cuda: str, lanes: str, optimizer: str, clip_mode: str, hidden: int
+) -> None:
+    critic = nn.TwinCritic(5, 3, hidden, 2)
     state, action = torch.randn(30, 5), torch.rand(30, 3) * 2 - 1
     options = {"steps": 5, "max_norm": 0.1, "clip_mode": clip_mode, "optimizer": optimizer}
     ours = ascend(cuda, critic, state, action, lr=0.05, low=-0.9, high=0.8, **options)
@@ -130,12 +138,38 @@ def test_every_variant(cuda: str, lanes: str, optimizer: str, clip_mode: str) ->
     assert ours.max() == torch.tensor(0.8)
 
 
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_layers_of_different_widths(way: str, cuda: str, precision: str) -> None:
+    """What a wide layer left behind a narrow one's columns isn't multiplied."""
+    widths = (8, 40, 250, 21, 1)
+    critics = [
+        [
+            t
+            for n, k in zip(widths[1:], widths, strict=False)
+            for t in (torch.randn(n, k), torch.randn(n))
+        ]
+        for _ in range(2)
+    ]
+    state, action = torch.randn(19, 5), torch.rand(19, 3) * 2 - 1
+    lr = 2.0**24
+    fixed = (1, lr, None, "batch", "ascent", 1e-5, -math.inf, math.inf, "cuda")
+    on_device = [[t.to(cuda) for t in parameters] for parameters in critics]
+    inputs = (state.to(cuda), action.to(cuda), *on_device)
+    ours = native.ascend(*inputs, "tanh", precision, *fixed).cpu() / lr
+    leaf = action.double().requires_grad_()
+    x = torch.cat([state.double(), leaf], dim=1)
+    values = [plain_mlp(x, [p.double() for p in parameters], "tanh") for parameters in critics]
+    (exact,) = torch.autograd.grad(torch.minimum(*values).sum(), leaf)
+    error = root_mean_square(ours - exact) / root_mean_square(exact)
+    assert error <= (1e-5 if precision == "float32" else 0.03)
+
+
 # -- tensor cores ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", ["mish", "relu", "sin"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_lower_precision(cuda: str, activation: str, dtype: torch.dtype) -> None:
+def test_lower_precision(way: str, cuda: str, activation: str, dtype: torch.dtype) -> None:
     """The docstring's bound: 1% of the gradient, 10% for relu, whose slope jumps."""
     critic = nn.TwinCritic(17, 6, 100, 3, activation=activation)
     state, action = torch.randn(150, 17), torch.rand(150, 6) * 2 - 1
@@ -178,7 +212,8 @@ def test_equal_critics_share_the_gradient(cuda: str) -> None:
 def test_the_same_bits_however_the_work_is_shared_out(
     cuda: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At every call and on a device of any size: tiles of 8 or 32 rows, one a block or several."""
+    """At every call and, by blocks alone, on a device of any size: tiles of 8 or 32 rows, one a block
+    or several."""
     critic = nn.TwinCritic(5, 3, 33, 2)
     state, action = torch.randn(70, 5), torch.rand(70, 3) * 2 - 1
     results = []
@@ -214,12 +249,22 @@ def test_no_steps_no_rows_and_inputs(cuda: str) -> None:
     assert torch.equal(ascend(cuda, critic, *strided, steps=2), expected)
 
 
+@pytest.mark.parametrize("hidden", [16, 250])
+def test_repeats_are_bitwise_the_same(way: str, cuda: str, lanes: str, hidden: int) -> None:
+    critic = nn.TwinCritic(5, 3, hidden, 2)
+    state, action = torch.randn(21, 5), torch.rand(21, 3) * 2 - 1
+    first, second = (ascend(cuda, critic, state, action, steps=3, max_norm=0.1) for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_opcheck(cuda: str) -> None:
     critic = nn.TwinCritic(5, 3, 8).to(cuda)
     q1, q2 = ([p.detach() for p in q.parameters()] for q in (critic.q1, critic.q2))
     state, action = torch.randn(4, 5, device=cuda), torch.rand(4, 3, device=cuda)
     fixed = (2, 0.03, 0.1, "batch", "adam", 1e-5, -1.0, 1.0, "cuda")
-    torch.library.opcheck(native.ascend.overload, (state, action, q1, q2, "mish", "float32", *fixed))
+    torch.library.opcheck(
+        native.ascend.overload, (state, action, q1, q2, "mish", "float32", *fixed)
+    )
 
 
 def test_a_critic_that_is_too_wide(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,3 +273,50 @@ def test_a_critic_that_is_too_wide(cuda: str, monkeypatch: pytest.MonkeyPatch) -
     state, action = torch.randn(2, 5, device=cuda), torch.rand(2, 3, device=cuda)
     with pytest.raises(ValueError, match="can't run on 'cuda' here: the critic is too wide"):
         ops.action_gradient(critic, state, action, backend="cuda")
+
+
+# -- the plan --------------------------------------------------------------------------------------
+
+
+def plan(module: Any, hidden: int, precision: str, batch: int) -> Any:
+    widths = (17 + 6, hidden, hidden, hidden, 1)
+    pointers = [(0, 0, *shape) for shape in itertools.pairwise(widths)]
+    kind = getattr(module.Precision, precision)
+    return module.action_gradient_plan(pointers, 6, 17, kind, 20, batch, 0)
+
+
+@pytest.mark.skipif(ON_GPU, reason="plans for devices that this one is not")
+def test_plans_for_an_h100(cuda_module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the arithmetic at the top of action_gradient.cu comes to."""
+    monkeypatch.setenv("CUDA_ON_CPU_DEVICE", "132,232448,9")
+    expected = {
+        ("float32", 1): (8, 8, 0.14),
+        ("float32", 256): (4, 16, 0.26),
+        ("float32", 4096): (1, 32, 2.3),
+        ("bfloat16", 1): (8, 16, 0.12),
+        ("bfloat16", 256): (4, 16, 0.14),
+        ("bfloat16", 4096): (1, 32, 0.88),
+    }
+    for (precision, batch), (blocks, rows, milliseconds) in expected.items():
+        p = plan(cuda_module, 256, precision, batch)
+        assert (p["blocks_a_tile"], p["rows_a_tile"]) == (blocks, rows)
+        assert p["clocks"] / 1.7e6 == pytest.approx(milliseconds, rel=0.03)
+    # One row's layers are spread over a cluster, all weights at rest; those of small critics always.
+    assert plan(cuda_module, 256, "float32", 16)["resident_layers"] == 3
+    assert plan(cuda_module, 64, "float32", 4096)["resident_layers"] == 3
+
+
+@pytest.mark.skipif(ON_GPU, reason="plans for devices that this one is not")
+def test_the_tests_take_every_way(cuda_module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone or in groups, weights at rest or not, and every number of rows."""
+    seen = set()
+    for way, device in emulated.DEVICES.items():
+        monkeypatch.setenv("CUDA_ON_CPU_DEVICE", device)
+        for hidden, rows, precision in itertools.product(
+            (16, 70, 200, 250), (1, 7, 9, 33, 150), ("float32", "bfloat16")
+        ):
+            p = plan(cuda_module, hidden, precision, rows)
+            seen |= {(way, "group" if p["blocks_a_tile"] > 1 else "alone"), p["rows_a_tile"]}
+            seen.add(("resident", p["resident_layers"]))
+    assert {("clusters", "group"), ("grid", "group"), ("alone", "alone")} <= seen
+    assert {8, 16, 32, ("resident", 0), ("resident", 3)} <= seen

@@ -36,14 +36,6 @@ from diffcore.schedule import SOLVERS, SolverTable
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 
 
-@pytest.fixture(params=["gpu"] if ON_GPU else list(emulated.DEVICES))
-def way(request: pytest.FixtureRequest, cuda: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test on devices for which the launcher plans differently."""
-    if not ON_GPU:
-        monkeypatch.setenv("CUDA_ON_CPU_DEVICE", emulated.DEVICES[request.param])
-    return str(request.param)
-
-
 def sample(cuda: str, denoiser: nn.Denoiser, **arguments: Any) -> Tensor:
     """The kernel's result, on the CPU; the denoiser goes to the device and stays there."""
     denoiser.to(cuda)
@@ -82,7 +74,7 @@ def chain(
 
 
 @pytest.mark.parametrize(
-    ("name", "other"), zip(SAMPLERS, ("alone", "streaming", "grid"), strict=True)
+    ("name", "other"), [*zip(SAMPLERS, ("alone", "streaming", "grid"), strict=True)]
 )
 def test_golden_chain(cuda: str, monkeypatch: pytest.MonkeyPatch, name: str, other: str) -> None:
     """Training's actions with all that is on the way, in clusters; evaluation's another way."""
@@ -432,16 +424,16 @@ def test_plans_for_an_h100(cuda_module: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert (few["blocks_a_tile"], few["rows_a_tile"], few["resident_layers"]) == (8, 4, 4)
     some = plan(cuda_module, 256, 3, "float32", 256)
     assert (some["blocks_a_tile"], some["rows_a_tile"], some["resident_layers"]) == (8, 16, 4)
-    for precision in PRECISIONS:
-        for batch in (1, 16, 256, 4096):
-            p = plan(cuda_module, 256, 3, precision, batch)
-            assert p["shared_bytes"] <= 232448
-    clocks = [plan(cuda_module, 256, 3, "float32", batch)["clocks"] for batch in (1, 256, 4096)]
-    assert clocks == sorted(clocks)
-    # On an A100 no clusters, and less shared memory.
-    monkeypatch.setenv("CUDA_ON_CPU_DEVICE", "108,166912,8")
-    for hidden in (256, 512, 1024):
-        assert plan(cuda_module, hidden, 3, "float32", 4096)["shared_bytes"] <= 166912
+    expected = {
+        ("float32", 1): 0.22,
+        ("float32", 256): 0.40,
+        ("float32", 4096): 3.0,
+        ("bfloat16", 256): 0.25,
+        ("bfloat16", 4096): 1.1,
+    }
+    for (precision, batch), milliseconds in expected.items():
+        clocks = plan(cuda_module, 256, 3, precision, batch)["clocks"]
+        assert clocks / 1.7e6 == pytest.approx(milliseconds, rel=0.03)
 
 
 @pytest.mark.skipif(ON_GPU, reason="plans for devices that this one is not")
@@ -472,11 +464,11 @@ def test_too_wide_is_refused_with_a_reason(cuda: str) -> None:
 # -- one step --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [1, 7, 256, 1025])
-@pytest.mark.parametrize("given_noise", [False, True])
-def test_reverse_step(cuda: str, rows: int, given_noise: bool) -> None:
+@given(rows=st.integers(1, 700), columns=st.sampled_from([1, 2, 3, 4]), given_noise=st.booleans())
+def test_reverse_step(cuda: str, lanes: str, rows: int, columns: int, given_noise: bool) -> None:
     table = schedule("cosine").solver("dpmpp_2m")
-    x, eps, z, before = torch.randn(4, rows, 3)
+    # Each on 16 bytes, so that numbers are taken by fours.
+    x, eps, z, before = (torch.randn(rows, columns) for _ in range(4))
     coefficients = table.coefficients[2].float()
     coefficients[5] = 0.3
     more = {"noise": z, "noise_scale": 0.7} if given_noise else {"x0_previous": before}

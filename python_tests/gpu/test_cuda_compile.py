@@ -6,12 +6,15 @@ which sets DIFFCORE_CUDA=on, as one does who wants the kernels.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import cuda_builds
 import pytest
+from conftest import ON_GPU
 from helpers import run_script
 
 import diffcore
@@ -20,16 +23,24 @@ from diffcore.ops import _native
 #: What `pip install` builds; bench/gpu.sh builds for the GPU at hand alone.
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
 
-#: Registers that a kernel's launch bounds and its comment leave it.
+#: Registers that a kernel may have by the budget that is stated at the top of its file.
 REGISTERS = {
     "ascend": 255,
     "prepare": 255,
     "reverse_chain": 255,
-    "reverse_step_by_four": 64,
-    "reverse_step_by_one": 64,
-    "rff_add_pieces": 64,
+    "reverse_step_by_four": 40,
+    "reverse_step_by_one": 40,
+    "rff_add_pieces": 40,
     "rff_backward": 128,
     "rff_forward": 128,
+}
+
+#: Bytes of shared memory that a block may have (CUDA C++ Programming Guide, "Technical Specifications
+#: per Compute Capability"), and such a device for the launchers to plan for.
+SHARED_MEMORY = {
+    "sm_80": (163 << 10, "108,166912,8"),
+    "sm_90": (227 << 10, "132,232448,9"),
+    "sm_100": (227 << 10, "148,232448,10"),
 }
 
 
@@ -64,6 +75,41 @@ def test_registers_are_within_budget_and_none_spills(kernels: list[cuda_builds.K
     for k in kernels:
         assert k.registers <= REGISTERS[base_name(k)], (k.architecture, k.name, k.registers)
         assert k.stack_bytes == 0, (k.architecture, k.name, k.stack_bytes)
+
+
+def test_no_static_shared_memory(kernels: list[cuda_builds.Kernel]) -> None:
+    """All there is, launchers ask for; but for what CUDA itself takes, 1 KB from sm_90 on."""
+    for k in kernels:
+        most = 0 if k.architecture == "sm_80" else 1024
+        assert k.shared_bytes <= most, (k.architecture, k.name, k.shared_bytes)
+
+
+@pytest.mark.skipif(ON_GPU, reason="plans for devices that this one is not")
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("hidden", [16, 64, 100, 256, 512, 1024])
+def test_shared_memory_is_within_budget(
+    cuda_module: Any, monkeypatch: pytest.MonkeyPatch, architecture: str, hidden: int
+) -> None:
+    """What the launchers of the chain and of the action gradient ask for, whatever the batch; the
+    features' 17,408 bytes a static_assert holds."""
+    most, device = SHARED_MEMORY[architecture]
+    monkeypatch.setenv("CUDA_ON_CPU_DEVICE", device)
+    inner = [(hidden, hidden)] * 2
+    chain = [(32, hidden), (hidden, 32), (55, hidden), *inner, (hidden, 6)]
+    critic = [(23, hidden), *inner, (hidden, 1)]
+    precisions = ("float32", "tf32", "bfloat16", "float16")
+    for precision, batch in itertools.product(precisions, (1, 16, 256, 4096, 100_000)):
+        kind = getattr(cuda_module.Precision, precision)
+        sizes = (6, 17, kind, 100, batch, 0)
+        for plan, shapes in (
+            (cuda_module.reverse_diffusion_plan, chain),
+            (cuda_module.action_gradient_plan, critic),
+        ):
+            planned = plan([(0, 0, *shape) for shape in shapes], *sizes)
+            if hidden == 1024 and isinstance(planned, str):
+                assert re.search("too wide for shared memory|don't fit into", planned)
+                continue
+            assert 0 < planned["shared_bytes"] <= most, (precision, batch)
 
 
 def test_tensor_cores_where_asked_for_and_nowhere_else(kernels: list[cuda_builds.Kernel]) -> None:

@@ -5,11 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import cuda_builds
@@ -18,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ON_GPU
+from processes import in_a_process, needs_asan, under_asan
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="on a GPU nothing is emulated")
 
@@ -133,16 +130,6 @@ def test_a_missing_barrier_shows(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- what ends the process -------------------------------------------------------------------------
 
 
-def in_a_process(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(emulated.HERE), **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
 BREAK = """
 import ctypes, sys
 out = (ctypes.c_int * 16)()
@@ -167,24 +154,35 @@ def test_broken_rules_are_named(lanes: str, kernel: str, message: str) -> None:
     assert message in result.stderr
 
 
-# -- AddressSanitizer ------------------------------------------------------------------------------
+# -- hosts -----------------------------------------------------------------------------------------
 
-
-def asan_runtime() -> str | None:
-    compiler = os.environ.get("CXX", "g++")
-    answer = cuda_builds.run([compiler, "-print-file-name=libasan.so"]).strip()
-    return answer if os.path.isabs(answer) else None
-
-
-needs_asan = pytest.mark.skipif(
-    asan_runtime() is None, reason="the compiler has no shared AddressSanitizer"
+ARM_TOOLS = ("aarch64-linux-gnu-g++", "qemu-aarch64")  # Debian's g++-aarch64-linux-gnu, qemu-user
+needs_arm = pytest.mark.skipif(
+    not all(map(shutil.which, ARM_TOOLS)), reason=f"needs {' and '.join(ARM_TOOLS)}"
 )
 
 
-def under_asan(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    runtime = asan_runtime()
-    assert runtime is not None
-    return in_a_process(*arguments, LD_PRELOAD=runtime, ASAN_OPTIONS="detect_leaks=0")
+@needs_arm
+def test_arm_hosts_compute_the_same_bits(lanes: str, tmp_path: Path) -> None:
+    """Fibers, barriers, clusters, copies and mma on an emulated ARM processor as on this one."""
+    printed = []
+    for compiler, *runner in (("g++",), ARM_TOOLS):
+        program = tmp_path / compiler
+        flags = [*cuda_builds.CPU_FLAGS, "-static", f"-I{cuda_builds.CUDA}"]
+        sources = [emulated.HERE / "emulator_kernels.cu", emulated.HERE / "host_prints.cpp"]
+        cuda_builds.run([compiler, *flags, "-x", "c++", *sources, "-o", program])
+        printed.append(cuda_builds.run([*runner, program]))
+    assert printed[0] == printed[1]
+    assert printed[0].count("linear") == 24
+
+
+@needs_arm
+@pytest.mark.parametrize("source", cuda_builds.kernel_sources(), ids=lambda path: path.stem)
+def test_kernels_compile_for_arm_hosts(source: Path) -> None:
+    cuda_builds.run([ARM_TOOLS[0], *cuda_builds.CPU_FLAGS, "-fsyntax-only", "-x", "c++", source])
+
+
+# -- AddressSanitizer ------------------------------------------------------------------------------
 
 
 @needs_asan
@@ -205,17 +203,6 @@ def test_kernels_under_asan(check: str) -> None:
 # -- tests of the tests ----------------------------------------------------------------------------
 
 
-def altered(file: str, change: Sequence[tuple[str, str]], target: Path) -> Path:
-    """A copy of csrc/cuda in which a file's text is changed."""
-    shutil.copytree(cuda_builds.CUDA, target)
-    text = (target / file).read_text()
-    for before, after in change:
-        assert text.count(before) == 1, f"{file} has {before!r} {text.count(before)} times"
-        text = text.replace(before, after)
-    (target / file).write_text(text)
-    return target
-
-
 def fails(check: str, directory: Path) -> bool:
     """Whether a check notices something, with the lanes in one order or the other."""
     path = emulated.build(check, directory, ("-O0",))
@@ -230,7 +217,7 @@ def fails(check: str, directory: Path) -> bool:
 
 @pytest.mark.parametrize("check", emulated.CHECKS)
 def test_unaltered_kernels_pass(check: str, tmp_path: Path) -> None:
-    assert not fails(check, altered("tile.cuh", [], tmp_path / "cuda"))
+    assert not fails(check, cuda_builds.altered("tile.cuh", [], tmp_path / "cuda"))
 
 
 FAULTS = {
@@ -305,7 +292,7 @@ FAULTS = {
     ),
     "blocks of a cluster don't wait for each other": (
         "chain",
-        "reverse_diffusion.cu",
+        "group.cuh",
         [
             (
                 "case Exchange::cluster: wait_for_cluster(); break;",
@@ -315,12 +302,12 @@ FAULTS = {
     ),
     "no wait at the software barrier": (
         "chain",
-        "reverse_diffusion.cu",
-        [("while (load_acquire(&chain_.counters[index_]) < arrivals_) poll();", "")],
+        "group.cuh",
+        [("while (load_acquire(&layout_.counters[index_]) < arrivals_) poll();", "")],
     ),
     "exchanges don't take turns": (
         "chain",
-        "reverse_diffusion.cu",
+        "group.cuh",
         [("    turn_ ^= 1;\n", "")],
     ),
 }
@@ -329,4 +316,4 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault: str, tmp_path: Path) -> None:
     check, file, change = FAULTS[fault]
-    assert fails(check, altered(file, change, tmp_path / "cuda"))
+    assert fails(check, cuda_builds.altered(file, change, tmp_path / "cuda"))

@@ -47,28 +47,16 @@ def drawn(device: str, critic: nn.TwinCritic, rows: int) -> tuple[nn.TwinCritic,
 # -- values ----------------------------------------------------------------------------------------
 
 
-def test_golden_actions(device: str, large_tiles: None) -> None:
-    """Some steps of the released code's ascent; its norm is over all rows, so all are taken."""
-    g = load_golden("dipo_action_gradient_pendulum")
-    critic, state = golden_critic(g).to(device), g["state"].to(device)
-    options = {"lr": g["lr"], "max_norm": g["max_norm"], "eps": g["adam_eps"]}
-    steps = g["steps"] if device == "cuda" else 2
-    improved = ops.action_gradient(
-        critic, state, g["action"].to(device), steps=steps, **options, backend="triton"
-    )
-    expected = g["action_out"]
-    if steps != g["steps"]:
-        exact = plain_critic(critic, torch.float64), state.double(), g["action"].double()
-        expected = ops.action_gradient(*exact, steps=steps, **options).float()
-    torch.testing.assert_close(improved.cpu(), expected, rtol=0, atol=1e-4)
-
-
-def test_golden_gradient(device: str, large_tiles: None) -> None:
-    g = load_golden("dipo_action_gradient_pendulum")
-    rows = slice(0, 20)
-    critic, state = golden_critic(g).to(device), g["state"][rows].to(device)
-    first = -gradient(critic, state, g["action"][rows].to(device), backend="triton")
-    torch.testing.assert_close(first.cpu(), g["first_grad"][rows], rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("name", ["halfcheetah", "pendulum"])
+def test_golden(device: str, large_tiles: None, name: str) -> None:
+    """All steps of the released code's ascent, and its first gradient."""
+    g = load_golden(f"dipo_action_gradient_{name}")
+    critic, state, action = golden_critic(g).to(device), g["state"].to(device), g["action"].to(device)
+    options = {"lr": g["lr"], "max_norm": g["max_norm"], "eps": g["adam_eps"], "steps": g["steps"]}
+    improved = ops.action_gradient(critic, state, action, **options, backend="triton")
+    torch.testing.assert_close(improved.cpu(), g["action_out"], rtol=0, atol=1e-4)
+    first = -gradient(critic, state, action, backend="triton")
+    torch.testing.assert_close(first.cpu(), g["first_grad"], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -38,3 +38,13 @@ def test_kernels_keep_within_their_means(op: str, target: str) -> None:
         assert kernel.spilled == 0, kernel
         assert kernel.shared_memory <= SHARED_MEMORY[target], kernel
         assert kernel.matrix_instructions > 0 or not kernel.wants_matrix_instructions, kernel
+
+
+@pytest.mark.parametrize("op", ["reverse_diffusion", "action_gradient"])
+def test_weights_stream_through_shared_memory(op: str) -> None:
+    """On their way from L2 while the ones before them are multiplied."""
+    kernels = [kernel for kernel in compiled(op) if kernel.target != "gfx942"]
+    assert kernels
+    for kernel in kernels:
+        assert kernel.asynchronous_copies > 0, kernel
+        assert kernel.shared_memory > 0, kernel

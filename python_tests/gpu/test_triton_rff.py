@@ -148,4 +148,6 @@ def test_opcheck(device: str, kind: str) -> None:
     saved = y if kind == "cos_sin" else slope
     wanted = (True, True, True)
     settings = (kind, *wanted, "float32", "triton")
-    torch.library.opcheck(native.backward.overload, (torch.randn_like(y), x, omega, saved, *settings))
+    torch.library.opcheck(
+        native.backward.overload, (torch.randn_like(y), x, omega, saved, *settings)
+    )

@@ -48,10 +48,17 @@ def mlp_cases() -> list[Case]:
         return Case(name, precision, launch, kernels)
 
     critics = (2, "mish,mish,identity", 23, 256, 256, 1)
+    # With 16, 32 and 64 rows a program; tf32 has no 64.
+    sizes = {
+        "float32": (256, 4096, 8192),
+        "tf32": (256, 4096),
+        "bfloat16": (256, 4096, 8192),
+        "float16": (256,),
+    }
     return [
-        case("critics", "float32", 256, *critics),
-        case("critics, large batch", "float32", 8192, *critics),
-        case("critics in bfloat16", "bfloat16", 8192, *critics),
+        case(f"critics in {precision}, batch {batch}", precision, batch, *critics)
+        for precision, batches in sizes.items()
+        for batch in batches
     ]
 
 
@@ -69,7 +76,12 @@ def rff_cases() -> list[Case]:
         kernels = ("forward_kernel", "backward_kernel", "weight_gradient_kernel")
         return Case(f"{kind}, {precision}", precision, launch, kernels)
 
-    return [case("sin", "float32", 256, 256), case("cos_sin", "tf32", 8192, 23)]
+    return [
+        case("sin", "float32", 256, 256),
+        case("cos_sin", "tf32", 8192, 23),
+        case("cos", "bfloat16", 256, 256),
+        case("sin", "float16", 256, 256),
+    ]
 
 
 def score_matching_cases() -> list[Case]:
@@ -89,7 +101,12 @@ def score_matching_cases() -> list[Case]:
         kernels = ("score_kernel", "hidden_kernel", "weight_kernel")
         return Case(f"{precision}, batch {batch}", precision, launch, kernels)
 
-    return [case("float32", 256), case("bfloat16", 2048)]
+    return [
+        case("float32", 256),
+        case("tf32", 256),
+        case("bfloat16", 2048),
+        case("float16", 256),
+    ]
 
 
 def denoising_cases() -> list[Case]:
@@ -98,23 +115,23 @@ def denoising_cases() -> list[Case]:
 
     batch, state, action = 256, 17, 6
 
-    def launch(weight: torch.Tensor | None = None) -> None:
+    def launch(precision: str = "float32", weight: torch.Tensor | None = None) -> None:
         denoiser = nn.Denoiser(state, action, hidden_layers=2)
         inputs = [torch.empty(batch, state), *(torch.empty(batch, action) for _ in range(2))]
         levels = torch.empty(batch, dtype=torch.int64), torch.empty(100, 2), torch.empty(100, 32)
         parameters = [p.detach() for p in denoiser.weights_and_biases()]
         grads = [torch.empty_like(t) for t in (*inputs[:2], *parameters)]
         wanted = [True] * len(grads)
-        settings = (grads, wanted, parameters, "float32")
+        settings = (grads, wanted, parameters, precision)
         triton.loss_and_gradients(*inputs, weight, *levels, "mish", *settings)
         triton.normals(torch.tensor(1), inputs[1])
 
-    def launch_weighted() -> None:
-        launch(torch.empty(batch))
-
+    kernels = ("rows_kernel", "weight_gradient_kernel")
+    lower = ("tf32", "bfloat16", "float16")
     return [
         Case("update", "float32", launch),
-        Case("update, weighted", "float32", launch_weighted),
+        Case("update, weighted", "float32", functools.partial(launch, weight=torch.empty(batch))),
+        *(Case(f"update in {p}", p, functools.partial(launch, p), kernels) for p in lower),
     ]
 
 
@@ -157,6 +174,7 @@ def reverse_diffusion_cases() -> list[Case]:
     return [
         case("float32", 256),
         case("bfloat16", 256, drawn=False),
+        case("bfloat16", 4096),
         case("float32", 4096, drawn=False),
         case("tf32", 4096),
         case("float16", 4096),
@@ -193,7 +211,9 @@ def action_gradient_cases() -> list[Case]:
         case("float32", 256),
         case("tf32", 256),
         case("float32", 4096, "row"),
+        case("bfloat16", 256),
         case("bfloat16", 4096),
+        case("float16", 256),
     ]
 
 

@@ -37,6 +37,8 @@ class Compiled(NamedTuple):
     shared_memory: int
     #: Instructions of the tensor cores (AMD: matrix cores).
     matrix_instructions: int
+    #: Copies from global to shared memory that nothing waits for at once (NVIDIA: LDGSTS).
+    asynchronous_copies: int
     #: Whether the case asks for them.
     wants_matrix_instructions: bool
 
@@ -93,8 +95,8 @@ def compile_op(op: str) -> list[Compiled]:
     return results
 
 
-def look_at(kernel: Any, target: str) -> tuple[int, int, int, int]:
-    """(registers, bytes spilled, bytes of shared memory, matrix instructions)."""
+def look_at(kernel: Any, target: str) -> tuple[int, int, int, int, int]:
+    """What `Compiled` says of a kernel, from registers to asynchronous copies."""
     if target.startswith("sm_"):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
@@ -104,7 +106,8 @@ def look_at(kernel: Any, target: str) -> tuple[int, int, int, int]:
         # Spills lie on the stack, where nothing else of a Triton kernel should lie.
         stack, registers = _number(r"STACK:(\d+)", usage), _number(r"REG:(\d+)", usage)
         matrix = len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTC\w*MMA)\b", code))
-        return registers, stack, kernel.metadata.shared, matrix
+        copies = len(re.findall(r"\bLDGSTS\b", code))
+        return registers, stack, kernel.metadata.shared, matrix, copies
     code = kernel.asm["amdgcn"]
     # Both kinds of spills end in the private segment, or in lanes of further registers.
     private, spills, registers = (
@@ -112,7 +115,7 @@ def look_at(kernel: Any, target: str) -> tuple[int, int, int, int]:
         for name in ("private_segment_fixed_size", "vgpr_spill_count", "vgpr_count")
     )
     matrix = len(re.findall("v_s?mfma", code))
-    return registers, private + 4 * spills, kernel.metadata.shared, matrix
+    return registers, private + 4 * spills, kernel.metadata.shared, matrix, 0
 
 
 def _number(pattern: str, text: str) -> int:

@@ -124,7 +124,7 @@ def action_gradient(
         BLOCK_N=layout.block_n,
         BLOCK_K=layout.block_k,
         num_warps=8 if rows == 8 else 4,
-        num_stages=3,
+        num_stages=2 if rows == 16 and precision != "tf32" else 3,  # a third one spills
         **_triton.all_registers(),
         launch_cooperative_grid=norm_clip == "batch",
     )

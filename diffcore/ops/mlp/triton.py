@@ -90,9 +90,11 @@ def depth_of_blocks(precision: str) -> int:
 
 def row_settings(networks: int, batch: int, precision: str) -> dict[str, int]:
     """Block sizes of the kernels that take rows through layers: large, but work for every SM."""
-    rows = next((r for r in (64, 32) if networks * triton.cdiv(batch, r) >= PROGRAMS), 16)
+    sizes = (32,) if precision == "tf32" else (64, 32)  # 64 spill
+    rows = next((r for r in sizes if networks * triton.cdiv(batch, r) >= PROGRAMS), 16)
+    columns = 128 if precision == "float32" or rows == 64 else 64  # more spill
     depth = depth_of_blocks(precision)
-    return {"ROWS": rows, "COLUMNS": 128, "DEPTH": depth, "num_warps": 8 if rows == 64 else 4}
+    return {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "num_warps": 8 if rows == 64 else 4}
 
 
 # -- a block of rows through layers ----------------------------------------------------------------

@@ -1,0 +1,126 @@
+"""Tests of the tests: do those of the ops notice faults in the CUDA sources, and bad accesses?
+
+They run on the CPU in processes of their own, on altered copies of csrc/cuda or under
+AddressSanitizer. The tile and the chain have faults of their own in test_cuda_emulator.py.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import cuda_builds
+import pytest
+from conftest import ON_GPU
+from processes import HERE, in_a_process, needs_asan, under_asan
+
+pytestmark = pytest.mark.skipif(ON_GPU, reason="on a GPU nothing is emulated")
+
+#: Tests of an op that are enough to notice a fault in it, as pytest's arguments.
+ASCENT = (
+    "test_cuda_action_gradient.py",
+    "every_variant and alone and 16 or different_widths and clusters",
+)
+FEATURES = ("test_cuda_rff.py", "awkward_sizes or pieces")
+STEP = ("test_cuda_chain.py", "reverse_step")
+
+
+def pytest_arguments(tests: tuple[str, str]) -> list[str]:
+    file, expression = tests
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    return ["-m", "pytest", *options, str(HERE / file), "-k", expression]
+
+
+class Fault(NamedTuple):
+    tests: tuple[str, str]
+    file: str
+    before: str
+    after: str
+
+
+FAULTS = {
+    "no barrier after the actions were staged": Fault(
+        ASCENT,
+        "action_gradient.cu",
+        "critic_.action_dim, staged, plan_.action_stride);\n    __syncthreads();",
+        "critic_.action_dim, staged, plan_.action_stride);",
+    ),
+    "the grid doesn't meet before the actions move": Fault(
+        ASCENT,
+        "action_gradient.cu",
+        "    wait_for_grid();\n    const Published",
+        "    const Published",
+    ),
+    "the last tile has a row too many": Fault(
+        ASCENT,
+        "action_gradient.cu",
+        "static_cast<int>(left < rows ? left : rows)",
+        "static_cast<int>(left < rows ? left + 1 : rows)",
+    ),
+    "what a wider layer left behind stays": Fault(
+        ASCENT,
+        "action_gradient.cu",
+        "      clear_padding(in, stride, forward ? layer.in : layer.out, weights.k);\n",
+        "",
+    ),
+    "both critics' gradients are taken": Fault(
+        ASCENT,
+        "action_gradient.cu",
+        "if (!(q2 < q1)) gradient -=",
+        "gradient -=",
+    ),
+    "a column too many of x is multiplied": Fault(
+        FEATURES,
+        "rff_features.cu",
+        "index < rows && k < columns ?",
+        "index < rows && k <= columns ?",
+    ),
+    "no barrier between loading a step and multiplying it": Fault(
+        FEATURES,
+        "gemm.cuh",
+        "    __syncthreads();\n    if (k + depth < k_last) {",
+        "    if (k + depth < k_last) {",
+    ),
+    "the last number is left out": Fault(
+        STEP,
+        "reverse_step.cu",
+        "j < call.count; ++j",
+        "j < call.count - 1; ++j",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault: str, tmp_path: Path) -> None:
+    tests, file, before, after = FAULTS[fault]
+    sources = cuda_builds.altered(file, [(before, after)], tmp_path / "cuda")
+    result = in_a_process(*pytest_arguments(tests), CUDA_ON_CPU_SOURCES=str(sources))
+    assert found(result), result.stdout + result.stderr
+
+
+def found(result: subprocess.CompletedProcess[str]) -> bool:
+    """Whether a test failed for what the kernel did, or the kernel ended the process."""
+    said = result.stdout + result.stderr
+    signs = ("\nE   ", "cuda_on_cpu: ", "Fatal Python error: Segmentation fault")
+    return result.returncode != 0 and any(sign in said for sign in signs)
+
+
+def test_unaltered_kernels_pass() -> None:
+    for tests in (ASCENT, FEATURES, STEP):
+        result = in_a_process(*pytest_arguments(tests))
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+#: Fewer of them, which take every way through the kernel.
+ASCENT_UNDER_ASAN = (ASCENT[0], "different_widths")
+
+
+@needs_asan
+@pytest.mark.parametrize(
+    "tests", [ASCENT_UNDER_ASAN, FEATURES, STEP], ids=["ascent", "features", "step"]
+)
+def test_under_asan(tests: tuple[str, str]) -> None:
+    flags = "-O1 -fsanitize=address,alignment -fno-sanitize-recover=all"
+    result = under_asan(*pytest_arguments(tests), CUDA_ON_CPU_FLAGS=flags)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
