@@ -11,6 +11,7 @@ from torch.nn.functional import mse_loss
 from diffcore.nn.fourier import RandomFourierFeatures
 from diffcore.nn.modules import MLP, altered, forced, time_embedding
 from diffcore.ops._checks import check_choice, check_features, check_positive_int, check_tensor
+from diffcore.ops._native import same_sizes
 from diffcore.ops.critic_loss import critic_loss
 from diffcore.ops.mlp_ensemble import mlp_ensemble
 from diffcore.ops.rff_features import KINDS
@@ -276,24 +277,27 @@ class TwinRFFCritic(nn.Module):
         return altered(self, TwinRFFCritic) or self._altered_parts()
 
     def _altered_parts(self) -> str | None:
-        for q in (self.q1, self.q2):
+        own: Any = self._modules
+        for q in (own["q1"], own["q2"]):
             why = altered(q, RFFCritic)
-            if why is None and q.fourier is not None:
+            if why is None and "fourier" in q._modules:
                 why = "the critics' frequencies are an op of their own"
             if why is None:
-                why = altered(q.head, MLP)
+                why = altered(q._modules["head"], MLP)
             if why is not None:
                 return why
         return None
 
     def networks(self) -> list[list[Tensor]]:
         """The heads' parameters, alike in shape: see :meth:`MLP.weights_and_biases`."""
-        head, other = self.q1.head, self.q2.head
+        own: Any = self._modules
+        head, other = (own[name]._modules["head"] for name in ("q1", "q2"))
         first, second = (h.weights_and_biases(self.feature_dim, 1) for h in (head, other))
+        alike = same_sizes(first, second) or [p.shape for p in first] == [p.shape for p in second]
         if (
             other.activations != head.activations
             or other.compute_dtype != head.compute_dtype
-            or [p.shape for p in second] != [p.shape for p in first]
+            or not alike
         ):
             raise ValueError("q2: expected layers, activations and compute_dtype like q1's")
         return [first, second]

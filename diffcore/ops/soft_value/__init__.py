@@ -53,12 +53,11 @@ def soft_value(
             backend that can't run this call.
     """
     inputs = out_of_autocast(policy, state, noise, temperature)
-    available = support(policy, psi, critics, *inputs)
+    available, parameters, *judges = _support(policy, psi, critics, *inputs)
     chosen = _dispatch.choose("soft_value", available, backend)
     if chosen == "reference":
         state, noise, temperature = inputs
         return reference.soft_value(policy, psi, critics, state, noise, temperature, backend)
-    parameters, *judges = _parameters(policy, psi, critics)
     kinds = [",".join(n.activations) for n in (policy.trunk, psi.trunk, critics.q1.head)]
     precision = _backends.precision(policy.trunk.compute_dtype, state)
     settings = (*kinds, *policy.log_std_bounds, precision)
@@ -81,6 +80,21 @@ def support(
     backend: str | None = None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
+    inputs = out_of_autocast(policy, state, noise, temperature)
+    return _support(policy, psi, critics, *inputs)[0]
+
+
+def _support(
+    policy: SquashedGaussian,
+    psi: Psi,
+    critics: TwinRFFCritic,
+    state: Tensor,
+    noise: Tensor,
+    temperature: Tensor,
+) -> tuple[_dispatch.Support, list[Tensor], list[Tensor], list[Tensor]]:
+    """The same, out of autocast; and the parameters of the policy, of psi, and of one critic after
+    the other.
+    """
     from diffcore.nn import Psi, SquashedGaussian, TwinRFFCritic
 
     for name, module, kind in (
@@ -91,7 +105,6 @@ def support(
         if own_module(module, kind) is None:
             found = type(module).__name__
             raise TypeError(f"{name}: expected a diffcore.nn.{kind.__name__}, got {found}")
-    state, noise, temperature = out_of_autocast(policy, state, noise, temperature)
     check_tensor("state", state, ("B", policy.state_dim))
     check_tensor("noise", noise, (state.shape[0], policy.action_dim))
     check_tensor("temperature", temperature, ())
@@ -110,13 +123,15 @@ def support(
     check_number("policy.log_std_bounds[0]", low)
     check_number("policy.log_std_bounds[1]", high, above=low)
     if (why := _altered(policy, psi, critics)) is not None:
-        return _backends.support(KERNELS, [state], refused=f"the parts are called, since {why}")
-    parameters, psi_parameters, heads = _parameters(policy, psi, critics)
+        refused = f"the parts are called, since {why}"
+        return _backends.support(KERNELS, [state], refused=refused), [], [], []
+    parameters, psi_parameters = policy.weights_and_biases(), psi.weights_and_biases()
+    heads = [parameter for head in critics.networks() for parameter in head]
     check_like("state", state, "the policy", parameters[0])
     check_like("psi", psi_parameters[0], "state", state)
     check_like("critics", heads[0], "state", state)
     judges, networks = psi_parameters + heads, [policy.trunk, psi.trunk, critics.q1.head]
-    return _backends.support(
+    available = _backends.support(
         KERNELS,
         [state, noise, temperature, *parameters, *judges],
         [activation for network in networks for activation in network.activations],
@@ -124,19 +139,12 @@ def support(
         compute_dtype=policy.trunk.compute_dtype,
         refused=_refused(networks, [state, noise, temperature, *judges]),
     )
+    return available, parameters, psi_parameters, heads
 
 
 def _altered(policy: SquashedGaussian, psi: Psi, critics: TwinRFFCritic) -> str | None:
     """What a call of one of them does beside what its weights say."""
     return policy.altered() or psi.altered() or critics.altered()
-
-
-def _parameters(
-    policy: SquashedGaussian, psi: Psi, critics: TwinRFFCritic
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The policy's, psi's, and one critic's after the other's."""
-    heads = [parameter for head in critics.networks() for parameter in head]
-    return policy.weights_and_biases(), psi.weights_and_biases(), heads
 
 
 def _refused(networks: list[MLP], constants: list[Tensor]) -> str | None:

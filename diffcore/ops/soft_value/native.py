@@ -32,12 +32,11 @@ def values_and_gradients(
     `psi`, `critics`, `policy`: parameters; of the critics one after the other.
     """
     state, noise = state.contiguous(), noise.contiguous()
-    psi, critics, policy = ([p.contiguous() for p in ps] for ps in (psi, critics, policy))
     batch = state.shape[0]
     loss = state.new_full((), float("nan"))  # the mean of an empty batch
     value, log_prob = state.new_empty(batch, 1), state.new_empty(batch, 1)
-    make = torch.empty_like if batch else torch.zeros_like
-    grads = [make(p) for p in policy] if wanted else []
+    make = torch.empty if batch else torch.zeros
+    grads = [make(p.shape, dtype=p.dtype, device=p.device) for p in policy] if wanted else []
     if batch:
         core = _native._core
         networks = ((policy, policy_kinds), (psi, psi_kinds), (critics, critic_kinds))
