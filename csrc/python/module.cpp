@@ -658,6 +658,7 @@ void representation_step(const Layers& psi, const std::vector<Activation>& psi_k
 
   std::vector<const float*> pointers;
   for (const Address gradient : gradients) pointers.push_back(pointer<const float>(gradient));
+  // Memory can run out in the first step alone: the others find what that one took.
   const int psi_inputs = std::get<2>(psi.front()), zeta_inputs = std::get<2>(zeta.front());
   for (int n = 0; n < minibatches; ++n) {
     for (size_t p = 0; p < parameters.size(); ++p)

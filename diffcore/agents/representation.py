@@ -110,6 +110,12 @@ class DiffusionRepresentation(nn.Module):
             )
         if noise is None:
             noise = torch.empty_like(next_state).normal_(generator=generator)
+        for name, value, shape in (
+            ("level", level, next_state.shape[:-1]),
+            ("noise", noise, next_state.shape),
+        ):
+            if value.shape != shape:
+                raise ValueError(f"{name}: expected shape {[*shape]}, got {[*value.shape]}")
         at_level = torch.embedding(self._levels, level)
         alpha_bar, signal, noise_std, score_weight = at_level.split(1, dim=-1)
         scaled_noise = noise_std * noise
@@ -147,6 +153,11 @@ class DiffusionRepresentation(nn.Module):
         Returns:
             The loss before the step and its gradient's norm, 0-d or ``[N]``.
         """
+        if not state.shape[:-1] == action.shape[:-1] == perturbed.value.shape[:-1]:
+            shapes = [[*t.shape] for t in (state, action, perturbed.value)]
+            raise ValueError(f"state, action, perturbed: expected the same rows, got shapes {shapes}")
+        if state.ndim == 3 and not len(state):
+            raise ValueError(f"state: expected a minibatch at least, got shape {[*state.shape]}")
         if state.ndim == 3 and self.zeta.time_mlp is not None:  # whose weights each step changes
             minibatches = zip(state, action, zip(*perturbed, strict=True), strict=True)
             results = [

@@ -269,6 +269,23 @@ def test_steps_on_parts_of_a_batch_are_those_on_its_parts(conditioning: Any) -> 
         torch.testing.assert_close(ours, others)
 
 
+@pytest.mark.parametrize("conditioning", ["alpha_bar", "time_embedding"])
+def test_shapes_that_do_not_fit_the_next_state_are_named(conditioning: Any) -> None:
+    agent, batch = make_agent(conditioning=conditioning), random_batch()
+    level, noise = torch.zeros(16, dtype=torch.int64), torch.zeros(16, OBSERVATION_DIM)
+    with pytest.raises(ValueError, match=r"^level: expected shape \[16\], got \[16, 1\]"):
+        agent.update_representation(batch, level=level[:, None])
+    with pytest.raises(ValueError, match=r"^noise: expected shape \[16, \d\], got \[1, \d\]"):
+        agent.update_representation(batch, noise=noise[:1])
+    representation, optimizer = agent.representation, agent.representation_optimizer
+    perturbed = representation.perturb(batch.next_state, level=level, noise=noise)
+    with pytest.raises(ValueError, match="expected the same rows"):
+        representation.step(batch.state[None], batch.action[None], perturbed, optimizer)
+    nothing = representation.perturb(batch.next_state[None][:0])
+    with pytest.raises(ValueError, match="^state: expected a minibatch at least"):
+        representation.step(batch.state[None][:0], batch.action[None][:0], nothing, optimizer)
+
+
 def test_a_batch_that_steps_do_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="steps must divide the batch's 16 rows, got 3"):
         make_agent().update_representation(random_batch(), steps=3)

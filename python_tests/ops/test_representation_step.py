@@ -193,6 +193,17 @@ def test_minibatches_are_stepped_on_one_after_the_other(
     assert {int(state["step"]) for state in together.optimizer.state.values()} == {STEPS}
 
 
+def test_results_are_tensors_of_their_own(backend: str) -> None:
+    learner, weight = Learner(), torch.ones((), requires_grad=True)
+    loss, norm = learner.step(learner.batch(9), backend=backend)
+    scaled = weight * loss
+    norm.zero_()
+    scaled.backward()
+    assert torch.equal(weight.grad, loss)  # type: ignore[arg-type]
+    loss += weight
+    assert loss.requires_grad
+
+
 # -- as a part of PyTorch --------------------------------------------------------------------------
 
 
@@ -477,7 +488,7 @@ def test_a_patched_step_is_the_patch_s(monkeypatch: pytest.MonkeyPatch) -> None:
         (1, torch.zeros(9, 4), r"^perturbed: expected shape \[2, 9, in\], got \[9, 4\]"),
         (2, torch.zeros(2, 8, 3), r"^offset: expected shape \[2, 9, S\], got \[2, 8, 3\]"),
         (3, torch.zeros(2, 9, 1), r"^score_weight: expected shape \[2, 9\], got \[2, 9, 1\]"),
-        (1, torch.zeros(2, 9, 4, requires_grad=True), "^perturbed: expected no gradient of several"),
+        (1, torch.zeros(2, 9, 4, requires_grad=True), "^perturbed: expected no gradient through"),
     ],
 )
 def test_bad_minibatches_are_named(changed: int, value: Tensor, message: str) -> None:

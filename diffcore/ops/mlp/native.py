@@ -96,24 +96,37 @@ def run_backward(
         return triton.backward(grad_y, saved, parameters, activations, *wanted, precision)
     batch = x.shape[0]
     grad_x = x.new_empty(batch if wants_x else 0, x.shape[1])
+    make = torch.empty_like if batch else torch.zeros_like
+    grads = [make(p) for p in parameters] if wants_parameters else []
     if batch:
-        core = _native._core
-        grads = [torch.empty_like(p) for p in parameters] if wants_parameters else []
-        core.mlp_backward(
-            parameters,
-            kinds(activations),
-            getattr(core.Precision, precision),
-            batch,
-            x.data_ptr(),
-            saved.data_ptr(),
-            grad_y.data_ptr(),
-            grad_x.data_ptr() if wants_x else 0,
-            [g.data_ptr() for g in grads],
-            torch.get_num_threads(),
-        )
-    else:
-        grads = [torch.zeros_like(p) for p in parameters] if wants_parameters else []
+        backward_into(grad_x, grads, grad_y, x, saved, parameters, activations, precision)
     return [grad_x, *grads]
+
+
+def backward_into(
+    grad_x: Tensor,
+    grads: list[Tensor],
+    grad_y: Tensor,
+    x: Tensor,
+    saved: Tensor,
+    parameters: list[Tensor],
+    activations: str,
+    precision: str,
+) -> None:
+    """The same on the CPU, of some rows, written into contiguous tensors: those that have rows."""
+    core = _native._core
+    core.mlp_backward(
+        parameters,
+        kinds(activations),
+        getattr(core.Precision, precision),
+        x.shape[0],
+        x.data_ptr(),
+        saved.data_ptr(),
+        grad_y.data_ptr(),
+        grad_x.data_ptr() if grad_x.shape[0] else 0,
+        [g.data_ptr() for g in grads],
+        torch.get_num_threads(),
+    )
 
 
 backward = _native.op("mlp_backward")(run_backward)

@@ -42,7 +42,8 @@ def representation_step(
     Args:
         psi, zeta, x, perturbed, offset, score_weight, compute_dtype: see
             :func:`diffcore.ops.representation_loss`. Or ``[N, B, ...]``: N minibatches, one step on
-            each in order.
+            each in order. These may not require a gradient: what they were computed from could change
+            with the first step.
         optimizer: steps the parameters that it holds: the networks', for the kernel.
         backend: "cpu" or "reference"; the fastest that can run the call if None.
 
@@ -121,8 +122,7 @@ def _first_minibatch(
     for name, tensor in tensors.items():
         if _native.requires_gradient(tensor):
             raise ValueError(
-                f"{name}: expected no gradient of several minibatches, it requires one: what it was "
-                "made of changes with the first step"
+                f"{name}: expected no gradient through several minibatches, it requires one"
             )
     return [tensor[0] for tensor in tensors.values()]
 

@@ -34,7 +34,7 @@ def step(
     inputs = [t.contiguous() for t in (x, perturbed, offset, score_weight)]
     parameters = [*psi, *zeta]
     adam = _adam.KernelSteps(optimizer, parameters)
-    loss, norm = x.new_empty(2, *x.shape[:-2]).unbind()
+    loss, norm = x.new_empty(x.shape[:-2]), x.new_empty(x.shape[:-2])
     core = _native._core
     arguments = (
         psi,

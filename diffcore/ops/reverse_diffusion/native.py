@@ -181,12 +181,12 @@ def chain_backward(
             grad_eps = c4 * grad_x - c1 * grad_x0
             grad_x = c3 * grad_x + c0 * grad_x0
 
-            grad_input, *grads = trunk.backward(grad_eps, trunk_input, saved)
+            grad_input, grads = trunk.backward(grad_eps, trunk_input, saved)
             torch._foreach_add_(trunk_grads, grads)
             grad_x = grad_x + grad_input[:, :action_dim]
             grad_time_features[i] = grad_input[:, action_dim:state_offset].sum(0)
             grad_state += grad_input[:, state_offset:]
-        _, *time_grads = time_mlp.backward(grad_time_features, embedding, time_saved)
+        _, time_grads = time_mlp.backward(grad_time_features, embedding, time_saved)
     return [grad_state, grad_x, grad_noise, *time_grads, *trunk_grads]
 
 
@@ -198,14 +198,16 @@ class _MLP:
     """
 
     def __init__(self, parameters: list[Tensor], activation: str, backend: str) -> None:
-        self.parameters, self.on_cpu = parameters, backend == "cpu"
+        self.parameters, self.on_cpu = [p.contiguous() for p in parameters], backend == "cpu"
         self.kinds = [*[activation] * (len(parameters) // 2 - 1), "identity"]
-        self.settings = ("float32", backend)
+        self.names = ",".join(self.kinds)
+        # Of one pass, written anew by every other: for wide layers fresh memory takes longer.
+        self.grads = [torch.empty_like(p) for p in self.parameters] if self.on_cpu else []
 
     def forward(self, x: Tensor) -> tuple[Tensor, Any]:
         """y, and what the way back needs."""
         if self.on_cpu:
-            y, saved = mlp.run_forward(x, self.parameters, ",".join(self.kinds), True, *self.settings)
+            y, saved = mlp.run_forward(x, self.parameters, self.names, True, "float32", "cpu")
             return y[0], saved
         inputs, pre = [], []
         pairs = zip(self.parameters[::2], self.parameters[1::2], self.kinds, strict=True)
@@ -215,18 +217,23 @@ class _MLP:
             x = ACTIVATIONS[kind].forward(pre[-1])
         return x, (inputs, pre)
 
-    def backward(self, grad: Tensor, x: Tensor, saved: Any) -> list[Tensor]:
-        """Gradients of x and of the parameters."""
+    def backward(self, grad: Tensor, x: Tensor, saved: Any) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of x and, until the next pass, of the parameters."""
+        if self.on_cpu and x.shape[0]:
+            x = x.contiguous()
+            grad_x = torch.empty_like(x)
+            rest = (saved, self.parameters, self.names, "float32")
+            mlp.backward_into(grad_x, self.grads, grad.contiguous(), x, *rest)
+            return grad_x, self.grads
         if self.on_cpu:
-            arguments = (grad, x, saved, self.parameters, ",".join(self.kinds), True, True)
-            return mlp.run_backward(*arguments, *self.settings)
+            return torch.empty_like(x), [torch.zeros_like(p) for p in self.parameters]
         grads: list[Tensor] = []
         layers = zip(self.parameters[::2], self.kinds, *saved, strict=True)
         for weight, kind, inputs, pre in reversed([*layers]):
             grad = ACTIVATIONS[kind].backward(grad, pre)
             grads[:0] = [grad.T @ inputs, grad.sum(0)]
             grad = grad @ weight
-        return [grad, *grads]
+        return grad, grads
 
 
 @_native.fake("reverse_diffusion_backward")
