@@ -22,7 +22,7 @@ from diffcore.ops import _backends, _native
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
-SCHEDULE = DiffusionSchedule.linear(4)
+SCHEDULE = DiffusionSchedule.linear(2)
 
 WITHOUT_CUDA_KERNELS = (
     "critic_loss",
