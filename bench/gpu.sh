@@ -97,7 +97,8 @@ if [[ -n $tests ]]; then
     export DIFFCORE_TEST_DEVICE=cuda
     # Not the tests of the CPU that plays a GPU, and of compiling for others.
     part tests 150 "${pytest[@]}" python_tests/gpu --ignore=python_tests/gpu/test_cuda_emulator.py \
-      --ignore=python_tests/gpu/test_triton_compile.py
+      --ignore=python_tests/gpu/test_triton_compile.py --ignore=python_tests/gpu/test_no_waiting.py \
+      --ignore=python_tests/gpu/test_triton_configurations.py
     if command -v compute-sanitizer >/dev/null; then
       for tool in memcheck racecheck synccheck; do
         part "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \

@@ -28,7 +28,11 @@ def scaled(
     if grad_loss is None:
         return [None] * len(grads)
     if not torch.compiler.is_compiling() and _is_last_use(grad_loss):
-        return grads
+        if not grad_loss.is_cpu:  # to know its value would be to wait for the device
+            torch._foreach_mul_(list(grads), grad_loss)
+            return grads
+        if grad_loss.item() == 1.0:
+            return grads
 
     count = len(grads)
 
@@ -39,14 +43,13 @@ def scaled(
 
 
 def _is_last_use(grad_loss: Tensor) -> bool:
-    """Whether the gradients can be given away as they are, as after a plain ``loss.backward()``.
+    """Whether nobody will read the gradients again, as after a plain ``loss.backward()``.
 
-    Nobody will read them again, and their factor is 1.
+    Then they themselves can be given away.
     """
     return not (
         torch.is_grad_enabled()
         or torch._C._functorch.is_functorch_wrapped_tensor(grad_loss)
         or torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # of is_grads_batched
         or torch._C._autograd._get_current_graph_task_keep_graph()
-        or grad_loss.item() != 1.0
     )

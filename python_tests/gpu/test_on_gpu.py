@@ -11,27 +11,63 @@ from torch import Tensor
 import diffcore
 from diffcore import DiffusionSchedule, nn, ops
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 Call = Callable[..., Tensor]
 
 
-def calls() -> dict[str, Call]:
-    """A call of every op on fixed inputs, by name; its argument is the backend."""
+def calls(device: str = "cuda") -> dict[str, Call]:
+    """A call of every op on fixed inputs, by name; its argument is the backend.
+
+    The losses' results are themselves, times a number, and their gradients, in one vector.
+    """
     torch.manual_seed(0)
-    denoiser = nn.Denoiser(17, 6, 64).cuda().requires_grad_(False)
-    critic = nn.TwinCritic(17, 6, 64).cuda().requires_grad_(False)
+    denoiser = nn.Denoiser(17, 6, 64).to(device).requires_grad_(False)
+    critic = nn.TwinCritic(17, 6, 64).to(device).requires_grad_(False)
     schedule = DiffusionSchedule.cosine(10)
-    state = torch.randn(33, 17, device="cuda")
-    action = torch.rand(33, 6, device="cuda") * 2 - 1
-    noise = torch.randn(10, 33, 6, device="cuda")
-    omega, coefficients = torch.randn(40, 17, device="cuda"), torch.rand(7, device="cuda")
-    mlp = nn.MLP(17, 64, 6).cuda().requires_grad_(False)
+    state = torch.randn(33, 17, device=device)
+    action = torch.rand(33, 6, device=device) * 2 - 1
+    noise = torch.randn(10, 33, 6, device=device)
+    omega, coefficients = torch.randn(40, 17, device=device), torch.rand(7, device=device)
+    mlp = nn.MLP(17, 64, 6).to(device).requires_grad_(False)
     weights, biases = ([getattr(layer, n) for layer in mlp.layers] for n in ("weight", "bias"))
+    t = torch.arange(33, device=device) % 10
+    trained = nn.Denoiser(17, 6, 64).to(device)
+    psi, zeta = nn.MLP(17, 64, 8, 1).to(device), nn.MLP(6, 64, 8 * 6, 1).to(device)
+    critics = [nn.MLP(17, 64, 1).to(device) for _ in range(2)]
+    last = torch.nn.Linear(64, 8 * 6).to(device)
+    features = torch.randn(33, 8, device=device), torch.randn(33, 64, device=device)
+    target, score_weight = torch.randn(33, 1, device=device), torch.rand(33, device=device)
 
     def chain(backend: str) -> Tensor:
         given = {"x_init": action, "noise": noise}
         return ops.reverse_diffusion(denoiser, schedule, state, backend=backend, **given)
+
+    def with_gradients(loss: Tensor, *modules: torch.nn.Module) -> Tensor:
+        scaled = -3 * loss
+        parameters = [p for module in modules for p in module.parameters()]
+        gradients = torch.autograd.grad(scaled, parameters)
+        return torch.cat([part.detach().flatten() for part in (scaled, *gradients)])
+
+    def denoising(backend: str) -> Tensor:
+        given = {"t": t, "noise": noise[0], "weight": score_weight}
+        loss = ops.denoising_loss(trained, schedule, state, action, backend=backend, **given)
+        return with_gradients(loss, trained)
+
+    def score_matching(backend: str) -> Tensor:
+        sources = (*features, last.weight, last.bias)
+        loss = ops.score_matching_loss(*sources, action, score_weight, backend=backend)
+        return with_gradients(loss, last)
+
+    def representation(backend: str) -> Tensor:
+        inputs = (state, action, noise[0], score_weight)
+        loss = ops.representation_loss(psi, zeta, *inputs, backend=backend)
+        return with_gradients(loss, psi, zeta)
+
+    def of_critics(backend: str) -> Tensor:
+        networks, names = [c.weights_and_biases() for c in critics], critics[0].activations
+        loss, _ = ops.critic_loss(state, networks, names, target, backend=backend)
+        return with_gradients(loss, *critics)
 
     return {
         "reverse_diffusion": chain,
@@ -43,15 +79,21 @@ def calls() -> dict[str, Call]:
         ),
         "rff_features": lambda backend: ops.rff_features(state, omega, backend=backend),
         "mlp": lambda backend: ops.mlp(state, weights, biases, mlp.activations, backend=backend),
+        "q_sample": lambda backend: ops.q_sample(action, t, noise[0], schedule, backend=backend),
+        "denoising_loss": denoising,
+        "score_matching_loss": score_matching,
+        "representation_loss": representation,
+        "critic_loss": of_critics,
     }
 
 
-CASES = [
-    (op, backend)
-    for op in ("reverse_diffusion", "reverse_step", "action_gradient", "rff_features", "mlp")
-    for backend in ("cuda", "triton")
-    if (op, backend) != ("mlp", "cuda")
-]
+OPS_WITH_CUDA = ("reverse_diffusion", "reverse_step", "action_gradient", "rff_features")
+OPS = (
+    *OPS_WITH_CUDA,
+    *("mlp", "q_sample"),
+    *("denoising_loss", "score_matching_loss", "representation_loss", "critic_loss"),
+)
+CASES = [(op, "cuda") for op in OPS_WITH_CUDA] + [(op, "triton") for op in OPS]
 
 
 def captured(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -67,6 +109,7 @@ def captured(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     return graph, result
 
 
+@needs_gpu
 @pytest.mark.parametrize(("op", "backend"), CASES)
 def test_a_captured_call_gives_the_same_bits(op: str, backend: str) -> None:
     call = calls()[op]
@@ -79,11 +122,15 @@ def test_a_captured_call_gives_the_same_bits(op: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize(("op", "backend"), CASES)
-def test_agrees_with_the_reference(op: str, backend: str) -> None:
-    call = calls()[op]
+def test_agrees_with_the_reference(op: str, backend: str, device: str) -> None:
+    """Without a GPU in Triton's interpreter, which shows that the calls captured here are right."""
+    if backend == "cuda" and device == "cpu":
+        pytest.skip("needs a GPU")
+    call = calls(device)[op]
     torch.testing.assert_close(call(backend), call("reference"), rtol=1e-3, atol=1e-3)
 
 
+@needs_gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_every_replay_draws_anew(backend: str) -> None:
     denoiser = nn.Denoiser(17, 6, 64).cuda().requires_grad_(False)
@@ -98,6 +145,7 @@ def test_every_replay_draws_anew(backend: str) -> None:
     assert not torch.equal(*drawn)
 
 
+@needs_gpu
 @pytest.mark.parametrize(("op", "backend"), CASES)
 def test_the_current_stream_is_used(op: str, backend: str) -> None:
     """On a stream that is still busy, a call waits for its inputs."""
@@ -114,6 +162,7 @@ def test_the_current_stream_is_used(op: str, backend: str) -> None:
     assert torch.equal(result, expected)
 
 
+@needs_gpu
 def test_the_fastest_backend_is_chosen() -> None:
     state = torch.randn(3, 5, device="cuda")
     answer = diffcore.explain("rff_features", state, torch.randn(4, 5, device="cuda"))

@@ -458,7 +458,7 @@ def weight_gradient_kernel(
     DELTAS: tl.constexpr,
     FIRST_BLOCKS: tl.constexpr,
     OFFSETS: tl.constexpr,
-    PARTS: tl.constexpr,
+    IN_PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     OUTPUTS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -467,7 +467,7 @@ def weight_gradient_kernel(
     """A block of one weight's gradient, delta^T input summed over a part of the batch.
 
     Programs are the blocks of all weights, layer by layer from FIRST_BLOCKS on, times parts, times
-    networks. The sum goes to `gradients` or, of several PARTS, to [part, network, OFFSETS] of
+    networks. The sum goes to `gradients` or, if IN_PARTS, to [part, network, OFFSETS] of
     `partial`.
     """
     LAYERS: tl.constexpr = len(FIRST_BLOCKS)
@@ -513,7 +513,7 @@ def weight_gradient_kernel(
         delta_sums += delta
         transposed = tl.trans(operand(delta, PRECISION))
         sums = dot(transposed, operand(values, PRECISION), sums, PRECISION)
-    if PARTS > 1:
+    if IN_PARTS:
         partial += (part * NETWORKS + network).to(tl.int64) * OFFSETS[2 * LAYERS]
         weight_gradient = partial + offset
         bias_gradient = partial + bias_offset
@@ -523,14 +523,14 @@ def weight_gradient_kernel(
         tl.store(bias_gradient + output, tl.sum(delta_sums, axis=0), mask=output < fan_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def add_parts_kernel(
     partial,
     gradients,
+    parts,
     NETWORKS: tl.constexpr,
     SIZES: tl.constexpr,
     OFFSETS: tl.constexpr,
-    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A block of one parameter's gradient from its parts, in order. OFFSETS: in whole blocks."""
@@ -547,7 +547,7 @@ def add_parts_kernel(
     element = first - offset + tl.arange(0, BLOCK)
     inside = element < size
     sums = tl.zeros((BLOCK,), tl.float32)
-    for part in range(PARTS):
+    for part in range(parts):
         of_part = partial + (part * NETWORKS + network).to(tl.int64) * OFFSETS[COUNT] + offset
         sums += tl.load(of_part + element, mask=inside, other=0.0)
     tl.store(gradient + element, sums, mask=inside)
@@ -673,7 +673,7 @@ def weight_gradients(
         delta_columns(widths),
         first_blocks,
         offsets,
-        parts,
+        parts > 1,
         precision,
         OUTPUTS=BLOCK,
         COLUMNS=BLOCK,
@@ -685,9 +685,9 @@ def weight_gradients(
             (offsets[-1] // PART_BLOCK, networks),
             partial,
             tuple(gradients),
+            parts,
             networks,
             sizes,
             offsets,
-            parts,
             PART_BLOCK,
         )

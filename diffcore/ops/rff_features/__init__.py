@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from diffcore.ops import _backends, _dispatch, _native
@@ -60,8 +59,7 @@ def rff_features(
     if chosen == "reference":
         return reference.rff_features(x, omega, bias, kind=kind, scale=scale)
     rows, precision = as_rows(x), _backends.precision(None, x)
-    differentiable = any(map(_native.requires_gradient, (x, omega, bias)))
-    if torch.is_grad_enabled() and differentiable:
+    if _native.differentiates(x, omega, bias):
         arguments = (rows, omega, bias, kind, float(scale), precision, chosen)
         y = _native.apply(native.RffFeatures, *arguments)[0]
     else:
