@@ -68,6 +68,21 @@ def test_error_at_most_twice_eager(isa: str, activation: str) -> None:
             assert (a - c).abs().max() <= 1e-6 * max(1.0, c.abs().max().item())
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_error_at_most_twice_eager_in_long_sums(isa: str, activation: str) -> None:
+    """Into few outputs too: eager PyTorch sums those in four parts, with half the error."""
+    for hidden, outputs in ((64, 8), (100, 33), (256, 1), (256, 8), (512, 6)):
+        for seed in range(3):
+            torch.manual_seed(seed)
+            layers = make_layers([17, hidden, hidden, outputs], activation)
+            x = torch.randn(max(256, 1024 // outputs), 17)
+            ours = ops.mlp(x, *layers, backend="cpu")
+            eager = ops.mlp(x, *layers, backend="reference")
+            weights, biases = ([p.double() for p in group] for group in layers[:2])
+            exact = ops.mlp(x.double(), weights, biases, layers[2], backend="reference")
+            assert_error_at_most_twice_eager(ours, eager, exact)
+
+
 @pytest.mark.parametrize("compute_dtype", PRECISIONS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_value_is_the_same_where_a_gradient_will_be_taken(
