@@ -71,7 +71,8 @@ def test_error_at_most_twice_eager(isa: str, activation: str) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_error_at_most_twice_eager_in_long_sums(isa: str, activation: str) -> None:
     """Into few outputs too: eager PyTorch sums those in four parts, with half the error."""
-    for hidden, outputs in ((64, 8), (100, 33), (256, 1), (256, 8), (512, 6)):
+    sizes = ((64, 8), (100, 33), (256, 1), (256, 8), (512, 6), (512, 40), (1024, 40))
+    for hidden, outputs in sizes:
         for seed in range(3):
             torch.manual_seed(seed)
             layers = make_layers([17, hidden, hidden, outputs], activation)
