@@ -331,6 +331,10 @@ def test_a_critic_that_is_too_wide(cuda: str, monkeypatch: pytest.MonkeyPatch) -
     for critic in (wide, *mixed):
         with pytest.raises(ValueError, match="'cuda' here: the critic's layers are too wide"):
             ops.action_gradient(critic, state, action, backend="cuda")
+    q1, q2 = ([p.detach() for p in q.parameters()] for q in (wide.q1, wide.q2))
+    fixed = (2, 0.03, 0.1, "batch", "adam", 1e-5, -1.0, 1.0, "cuda")
+    with pytest.raises(RuntimeError, match="CUDA kernels: the critic's layers are too wide"):
+        native.ascend(state, action, q1, q2, "mish", "float32", *fixed)
 
 
 # -- the plan --------------------------------------------------------------------------------------
