@@ -34,7 +34,8 @@ STEP = ("test_cuda_chain.py", "reverse_step")
 
 def pytest_arguments(tests: tuple[str, str]) -> list[str]:
     file, expression = tests
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    # Nothing is captured: what a kernel that ends the process says would be lost.
+    options = ["-q", "-x", "-s", "-p", "no:cacheprovider", "-p", "no:xdist"]
     return ["-m", "pytest", *options, str(HERE / file), "-k", expression]
 
 
