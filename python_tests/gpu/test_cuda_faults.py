@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(ON_GPU, reason="on a GPU nothing is emulated")
 #: Tests of an op that are enough to notice a fault in it, as pytest's arguments.
 ASCENT = (
     "test_cuda_action_gradient.py",
-    "every_variant and alone and 16 or different_widths and float32 and alone",
+    "every_variant and alone and 16 or different_widths and (alone or cluster)",
 )
 #: The same in groups.
 ASCENT_IN_GROUPS = (
