@@ -72,6 +72,7 @@ struct AscentPlan {
   PackedCritic packed[2];
   GroupLayout group;
   int width;      // of the widest hidden layer, padded
+  int depth;      // hidden layers of the deeper critic
   int64_t tiles;  // of rows; an item is a tile of one critic
   int groups;     // even, so that a group keeps to one critic; or a single one, which streams
 
@@ -87,7 +88,7 @@ struct AscentPlan {
 
   // In the workspace.
   float* state_part;  // [2, batch, width]
-  float* slopes;      // [blocks, layers - 1, rows, width]
+  float* slopes;      // [blocks, depth, rows, width]
   float* actions;     // [copies, batch, action_dim], one of every critic and rank; and so on
   float* first_moment;
   float* second_moment;
@@ -101,6 +102,11 @@ int widest_hidden(const ActionGradientCall& call) {
     for (int l = 0; l < critic.layer_count - 1; ++l)
       widest = critic.layers[l].out > widest ? critic.layers[l].out : widest;
   return round_up(widest, 16);
+}
+
+int most_hidden_layers(const ActionGradientCall& call) {
+  const int first = call.critics[0].layer_count, second = call.critics[1].layer_count;
+  return (first > second ? first : second) - 1;
 }
 
 // -- packing --------------------------------------------------------------------------------------
@@ -193,8 +199,7 @@ class CriticPass {
         item_(item),
         shared_(shared),
         group_(group),
-        slopes_(plan.slopes +
-                static_cast<int64_t>(blockIdx.x) * (critic_.layer_count - 1) * rows * plan.width) {}
+        slopes_(plan.slopes + static_cast<int64_t>(blockIdx.x) * plan.depth * rows * plan.width) {}
 
   // What states and the bias make of the first layer, in float32: kept for all steps.
   __device__ void state_part(const float* states) const {
@@ -556,6 +561,7 @@ bool lay_out(const ActionGradientCall& call, const Device& device, int group_siz
   a = AscentPlan{};
   a.call = call;
   a.width = widest_hidden(call);
+  a.depth = most_hidden_layers(call);
   a.tiles = (call.batch + rows - 1) / rows;
   const int64_t items = 2 * a.tiles;
   a.groups = items < most_groups ? static_cast<int>(items) : most_groups;
@@ -632,32 +638,32 @@ double estimate(const Plan& plan) {
 }
 
 // Makes a plan the best one, if it fits and takes the least time so far. All its blocks must run at
-// the same time, of which clusters may allow fewer than there are multiprocessors.
+// the same time, of which clusters may allow fewer than there are multiprocessors: the driver is
+// asked, which takes longer than all else here, about those plans alone that would be the best.
 template <class Math, int rows>
-const char* consider(const ActionGradientCall& call, const Device& device, int group_size,
-                     Plan* best) {
+void consider(const ActionGradientCall& call, const Device& device, int group_size, Plan* best) {
   Plan plan{};
   plan.kernel = ascend<Math, rows>;
-  int groups = device.multiprocessors / group_size;
-  if (!lay_out(call, device, group_size, groups, rows, &plan)) return nullptr;
+  const auto is_best = [&](int most_groups) {
+    if (!lay_out(call, device, group_size, most_groups, rows, &plan)) return false;
+    plan.clocks = estimate(plan);
+    return !best->kernel || plan.clocks < best->clocks;
+  };
+  if (!is_best(device.multiprocessors / group_size)) return;
   if (plan.launch.cluster > 1) {
-    if (const char* error = clusters_at_once(plan.launch, plan.kernel, &groups)) return error;
-    if (groups < plan.ascent.groups && !lay_out(call, device, group_size, groups, rows, &plan))
-      return nullptr;
+    const int at_once = clusters_at_once(plan.launch, plan.kernel);
+    if (at_once < plan.ascent.groups && !is_best(at_once)) return;
   }
-  plan.clocks = estimate(plan);
-  if (!best->kernel || plan.clocks < best->clocks) *best = plan;
-  return nullptr;
+  *best = plan;
 }
 
 template <class Math>
 const char* consider_all(const ActionGradientCall& call, const Device& device, Plan* best) {
   for (const int group_size : {1, 2, 4, 8}) {
-    const char* error = nullptr;
-    if constexpr (Math::least_rows <= 8) error = consider<Math, 8>(call, device, group_size, best);
-    if (!error) error = consider<Math, 16>(call, device, group_size, best);
-    if (!error) error = consider<Math, 32>(call, device, group_size, best);
-    if (error) return error;
+    if (!may_group(group_size)) continue;
+    if constexpr (Math::least_rows <= 8) consider<Math, 8>(call, device, group_size, best);
+    consider<Math, 16>(call, device, group_size, best);
+    consider<Math, 32>(call, device, group_size, best);
   }
   return best->kernel ? nullptr : "the critic's layers are too wide for shared memory";
 }
@@ -687,7 +693,6 @@ int64_t lay_out_workspace(char* workspace, Plan* plan) {
   const auto pack = [&](Precision precision, SlicedWeights* w) {
     w->weight = take(static_cast<int64_t>(element_bytes(precision)) * w->columns * w->k);
   };
-  int layers = 0;
   for (int c = 0; c < 2; ++c) {
     const CriticParameters& critic = a.call.critics[c];
     PackedCritic& packed = a.packed[c];
@@ -696,12 +701,11 @@ int64_t lay_out_workspace(char* workspace, Plan* plan) {
     pack(Precision::float32, &packed.action_input);
     for (int l = 1; l <= last; ++l) pack(critic.precision, &packed.forward[l]);
     for (int l = 0; l < last; ++l) pack(critic.precision, &packed.backward[l]);
-    layers = last > layers ? last : layers;
   }
   const int64_t batch = a.call.batch, elements = batch * a.call.critics[0].action_dim;
   const int64_t blocks = plan->launch.grid, copies = 2 * a.group.size;
   a.state_part = floats(2 * batch * a.width);
-  a.slopes = floats(blocks * layers * plan->rows * a.width);
+  a.slopes = floats(blocks * a.depth * plan->rows * a.width);
   a.actions = floats(copies * elements);
   a.first_moment = floats(copies * elements);
   a.second_moment = floats(copies * elements);

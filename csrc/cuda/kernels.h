@@ -140,6 +140,8 @@ struct RffBackwardCall {
   void* stream;
 };
 
+// Workspaces are measured in bytes, -1 if the current device can't run the call.
+//
 // How the current device would run a call of these shapes; or why it can't.
 struct KernelPlan {
   int blocks_a_tile;  // of the action gradient: a tile of one critic

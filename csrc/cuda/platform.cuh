@@ -43,16 +43,25 @@ struct Device {
 inline const char* launch_error() { return nullptr; }
 
 template <class Arguments>
-const char* launch(const Launch& how, void (*kernel)(Arguments), const Arguments& arguments) {
-  cuda_on_cpu::launch(
-      {dim3(how.grid), dim3(how.block), how.shared_bytes, how.cluster, how.cooperative},
-      [&] { kernel(arguments); });
-  return nullptr;
+int clusters_at_once(const Launch& how, void (*)(Arguments)) {
+  const cuda_on_cpu::Device d = cuda_on_cpu::device();
+  return std::min(d.multiprocessors / static_cast<int>(how.cluster), d.clusters);
+}
+
+// Whether launchers shall think of groups of so many blocks: tests ask for those of one size.
+inline bool may_group(int size) {
+  const int only = cuda_on_cpu::device().group_size;
+  return only == 0 || size == only;
 }
 
 template <class Arguments>
-const char* clusters_at_once(const Launch& how, void (*)(Arguments), int* count) {
-  *count = cuda_on_cpu::device().multiprocessors / static_cast<int>(how.cluster);
+const char* launch(const Launch& how, void (*kernel)(Arguments), const Arguments& arguments) {
+  if (how.cluster > 1 && how.cooperative &&
+      static_cast<int>(how.grid / how.cluster) > clusters_at_once(how, kernel))
+    cuda_on_cpu::fail("more clusters than run at the same time", "launch", 0);
+  cuda_on_cpu::launch(
+      {dim3(how.grid), dim3(how.block), how.shared_bytes, how.cluster, how.cooperative},
+      [&] { kernel(arguments); });
   return nullptr;
 }
 
@@ -150,11 +159,17 @@ inline cudaLaunchConfig_t launch_config(const Launch& how, cudaLaunchAttribute (
   return config;
 }
 
-// Has a kernel take as much dynamic shared memory as a launch asks for.
+// Lets a kernel have as much dynamic shared memory as a launch asks for: all that a block may have,
+// since threads that each set what their own launch needs would lower it for each other.
 inline cudaError_t allow_shared_bytes(const Launch& how, const void* kernel) {
   if (how.shared_bytes <= 48 << 10) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(how.shared_bytes));
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  return error;
 }
 
 template <class Arguments>
@@ -168,17 +183,22 @@ const char* launch(const Launch& how, void (*kernel)(Arguments), const Arguments
   return error_text(cudaLaunchKernelExC(&config, function, pointers));
 }
 
-// How many of a launch's clusters the device can run at the same time. A cluster's blocks are
-// neighbours, so that a few multiprocessors may be left over.
+// How many of a launch's clusters the device can run at the same time; none where it can't say. A
+// cluster's blocks are neighbours, so that a few multiprocessors may be left over.
 template <class Arguments>
-const char* clusters_at_once(const Launch& how, void (*kernel)(Arguments), int* count) {
+int clusters_at_once(const Launch& how, void (*kernel)(Arguments)) {
   const auto function = reinterpret_cast<const void*>(kernel);
   cudaError_t error = allow_shared_bytes(how, function);
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = launch_config(how, attributes);
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(count, function, &config);
-  return error_text(error);
+  int count = 0;
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, function, &config);
+  if (error == cudaSuccess) return count;
+  cudaGetLastError();  // or the next launch would seem to have failed
+  return 0;
 }
+
+inline bool may_group(int) { return true; }
 
 inline const char* current_device(Device* device) {
   int index = 0;

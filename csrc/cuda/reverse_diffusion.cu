@@ -539,6 +539,7 @@ const char* make_plan(const ReverseDiffusionCall& call, Plan* best) {
   if (const char* error = current_device(&device)) return error;
   bool found = false;
   for (const int group_size : {1, 2, 4, 8}) {
+    if (!may_group(group_size)) continue;
     for (const int rows : {4, 16, 32}) {
       if (rows == 4 && call.denoiser.precision != Precision::float32) continue;
       Plan plan;

@@ -63,6 +63,16 @@ void launch(const char* (*op)(const Call&), const Call& call, const Queue& queue
   check(op(call));
 }
 
+// Of the workspace; an exception says why the device can't run the call.
+template <class Call>
+int64_t bytes_of(int64_t (*measure)(const Call&), const char* (*make)(const Call&, KernelPlan*),
+                 const Call& call) {
+  const int64_t bytes = measure(call);
+  KernelPlan plan{};
+  if (bytes < 0) check(make(call, &plan));
+  return bytes;
+}
+
 DenoiserParameters denoiser_parameters(const std::vector<Layer>& layers, int action_dim,
                                        int state_dim, Activation activation, Precision precision,
                                        Address time_embedding, int steps) {
@@ -95,7 +105,8 @@ int64_t reverse_diffusion_bytes(const std::vector<Layer>& layers, int action_dim
                                 Activation activation, Precision precision, int steps,
                                 int64_t batch, int device) {
   const CurrentDevice current({device, 0});
-  return reverse_diffusion_workspace(
+  return bytes_of(
+      reverse_diffusion_workspace, plan_reverse_diffusion,
       reverse_diffusion_shapes(layers, action_dim, state_dim, activation, precision, steps, batch));
 }
 
@@ -195,13 +206,15 @@ int64_t action_gradient_bytes(const std::vector<Layer>& first, const std::vector
                               int action_dim, int state_dim, Activation activation,
                               Precision precision, int64_t batch, int device) {
   const CurrentDevice current({device, 0});
-  return action_gradient_workspace(
+  return bytes_of(
+      action_gradient_workspace, plan_action_gradient,
       action_gradient_shapes(first, second, action_dim, state_dim, activation, precision, batch));
 }
 
-py::object action_gradient_plan(const std::vector<Layer>& critic, int action_dim, int state_dim,
-                                Precision precision, int steps, int64_t batch, int device) {
-  ActionGradientCall call = action_gradient_shapes(critic, critic, action_dim, state_dim,
+py::object action_gradient_plan(const std::vector<Layer>& first, const std::vector<Layer>& second,
+                                int action_dim, int state_dim, Precision precision, int steps,
+                                int64_t batch, int device) {
+  ActionGradientCall call = action_gradient_shapes(first, second, action_dim, state_dim,
                                                    Activation::identity, precision, batch);
   call.steps = steps;
   return plan_of(plan_action_gradient, call, device);

@@ -11,6 +11,8 @@ import os
 import cuda_builds
 import emulated
 import pytest
+import torch
+from torch import Tensor
 
 from diffcore.ops import _native
 
@@ -30,9 +32,15 @@ def cuda_module() -> object:
     return cuda_builds.load(cuda_builds.build_for_tests())
 
 
+def spoiled_workspace(size: int, like: Tensor) -> Tensor:
+    """Bytes that are NaN as floats and more than any counter comes to."""
+    return torch.full((size,), 255, dtype=torch.uint8, device=like.device)
+
+
 @pytest.fixture
 def cuda(cuda_module: object, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Has ``backend="cuda"`` run on the device whose name this is."""
+    """Has ``backend="cuda"`` run on the device whose name this is, in a workspace left by others."""
+    monkeypatch.setattr(_native, "workspace", spoiled_workspace)
     if ON_GPU:
         return "cuda"
     monkeypatch.setattr(_native, "_cuda", cuda_module)
@@ -46,6 +54,14 @@ def way(request: pytest.FixtureRequest, cuda: str, monkeypatch: pytest.MonkeyPat
     """Runs a test on devices for which the launchers plan differently."""
     if not ON_GPU:
         monkeypatch.setenv("CUDA_ON_CPU_DEVICE", emulated.DEVICES[request.param])
+    return str(request.param)
+
+
+@pytest.fixture(params=["gpu"] if ON_GPU else list(emulated.GROUPS))
+def group(request: pytest.FixtureRequest, cuda: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test with groups of every size, and with both ways of handing each other columns."""
+    if not ON_GPU:
+        monkeypatch.setenv("CUDA_ON_CPU_DEVICE", emulated.GROUPS[request.param])
     return str(request.param)
 
 

@@ -35,6 +35,15 @@ DEVICES = {
     "grid": "16,166912,8",
 }
 
+#: Devices for which launchers plan groups of one size alone, whatever it costs: two groups, of which
+#: each has several tiles where there are rows enough.
+GROUPS = {
+    "alone": "3,232448,9,1",
+    "streaming": "1,110000,8,1",
+    **{f"cluster_of_{size}": f"{2 * size},232448,9,{size}" for size in (2, 4, 8)},
+    **{f"grid_of_{size}": f"{2 * size},166912,8,{size}" for size in (2, 4, 8)},
+}
+
 Array = NDArray[np.float32]
 
 

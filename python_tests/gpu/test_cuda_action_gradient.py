@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from typing import Any
 
 import emulated
@@ -56,6 +57,17 @@ def exact_gradient(
     return ops.action_gradient(*arguments, lr=lr, **ONE_STEP) / lr
 
 
+def exact_gradient_of(
+    critics: list[list[Tensor]], state: Tensor, action: Tensor, activation: str
+) -> Tensor:
+    """The same in float64, of critics by their parameters."""
+    leaf = action.double().requires_grad_()
+    x = torch.cat([state.double(), leaf], dim=1)
+    values = [plain_mlp(x, [p.detach().double() for p in q], activation) for q in critics]
+    (exact,) = torch.autograd.grad(torch.minimum(*values).sum(), leaf)
+    return exact
+
+
 # -- against the released code ---------------------------------------------------------------------
 
 
@@ -100,10 +112,10 @@ def test_error_at_most_twice_eager(cuda: str, case: tuple[Any, ...]) -> None:
     hidden_dim=st.sampled_from([1, 7, 16, 33, 70, 200]),
     hidden_layers=st.integers(1, 3),
     activation=st.sampled_from(sorted(ACTIVATIONS)),
+    device=st.sampled_from([*emulated.DEVICES.values(), *emulated.GROUPS.values()]),
 )
-@settings(max_examples=15)
+@settings(max_examples=60)
 def test_awkward_sizes(
-    way: str,
     cuda: str,
     lanes: str,
     rows: int,
@@ -112,7 +124,9 @@ def test_awkward_sizes(
     hidden_dim: int,
     hidden_layers: int,
     activation: str,
+    device: str,
 ) -> None:
+    os.environ["CUDA_ON_CPU_DEVICE"] = device  # as it was, the fixture sees to after all examples
     critic = nn.TwinCritic(state_dim, action_dim, hidden_dim, hidden_layers, activation=activation)
     state, action = torch.randn(rows, state_dim), torch.rand(rows, action_dim) * 2 - 1
     exact = exact_gradient(critic, state, action, torch.float64)
@@ -138,8 +152,35 @@ def test_every_variant(
     assert ours.max() == torch.tensor(0.8)
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_layers_of_different_widths(way: str, cuda: str, precision: str) -> None:
+@pytest.mark.parametrize("optimizer", ["adam", "ascent"])
+@pytest.mark.parametrize("clip_mode", ["batch", "row"])
+def test_every_variant_in_groups(group: str, cuda: str, optimizer: str, clip_mode: str) -> None:
+    """Of 8 blocks some have no column of the layers."""
+    options = {"steps": 4, "lr": 0.05, "max_norm": 0.1, "low": -0.9, "high": 0.8}
+    options |= {"clip_mode": clip_mode, "optimizer": optimizer}
+    critic = nn.TwinCritic(5, 3, 70, 2)
+    state, action = torch.randn(30, 5), torch.rand(30, 3) * 2 - 1
+    ours = ascend(cuda, critic, state, action, **options)
+    plain = plain_critic(critic.cpu(), torch.float64)
+    exact = ops.action_gradient(plain, state.double(), action.double(), **options)
+    assert (ours - exact).abs().max() <= 2e-5
+    assert torch.equal(ours, ascend(cuda, critic, state, action, **options))
+
+
+@pytest.mark.skipif(ON_GPU, reason="the device says how many clusters it runs")
+def test_fewer_clusters_than_there_is_room_for(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three groups two have work, a single one takes both critics, none leaves blocks alone."""
+    critic = nn.TwinCritic(5, 3, 33, 2)
+    state, action = torch.randn(70, 5), torch.rand(70, 3) * 2 - 1
+    exact = exact_gradient(critic, state, action, torch.float64)
+    for group_size, clusters in ((4, 3), (4, 2), (4, 1), (0, 0)):
+        monkeypatch.setenv("CUDA_ON_CPU_DEVICE", f"16,232448,9,{group_size},{clusters}")
+        ours = gradient(cuda, critic, state, action)
+        assert (ours - exact).abs().max() <= 2e-6 * max(1.0, exact.abs().max().item())
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "float16"])
+def test_layers_of_different_widths(group: str, cuda: str, precision: str) -> None:
     """What a wide layer left behind a narrow one's columns isn't multiplied."""
     widths = (8, 40, 250, 21, 1)
     critics = [
@@ -156,12 +197,26 @@ def test_layers_of_different_widths(way: str, cuda: str, precision: str) -> None
     on_device = [[t.to(cuda) for t in parameters] for parameters in critics]
     inputs = (state.to(cuda), action.to(cuda), *on_device)
     ours = native.ascend(*inputs, "tanh", precision, *fixed).cpu() / lr
-    leaf = action.double().requires_grad_()
-    x = torch.cat([state.double(), leaf], dim=1)
-    values = [plain_mlp(x, [p.double() for p in parameters], "tanh") for parameters in critics]
-    (exact,) = torch.autograd.grad(torch.minimum(*values).sum(), leaf)
+    exact = exact_gradient_of(critics, state, action, "tanh")
     error = root_mean_square(ours - exact) / root_mean_square(exact)
     assert error <= (1e-5 if precision == "float32" else 0.03)
+
+
+#: Of both critics: hidden width and layers.
+UNEQUAL_CRITICS = [((64, 3), (64, 1)), ((64, 1), (64, 3)), ((64, 2), (32, 2)), ((16, 1), (64, 3))]
+
+
+@pytest.mark.parametrize("shapes", UNEQUAL_CRITICS, ids=str)
+def test_critics_of_unequal_shapes(
+    group: str, cuda: str, shapes: tuple[tuple[int, int], tuple[int, int]]
+) -> None:
+    critic = nn.TwinCritic(5, 3, *shapes[0])
+    critic.q2 = nn.MLP(8, shapes[1][0], 1, shapes[1][1])
+    state, action = torch.randn(60, 5), torch.rand(60, 3) * 2 - 1
+    ours = gradient(cuda, critic, state, action)
+    networks = [list(q.cpu().parameters()) for q in (critic.q1, critic.q2)]
+    exact = exact_gradient_of(networks, state, action, "mish")
+    assert (ours - exact).abs().max() <= 2e-6 * max(1.0, exact.abs().max().item())
 
 
 # -- tensor cores ----------------------------------------------------------------------------------
@@ -169,7 +224,7 @@ def test_layers_of_different_widths(way: str, cuda: str, precision: str) -> None
 
 @pytest.mark.parametrize("activation", ["mish", "relu", "sin"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_lower_precision(way: str, cuda: str, activation: str, dtype: torch.dtype) -> None:
+def test_lower_precision(group: str, cuda: str, activation: str, dtype: torch.dtype) -> None:
     """The docstring's bound: 1% of the gradient, 10% for relu, whose slope jumps."""
     critic = nn.TwinCritic(17, 6, 100, 3, activation=activation)
     state, action = torch.randn(150, 17), torch.rand(150, 6) * 2 - 1
@@ -225,7 +280,7 @@ def test_the_same_bits_however_the_work_is_shared_out(
 
 @pytest.mark.parametrize("activation", ["mish", "relu"])
 @pytest.mark.parametrize("clip_mode", ["batch", "row"])
-def test_nan_stays_in_its_row(cuda: str, clip_mode: str, activation: str) -> None:
+def test_nan_stays_in_its_row(group: str, cuda: str, clip_mode: str, activation: str) -> None:
     """Unless the norm of the whole batch hands it on."""
     critic = nn.TwinCritic(5, 3, 16, activation=activation)
     state, action = torch.randn(20, 5), torch.rand(20, 3) * 2 - 1
@@ -269,10 +324,17 @@ def test_opcheck(cuda: str) -> None:
 
 def test_a_critic_that_is_too_wide(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_ON_CPU_DEVICE", "3,101376,8")
-    critic = nn.TwinCritic(5, 3, 4096, 1).to(cuda)
+    wide = nn.TwinCritic(5, 3, 4096, 1).to(cuda)
+    mixed = [nn.TwinCritic(5, 3, 16, 1).to(cuda) for _ in range(2)]
+    mixed[0].q1, mixed[1].q2 = wide.q1, wide.q2
     state, action = torch.randn(2, 5, device=cuda), torch.rand(2, 3, device=cuda)
-    with pytest.raises(ValueError, match="can't run on 'cuda' here: the critic is too wide"):
-        ops.action_gradient(critic, state, action, backend="cuda")
+    for critic in (wide, *mixed):
+        with pytest.raises(ValueError, match="'cuda' here: the critic's layers are too wide"):
+            ops.action_gradient(critic, state, action, backend="cuda")
+    q1, q2 = ([p.detach() for p in q.parameters()] for q in (wide.q1, wide.q2))
+    fixed = (2, 0.03, 0.1, "batch", "adam", 1e-5, -1.0, 1.0, "cuda")
+    with pytest.raises(RuntimeError, match="CUDA kernels: the critic's layers are too wide"):
+        native.ascend(state, action, q1, q2, "mish", "float32", *fixed)
 
 
 # -- the plan --------------------------------------------------------------------------------------
@@ -282,7 +344,7 @@ def plan(module: Any, hidden: int, precision: str, batch: int) -> Any:
     widths = (17 + 6, hidden, hidden, hidden, 1)
     pointers = [(0, 0, *shape) for shape in itertools.pairwise(widths)]
     kind = getattr(module.Precision, precision)
-    return module.action_gradient_plan(pointers, 6, 17, kind, 20, batch, 0)
+    return module.action_gradient_plan(pointers, pointers, 6, 17, kind, 20, batch, 0)
 
 
 @pytest.mark.skipif(ON_GPU, reason="plans for devices that this one is not")

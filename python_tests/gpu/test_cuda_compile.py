@@ -101,11 +101,12 @@ def test_shared_memory_is_within_budget(
     for precision, batch in itertools.product(precisions, (1, 16, 256, 4096, 100_000)):
         kind = getattr(cuda_module.Precision, precision)
         sizes = (6, 17, kind, 100, batch, 0)
-        for plan, shapes in (
-            (cuda_module.reverse_diffusion_plan, chain),
-            (cuda_module.action_gradient_plan, critic),
+        for plan, networks in (
+            (cuda_module.reverse_diffusion_plan, [chain]),
+            (cuda_module.action_gradient_plan, [critic, critic]),
         ):
-            planned = plan([(0, 0, *shape) for shape in shapes], *sizes)
+            layers = ([(0, 0, *shape) for shape in shapes] for shapes in networks)
+            planned = plan(*layers, *sizes)
             if hidden == 1024 and isinstance(planned, str):
                 assert re.search("too wide for shared memory|don't fit into", planned)
                 continue

@@ -20,7 +20,13 @@ pytestmark = pytest.mark.skipif(ON_GPU, reason="on a GPU nothing is emulated")
 #: Tests of an op that are enough to notice a fault in it, as pytest's arguments.
 ASCENT = (
     "test_cuda_action_gradient.py",
-    "every_variant and alone and 16 or different_widths and clusters",
+    "every_variant and alone and 16 or different_widths and (alone or cluster)",
+)
+#: The same in groups.
+ASCENT_IN_GROUPS = (
+    "test_cuda_action_gradient.py",
+    "every_variant_in_groups and _of_ and adam and batch or different_widths and _of_8 and float16"
+    " or unequal_shapes and _of_2",
 )
 FEATURES = ("test_cuda_rff.py", "awkward_sizes or pieces")
 STEP = ("test_cuda_chain.py", "reverse_step")
@@ -28,7 +34,8 @@ STEP = ("test_cuda_chain.py", "reverse_step")
 
 def pytest_arguments(tests: tuple[str, str]) -> list[str]:
     file, expression = tests
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    # Nothing is captured: what a kernel that ends the process says would be lost.
+    options = ["-q", "-x", "-s", "-p", "no:cacheprovider", "-p", "no:xdist"]
     return ["-m", "pytest", *options, str(HERE / file), "-k", expression]
 
 
@@ -70,6 +77,42 @@ FAULTS = {
         "if (!(q2 < q1)) gradient -=",
         "gradient -=",
     ),
+    "slopes lie as the critic's own depth has it": Fault(
+        ASCENT_IN_GROUPS,
+        "action_gradient.cu",
+        "plan.depth * rows * plan.width",
+        "(critic_.layer_count - 1) * rows * plan.width",
+    ),
+    "the blocks of a group share their actions": Fault(
+        ASCENT_IN_GROUPS,
+        "action_gradient.cu",
+        "return (2 * rank + item.critic) * plan",
+        "return item.critic * plan",
+    ),
+    "the counters of a group's barriers begin anywhere": Fault(
+        ASCENT_IN_GROUPS,
+        "action_gradient.cu",
+        "plan.group.counters[group.index()] = 0;",
+        "plan.group.counters[group.index()] |= 0;",
+    ),
+    "a group begins before all its blocks have read their states": Fault(
+        ASCENT_IN_GROUPS,
+        "action_gradient.cu",
+        "  group.start();\n",
+        "",
+    ),
+    "the group's first block alone has a slice": Fault(
+        ASCENT_IN_GROUPS,
+        "group.cuh",
+        "const int begin = rank * layer.slice;",
+        "const int begin = 0 * rank;",
+    ),
+    "a block of a cluster keeps its columns to itself": Fault(
+        ASCENT_IN_GROUPS,
+        "group.cuh",
+        "for (int r = 0; r < layout_.size; ++r) store_in_cluster",
+        "for (int r = rank_; r == rank_; ++r) store_in_cluster",
+    ),
     "a column too many of x is multiplied": Fault(
         FEATURES,
         "rff_features.cu",
@@ -107,13 +150,16 @@ def found(result: subprocess.CompletedProcess[str]) -> bool:
 
 
 def test_unaltered_kernels_pass() -> None:
-    for tests in (ASCENT, FEATURES, STEP):
+    for tests in (ASCENT, ASCENT_IN_GROUPS, FEATURES, STEP):
         result = in_a_process(*pytest_arguments(tests))
         assert result.returncode == 0, result.stdout + result.stderr
 
 
-#: Fewer of them, which take every way through the kernel.
-ASCENT_UNDER_ASAN = (ASCENT[0], "different_widths")
+#: Fewer of them, alone and in groups of both kinds.
+ASCENT_UNDER_ASAN = (
+    ASCENT[0],
+    "different_widths and (alone or _of_2 or _of_8) and (float32 or float16)",
+)
 
 
 @needs_asan

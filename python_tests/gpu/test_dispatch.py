@@ -45,7 +45,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
     monkeypatch.setattr(_backends, "_has_triton", lambda: True)
     monkeypatch.setattr(_backends, "_device_lacks", lambda device: None)
     monkeypatch.setattr(_backends, "_driver_lacks", lambda index: None)
-    monkeypatch.setattr(action_gradient, "too_wide", lambda *sizes: False)
+    monkeypatch.setattr(action_gradient, "why_not_cuda", lambda *sizes: None)
     monkeypatch.setattr(reverse_diffusion, "why_not_cuda", lambda *sizes: None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     network, zeta = nn.MLP(5, 8, 3, 1), nn.MLP(4, 8, 3 * 3, 1)

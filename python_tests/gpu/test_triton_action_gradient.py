@@ -152,6 +152,16 @@ def test_a_critic_that_is_never_the_minimum(device: str) -> None:
             q.weights_and_biases()[-1].zero_()
 
 
+@pytest.mark.parametrize(("hidden_dim", "hidden_layers"), [(16, 1), (16, 3), (32, 2)])
+def test_critics_of_unequal_shapes_are_refused(
+    device: str, hidden_dim: int, hidden_layers: int
+) -> None:
+    critic, state, action = drawn(device, nn.TwinCritic(5, 3, 16, 2), 9)
+    critic.q2 = nn.MLP(8, hidden_dim, 1, hidden_layers).to(device)
+    with pytest.raises(ValueError, match="'triton' here: the critics' layers differ in number or"):
+        ops.action_gradient(critic, state, action, backend="triton")
+
+
 def test_zero_steps_give_a_copy(device: str) -> None:
     critic, state, action = drawn(device, nn.TwinCritic(5, 3, 16), 9)
     copy = ops.action_gradient(critic, state, action, steps=0, backend="triton")

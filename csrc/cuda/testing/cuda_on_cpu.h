@@ -507,17 +507,21 @@ inline void* in_block_of_cluster(void* at, int rank, const char* file, int line)
 }
 
 // What the launcher sees of the device: CUDA_ON_CPU_DEVICE="multiprocessors,shared bytes a
-// block,compute capability major", an H100 without it.
+// block,compute capability major", an H100 without it. Two more numbers may follow: a group size,
+// to have launchers plan no other, and how many clusters run at the same time.
 struct Device {
   int multiprocessors = 132;
   int shared_bytes = 232448;
   int major = 9;
+  int group_size = 0;  // any
+  int clusters = 132;  // as many as there is room for
 };
 inline Device device() {
   Device d;
   if (const char* text = getenv("CUDA_ON_CPU_DEVICE"))
-    if (sscanf(text, "%d,%d,%d", &d.multiprocessors, &d.shared_bytes, &d.major) != 3)
-      fail("CUDA_ON_CPU_DEVICE: expected three numbers", __FILE__, __LINE__);
+    if (sscanf(text, "%d,%d,%d,%d,%d", &d.multiprocessors, &d.shared_bytes, &d.major, &d.group_size,
+               &d.clusters) < 3)
+      fail("CUDA_ON_CPU_DEVICE: expected three to five numbers", __FILE__, __LINE__);
   return d;
 }
 

@@ -179,19 +179,29 @@ def _support(
         max(len(q1), len(q2)) // 2,
         compute_dtype=compute_dtype,
     )
-    reasons.restrict("cuda", lambda: _too_wide_for_cuda(ours, state, compute_dtype))
+    reasons.restrict("cuda", lambda: _cuda_lacks(q1, q2, ours.action_dim, state, compute_dtype))
+    reasons.restrict("triton", lambda: _triton_lacks(q1, q2))
     return reasons, ours, q1, q2
 
 
-def _too_wide_for_cuda(
-    critic: nn.TwinCritic, state: Tensor, compute_dtype: torch.dtype | None
+def _cuda_lacks(
+    q1: list[Tensor],
+    q2: list[Tensor],
+    action_dim: int,
+    state: Tensor,
+    compute_dtype: torch.dtype | None,
 ) -> str | None:
-    if native.too_wide(
-        critic.state_dim,
-        critic.action_dim,
-        [critic.q1.hidden_dim] * critic.q1.hidden_layers,
-        _backends.precision(compute_dtype, state),
-        state.device.index or 0,
-    ):
-        return "the critic is too wide for a multiprocessor's shared memory"
-    return None
+    precision = _backends.precision(compute_dtype, state)
+    widths = [_widths(q1), _widths(q2)]
+    return native.why_not_cuda(widths, action_dim, precision, state.device.index or 0)
+
+
+def _triton_lacks(q1: list[Tensor], q2: list[Tensor]) -> str | None:
+    if _widths(q1) == _widths(q2):
+        return None
+    return "the critics' layers differ in number or width, the Triton kernel takes equal ones"
+
+
+def _widths(critic: list[Tensor]) -> list[int]:
+    """Of a network's input and of all its layers."""
+    return [critic[0].shape[1], *(weight.shape[0] for weight in critic[::2])]

@@ -94,18 +94,15 @@ def ascend(
 
 
 @constant_under_compile
-def too_wide(
-    state_dim: int, action_dim: int, hidden: list[int], precision: str, device: int
-) -> bool:
-    """Whether a critic with these hidden widths exceeds what the CUDA kernel's blocks can hold."""
+def why_not_cuda(
+    widths: list[list[int]], action_dim: int, precision: str, device: int
+) -> str | None:
+    """Why the CUDA kernel can't take critics whose layers have these widths, or None."""
     cuda = _native._cuda
-    widths = [state_dim + action_dim, *hidden, 1]
-    layers = [(0, 0, *sizes) for sizes in itertools.pairwise(widths)]
-    kinds = cuda.Activation.identity, getattr(cuda.Precision, precision)
-    size = cuda.action_gradient_workspace(
-        layers, layers, action_dim, state_dim, *kinds, 1, device
-    )
-    return bool(size < 0)
+    critics = [[(0, 0, *sizes) for sizes in itertools.pairwise(critic)] for critic in widths]
+    settings = action_dim, widths[0][0] - action_dim, getattr(cuda.Precision, precision)
+    plan = cuda.action_gradient_plan(*critics, *settings, 1, 1, device)  # any steps, any batch
+    return plan if isinstance(plan, str) else None
 
 
 @_native.fake("action_gradient")
