@@ -60,6 +60,7 @@ def fake_gpu() -> Iterator[list[Launch]]:
     """Fake CUDA tensors can be made, and calls on them end in the list."""
     launches: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch:
+        _interpret_triton(patch)
         _accept_fake_tensors(patch)
         _record_cuda_kernels(patch, launches)
         _record_triton_kernels(patch, launches)
@@ -67,6 +68,19 @@ def fake_gpu() -> Iterator[list[Launch]]:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             _give_tables(patch)
             yield launches
+
+
+def triton_module() -> Any:
+    """``diffcore.ops._triton``, for whoever is first to import it in a process of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        _interpret_triton(patch)
+        return importlib.import_module("diffcore.ops._triton")
+
+
+def _interpret_triton(patch: pytest.MonkeyPatch) -> None:
+    """As conftest.py has it: kernels imported meanwhile are the interpreter's, for all tests."""
+    if not torch.cuda.is_available():
+        patch.setenv("TRITON_INTERPRET", "1")
 
 
 def _accept_fake_tensors(patch: pytest.MonkeyPatch) -> None:
@@ -128,7 +142,7 @@ def _record_triton_kernels(patch: pytest.MonkeyPatch, launches: list[Launch]) ->
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
-    from diffcore.ops import _triton
+    _triton = triton_module()
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **settings: Any) -> None:
         tensors = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, Tensor)]

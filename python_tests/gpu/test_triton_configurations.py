@@ -18,7 +18,7 @@ import fake_gpu
 from fake_gpu import Launch
 from triton_cases import CASES
 
-from diffcore.ops import _triton
+_triton = fake_gpu.triton_module()
 
 #: Configurations of a kernel: by rows of a block, of which there are three (``row_settings`` and
 #: ``rows_per_program``); by whether sums over the batch are cut into parts; by groups of
