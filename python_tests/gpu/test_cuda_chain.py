@@ -23,7 +23,7 @@ from helpers import (
     root_mean_square,
     rounded,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -435,6 +435,10 @@ def test_plans_for_an_h100(cuda_module: Any, monkeypatch: pytest.MonkeyPatch) ->
     for (precision, batch), milliseconds in expected.items():
         clocks = plan(cuda_module, 256, 3, precision, batch)["clocks"]
         assert clocks / 1.7e6 == pytest.approx(milliseconds, rel=0.03)
+    # On an A100 no clusters, and less shared memory.
+    monkeypatch.setenv("CUDA_ON_CPU_DEVICE", "108,166912,8")
+    for hidden in (256, 512, 1024):
+        assert plan(cuda_module, hidden, 3, "float32", 4096)["shared_bytes"] <= 166912
 
 
 @pytest.mark.skipif(ON_GPU, reason="plans for devices that this one is not")
@@ -466,6 +470,8 @@ def test_too_wide_is_refused_with_a_reason(cuda: str) -> None:
 
 
 @given(rows=st.integers(1, 700), columns=st.sampled_from([1, 2, 3, 4]), given_noise=st.booleans())
+@example(rows=1025, columns=3, given_noise=False)
+@example(rows=1025, columns=3, given_noise=True)
 def test_reverse_step(cuda: str, lanes: str, rows: int, columns: int, given_noise: bool) -> None:
     table = schedule("cosine").solver("dpmpp_2m")
     # Each on 16 bytes, so that numbers are taken by fours.
