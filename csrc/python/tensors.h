@@ -316,19 +316,38 @@ inline py::object mlp_stack(py::handle mlp, py::type type, std::optional<int64_t
   return linear_stack(list.attr(modules), py::len(mlp.attr(activations)), in, out);
 }
 
-// mlp_stack of each of some MLPs that a module of class `type` has under these names; None as well where
-// that module does more.
-inline py::object mlp_stacks(py::handle module, py::type type, const py::tuple& names,
-                             py::type mlp_type, std::optional<int64_t> in,
-                             std::optional<int64_t> out) {
+// Whether all of a network's hidden layers have this activation, and its last one none.
+inline bool has_activation(py::handle mlp, py::handle activation) {
+  static PyObject* const activations = interned("activations");
+  static PyObject* const identity = interned("identity");
+  const py::object list = mlp.attr(activations);
+  if (!PyList_CheckExact(list.ptr()) || !PyUnicode_Check(activation.ptr())) return false;
+  const Py_ssize_t count = PyList_GET_SIZE(list.ptr());
+  for (Py_ssize_t l = 0; l < count; ++l) {
+    PyObject* const wanted = l + 1 < count ? activation.ptr() : identity;
+    if (PyObject_RichCompareBool(item(list, l).ptr(), wanted, Py_EQ) != 1) {
+      PyErr_Clear();
+      return false;
+    }
+  }
+  return true;
+}
+
+// mlp_stack of each of some MLPs that a module of class `type` has: their names, inputs and outputs. None
+// as well where that module does more, or an MLP has other activations than this.
+inline py::object mlp_stacks(py::handle module, py::type type,
+                             const std::vector<std::tuple<py::str, int64_t, int64_t>>& networks,
+                             py::type mlp_type, py::handle activation) {
   static PyObject* const modules = interned("_modules");
   if (!is_unaltered(module.ptr(), reinterpret_cast<PyTypeObject*>(type.ptr()))) return py::none();
   const py::object own = module.attr(modules);
-  py::list result(names.size());
-  for (size_t i = 0; i < names.size(); ++i) {
-    const py::object stack = mlp_stack(own[names[i]], mlp_type, in, out);
-    if (stack.is_none()) return stack;
-    result[i] = stack;
+  py::list result(networks.size());
+  size_t filled = 0;
+  for (const auto& [name, in, out] : networks) {
+    const py::object mlp = own[name];
+    const py::object stack = mlp_stack(mlp, mlp_type, in, out);
+    if (stack.is_none() || !has_activation(mlp, activation)) return py::none();
+    result[filled++] = stack;
   }
   return std::move(result);
 }

@@ -172,6 +172,28 @@ def altered(module: nn.Module, kind: type[nn.Module]) -> str | None:
     return None
 
 
+def _altered_networks(module: Any, *names: str) -> str | None:
+    """What is altered about the MLPs that a module with one activation was made of, or None."""
+    for name in names:
+        mlp = module._modules[name]
+        if (why := altered(mlp, MLP)) is not None:
+            return why
+        hidden, last = mlp.activations[:-1], mlp.activations[-1]
+        wanted = module.activation
+        if hidden != ([wanted] * len(hidden) if isinstance(wanted, str) else [*wanted]):
+            return f"{type(module).__name__}.{name} has activations {hidden}, not {wanted!r}"
+        if last != "identity":
+            return f"{type(module).__name__}.{name} ends with activation {last!r}"
+    return None
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two MLPs can't be computed as an ensemble of one kind."""
+    return bool(
+        one.activations != other.activations or one.compute_dtype != other.compute_dtype
+    )
+
+
 _INITS = ("truncated_normal", "uniform", "orthogonal")
 
 
@@ -243,13 +265,17 @@ class Denoiser(nn.Module):
         )
 
     def altered(self) -> str | None:
-        """What a call does beside what the weights say, in words, or None."""
-        own: Any = self._modules
-        return (
-            altered(self, Denoiser)
-            or altered(own["time_mlp"], MLP)
-            or altered(own["trunk"], MLP)
-        )
+        """What a call does beside what weights and ``activation`` say, in words, or None."""
+        return altered(self, Denoiser) or _altered_networks(self, "time_mlp", "trunk")
+
+    def unaltered_weights_and_biases(self) -> list[Tensor] | None:
+        """What :meth:`weights_and_biases` says, or None where :meth:`altered` says something."""
+        in_dim = self.action_dim + self.time_dim + self.state_dim
+        networks = [("time_mlp", self.time_dim, self.time_dim), ("trunk", in_dim, self.action_dim)]
+        stacks = mlp_stacks(self, Denoiser, networks, MLP, self.activation)
+        if stacks is not None and len(stacks[0]) == 4:
+            return [*stacks[0], *stacks[1]]
+        return self.weights_and_biases() if self.altered() is None else None
 
     def weights_and_biases(self) -> list[Tensor]:
         """The time MLP's, then the trunk's: see :meth:`MLP.weights_and_biases`."""
@@ -301,14 +327,14 @@ class TwinCritic(nn.Module):
         )
 
     def altered(self) -> str | None:
-        """What a call does beside what the weights say, in words, or None."""
-        own: Any = self._modules
-        return altered(self, TwinCritic) or altered(own["q1"], MLP) or altered(own["q2"], MLP)
+        """What a call does beside what weights and ``activation`` say, in words, or None."""
+        return altered(self, TwinCritic) or _altered_networks(self, "q1", "q2")
 
     def unaltered_networks(self) -> list[list[Tensor]] | None:
         """What :meth:`networks` says, or None where :meth:`altered` says something."""
         in_dim = self.state_dim + self.action_dim
-        stacks = mlp_stacks(self, TwinCritic, ("q1", "q2"), MLP, in_dim, 1)
+        networks = [("q1", in_dim, 1), ("q2", in_dim, 1)]
+        stacks = mlp_stacks(self, TwinCritic, networks, MLP, self.activation)
         if stacks is None and self.altered() is None:
             return self.networks()
         return stacks
@@ -325,7 +351,7 @@ class TwinCritic(nn.Module):
         """state ``[B, S]``, action ``[B, A]`` -> (q1, q2), each ``[B, 1]``."""
         x = self._inputs(state, action)
         first, second = self.q1, self.q2
-        if altered(first, MLP) or altered(second, MLP):
+        if altered(first, MLP) or altered(second, MLP) or _differ(first, second):
             return first(x, **forced(backend)), second(x, **forced(backend))
         kinds, dtype = first.activations, first.compute_dtype
         q = mlp_ensemble(x, self.networks(), kinds, compute_dtype=dtype, backend=backend)
@@ -346,12 +372,12 @@ class TwinCritic(nn.Module):
         Returns:
             A scalar, and ``[2, B, 1]``.
         """
-        networks = self.unaltered_networks()
+        first = self.q1
+        networks = None if _differ(first, self.q2) else self.unaltered_networks()
         if networks is None:
             q1, q2 = self(state, action, **forced(backend))
             check_tensor("target", target, tuple(q1.shape))
             return mse_loss(q1, target) + mse_loss(q2, target), torch.stack([q1, q2]).detach()
-        first = self.q1
         arguments = self._inputs(state, action), networks, first.activations, target
         return critic_loss(*arguments, compute_dtype=first.compute_dtype, backend=backend)
 

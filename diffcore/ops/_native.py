@@ -185,9 +185,10 @@ linear_stack = _quick_look("linear_stack", None)
 mlp_stack: Callable[[Any, type, int | None, int | None], list[Tensor] | None]
 mlp_stack = _quick_look("mlp_stack", None)
 
-#: The same of each diffcore.nn.MLP that a module of some class has under these names, or None.
+#: The same of some of a module's diffcore.nn.MLP, named with their inputs and outputs; None as well
+#: where the module is more than its class, or an MLP has another activation.
 mlp_stacks: Callable[
-    [Any, type, tuple[str, ...], type, int | None, int | None], list[list[Tensor]] | None
+    [Any, type, list[tuple[str, int, int]], type, str], list[list[Tensor]] | None
 ]
 mlp_stacks = _quick_look("mlp_stacks", None)
 

@@ -438,6 +438,51 @@ def test_a_layer_more_or_less_is_refused(layers: int) -> None:
         ops.representation_loss(psi.trunk, zeta.trunk, *inputs)
 
 
+@pytest.mark.parametrize("name", ["q1", "q2"])
+@pytest.mark.parametrize("kind", ["relu", ["mish", "tanh", "mish"]])
+def test_a_critic_of_another_activation_is_called(name: str, kind: str | list[str]) -> None:
+    """The kernels are told of one activation for all."""
+    critic = nn.TwinCritic(5, 2, 8)
+    plain = nn.TwinCritic(5, 2, 8)
+    plain.load_state_dict(critic.state_dict())
+    other = nn.MLP(7, 8, 1, activation=kind)
+    other.load_state_dict(getattr(critic, name).state_dict())
+    setattr(critic, name, other)
+    state, action, target = torch.randn(3, 5), torch.rand(3, 2), torch.randn(3, 1)
+
+    values = [q(torch.cat([state, action], dim=1)) for q in (critic.q1, critic.q2)]
+    assert all(map(torch.equal, critic(state, action), values))
+    loss, _ = critic.loss(state, action, target)
+    assert torch.allclose(loss, sum(((q - target) ** 2).mean() for q in values))
+    assert not torch.equal(loss, plain.loss(state, action, target)[0])
+    assert "has activations" in str(diffcore.explain("action_gradient", critic, state, action))
+    by_reference = ops.action_gradient(lambda s, a: critic(s, a), state, action)
+    assert torch.allclose(ops.action_gradient(critic, state, action), by_reference, atol=1e-6)
+
+
+def test_critics_of_different_precision_keep_theirs() -> None:
+    critic = nn.TwinCritic(5, 2, 32)
+    critic.q2.compute_dtype = torch.bfloat16
+    state, action = torch.randn(40, 5), torch.rand(40, 2)
+    expected = [q(torch.cat([state, action], dim=1)) for q in (critic.q1, critic.q2)]
+    assert all(map(torch.equal, critic(state, action), expected))
+    _, values = critic.loss(state, action, torch.zeros(40, 1))
+    assert torch.equal(values, torch.stack(expected).detach())
+
+
+@pytest.mark.parametrize("name", ["time_mlp", "trunk"])
+def test_a_denoiser_of_another_activation_is_called(name: str) -> None:
+    denoiser = nn.Denoiser(5, 2, 8)
+    before, loss = chain(denoiser), score(denoiser)
+    old = getattr(denoiser, name)
+    other = nn.MLP(old.in_dim, 8, old.out_dim, old.hidden_layers, "relu")
+    other.load_state_dict(old.state_dict())
+    setattr(denoiser, name, other)
+    assert not torch.allclose(chain(denoiser), before)
+    assert torch.equal(chain(denoiser), chain(denoiser, backend="reference"))
+    assert not torch.allclose(score(denoiser), loss)
+
+
 def test_a_network_that_knows_of_no_backends_is_called() -> None:
     class Own(nn.MLP):
         def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]

@@ -226,17 +226,27 @@ def test_an_odd_mlp_takes_a_closer_look(way: str, change: Callable[[MLP], object
 
 
 def test_several_mlps_of_a_module(way: str) -> None:
-    critic, names = TwinCritic(3, 2, 5), ("q1", "q2")
-    first, second = core.mlp_stacks(critic, TwinCritic, names, MLP, 5, 1)
+    critic, networks = TwinCritic(3, 2, 5), [("q1", 5, 1), ("q2", 5, 1)]
+
+    def look(module: TwinCritic, kind: type = TwinCritic, activation: object = "mish") -> Any:
+        return core.mlp_stacks(module, kind, networks, MLP, activation)
+
+    first, second = look(critic)
     for found, expected in ((first, critic.q1), (second, critic.q2)):
         assert all(p is q for p, q in zip(found, expected.parameters(), strict=True))
-    assert core.mlp_stacks(critic, TwinCritic, names, MLP, 4, 1) is None
-    assert core.mlp_stacks(critic, MLP, names, MLP, 5, 1) is None
+    assert core.mlp_stacks(critic, TwinCritic, [("q1", 5, 1), ("q2", 4, 1)], MLP, "mish") is None
+    assert look(critic, MLP) is None
+    assert look(critic, activation="relu") is None
+    assert look(critic, activation=["mish"] * 3) is None
+    assert look(critic, activation="".join(["mi", "sh"])) is not None  # another object
+    critic.q2.activations[-1] = "mish"
+    assert look(critic) is None
+    critic.q2.activations[-1] = "identity"
     critic.q2.layers[0].register_forward_hook(lambda *_: None)
-    assert core.mlp_stacks(critic, TwinCritic, names, MLP, 5, 1) is None
+    assert look(critic) is None
     hooked = TwinCritic(3, 2, 5)
     hooked.register_forward_hook(lambda *_: None)
-    assert core.mlp_stacks(hooked, TwinCritic, names, MLP, 5, 1) is None
+    assert look(hooked) is None
     assert hooked.unaltered_networks() is None
 
 

@@ -181,10 +181,10 @@ def _support(
     if ours is None:
         not_ours = "the denoiser isn't a diffcore.nn.Denoiser"
         return _backends.support(KERNELS, [state], refused=not_ours), None, []
-    if (why := ours.altered()) is not None:
-        called = f"the denoiser is called, since {why}"
+    parameters = ours.unaltered_weights_and_biases()
+    if parameters is None:
+        called = f"the denoiser is called, since {ours.altered()}"
         return _backends.support(KERNELS, [state], refused=called), ours, []
-    parameters = ours.weights_and_biases()
     check_like("state", state, "the denoiser", parameters[0])
     refused = None
     for name, value in (("noise", noise), ("weight", weight)):

@@ -248,10 +248,10 @@ def _support(
     if ours is None:
         refused = "the denoiser isn't a diffcore.nn.Denoiser"
         return _backends.support(KERNELS, [state], refused=refused), None, []
-    if (why := ours.altered()) is not None:
-        refused = f"the denoiser is called, since {why}"
+    parameters = ours.unaltered_weights_and_biases()
+    if parameters is None:
+        refused = f"the denoiser is called, since {ours.altered()}"
         return _backends.support(KERNELS, [state], refused=refused), ours, []
-    parameters = ours.weights_and_biases()
     check_like("state", state, "the denoiser", parameters[0])
     reasons = _backends.support(
         KERNELS,
