@@ -10,24 +10,40 @@
 namespace diffcore {
 namespace DIFFCORE_ISA {
 
+// Added to |v| < 2^22, this rounds v to an integer, which then stands in the sum's lowest bits.
+constexpr float integer_in_low_bits = 12582912.0f;  // 1.5 * 2^23
+
+// exp(x) = 2^(n / 2^bits) (1 + expm1), n the integer in i's lowest bits.
 struct ReducedExp {
-  Vec r_plus_r2_q;  // exp(r) - 1
-  Vec n;            // exp(x) = 2^n exp(r)
+  Vec i, n, expm1;
 };
 
-// For x in [-87, 88], where exp(x) is finite and normal.
+// For x in [-87, 88], where exp(x) is finite and normal. The more bits of the fraction are taken out, the
+// fewer terms has the rest.
+template <int bits>
 DIFFCORE_INLINE ReducedExp reduce_exp(Vec x) {
-  const Vec n = round_nearest(x * broadcast(1.44269504f));
+  constexpr float parts = 1 << bits;
+  const Vec i = fma(x, broadcast(1.44269504f * parts), broadcast(integer_in_low_bits));
+  const Vec n = i - broadcast(integer_in_low_bits);
   // ln 2 in two parts, the first exact in few bits, so that n * ln 2 is subtracted without loss.
-  Vec r = fnma(n, broadcast(0.693359375f), x);
-  r = fnma(n, broadcast(-2.12194440e-4f), r);
-  // The polynomial of this degree with the least error of exp(r) over |r| <= 0.347: 3.1e-9 of it.
-  Vec q = broadcast(1.381961396e-3f);
-  q = fma(q, r, broadcast(8.368694223e-3f));
-  q = fma(q, r, broadcast(4.166828096e-2f));
-  q = fma(q, r, broadcast(1.666652113e-1f));
-  q = fma(q, r, broadcast(4.999999404e-1f));
-  return {fma(q, r * r, r), n};
+  Vec r = fnma(n, broadcast(0.693359375f / parts), x);
+  r = fnma(n, broadcast(-2.12194440e-4f / parts), r);
+  Vec q;
+  if constexpr (bits == 0) {
+    // The polynomial of this degree with the least error of exp(r) over |r| <= 0.347: 3.1e-9 of it.
+    q = broadcast(1.381961396e-3f);
+    q = fma(q, r, broadcast(8.368694223e-3f));
+    q = fma(q, r, broadcast(4.166828096e-2f));
+    q = fma(q, r, broadcast(1.666652113e-1f));
+    q = fma(q, r, broadcast(4.999999404e-1f));
+  } else {
+    // Taylor's, whose next term is below 1e-8.
+    static_assert(bits == 3 || bits == 4);
+    q = broadcast(1.666666716e-1f);
+    if constexpr (bits == 3) q = fma(r, broadcast(4.166666791e-2f), q);
+    q = fma(q, r, broadcast(0.5f));
+  }
+  return {i, n, fma(q, r * r, r)};
 }
 
 constexpr float lowest_exponent = -87.0f;
@@ -41,8 +57,9 @@ DIFFCORE_INLINE Vec limit_exponent(Vec x) {
 template <Precision precision = Precision::float32>
 DIFFCORE_INLINE Vec exp_in_range(Vec x) {
   if constexpr (precision == Precision::float32) {
-    const ReducedExp e = reduce_exp(x);
-    return scale_by_power_of_2(e.r_plus_r2_q + broadcast(1.0f), e.n);
+    const ReducedExp e = reduce_exp<power_bits>(x);
+    const Vec power = power_of_2(e.i);
+    return fma(power, e.expm1, power);
   } else {
     const Vec doublings = x * broadcast(1.44269504f);
     const Vec n = round_nearest(doublings), f = doublings - n;
@@ -68,9 +85,9 @@ DIFFCORE_INLINE Vec inverse(Vec x) {
 
 // exp(x) - 1 without cancellation near 0.
 DIFFCORE_INLINE Vec expm1(Vec x) {
-  const ReducedExp e = reduce_exp(limit_exponent(x));
+  const ReducedExp e = reduce_exp<0>(limit_exponent(x));  // whose powers of 2 are exact
   const Vec power = scale_by_power_of_2(broadcast(1.0f), e.n);
-  return fma(e.r_plus_r2_q, power, power - broadcast(1.0f));
+  return fma(power, e.expm1, power - broadcast(1.0f));
 }
 
 // Natural logarithm of positive normal x.
@@ -105,9 +122,6 @@ DIFFCORE_INLINE Vec cosine_polynomial(Vec r2) {
   p = fma(p, r2, broadcast(-1.388731625493765e-3f));
   return fma(p, r2, broadcast(4.166664568298827e-2f));
 }
-
-// Added to |v| < 2^22, this rounds v to an integer, which then stands in the sum's lowest bits.
-constexpr float integer_in_low_bits = 12582912.0f;  // 1.5 * 2^23
 
 // sin(n pi / 2 + r) from the sine and cosine of r, with n in the low bits of `quarters`. For cos, the
 // sine a quarter turn on, n is one more.

@@ -66,6 +66,18 @@ DIFFCORE_INLINE Vec flip_by_bit_1(Vec a, Vec by) {
 DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return {_mm512_rcp14_ps(a.v)}; }
 // a * 2^n for integral n, where both a and the product are normal numbers, or a is NaN.
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// 2^(n / 2^power_bits), a normal number, for the integer n in the lowest bits of i.
+constexpr int power_bits = 4;
+alignas(64) constexpr float powers_of_2[] = {
+    1.0f,         1.044273782f, 1.090507733f, 1.138788635f, 1.189207115f, 1.241857812f,
+    1.296839555f, 1.354255547f, 1.414213562f, 1.476826146f, 1.542210825f, 1.610490332f,
+    1.681792831f, 1.756252160f, 1.834008086f, 1.915206561f};
+DIFFCORE_INLINE Vec power_of_2(Vec i) {
+  const __m512i bits = _mm512_castps_si512(i.v);
+  const __m512 fraction = _mm512_permutexvar_ps(bits, _mm512_load_ps(powers_of_2));
+  const __m512i exponent = _mm512_slli_epi32(_mm512_srai_epi32(bits, power_bits), 23);
+  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(fraction), exponent))};
+}
 // For positive normal a: mantissa in [sqrt(1/2), sqrt(2)) and the matching exponent.
 DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
   const __m512i bits = _mm512_castps_si512(a.v);
@@ -163,6 +175,16 @@ DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
   return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), exponent))};
 }
+constexpr int power_bits = 3;
+alignas(32) constexpr float powers_of_2[] = {1.0f,         1.090507733f, 1.189207115f,
+                                             1.296839555f, 1.414213562f, 1.542210825f,
+                                             1.681792831f, 1.834008086f};
+DIFFCORE_INLINE Vec power_of_2(Vec i) {
+  const __m256i bits = _mm256_castps_si256(i.v);
+  const __m256 fraction = _mm256_permutevar8x32_ps(_mm256_load_ps(powers_of_2), bits);
+  const __m256i exponent = _mm256_slli_epi32(_mm256_srai_epi32(bits, power_bits), 23);
+  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(fraction), exponent))};
+}
 DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i shifted = _mm256_sub_epi32(bits, _mm256_set1_epi32(0x3f3504f3));
@@ -249,6 +271,11 @@ DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return broadcast(1.0f) / a; }
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   const int32x4_t exponent = vshlq_n_s32(vcvtnq_s32_f32(n.v), 23);
   return {vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a.v), exponent))};
+}
+constexpr int power_bits = 0;
+DIFFCORE_INLINE Vec power_of_2(Vec i) {
+  const int32x4_t exponent = vshlq_n_s32(vreinterpretq_s32_f32(i.v), 23);
+  return {vreinterpretq_f32_s32(vaddq_s32(vdupq_n_s32(0x3f800000), exponent))};
 }
 DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
   const int32x4_t bits = vreinterpretq_s32_f32(a.v);
@@ -340,6 +367,8 @@ DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return broadcast(1.0f) / a; }
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   return {(Float4)((Int4)a.v + (__builtin_convertvector(n.v, Int4) << 23))};
 }
+constexpr int power_bits = 0;
+DIFFCORE_INLINE Vec power_of_2(Vec i) { return {(Float4)(((Word4)i.v << 23) + 0x3f800000u)}; }
 DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
   const Int4 bits = (Int4)a.v, e = (bits - 0x3f3504f3) >> 23;
   *exponent = {__builtin_convertvector(e, Float4)};
