@@ -335,19 +335,19 @@ inline bool has_activation(py::handle mlp, py::handle activation) {
 
 // mlp_stack of each of some MLPs that a module of class `type` has: their names, inputs and outputs. None
 // as well where that module does more, or an MLP has other activations than this.
-inline py::object mlp_stacks(py::handle module, py::type type,
-                             const std::vector<std::tuple<py::str, int64_t, int64_t>>& networks,
+inline py::object mlp_stacks(py::handle module, py::type type, const py::tuple& networks,
                              py::type mlp_type, py::handle activation) {
   static PyObject* const modules = interned("_modules");
   if (!is_unaltered(module.ptr(), reinterpret_cast<PyTypeObject*>(type.ptr()))) return py::none();
   const py::object own = module.attr(modules);
   py::list result(networks.size());
-  size_t filled = 0;
-  for (const auto& [name, in, out] : networks) {
-    const py::object mlp = own[name];
-    const py::object stack = mlp_stack(mlp, mlp_type, in, out);
+  for (size_t i = 0; i < networks.size(); ++i) {
+    const py::tuple network = networks[i];
+    const py::object mlp = own[network[0]];
+    const py::object stack =
+        mlp_stack(mlp, mlp_type, network[1].cast<int64_t>(), network[2].cast<int64_t>());
     if (stack.is_none() || !has_activation(mlp, activation)) return py::none();
-    result[filled++] = stack;
+    result[i] = stack;
   }
   return std::move(result);
 }

@@ -271,7 +271,7 @@ class Denoiser(nn.Module):
     def unaltered_weights_and_biases(self) -> list[Tensor] | None:
         """What :meth:`weights_and_biases` says, or None where :meth:`altered` says something."""
         in_dim = self.action_dim + self.time_dim + self.state_dim
-        networks = [("time_mlp", self.time_dim, self.time_dim), ("trunk", in_dim, self.action_dim)]
+        networks = (("time_mlp", self.time_dim, self.time_dim), ("trunk", in_dim, self.action_dim))
         stacks = mlp_stacks(self, Denoiser, networks, MLP, self.activation)
         if stacks is not None and len(stacks[0]) == 4:
             return [*stacks[0], *stacks[1]]
@@ -333,7 +333,7 @@ class TwinCritic(nn.Module):
     def unaltered_networks(self) -> list[list[Tensor]] | None:
         """What :meth:`networks` says, or None where :meth:`altered` says something."""
         in_dim = self.state_dim + self.action_dim
-        networks = [("q1", in_dim, 1), ("q2", in_dim, 1)]
+        networks = (("q1", in_dim, 1), ("q2", in_dim, 1))
         stacks = mlp_stacks(self, TwinCritic, networks, MLP, self.activation)
         if stacks is None and self.altered() is None:
             return self.networks()

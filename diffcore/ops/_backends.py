@@ -46,7 +46,7 @@ def precision(compute_dtype: torch.dtype | None, like: Tensor) -> str:
 
 
 def support(
-    kernels: Sequence[str],
+    kernels: tuple[str, ...],
     tensors: Sequence[Tensor],
     activations: Sequence[str] = (),
     layers: int = 1,
@@ -76,10 +76,16 @@ def support(
             )
         return _cannot_run(name, tensors, activations, layers, compute_dtype)
 
-    on_gpu = [name for name in kernels if name != "cpu"]
-    on_cpu = ["cpu"] if "cpu" in kernels else []
-    first, last = (on_gpu, on_cpu) if tensors[0].is_cuda else (on_cpu, on_gpu)
-    return Support([*first, "reference", *last], lacks)
+    return Support(_in_order(kernels, tensors[0].is_cuda), lacks)
+
+
+@constant_under_compile
+@functools.cache
+def _in_order(kernels: tuple[str, ...], on_gpu: bool) -> list[str]:
+    """The backends, best first for tensors on such a device."""
+    gpu, cpu = ([name for name in kernels if (name == "cpu") == on_cpu] for on_cpu in (False, True))
+    first, last = (gpu, cpu) if on_gpu else (cpu, gpu)
+    return [*first, "reference", *last]
 
 
 def _cannot_run(

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffcore.ops import _native
+
+
+def checked_once(check: Callable[..., None]) -> Callable[..., None]:
+    """A check of hashable settings that doesn't look again at those it has found right."""
+    cached = functools.lru_cache(typed=True)(check)
+
+    @functools.wraps(check)
+    def ask(*settings: Any) -> None:
+        if torch.compiler.is_compiling():
+            return check(*settings)
+        try:
+            cached(*settings)
+        except TypeError:  # which a list or the like is, too: it can't be looked up
+            check(*settings)
+
+    return ask
 
 
 def check_positive_int(name: str, value: Any, least: int = 1) -> None:

@@ -188,7 +188,7 @@ mlp_stack = _quick_look("mlp_stack", None)
 #: The same of some of a module's diffcore.nn.MLP, named with their inputs and outputs; None as well
 #: where the module is more than its class, or an MLP has another activation.
 mlp_stacks: Callable[
-    [Any, type, list[tuple[str, int, int]], type, str], list[list[Tensor]] | None
+    [Any, type, tuple[tuple[str, int, int], ...], type, str], list[list[Tensor]] | None
 ]
 mlp_stacks = _quick_look("mlp_stacks", None)
 

@@ -226,7 +226,7 @@ def test_an_odd_mlp_takes_a_closer_look(way: str, change: Callable[[MLP], object
 
 
 def test_several_mlps_of_a_module(way: str) -> None:
-    critic, networks = TwinCritic(3, 2, 5), [("q1", 5, 1), ("q2", 5, 1)]
+    critic, networks = TwinCritic(3, 2, 5), (("q1", 5, 1), ("q2", 5, 1))
 
     def look(module: TwinCritic, kind: type = TwinCritic, activation: object = "mish") -> Any:
         return core.mlp_stacks(module, kind, networks, MLP, activation)
@@ -234,7 +234,7 @@ def test_several_mlps_of_a_module(way: str) -> None:
     first, second = look(critic)
     for found, expected in ((first, critic.q1), (second, critic.q2)):
         assert all(p is q for p, q in zip(found, expected.parameters(), strict=True))
-    assert core.mlp_stacks(critic, TwinCritic, [("q1", 5, 1), ("q2", 4, 1)], MLP, "mish") is None
+    assert core.mlp_stacks(critic, TwinCritic, (("q1", 5, 1), ("q2", 4, 1)), MLP, "mish") is None
     assert look(critic, MLP) is None
     assert look(critic, activation="relu") is None
     assert look(critic, activation=["mish"] * 3) is None

@@ -18,6 +18,7 @@ from diffcore.ops._checks import (
     check_number,
     check_positive_int,
     check_tensor,
+    checked_once,
     out_of_autocast,
 )
 from diffcore.ops._compile import own_module
@@ -152,16 +153,7 @@ def _support(
     check_tensor("state", state, ("B", ours.state_dim if ours else "S"))
     check_tensor("action", action, (state.shape[0], ours.action_dim if ours else "A"))
     check_like("action", action, "state", state)
-    check_positive_int("steps", steps, least=0)
-    check_number("lr", lr, least=0.0)
-    check_number("eps", eps, least=0.0)
-    if max_norm is not None:
-        check_number("max_norm", max_norm, above=0.0)
-    check_number("low", low, finite=False)
-    check_number("high", high, above=low, finite=False)
-    check_choice("optimizer", optimizer, ("adam", "ascent"))
-    check_choice("clip_mode", clip_mode, ("batch", "row"))
-    check_compute_dtype(compute_dtype)
+    _check_settings(steps, lr, max_norm, optimizer, eps, low, high, clip_mode, compute_dtype)
 
     if ours is None:
         refused = "the critic isn't a diffcore.nn.TwinCritic"
@@ -182,6 +174,30 @@ def _support(
     reasons.restrict("cuda", lambda: _cuda_lacks(q1, q2, ours.action_dim, state, compute_dtype))
     reasons.restrict("triton", lambda: _triton_lacks(q1, q2))
     return reasons, ours, q1, q2
+
+
+@checked_once
+def _check_settings(
+    steps: int,
+    lr: float,
+    max_norm: float | None,
+    optimizer: str,
+    eps: float,
+    low: float,
+    high: float,
+    clip_mode: str,
+    compute_dtype: torch.dtype | None,
+) -> None:
+    check_positive_int("steps", steps, least=0)
+    check_number("lr", lr, least=0.0)
+    check_number("eps", eps, least=0.0)
+    if max_norm is not None:
+        check_number("max_norm", max_norm, above=0.0)
+    check_number("low", low, finite=False)
+    check_number("high", high, above=low, finite=False)
+    check_choice("optimizer", optimizer, ("adam", "ascent"))
+    check_choice("clip_mode", clip_mode, ("batch", "row"))
+    check_compute_dtype(compute_dtype)
 
 
 def _cuda_lacks(
