@@ -282,10 +282,7 @@ struct PackKey {
     if (layer.bias) add(layer.bias, layer.out);
     shape.insert(shape.end(), {layer.in, layer.out, layer.row_stride});
   }
-  void read_content() {
-    content = fingerprint(*kernels, pieces, threads);
-    pieces.clear();
-  }
+  void read_content() { content = fingerprint(*kernels, pieces, threads); }
   bool same_place(const PackKey& other) const {
     return kernels == other.kernels && address == other.address && shape == other.shape;
   }
@@ -331,6 +328,12 @@ std::shared_ptr<const Packed<Pack>> find_or_build(PackKey key, int64_t bytes, Bu
   }
   build(packed->memory->data(), &packed->pack);
   ++built;
+  // Another thread may have changed the weights after they were read: then the pack is of others than the
+  // key says, and would be taken for theirs if they were put back.
+  const Fingerprint before = key.content;
+  key.read_content();
+  if (!(key.content == before)) return packed;
+  key.pieces.clear();
   const std::lock_guard<std::mutex> lock(cache_mutex);
   auto& entries = cache<Pack>;
   entries.push_front({std::move(key), packed});

@@ -55,6 +55,27 @@ def ascent() -> Op:
 OPS = {"reverse_diffusion": chain, "action_gradient": ascent}
 
 
+def test_a_change_while_packing_goes_with_the_call() -> None:
+    """A pack of weights that were changed after they had been read isn't kept as the former ones'."""
+    weight = torch.randn(512, 512) / 512**0.5
+    weights, biases = [weight] * 4, [torch.zeros(512)] * 4
+    x, activations = torch.randn(1, 512), ["relu"] * 3 + ["identity"]
+
+    def call(backend: str = "cpu") -> Tensor:
+        return ops.mlp(x, weights, biases, activations, backend=backend)
+
+    for i in range(200):  # without the second look some 30 of these were wrong
+        weight.mul_(1.0001)
+        before = weight.clone()
+        caller = threading.Thread(target=call)
+        caller.start()
+        time.sleep(1e-5 * (i % 100))
+        weight.zero_()
+        caller.join()
+        weight.copy_(before)
+        assert torch.allclose(call(), call("reference"), atol=1e-4)
+
+
 @pytest.fixture(params=OPS)
 def op(request: pytest.FixtureRequest) -> Op:
     return OPS[request.param]()
