@@ -176,6 +176,10 @@ lacks_memory: Callable[[Tensor], bool] = _quick_look("lacks_memory", False)
 #: Whether two lists of tensors, float32 on the CPU, have the same sizes.
 same_sizes: Callable[[Any, Any], bool] = _quick_look("same_sizes", False)
 
+#: The index of the first of some tensors that shares memory with one of others, which a call changes;
+#: how many they are where two of those others do; else None.
+sharing: Callable[[list[Tensor], list[Tensor]], int | None] = _quick_look("sharing", None)
+
 #: [weight, bias, weight, bias, ...] of a dictionary of so many torch.nn.Linear with these inputs and
 #: outputs (None: any), or None where they are more than that, by hooks for instance, or don't fit.
 linear_stack: Callable[[Any, int, int | None, int | None], list[Tensor] | None]
