@@ -456,9 +456,12 @@ bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_s
     Layer& layer = c.layers[l];
     const bool first = l == 0, last = l == c.layer_count - 1;
     const bool shared_out = !last && (!first || c.share_first);
+    // A hidden layer has every column that the next one reads. In those that it left out could be what
+    // a wider layer made of a row of another tile: NaN, by which zeros mustn't be multiplied.
+    const int columns = last ? p.trunk[l].out : round_up(p.trunk[l].out, k_step_of(p.precision));
     static_cast<SlicedWeights&>(layer) =
         sliced(first ? Precision::float32 : p.precision, first ? p.action_dim : p.trunk[l].in,
-               p.trunk[l].out, shared_out ? group_size : 1);
+               columns, shared_out ? group_size : 1);
     if (!last && layer.columns > widest) widest = layer.columns;
     if (!first && layer.k > widest) widest = layer.k;
   }

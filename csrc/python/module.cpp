@@ -744,6 +744,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("are_float32_on_cpu", &are_float32_on_cpu);
   m.def("layers_fit", &layers_fit);
   m.def("same_sizes", &same_sizes);
+  m.def("sharing", &sharing);
   m.def("linear_stack", &linear_stack);
   m.def("mlp_stack", &mlp_stack);
   m.def("mlp_stacks", &mlp_stacks);

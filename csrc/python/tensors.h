@@ -9,10 +9,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <exception>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace diffcore {
@@ -80,6 +82,7 @@ struct TensorLook {
   int dimensions;
   int64_t rows, columns;  // the first two sizes
   int64_t count;          // of values
+  int64_t bytes;          // from the first value to behind the last
 };
 
 inline bool is_contiguous(const dlpack::Tensor& t) {
@@ -93,9 +96,20 @@ inline bool is_contiguous(const dlpack::Tensor& t) {
   return in_order;
 }
 
+// From the first value of a tensor to behind the last.
+template <class Sizes, class Strides>
+int64_t extent(int dimensions, const Sizes& size, const Strides& stride) {
+  int64_t last = 0;
+  for (int d = 0; d < dimensions; ++d) {
+    if (size(d) == 0) return 0;
+    last += (size(d) - 1) * stride(d);
+  }
+  return last + 1;
+}
+
 inline bool look_in_python(py::handle tensor, TensorLook* out) {
   if (tensor.attr("is_meta").cast<bool>()) return false;
-  const py::tuple shape = tensor.attr("shape");
+  const py::tuple shape = tensor.attr("shape"), strides = tensor.attr("stride")();
   out->data = reinterpret_cast<const void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
   out->on_cpu = tensor.attr("is_cpu").cast<bool>();
   out->floating = tensor.attr("is_floating_point")().cast<bool>();
@@ -105,6 +119,10 @@ inline bool look_in_python(py::handle tensor, TensorLook* out) {
   out->count = tensor.attr("numel")().cast<int64_t>();
   out->rows = shape.size() > 0 ? shape[0].cast<int64_t>() : 1;
   out->columns = shape.size() > 1 ? shape[1].cast<int64_t>() : 1;
+  out->bytes = tensor.attr("element_size")().cast<int64_t>() *
+               extent(
+                   out->dimensions, [&](int d) { return shape[d].cast<int64_t>(); },
+                   [&](int d) { return strides[d].cast<int64_t>(); });
   return true;
 }
 
@@ -137,6 +155,9 @@ inline bool look_at(py::handle tensor, TensorLook* out) {
   for (int d = 0; d < t.ndim; ++d) out->count *= t.shape[d];
   out->rows = t.ndim > 0 ? t.shape[0] : 1;
   out->columns = t.ndim > 1 ? t.shape[1] : 1;
+  out->bytes =
+      t.type_bits * t.type_lanes / 8 *
+      extent(t.ndim, [&](int d) { return t.shape[d]; }, [&](int d) { return t.strides[d]; });
   return has_memory(*out);
 }
 
@@ -215,6 +236,29 @@ inline bool are_float32_on_cpu(py::handle tensors, bool contiguous) {
     if (!look_at_float32_on_cpu(tensor, &look) || (contiguous && !look.contiguous)) return false;
   }
   return true;
+}
+
+// Which of these tensors shares memory with one that a call changes: its index; behind the last where two
+// of those that change do; else none. What lies between a tensor's values counts as its memory.
+inline std::optional<size_t> sharing(const py::list& read, const py::list& changed) {
+  using Span = std::pair<const char*, const char*>;
+  const auto span_of = [](py::handle tensor) {
+    TensorLook look{};
+    if (!look_at(tensor, &look) || !look.bytes) return Span{};
+    const auto* begin = static_cast<const char*>(look.data);
+    return Span{begin, begin + look.bytes};
+  };
+  std::vector<Span> spans;
+  for (py::handle tensor : changed) spans.push_back(span_of(tensor));
+  for (size_t i = 0; i < read.size(); ++i) {
+    const auto [begin, end] = span_of(read[i]);
+    for (const auto& [other_begin, other_end] : spans)
+      if (begin < other_end && other_begin < end) return i;
+  }
+  std::sort(spans.begin(), spans.end());
+  for (size_t i = 1; i < spans.size(); ++i)
+    if (spans[i].first < spans[i - 1].second) return read.size();
+  return std::nullopt;
 }
 
 // ---- layers ----------------------------------------------------------------------------------------

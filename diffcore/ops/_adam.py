@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
@@ -177,8 +176,13 @@ class KernelSteps:
             self.optimizer._opt_called = True  # type: ignore[attr-defined]  # a scheduler asks
 
 
-def not_by_kernel(optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> str | None:
-    """Why a kernel on the CPU can't take the optimiser's step on these parameters, or None."""
+def not_by_kernel(
+    optimizer: torch.optim.Adam, parameters: Sequence[Tensor], inputs: dict[str, Tensor]
+) -> str | None:
+    """Why a kernel on the CPU can't take the optimiser's step on these parameters, or None.
+
+    `inputs`, by the names of arguments, are what it reads while it steps.
+    """
     if not _steps_as_adam(optimizer):
         return "the optimizer's step isn't torch.optim.Adam's"
     if _is_watched(optimizer):
@@ -207,14 +211,18 @@ def not_by_kernel(optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> 
             return "a hook waits for a parameter's gradient"
     if not _native.are_float32_on_cpu([*parameters], True):
         return "a parameter isn't contiguous float32 on the CPU"
-    spans = sorted((parameter.data_ptr(), 4 * parameter.numel()) for parameter in parameters)
-    if any(start + size > after for (start, size), (after, _) in itertools.pairwise(spans)):
-        return "parameters share memory"
     begun = [parameter for parameter in parameters if optimizer.state.get(parameter)]
+    changed = [*parameters]
     for name in _MOMENTS:
         moments = [optimizer.state[parameter][name] for parameter in begun]
         if not (
             _native.are_float32_on_cpu(moments, True) and _native.same_sizes(begun, moments)
         ):
             return "a moment isn't its parameter's like in contiguous float32 on the CPU"
-    return None
+        changed += moments
+    shared = _native.sharing([*inputs.values()], changed)
+    if shared is None:
+        return None
+    if shared == len(inputs):
+        return "parameters or moments share memory"
+    return f"{[*inputs][shared]} shares memory with a parameter or a moment, which the step changes"

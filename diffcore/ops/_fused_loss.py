@@ -50,6 +50,6 @@ def _is_last_use(grad_loss: Tensor) -> bool:
     return not (
         torch.is_grad_enabled()
         or torch._C._functorch.is_functorch_wrapped_tensor(grad_loss)
-        or torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # of is_grads_batched
+        or _native.is_batch_of_gradients(grad_loss)
         or torch._C._autograd._get_current_graph_task_keep_graph()
     )

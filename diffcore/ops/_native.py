@@ -7,7 +7,7 @@ import importlib
 import inspect
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, List, get_args, get_origin, get_type_hints  # noqa: UP035
+from typing import Any, List, NamedTuple, get_args, get_origin, get_type_hints  # noqa: UP035
 
 # torch first: it brings its own OpenMP runtime, and an extension loaded after it shares that copy
 # and its threads instead of starting a second pool.
@@ -176,6 +176,10 @@ lacks_memory: Callable[[Tensor], bool] = _quick_look("lacks_memory", False)
 #: Whether two lists of tensors, float32 on the CPU, have the same sizes.
 same_sizes: Callable[[Any, Any], bool] = _quick_look("same_sizes", False)
 
+#: The index of the first of some tensors that shares memory with one of others, which a call changes;
+#: how many they are where two of those others do; else None.
+sharing: Callable[[list[Tensor], list[Tensor]], int | None] = _quick_look("sharing", None)
+
 #: [weight, bias, weight, bias, ...] of a dictionary of so many torch.nn.Linear with these inputs and
 #: outputs (None: any), or None where they are more than that, by hooks for instance, or don't fit.
 linear_stack: Callable[[Any, int, int | None, int | None], list[Tensor] | None]
@@ -211,8 +215,56 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def vmap(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Registers the op's rule for torch.func.vmap."""
-    return torch.library.register_vmap(f"diffcore::{name}", lib=_LIBRARY)
+    """Registers the op's rule for torch.func.vmap, and for the older vmap that torch still has.
+
+    That one is behind ``torch.autograd.grad(..., is_grads_batched=True)``.
+    """
+
+    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
+        torch.library.register_vmap(f"diffcore::{name}", rule, lib=_LIBRARY)
+        _LIBRARY.impl(name, functools.partial(_in_older_vmap, rule), "Batched")
+        return rule
+
+    return register
+
+
+def is_batch_of_gradients(value: Any) -> bool:
+    """Whether it is batched by the older vmap."""
+    return isinstance(value, Tensor) and torch._C._functorch.is_legacy_batchedtensor(value)
+
+
+class _VmapInfo(NamedTuple):
+    """What a rule asks of the first argument that torch.func.vmap gives it."""
+
+    batch_size: int
+
+
+def _in_older_vmap(rule: Callable[..., Any], *args: Any) -> Any:
+    """Results of an op on what the older vmap has batched, by the rule for torch.func's."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    sizes = set()
+
+    def unwrapped(value: Any) -> tuple[Any, Any]:
+        """(it, the dimension in which it is batched)"""
+        if isinstance(value, list):
+            values = [unwrapped(v) for v in value]
+            return [v for v, _ in values], [dim for _, dim in values]
+        if not is_batch_of_gradients(value):
+            return value, None
+        batch = torch._remove_batch_dim(value, level, 0, 0)  # empty if batched elsewhere
+        sizes.add(len(batch))
+        return batch, 0
+
+    def wrapped(result: Any, dim: Any) -> Any:
+        if isinstance(result, (list, tuple)):
+            return type(result)(map(wrapped, result, dim))
+        return result if dim is None else torch._add_batch_dim(result, dim, level)
+
+    values, dims = zip(*map(unwrapped, args), strict=True)
+    if 0 in sizes:
+        raise RuntimeError("is_grads_batched: expected no other vmap around that of the gradients")
+    return wrapped(*rule(_VmapInfo(*sizes), dims, *values))
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -250,6 +302,9 @@ def gradients(op: str, compute: Callable[..., Sequence[Tensor]], *args: Any) -> 
     # The compiler has no second derivatives anyway.
     if torch.compiler.is_compiling() or nothing_is_differentiated():
         return compute(*args)
+    if torch.is_grad_enabled() and any(map(is_batch_of_gradients, args)):
+        # That vmap would lose the node that refuses.
+        raise RuntimeError(_no_second_derivative(op))
     results: Sequence[Tensor] = apply(_FirstDerivative, op, compute, *args)
     return results
 
@@ -276,10 +331,14 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            f"{ctx.op}: the fused kernel has no second derivative; "
-            "pass backend='reference' to differentiate twice"
-        )
+        raise RuntimeError(_no_second_derivative(ctx.op))
+
+
+def _no_second_derivative(op: str) -> str:
+    return (
+        f"{op}: the fused kernel has no second derivative; "
+        "pass backend='reference' to differentiate twice"
+    )
 
 
 def layers(parameters: list[Tensor], backend: str) -> list[Tensor] | list[Layer]:

@@ -3,7 +3,9 @@ and the noise that the reference draws."""
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -224,6 +226,72 @@ def test_as_deep_as_the_cpu(cuda: str) -> None:
     torch.testing.assert_close(
         sample(cuda, denoiser, **arguments).double(), exact, rtol=0, atol=1e-5
     )
+
+
+# -- in groups of every size -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [5, 70])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_precision_in_groups(group: str, cuda: str, precision: str, rows: int) -> None:
+    """Of 8 blocks some have no column of the layers. Of 5 rows, in float32, every block makes the
+    first layer whole; of 70 rows a group takes several tiles."""
+    table = rounded(DiffusionSchedule.cosine(10).solver("dpmpp_2m"))
+    table = SolverTable(table.timesteps[-3:], table.coefficients[-3:])
+    denoiser, arguments = problem((5, 3, 70, 3), "mish", rows, table)
+    exact = eager(denoiser, arguments, torch.float64)
+    tensors = arguments["state"], arguments["x_init"], arguments["noise"], None
+    ours, trajectory = chain(cuda, denoiser, table, *tensors, precision=precision)
+    assert (ours - exact).abs().max() <= BOUNDS[precision]
+    assert torch.equal(trajectory[-1].clamp(-1, 1), ours)
+    again, _ = chain(cuda, denoiser, table, *tensors, precision=precision, keep=False)
+    assert torch.equal(again, ours)
+
+
+def of_widths(*hidden: int) -> nn.Denoiser:
+    """A denoiser of states of 5 and actions of 3 whose hidden layers are unequal."""
+    denoiser = nn.Denoiser(5, 3, 8, len(hidden), activation="tanh")
+    widths = [3 + denoiser.time_dim + 5, *hidden, 3]
+    denoiser.trunk.layers = torch.nn.ModuleList(
+        torch.nn.Linear(k, n) for k, n in itertools.pairwise(widths)
+    )
+    return denoiser
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "float16"])
+def test_layers_of_different_widths(group: str, cuda: str, precision: str) -> None:
+    """What a wide layer left behind a narrow one's columns isn't multiplied: NaN in one tile's row
+    would spoil a row of the group's next tile."""
+    table = rounded(schedule("linear").solver("ddim", steps=3))
+    denoiser = of_widths(40, 250, 21)
+    _, arguments = problem((5, 3, 1, 1), "tanh", 70, table)
+    exact = eager(copy.deepcopy(denoiser), arguments, torch.float64)
+    tensors = arguments["state"], arguments["x_init"], arguments["noise"], None
+    ours, _ = chain(cuda, denoiser, table, *tensors, precision=precision, keep=False)
+    assert (ours - exact).abs().max() <= BOUNDS[precision]
+    arguments["state"][4, 1] = math.nan
+    spoiled, _ = chain(cuda, denoiser, table, *tensors, precision=precision, keep=False)
+    assert spoiled[4].isnan().all()
+    others = torch.arange(70) != 4
+    assert torch.equal(spoiled[others], ours[others])
+
+
+@pytest.mark.skipif(ON_GPU, reason="a GPU plans for itself")
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_same_bits_by_groups_of_the_same_size(
+    cuda: str, monkeypatch: pytest.MonkeyPatch, size: int, precision: str
+) -> None:
+    """However many there are, however they meet, and, alone, whether or not weights stay."""
+    table = rounded(schedule("linear").solver("ddpm"))
+    denoiser, arguments = problem((17, 6, 200, 2), "mish", 70, table)
+    tensors = arguments["state"], arguments["x_init"], arguments["noise"], None
+    results = []
+    for groups, (shared_bytes, major) in itertools.product((1, 3), ((232448, 9), (166912, 8))):
+        device = f"{groups * size},{shared_bytes},{major},{size}"
+        monkeypatch.setenv("CUDA_ON_CPU_DEVICE", device)
+        results.append(chain(cuda, denoiser, table, *tensors, precision=precision)[1])
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 # -- lower precision -------------------------------------------------------------------------------

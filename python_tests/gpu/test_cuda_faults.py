@@ -1,7 +1,7 @@
 """Tests of the tests: do those of the ops notice faults in the CUDA sources, and bad accesses?
 
 They run on the CPU in processes of their own, on altered copies of csrc/cuda or under
-AddressSanitizer. The tile and the chain have faults of their own in test_cuda_emulator.py.
+AddressSanitizer. The tile and the chain have more faults in test_cuda_emulator.py.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ ASCENT_IN_GROUPS = (
     "test_cuda_action_gradient.py",
     "every_variant_in_groups and _of_ and adam and batch or different_widths and _of_8 and float16"
     " or unequal_shapes and _of_2",
+)
+CHAIN_IN_GROUPS = (
+    "test_cuda_chain.py",
+    "precision_in_groups and _of_ and (float32 or float16)"
+    " or different_widths and _of_8 and float16",
 )
 FEATURES = ("test_cuda_rff.py", "awkward_sizes or pieces")
 STEP = ("test_cuda_chain.py", "reverse_step")
@@ -113,6 +118,42 @@ FAULTS = {
         "for (int r = 0; r < layout_.size; ++r) store_in_cluster",
         "for (int r = rank_; r == rank_; ++r) store_in_cluster",
     ),
+    "a hidden layer leaves out columns that the next one reads": Fault(
+        CHAIN_IN_GROUPS,
+        "reverse_diffusion.cu",
+        "round_up(p.trunk[l].out, k_step_of(p.precision))",
+        "p.trunk[l].out",
+    ),
+    "of a first layer that all make whole blocks load a slice": Fault(
+        CHAIN_IN_GROUPS,
+        "reverse_diffusion.cu",
+        "load_slice<float>(chain.layers[l], chain.share_first ? group.rank() : 0, shared)",
+        "load_slice<float>(chain.layers[l], group.rank(), shared)",
+    ),
+    "of the last layer blocks load a slice": Fault(
+        CHAIN_IN_GROUPS,
+        "reverse_diffusion.cu",
+        "(chain.layers[l], last ? 0 : group.rank(), shared)",
+        "(chain.layers[l], group.rank() + 0 * last, shared)",
+    ),
+    "a first layer that all make whole has no buffer": Fault(
+        CHAIN_IN_GROUPS,
+        "reverse_diffusion.cu",
+        "group.hidden_bytes * (c.share_first ? 2 : 3)",
+        "group.hidden_bytes * 2",
+    ),
+    "a chain's groups begin with any count": Fault(
+        CHAIN_IN_GROUPS,
+        "reverse_diffusion.cu",
+        "chain.group.counters[g] = 0;",
+        "chain.group.counters[g] |= 0;",
+    ),
+    "a chain begins before all blocks have cleared their memory": Fault(
+        CHAIN_IN_GROUPS,
+        "reverse_diffusion.cu",
+        "  group.start();\n",
+        "",
+    ),
     "a column too many of x is multiplied": Fault(
         FEATURES,
         "rff_features.cu",
@@ -153,7 +194,7 @@ def found(result: subprocess.CompletedProcess[str]) -> bool:
 
 
 def test_unaltered_kernels_pass() -> None:
-    for tests in (ASCENT, ASCENT_IN_GROUPS, FEATURES, STEP):
+    for tests in (ASCENT, ASCENT_IN_GROUPS, CHAIN_IN_GROUPS, FEATURES, STEP):
         result = in_a_process(*pytest_arguments(tests))
         assert result.returncode == 0, result.stdout + result.stderr
 
@@ -163,11 +204,14 @@ ASCENT_UNDER_ASAN = (
     ASCENT[0],
     "different_widths and (alone or _of_2 or _of_8) and (float32 or float16)",
 )
+CHAIN_UNDER_ASAN = (CHAIN_IN_GROUPS[0], ASCENT_UNDER_ASAN[1])
 
 
 @needs_asan
 @pytest.mark.parametrize(
-    "tests", [ASCENT_UNDER_ASAN, FEATURES, STEP], ids=["ascent", "features", "step"]
+    "tests",
+    [ASCENT_UNDER_ASAN, CHAIN_UNDER_ASAN, FEATURES, STEP],
+    ids=["ascent", "chain", "features", "step"],
 )
 def test_under_asan(tests: tuple[str, str]) -> None:
     flags = "-O1 -fsanitize=address,alignment -fno-sanitize-recover=all"

@@ -11,6 +11,7 @@ import torch
 from helpers import run_script
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch._vmap_internals import _vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -216,6 +217,11 @@ def test_gradients_through_a_vmap_inside(name: str, order: str) -> None:
         grads = torch.autograd.grad(total(*inputs), inputs)
     for a, b in zip(grads, expected, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_the_vmap_of_batched_gradients_is_no_other_s() -> None:
+    with pytest.raises(RuntimeError, match="^is_grads_batched: expected no other vmap around"):
+        _vmap(lambda x: _vmap(lambda _: identity(x))(torch.ones(2)))(torch.ones(5, 4, 3))
 
 
 def test_fake_calls_leave_nothing_behind() -> None:

@@ -377,8 +377,53 @@ def test_a_second_derivative_of_a_kernel_says_that_there_is_none(name: str) -> N
     parameters = [p for p in network.parameters() if p.requires_grad]
     value = sum(weighted_sum(r) for r in (*by_row, *of_all) if r.requires_grad)
     slopes = torch.autograd.grad(value, parameters, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative.*backend='reference'"):
+    refusal = "no second derivative.*backend='reference'"
+    options = {"is_grads_batched": True, "create_graph": True}
+    with pytest.raises(RuntimeError, match=refusal):
+        torch.autograd.grad(value, parameters, torch.ones(2), **options)
+    with pytest.raises(RuntimeError, match=refusal):
         sum(slope.sum() for slope in slopes).backward()
+
+
+@pytest.mark.parametrize("way", ["is_grads_batched", "torch.vmap"])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_several_gradients_at_once(name: str, way: str) -> None:
+    """By either of torch's vmaps, what a loop over them gives."""
+    op = OPS[name]
+    network, rows = op.make(Sizes()), op.rows(Sizes(), 3)
+    leaves = [rows[given_].requires_grad_() for given_ in op.differentiable]
+    inputs = [*leaves, *(p for p in network.parameters() if p.requires_grad)]
+    by_row, of_all = op.call(network, rows, backend=op.backend)
+    values = [r for r in (*by_row, *of_all) if r.requires_grad]
+    weights = [torch.randn(4, *value.shape) for value in values]
+
+    def gradients(*of_values: Tensor, **options: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(values, inputs, of_values, retain_graph=True, **options)
+
+    by_loop = [gradients(*of_values) for of_values in zip(*weights, strict=True)]
+    at_once = (
+        torch.vmap(gradients)(*weights)
+        if way == "torch.vmap"
+        else gradients(*weights, is_grads_batched=True)
+    )
+    assert_same([*map(torch.stack, zip(*by_loop, strict=True))], [*at_once])
+
+
+@pytest.mark.parametrize("name", [n for n in DIFFERENTIABLE if OPS[n].differentiable])
+def test_jacobian(name: str) -> None:
+    op = OPS[name]
+    network, rows = op.make(Sizes()), op.rows(Sizes(), 3)
+
+    def values(*leaves: Tensor) -> tuple[Tensor, ...]:
+        given_ = dict(zip(op.differentiable, leaves, strict=True))
+        by_row, of_all = op.call(network, {**rows, **given_}, backend=op.backend)
+        return (*by_row, *of_all)
+
+    leaves = tuple(rows[given_] for given_ in op.differentiable)
+    jacobian = torch.func.jacrev(values, argnums=tuple(range(len(leaves))))(*leaves)
+    by_loop = torch.autograd.functional.jacobian(values, leaves)
+    for ours, expected in zip(jacobian, by_loop, strict=True):
+        assert_same([*ours], [*expected])
 
 
 @every_call

@@ -19,6 +19,7 @@ from diffcore.ops import _native
 from diffcore.ops._adam import FusedAdam
 
 STEPS = 5
+NAMES = ("x", "perturbed", "offset", "score_weight")
 LR, EPS = 0.01, 1e-8
 needs_kernels = pytest.mark.skipif(_native._core is None, reason="needs the compiled module")
 
@@ -282,6 +283,12 @@ def shared(learner: Learner) -> None:
     first.data = second.data[1:]  # type: ignore[operator, union-attr]
 
 
+def one_moment_for_two(learner: Learner) -> None:
+    learner.unfused(learner.batch(9))
+    first, second = (learner.optimizer.state[learner.parameters[i]] for i in (1, 5))
+    second["exp_avg_sq"] = first["exp_avg_sq"][1:]
+
+
 def of_another_shape(learner: Learner) -> None:
     """As ``load_state_dict`` takes it over without a word; what torch broadcasts, though."""
     learner.unfused(learner.batch(9))
@@ -309,7 +316,8 @@ def option(name: str, value: Any) -> Callable[[Learner], None]:
         (two_groups, "the optimizer has several groups of parameters"),
         (not_all, "the optimizer doesn't hold exactly the networks' parameters"),
         (not_contiguous, "a parameter isn't contiguous float32 on the CPU"),
-        (shared, "parameters share memory"),
+        (shared, "parameters or moments share memory"),
+        (one_moment_for_two, "parameters or moments share memory"),
         (of_another_shape, "a moment isn't its parameter's like"),
         (negated, "a compiler, a mode or a transform follows"),
         (on_the_gradient, "a hook waits for a parameter's gradient"),
@@ -371,6 +379,38 @@ def test_frozen_and_foreign_parameters_stay_as_they_are() -> None:
     learner.optimizer = torch.optim.Adam([stranger])
     assert learner.step(rows)[1] == 0
     assert torch.equal(stranger, torch.ones(2))
+
+
+@needs_kernels
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("of", ["parameter", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("which", [0, 5, -2])
+@pytest.mark.parametrize("name", ["x", "perturbed", "offset", "score_weight"])
+def test_inputs_in_the_memory_of_what_is_stepped(
+    name: str, which: int, of: str, steps: int
+) -> None:
+    """The kernel, which would read what it has just written, leaves them to the reference."""
+    ours, other, unshared = (Learner(20) for _ in range(3))
+
+    def rows(learner: Learner) -> list[Tensor]:
+        learner.unfused(learner.batch(9))
+        several = [learner.batch(1, i) for i in range(steps)]
+        values = dict(zip(NAMES, map(torch.stack, zip(*several, strict=True)), strict=True))
+        parameter = learner.parameters[which]
+        memory = parameter.detach() if of == "parameter" else learner.optimizer.state[parameter][of]
+        given = values[name]
+        values[name] = memory.flatten()[-given.numel() :].view(given.shape)
+        return [v[0] for v in values.values()] if steps == 1 else [*values.values()]
+
+    shared = rows(ours)
+    assert ours.why_not(tuple(shared)).startswith(f"{name} shares memory with a parameter or")
+    with pytest.raises(ValueError, match=f"^backend: .* 'cpu' here: {name} shares memory"):
+        ours.step(tuple(shared), backend="cpu")
+    ours.step(tuple(shared))
+    for minibatch in [rows(other)] if steps == 1 else zip(*rows(other), strict=True):
+        other.unfused(tuple(minibatch))
+    assert_same(ours.everything(), other.everything())
+    unshared.step(tuple(v.clone() for v in rows(unshared)), backend="cpu")
 
 
 @needs_kernels

@@ -163,6 +163,29 @@ def test_same_sizes(way: str) -> None:
     assert not core.same_sizes(cube, cube)
 
 
+def test_sharing(way: str) -> None:
+    memory = torch.zeros(40)
+    first, second = nn.Parameter(memory[:6].view(3, 2)), memory[6:9]
+    apart = [torch.ones(3), memory[9:12], memory[5:5], memory[12:].view(4, 7)[:, 1:3]]
+    assert core.sharing(apart, [second, first]) is None
+    for shared in (
+        memory[5:7],
+        memory[5:6],
+        memory[:12].view(2, 6).t(),
+        memory[4].expand(50),
+        memory[4::3],
+        memory[:6].view(torch.int64),
+        memory.view(torch.uint8)[23:24],
+        memory.view(torch.uint8)[35:60],
+    ):
+        assert core.sharing([*apart, shared], [second, first]) == len(apart)
+    for untouched in (memory.view(torch.uint8)[36:60], memory[9::3], memory[9].expand(50)):
+        assert core.sharing([untouched], [second, first]) is None
+    assert core.sharing(apart, [memory[3:4], second, first]) == len(apart)
+    assert core.sharing([], [torch.ones(3), first, first]) == 0
+    assert core.sharing([memory], []) is None
+
+
 # -- layers ------------------------------------------------------------------------------------------
 
 

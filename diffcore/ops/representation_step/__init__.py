@@ -12,6 +12,7 @@ from diffcore.ops.representation_loss import support as loss_support
 from diffcore.ops.representation_step import native, reference
 
 KERNELS = ("cpu",)
+_INPUTS = ("x", "perturbed", "offset", "score_weight")
 
 
 def representation_step(
@@ -35,15 +36,16 @@ def representation_step(
 
     The reference is :func:`~diffcore.ops.representation_loss` on the fastest backend, ``backward()``
     and ``optimizer.step()``. It is for everything but the plain case: hooks, weight decay, amsgrad
-    and other options, parameters that are frozen, of other networks or not all of these;
-    :func:`diffcore.explain` says which. Hooks on nodes of autograd's graph, which neither sees, are
-    called by the reference alone. Like any optimiser's step this is none for ``torch.func``.
+    and other options, parameters that are frozen, of other networks or not all of these, inputs in
+    the memory of what is stepped; :func:`diffcore.explain` says which. Hooks on nodes of autograd's
+    graph, which neither sees, are called by the reference alone. Like any optimiser's step this is
+    none for ``torch.func``.
 
     Args:
         psi, zeta, x, perturbed, offset, score_weight, compute_dtype: see
             :func:`diffcore.ops.representation_loss`. Or ``[N, B, ...]``: N minibatches, one step on
             each in order. These may not require a gradient: what they were computed from could change
-            with the first step.
+            with the first step. In the memory of a parameter each is read when its turn comes.
         optimizer: steps the parameters that it holds: the networks', for the kernel.
         backend: "cpu" or "reference"; the fastest that can run the call if None.
 
@@ -101,7 +103,8 @@ def support(
 
     def refused() -> str | None:
         parameters = [*psi.weights_and_biases(), *zeta.weights_and_biases()]
-        return _refused(inputs, parameters) or _adam.not_by_kernel(optimizer, parameters)
+        named = dict(zip(_INPUTS, inputs, strict=True))
+        return _refused(inputs, parameters) or _adam.not_by_kernel(optimizer, parameters, named)
 
     available.restrict("cpu", refused)
     return available
@@ -118,13 +121,13 @@ def _first_minibatch(
     check_tensor("score_weight", score_weight, sizes)
     if not sizes[0]:
         raise ValueError(f"x: expected a minibatch at least, got shape {list(x.shape)}")
-    tensors = {"x": x, "perturbed": perturbed, "offset": offset, "score_weight": score_weight}
-    for name, tensor in tensors.items():
+    tensors = (x, perturbed, offset, score_weight)
+    for name, tensor in zip(_INPUTS, tensors, strict=True):
         if _native.requires_gradient(tensor):
             raise ValueError(
                 f"{name}: expected no gradient through several minibatches, it requires one"
             )
-    return [tensor[0] for tensor in tensors.values()]
+    return [tensor[0] for tensor in tensors]
 
 
 def _refused(inputs: list[Tensor], parameters: list[Tensor]) -> str | None:
