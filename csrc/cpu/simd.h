@@ -62,6 +62,31 @@ DIFFCORE_INLINE Vec flip_by_bit_1(Vec a, Vec by) {
   return {
       _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a.v), _mm512_slli_epi32(bit, 30)))};
 }
+// So many 32-bit words, again and again.
+template <int words>
+DIFFCORE_INLINE Vec repeat(const void* p) {
+  if constexpr (words == 2) {
+    double pair;
+    memcpy(&pair, p, sizeof pair);
+    return {_mm512_castpd_ps(_mm512_set1_pd(pair))};
+  } else if constexpr (words == 4) {
+    return {_mm512_broadcast_f32x4(_mm_loadu_ps(static_cast<const float*>(p)))};
+  } else if constexpr (words == 8) {
+    return {_mm512_broadcast_f32x8(_mm256_loadu_ps(static_cast<const float*>(p)))};
+  } else {
+    return {_mm512_loadu_ps(p)};
+  }
+}
+// Sums of so many lanes next to each other, and zeros behind them.
+template <int lanes>
+DIFFCORE_INLINE Vec sum_groups(Vec a) {
+  a.v = _mm512_add_ps(a.v, _mm512_permute_ps(a.v, 0xb1));
+  if constexpr (lanes > 2) a.v = _mm512_add_ps(a.v, _mm512_permute_ps(a.v, 0x4e));
+  if constexpr (lanes > 4) a.v = _mm512_add_ps(a.v, _mm512_shuffle_f32x4(a.v, a.v, 0xb1));
+  if constexpr (lanes > 8) a.v = _mm512_add_ps(a.v, _mm512_shuffle_f32x4(a.v, a.v, 0x4e));
+  constexpr int first = lanes == 2 ? 0x5555 : lanes == 4 ? 0x1111 : lanes == 8 ? 0x0101 : 1;
+  return {_mm512_maskz_compress_ps(first, a.v)};
+}
 // 1 / a to 14 bits at least.
 DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return {_mm512_rcp14_ps(a.v)}; }
 // a * 2^n for integral n, where both a and the product are normal numbers, or a is NaN.
@@ -170,6 +195,27 @@ DIFFCORE_INLINE Vec flip_by_bit_1(Vec a, Vec by) {
   const __m256i bit = _mm256_and_si256(_mm256_castps_si256(by.v), _mm256_set1_epi32(2));
   return {_mm256_xor_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(bit, 30)))};
 }
+template <int words>
+DIFFCORE_INLINE Vec repeat(const void* p) {
+  if constexpr (words == 2) {
+    double pair;
+    memcpy(&pair, p, sizeof pair);
+    return {_mm256_castpd_ps(_mm256_set1_pd(pair))};
+  } else if constexpr (words == 4) {
+    return {_mm256_broadcast_ps(static_cast<const __m128*>(p))};
+  } else {
+    return load(static_cast<const float*>(p));
+  }
+}
+template <int lanes>
+DIFFCORE_INLINE Vec sum_groups(Vec a) {
+  a.v = _mm256_add_ps(a.v, _mm256_permute_ps(a.v, 0xb1));
+  if constexpr (lanes > 2) a.v = _mm256_add_ps(a.v, _mm256_permute_ps(a.v, 0x4e));
+  if constexpr (lanes > 4) a.v = _mm256_add_ps(a.v, _mm256_permute2f128_ps(a.v, a.v, 1));
+  const __m256i firsts = _mm256_setr_epi32(0, lanes, 2 * lanes, 3 * lanes, 0, 0, 0, 0);
+  constexpr int others = 0xff & ~((1 << 8 / lanes) - 1);
+  return {_mm256_blend_ps(_mm256_permutevar8x32_ps(a.v, firsts), _mm256_setzero_ps(), others)};
+}
 DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return broadcast(1.0f) / a; }
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
@@ -267,6 +313,21 @@ DIFFCORE_INLINE Vec flip_by_bit_1(Vec a, Vec by) {
   const uint32x4_t bit = vandq_u32(vreinterpretq_u32_f32(by.v), vdupq_n_u32(2));
   return {vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(a.v), vshlq_n_u32(bit, 30)))};
 }
+template <int words>
+DIFFCORE_INLINE Vec repeat(const void* p) {
+  const float* values = static_cast<const float*>(p);
+  if constexpr (words == 2) {
+    const float32x2_t pair = vld1_f32(values);
+    return {vcombine_f32(pair, pair)};
+  } else {
+    return load(values);
+  }
+}
+template <int lanes>
+DIFFCORE_INLINE Vec sum_groups(Vec a) {
+  const float32x2_t pairs = vpadd_f32(vget_low_f32(a.v), vget_high_f32(a.v)), none = vdup_n_f32(0);
+  return {vcombine_f32(lanes == 2 ? pairs : vset_lane_f32(vaddv_f32(pairs), none, 0), none)};
+}
 DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return broadcast(1.0f) / a; }
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   const int32x4_t exponent = vshlq_n_s32(vcvtnq_s32_f32(n.v), 23);
@@ -350,6 +411,18 @@ DIFFCORE_INLINE bool all(Mask m) { return (m.v[0] & m.v[1] & m.v[2] & m.v[3]) !=
 DIFFCORE_INLINE Mask bit_0(Vec a) { return {((Int4)a.v & 1) != 0}; }
 DIFFCORE_INLINE Vec flip_by_bit_1(Vec a, Vec by) {
   return {(Float4)((Word4)a.v ^ ((Word4)by.v & 2u) << 30)};
+}
+template <int words>
+DIFFCORE_INLINE Vec repeat(const void* p) {
+  Vec a;
+  for (int i = 0; i < 4; i += words)
+    memcpy(reinterpret_cast<char*>(&a.v) + 4 * i, p, sizeof(float) * words);
+  return a;
+}
+template <int lanes>
+DIFFCORE_INLINE Vec sum_groups(Vec a) {
+  const float first = a.v[0] + a.v[1], second = a.v[2] + a.v[3];
+  return {lanes == 2 ? Float4{first, second, 0, 0} : Float4{first + second, 0, 0, 0}};
 }
 DIFFCORE_INLINE Vec at_least(Vec lower, Vec x) { return select(less(x, lower), lower, x); }
 DIFFCORE_INLINE Vec at_most(Vec upper, Vec x) { return select(less(upper, x), upper, x); }

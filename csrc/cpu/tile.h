@@ -3,7 +3,8 @@
 // The register tile is `rows x 2 vectors` of float accumulators. Weights are packed in panels of two
 // vectors of outputs, [panel][in][2 * width]; a last panel of at most `width` outputs has one vector,
 // and there the sum over `in` runs in four interleaved parts, since one accumulator per row would
-// leave the FMA units waiting. How a row's sum is associated thus depends on the layer's shape only,
+// leave the FMA units waiting. Where it has at most half as many outputs, a vector holds a group of
+// successive weights of each. How a row's sum is associated thus depends on the layer's shape only,
 // never on how many rows there are: results don't depend on the batch or the number of threads.
 //
 // Operands are float32, or bfloat16 in pairs along `in` with float accumulation. Where the CPU has no
@@ -38,7 +39,7 @@ DIFFCORE_INLINE int buffer_stride(int n) {
 struct Float32Operand {
   using Input = float;
   using Weight = float;
-  static constexpr bool whole_tiles = false;
+  static constexpr bool whole_tiles = false, groups = true;
   static constexpr Precision precision = Precision::float32;
   DIFFCORE_INLINE int depth(int in) { return in; }
   template <int rows, int vectors>
@@ -55,15 +56,18 @@ struct Float32Operand {
       for (int j = 0; j < vectors; ++j) sum[i][j] = fma(xi, w[j], sum[i][j]);
     }
   }
+  DIFFCORE_INLINE Vec multiply_add(Vec x, const Weight* w, Vec sum) { return fma(x, load(w), sum); }
   DIFFCORE_INLINE void store_activation(Input* p, Vec value) { store(p, value); }
   DIFFCORE_INLINE Weight weight(float first, float) { return first; }
 };
 
 struct Bfloat16Operand {
 #if defined(DIFFCORE_AMX)
-  static constexpr bool whole_tiles = true;
+  static constexpr bool whole_tiles = true, groups = false;
+#elif defined(DIFFCORE_NATIVE_BF16)
+  static constexpr bool whole_tiles = false, groups = true;
 #else
-  static constexpr bool whole_tiles = false;
+  static constexpr bool whole_tiles = false, groups = false;
 #endif
   using Input = uint16_t;
   using Weight = uint32_t;
@@ -106,6 +110,9 @@ struct Bfloat16Operand {
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) sum[i][j].v = _mm512_dpbf16_ps(sum[i][j].v, w[j], xi);
     }
+  }
+  DIFFCORE_INLINE Vec multiply_add(Vec x, const Weight* w, Vec sum) {
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_loadu_si512(w), (__m512bh)x.v)};
   }
 #else
   template <int rows, int vectors>
@@ -198,6 +205,31 @@ DIFFCORE_INLINE void transpose_4x4_pairs(const float* from, ptrdiff_t from_strid
                 to_stride);
 }
 
+// Successive weights of an output that lie side by side in a last panel of so many outputs.
+template <class Operand>
+DIFFCORE_INLINE int group_size(int outputs) {
+  int size = 1;
+  while (Operand::groups && 2 * size * outputs <= W) size *= 2;
+  return size;
+}
+
+// Such a panel: panels[group of k][n][k within it].
+template <class Operand>
+void pack_groups(const float* weight, ptrdiff_t out_stride, ptrdiff_t in_stride, int in, int out,
+                 int group, typename Operand::Weight* panel) {
+  constexpr int step = step_of<Operand>;
+  memset(panel, 0, sizeof *panel * W * ceil_div(Operand::depth(in), group));
+  for (int n = 0; n < out; ++n) {
+    for (int k = 0; k < in; k += step) {
+      const float* first = weight + n * out_stride + k * in_stride;
+      const bool last_alone = k + 1 >= in;
+      const int within = k / step % group;
+      panel[static_cast<ptrdiff_t>(k / step / group) * W + n * group + within] =
+          Operand::weight(*first, step == 1 || last_alone ? 0.0f : first[in_stride]);
+    }
+  }
+}
+
 // Element (n, k) of the packed matrix is weight[n * out_stride + k * in_stride].
 template <class Operand>
 void pack_panels(const float* weight, ptrdiff_t out_stride, ptrdiff_t in_stride, int in, int out,
@@ -208,6 +240,9 @@ void pack_panels(const float* weight, ptrdiff_t out_stride, ptrdiff_t in_stride,
     const int columns = out - n > W ? panel_width : W;
     const int present = out - n < columns ? out - n : columns;
     const float* source = weight + n * out_stride;
+    const int group = group_size<Operand>(present);
+    if (group > 1)
+      return pack_groups<Operand>(source, out_stride, in_stride, in, present, group, panels);
     int k = 0;
     if (in_stride == 1 && present == columns) {
       for (; k + 4 * step <= in; k += 4 * step) {
@@ -424,6 +459,50 @@ static inline __attribute__((noinline)) void narrow_sums(
     store(out + i * out_stride, (part[0][i][0] + part[1][i][0]) + (part[2][i][0] + part[3][i][0]));
 }
 
+// The same for a panel of groups.
+template <class Operand, int rows, int group>
+static inline __attribute__((noinline)) void grouped_sums(
+    const typename Operand::Input* __restrict x, ptrdiff_t x_stride, int depth,
+    const typename Operand::Weight* __restrict panel, ptrdiff_t, Offset offset,
+    float* __restrict out, ptrdiff_t out_stride) {
+  using Input = typename Operand::Input;
+  constexpr int values = group * step_of<Operand>;
+  Vec part[4][rows];
+#pragma GCC unroll 4
+  for (int p = 0; p < 4; ++p)
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) part[p][i] = zero();
+  const int whole = depth / group;
+  int k = 0;
+  for (; k + 4 <= whole; k += 4) {
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p)
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i)
+        part[p][i] = Operand::multiply_add(repeat<group>(x + i * x_stride + (k + p) * values),
+                                           panel + (k + p) * W, part[p][i]);
+  }
+  for (; k < whole; ++k) {
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i)
+      part[0][i] = Operand::multiply_add(repeat<group>(x + i * x_stride + k * values),
+                                         panel + k * W, part[0][i]);
+  }
+  if (const int rest = depth % group) {  // what lies behind the row is anything
+    for (int i = 0; i < rows; ++i) {
+      Input last[values] = {};
+      memcpy(last, x + i * x_stride + whole * values, sizeof(Input) * step_of<Operand> * rest);
+      part[1][i] = Operand::multiply_add(repeat<group>(last), panel + whole * W, part[1][i]);
+    }
+  }
+  for (int i = 0; i < rows; ++i) {
+    const Vec sum = (part[0][i] + part[1][i]) + (part[2][i] + part[3][i]);
+    Vec start = load(offset.bias);
+    if (offset.rows) start = start + load(offset.rows + i * offset.stride);
+    store(out + i * out_stride, start + sum_groups<group>(sum));
+  }
+}
+
 template <class Operand>
 using TileFunction = void (*)(const typename Operand::Input*, ptrdiff_t, int,
                               const typename Operand::Weight*, ptrdiff_t, Offset, float*,
@@ -444,6 +523,27 @@ DIFFCORE_INLINE TileFunction<Operand> narrow_function(int wanted) {
     return narrow_sums<Operand, 1>;
   } else {
     return wanted == rows ? narrow_sums<Operand, rows> : narrow_function<Operand, rows - 1>(wanted);
+  }
+}
+
+template <class Operand, int group, int rows = max_narrow_rows>
+DIFFCORE_INLINE TileFunction<Operand> grouped_function(int wanted) {
+  if constexpr (rows == 1) {
+    return grouped_sums<Operand, 1, group>;
+  } else {
+    return wanted == rows ? grouped_sums<Operand, rows, group>
+                          : grouped_function<Operand, group, rows - 1>(wanted);
+  }
+}
+
+// For groups of that size, which is W at most.
+template <class Operand, int group = W>
+DIFFCORE_INLINE TileFunction<Operand> grouped_function_of(int size, int rows) {
+  if constexpr (!Operand::groups || group == 1) {
+    return nullptr;
+  } else {
+    return size == group ? grouped_function<Operand, group>(rows)
+                         : grouped_function_of<Operand, group / 2>(size, rows);
   }
 }
 
@@ -653,6 +753,7 @@ DIFFCORE_INLINE void linear(const typename Operand::Input* x, ptrdiff_t x_stride
   for (int n = 0; n < columns;) {
     const int left = columns - n;
     int width = left > W ? panel_width : W;
+    const int group = left > W ? 1 : group_size<Operand>(layer.out - n);
     // With few rows, several panels at once: enough independent sums to hide the FMA's latency.
     TileFunction<Operand> wide = nullptr;
     if (Operand::whole_tiles) {
@@ -675,7 +776,10 @@ DIFFCORE_INLINE void linear(const typename Operand::Input* x, ptrdiff_t x_stride
                            offset.rows ? offset.rows + row * offset.stride + n : nullptr,
                            offset.stride};
       prologue(row, count, n, width);
-      if (wide) {
+      if (group > 1) {
+        grouped_function_of<Operand>(group, count)(from, x_stride, depth, panels, step, here, sums,
+                                                   width);
+      } else if (wide) {
         wide(from, x_stride, depth, panels, step, here, sums, width);
       } else {
         block_sums<Operand>(state, count, step / W, from, x_stride, depth, panels, step, here, sums,

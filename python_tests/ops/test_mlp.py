@@ -244,6 +244,34 @@ def test_infinity_is_a_number_like_others(isa: str, width: int, compute_dtype: t
         assert torch.equal(torch.isfinite(ours), torch.isfinite(theirs))
 
 
+@given(
+    batch=st.integers(1, 14),
+    inputs=st.integers(1, 40),
+    outputs=st.integers(1, 17),
+    compute_dtype=st.sampled_from(PRECISIONS),
+)
+def test_few_outputs(
+    isa: str, batch: int, inputs: int, outputs: int, compute_dtype: torch.dtype
+) -> None:
+    """There weights lie in groups, and the rows end anywhere in one: what lies behind isn't read."""
+    [weight], [bias], _ = make_layers([inputs, outputs])
+    x = torch.randn(batch, inputs)
+
+    def layer(x: Tensor, **settings: Any) -> Tensor:
+        return ops.mlp(x, [weight], [bias], ["identity"], **settings)
+
+    y = layer(x, compute_dtype=compute_dtype, backend="cpu")
+    bits = (lambda t: t) if compute_dtype is torch.float32 else (lambda t: t.bfloat16())
+    rounded = [bits(t).double() for t in (x, weight)]
+    exact = rounded[0] @ rounded[1].T + bias.double()
+    assert (y - exact).abs().max() <= 2e-6 * max(1.0, exact.abs().max().item())
+    poisoned = x.clone()
+    poisoned[batch // 2 :] = float("nan")
+    again = layer(poisoned, compute_dtype=compute_dtype, backend="cpu")
+    assert torch.equal(again[: batch // 2], y[: batch // 2])
+    assert again[batch // 2 :].isnan().all()
+
+
 @pytest.mark.parametrize("compute_dtype", PRECISIONS)
 def test_a_layer_without_inputs_is_its_bias(isa: str, compute_dtype: torch.dtype) -> None:
     layers = make_layers([0, 3])
