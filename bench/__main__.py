@@ -25,7 +25,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 SECTIONS = (
     "reverse_diffusion", "reverse_step", "action_gradient", "mlp", "critic_update",
-    "denoising_update", "squashed_gaussian", "rff_features", "score_matching_loss",
+    "denoising_update", "squashed_gaussian", "soft_value", "rff_features", "score_matching_loss",
     "representation_loss", "dipo_step", "diffsr_update", "latency", "contention",
 )  # fmt: skip
 REPORTS = {
@@ -114,6 +114,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             yield workloads.denoising_update_case(env, UPDATE_BATCH, steps, rivals=rivals)
         if "squashed_gaussian" in only:
             yield diffsr_workloads.squashed_gaussian_case(env, UPDATE_BATCH, rivals=rivals)
+        if "soft_value" in only:
+            yield diffsr_workloads.soft_value_case(env, UPDATE_BATCH, rivals=rivals)
         if "rff_features" in only:
             yield diffsr_workloads.rff_features_case(UPDATE_BATCH, rivals=rivals)
         if "score_matching_loss" in only:

@@ -37,7 +37,7 @@ from workloads import (
 
 from diffcore import ops
 from diffcore.agents import Batch, DiffSR, DiffSRConfig
-from diffcore.nn import SquashedGaussian
+from diffcore.nn import Psi, SquashedGaussian, TwinRFFCritic
 
 FEATURES, RANDOM_FEATURES, ZETA_HIDDEN = 256, 1024, 512
 UPDATE_SIZES = (
@@ -215,6 +215,91 @@ def squashed_gaussian_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS)
         exact,
         bfloat16_bound=Error(1e-2, 1.0),
         flops=2.0 * batch * products,
+    )
+
+
+def soft_value_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
+    """The loss of a policy that psi and two critics judge, with the gradients of its parameters."""
+    torch.manual_seed(SEED)
+    state_dim, action_dim = SIZES[env]
+    policy = SquashedGaussian(state_dim, action_dim)
+    judges = nn.ModuleList([Psi(state_dim, action_dim, FEATURES), TwinRFFCritic(FEATURES)])
+    psi, critics = judges.requires_grad_(False)
+    state, noise = torch.randn(batch, state_dim), torch.randn(batch, action_dim)
+    temperature = torch.tensor(0.1)
+    as_written = eager_diffsr.Actor(eager.sequential(policy.trunk), policy.log_std_bounds)
+    heads = eager_diffsr.RFFCritic(*(eager.sequential(q.head) for q in (critics.q1, critics.q2)))
+    eager_judges = eager.sequential(psi.trunk), heads
+    in_bf16, *bf16_judges = copy.deepcopy([policy, psi, critics])
+    for network in (in_bf16.trunk, bf16_judges[0].trunk):
+        network.compute_dtype = torch.bfloat16
+    for q in (bf16_judges[1].q1, bf16_judges[1].q2):
+        q.head.compute_dtype = torch.bfloat16
+    retrained = copy.deepcopy(policy)
+
+    def by_distribution(
+        actor: nn.Module, psi: nn.Module, critics: nn.Module, state: Tensor, z: Tensor
+    ) -> Tensor:
+        distribution = actor(state)
+        normal = distribution.base_dist
+        action = distribution.transforms[0](normal.loc + normal.scale * z)
+        log_prob = distribution.log_prob(action).sum(-1, keepdim=True)
+        q = torch.min(*critics(psi(torch.cat([state, action], dim=-1))))
+        return (temperature.to(q.dtype) * log_prob - q).mean()
+
+    def ours(
+        actor: nn.Module, psi: nn.Module, critics: nn.Module, state: Tensor, z: Tensor
+    ) -> Tensor:
+        return ops.soft_value(actor, psi, critics, state, z, temperature)[0]
+
+    def run(loss: Callable[..., Tensor], of: nn.Module, *others: Any) -> Result:
+        value = loss(of, *others)
+        return value, *torch.autograd.grad(value, list(of.parameters()))
+
+    def trained_judges() -> Result:
+        """As the authors have it: the judges' gradients are computed too, and thrown away."""
+        networks = nn.ModuleList([as_written, *eager_judges]).requires_grad_()
+        value = by_distribution(as_written, *eager_judges, state, torch.randn_like(noise))
+        return torch.autograd.grad(value, list(networks.parameters()), allow_unused=True)
+
+    frozen = nn.ModuleList(copy.deepcopy(eager_judges)).requires_grad_(False)
+    scales = scales_of(run(by_distribution, as_written, *frozen, state, noise))
+
+    def variant(
+        name: str, loss: Callable[..., Tensor], of: nn.Module, judges: Any, **more: Any
+    ) -> Variant:
+        return Variant(
+            name,
+            lambda: run(loss, of, *judges, state, torch.randn_like(noise)),
+            lambda: in_scale(run(loss, of, *judges, state, noise), scales),
+            **more,
+        )
+
+    compiled = torch.compile(by_distribution, dynamic=False)
+    forget = {"before": lambda: change_weights(retrained)}
+    checked = variant(BASELINE, by_distribution, as_written, frozen)
+    variants = [
+        Variant(BASELINE, trained_judges, checked.given),
+        variant(OPTIMISED, by_distribution, as_written, frozen),
+        variant(COMPILED, compiled, as_written, frozen),
+        variant(OURS, ours, policy, (psi, critics)),
+        variant(OURS_NEW_WEIGHTS, ours, retrained, (psi, critics), **forget),
+        variant(OURS_BF16, ours, in_bf16, bf16_judges),
+    ]
+
+    def exact() -> Tensor:
+        double = copy.deepcopy([as_written, *frozen])
+        inputs = (*(network.double() for network in double), state.double(), noise.double())
+        return in_scale(run(by_distribution, *inputs), scales)
+
+    return Case(
+        "soft_value",
+        state_dim,
+        batch,
+        1,
+        rivals.admit(variants),
+        exact,
+        bfloat16_bound=Error(2e-2, 1.0),
     )
 
 

@@ -42,6 +42,7 @@ def test_all_sections_are_measured_and_checked(stored: Path) -> None:
         "critic_update",
         "denoising_update",
         "squashed_gaussian",
+        "soft_value",
         "rff_features",
         "score_matching_loss",
         "representation_loss",
