@@ -143,10 +143,12 @@ def make_environment(
     """
     expected: tuple[type[Exception], ...]
     expected = (gym.error.Error, ImportError, AttributeError, TypeError)
-    if render_mode is not None:  # missing displays and drivers make for all kinds of exceptions
-        expected = (Exception,)
+    kwargs: dict[str, Any] = {}  # without a render_mode that an environment may not know of
+    if render_mode is not None:
+        kwargs["render_mode"] = render_mode
+        expected = (Exception,)  # missing displays and drivers make for all kinds of exceptions
     try:
-        env = gym.make(env_id, max_episode_steps=max_episode_steps, render_mode=render_mode)
+        env = gym.make(env_id, max_episode_steps=max_episode_steps, **kwargs)
     except expected as error:
         how = f" with render_mode={render_mode!r}" if render_mode else ""
         raise EnvError(f"can't make the environment {env_id!r}{how}: {error}") from error

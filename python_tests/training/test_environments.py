@@ -113,6 +113,17 @@ def test_a_users_module_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         sys.modules.pop("users_module", None)
 
 
+def test_an_environment_need_not_know_of_render_modes(register_env: Any) -> None:
+    class Plain(CountingEnv):
+        def __init__(self) -> None:
+            super().__init__()
+
+    env_id = register_env(Plain)
+    assert make_environment(env_id).observation_dim == 2
+    with pytest.raises(EnvError, match="with render_mode='rgb_array'"):
+        make_environment(env_id, render_mode="rgb_array")
+
+
 def test_a_time_limit_can_be_set() -> None:
     env = make_environment("Pendulum-v1", max_episode_steps=2)
     env.reset(seed=0)
