@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ class Evaluation:
     lengths: list[int]
     goals: list[str | None] = field(default_factory=list)
     """The goal that each episode reached, None where it reached none. Empty if the environment
-    doesn't tell: it does by ``goal_reached`` in the info of an episode's last step."""
+    doesn't tell: it does by ``goal_reached``, a name or None, in the info of an episode's last step.
+    """
 
     @property
     def mean_return(self) -> float:
@@ -155,7 +157,8 @@ class Evaluator:
                 lengths[i] += 1
                 if not (terminated or truncated):
                     still_running.append(i)
-                elif "goal_reached" in info:
+                # Other environments put a flag or an array there, which names no goal.
+                elif isinstance(info.get("goal_reached", False), (str, NoneType)):
                     goals[i] = info["goal_reached"]
             if frames is not None and 0 in running:
                 frames(render_frame(self.environments[0]))
