@@ -86,10 +86,7 @@ class BoxEnvironment(gym.Wrapper[FloatArray, FloatArray, Any, Any]):
         self._check_open()
         with self._errors_named():
             observation, reward, terminated, truncated, info = self.env.step(self.rescale(action))
-        reward = float(reward)
-        if not np.isfinite(reward):
-            raise EnvError(f"{self.name} returned the reward {reward}")
-        return self._flat(observation), reward, bool(terminated), bool(truncated), info
+        return self._flat(observation), self._number(reward), bool(terminated), bool(truncated), info
 
     def rescale(self, action: FloatArray) -> NDArray[Any]:
         """Map ``[-1, 1]^A`` onto the environment's own action space."""
@@ -115,6 +112,22 @@ class BoxEnvironment(gym.Wrapper[FloatArray, FloatArray, Any, Any]):
             yield
         except (gym.error.Error, gym.error.ClosedEnvironmentError) as error:
             raise EnvError(f"{self.name}: {error}") from error
+
+    def _number(self, reward: Any) -> float:
+        """A reward, which environments that compute with arrays return as an array of one number."""
+        try:
+            array = np.asarray(reward, dtype=np.float64)
+        except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: torch's
+            raise EnvError(
+                f"{self.name} returned the reward {reward!r}; expected a number: {error}"
+            ) from error
+        if array.size != 1:
+            raise EnvError(
+                f"{self.name} returned a reward of shape {array.shape}; expected one number"
+            )
+        if not np.isfinite(array).all():
+            raise EnvError(f"{self.name} returned the reward {reward!r}; expected a finite number")
+        return float(array.item())
 
     def _flat(self, observation: Any) -> FloatArray:
         flat = np.array(observation, dtype=np.float32).reshape(-1)
