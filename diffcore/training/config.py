@@ -36,7 +36,7 @@ class TrainConfig:
     device: str = "cpu"
     """Torch device of the agent and its replay buffer, such as cpu or cuda."""
     threads: int | None = None
-    """Torch's CPU threads. None leaves torch's choice."""
+    """Torch's CPU threads while the run lasts. None leaves torch's choice."""
     eval_interval: int = 10_000
     """Environment steps between evaluations. The last step is always evaluated."""
     eval_episodes: int = 10

@@ -86,6 +86,9 @@ def train(
 ) -> TrainResult:
     """Train an agent from scratch in a new run directory.
 
+    Torch's thread count, if ``config.threads`` sets it, is put back in the end. Its process-wide
+    random state isn't: like Python's and NumPy's, it is seeded by the run.
+
     Args:
         config: the run.
         agent_config: the agent's hyper-parameters; their type says which agent.
@@ -95,13 +98,10 @@ def train(
         TrainingError: if a setting, the environment or the run directory doesn't do, or the last
             checkpoint can't be written.
     """
-    trainer = make_trainer(config, agent_config)
-    try:
+    with _open_trainer(config, agent_config) as trainer:
         trainer.start()
         run = RunDirectory.create(config, agent_config)
         return trainer.run(run, console or Console())
-    finally:
-        trainer.close()
 
 
 def resume(
@@ -130,8 +130,7 @@ def resume(
         config = dataclasses.replace(config, total_steps=total_steps)
     if device is not None:
         config = dataclasses.replace(config, device=device)
-    trainer = make_trainer(config, agent_config)
-    try:
+    with _open_trainer(config, agent_config) as trainer:
         trainer.load_state_dict(checkpoint)
         if trainer.complete:
             raise ConfigError(
@@ -143,8 +142,23 @@ def resume(
         if total_steps is not None or device is not None:
             run.write_config(config, agent_config)
         return trainer.run(run, console or Console(), rows=rows)
+
+
+@contextmanager
+def _open_trainer(config: TrainConfig, agent_config: AgentConfig) -> Iterator[BaseTrainer]:
+    """A trainer, on the threads asked for until the block ends; its environments are closed then."""
+    threads = torch.get_num_threads()
+    try:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        trainer = make_trainer(config, agent_config)
+        try:
+            yield trainer
+        finally:
+            trainer.close()
     finally:
-        trainer.close()
+        if config.threads is not None:
+            torch.set_num_threads(threads)
 
 
 def configs_of(checkpoint: dict[str, Any], path: Path) -> tuple[TrainConfig, AgentConfig]:
@@ -274,8 +288,6 @@ class BaseTrainer(ABC):
         self.agent_config = agent_config
         self.agent_name = agent_name(agent_config)
         self.device = check_device(config.device)
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
         seed_process(config.seed)
         self.environments = EnvironmentBatch(
             [self._make_environment() for _ in range(config.num_envs)]

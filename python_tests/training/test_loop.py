@@ -187,6 +187,33 @@ def test_an_environment_without_a_time_limit_is_pointed_out(
     assert "has no time limit" in output.getvalue()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_thread_count_is_the_runs_alone(
+    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    seen = set()
+    act = TinyAgent.act
+
+    def act_and_look(agent: TinyAgent, observation: Any, **how: Any) -> Any:
+        seen.add(torch.get_num_threads())
+        if fails:
+            raise MemoryError
+        return act(agent, observation, **how)
+
+    monkeypatch.setattr(TinyAgent, "act", act_and_look)
+    before = torch.get_num_threads()
+    asked = before + 1
+    if fails:
+        with pytest.raises(MemoryError):
+            train(tiny_run(threads=asked), TinyConfig(), console=console)
+    else:
+        run = train(tiny_run(threads=asked), TinyConfig(), console=console).run
+        assert torch.get_num_threads() == before
+        resume(run, total_steps=70, console=console)
+    assert seen == {asked}
+    assert torch.get_num_threads() == before
+
+
 # What is learned from
 
 
