@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 
 import diffcore
+import diffcore.cli
 from diffcore.agents import DiffSRConfig, DIPOConfig
 from diffcore.cli import main, parse_training
-from diffcore.training import TrainConfig
+from diffcore.training import TrainConfig, TrainResult
+from diffcore.training.config import RESUMABLE
 from diffcore.training.logging import read_csv
 
 SHORT = [
@@ -190,6 +192,26 @@ def test_wrong_arguments(
 def test_a_complete_run_is_not_resumed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--resume", str(run)]) == 1
     assert "has done 60 of 60 steps" in capsys.readouterr().err
+
+
+def test_every_setting_that_may_change_is_an_option_of_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def remember(path: Path, *, console: Any, **changes: Any) -> TrainResult:
+        asked.update(changes)
+        return TrainResult(tmp_path, 0, True, None, 0.0)
+
+    monkeypatch.setattr(diffcore.cli, "resume", remember)
+    options = {
+        "total_steps": "70", "device": "cpu", "threads": "1", "eval_interval": "7",
+        "log_interval": "3", "checkpoint_minutes": "2.5", "tensorboard": "False",
+    }  # fmt: skip
+    assert options.keys() == {*RESUMABLE}
+    words = [w for name, value in options.items() for w in ("--" + name.replace("_", "-"), value)]
+    assert main(["train", "--resume", str(tmp_path), *words]) == 130
+    assert {name: str(value) for name, value in asked.items()} == options
 
 
 def test_ctrl_c_saves_and_the_message_says_how_to_go_on(tmp_path: Path) -> None:

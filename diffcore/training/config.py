@@ -73,6 +73,18 @@ class TrainConfig:
         _check_number("checkpoint_minutes", self.checkpoint_minutes, at_least=0.0)
 
 
+RESUMABLE = (
+    "total_steps",
+    "device",
+    "threads",
+    "eval_interval",
+    "log_interval",
+    "checkpoint_minutes",
+    "tensorboard",
+)
+"""The settings that may be others when a run is resumed. The rest is what the run is a run of."""
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A config dataclass as plain data, fit for JSON and for a checkpoint."""
     return {

@@ -458,6 +458,101 @@ def test_a_complete_run_can_be_extended(tiny_run: MakeConfig, console: Console) 
     assert_equal_trees(*weights)
 
 
+def edit_config(run: Path, section: str, **changes: Any) -> None:
+    path = run / "config.json"
+    contents = json.loads(path.read_text())
+    if section:
+        contents[section] |= changes
+    else:
+        contents |= changes
+    path.write_text(json.dumps(contents))
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("train", {"seed": 5}, r"config.json differs .*: seed 5 \(checkpoint: 0\)\. A run goes on"),
+        ("train", {"num_envs": 2, "env": "Hopper-v5"}, r"env 'Hopper-v5' .*, num_envs 2 \(check"),
+        ("train", {"treads": 2}, r"treads 2 \(checkpoint: None\)"),
+        ("agent_config", {"lr": 0.5}, r"lr 0.5 \(checkpoint: 0.01\).* all but total_steps, device, "),
+        ("", {"agent": "dipo"}, r"agent 'dipo' \(checkpoint: 'tiny'\)"),
+        ("train", {"total_steps": 0}, "config.json: total_steps must be at least 1, got 0"),
+    ],
+)
+def test_an_edited_setting_is_not_ignored(
+    tiny_run: MakeConfig,
+    console: Console,
+    signal_at: SignalAt,
+    section: str,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    signal_at(20)
+    run = train(tiny_run(), TinyConfig(), console=console).run
+    edit_config(run, section, **changes)
+    edited = (run / "config.json").read_bytes()
+    with pytest.raises(RunError, match=message):
+        resume(run, console=console)
+    assert (run / "config.json").read_bytes() == edited
+
+
+NEW_SETTINGS = {
+    "total_steps": 50,
+    "threads": 1,
+    "eval_interval": 8,
+    "log_interval": 4,
+    "checkpoint_minutes": 3.0,
+    "tensorboard": True,
+}
+
+
+@pytest.mark.parametrize("how", ["arguments", "edit"])
+def test_some_settings_can_change_on_the_way(
+    tiny_run: MakeConfig, console: Console, signal_at: SignalAt, how: str
+) -> None:
+    signal_at(21)
+    run = train(tiny_run(), TinyConfig(), console=console).run
+    if how == "edit":
+        edit_config(run, "train", **NEW_SETTINGS)
+    changes: dict[str, Any] = NEW_SETTINGS if how == "arguments" else {}
+    assert resume(run, console=console, **changes).step == 50
+    assert read_series(run / "evaluations.csv", "mean_return")[0] == [20, 24, 32, 40, 48, 50]
+    steps = read_series(run / "progress.csv", "updates")[0]
+    assert steps == [7, 14, 21, *range(24, 50, 4), 50]
+    assert list((run / "tensorboard").iterdir())
+    train_config = json.loads((run / "config.json").read_text())["train"]
+    for name, value in NEW_SETTINGS.items():
+        assert train_config[name] == value
+    assert load_checkpoint(run / "checkpoint.pt")["train_config"] == train_config
+
+
+def test_a_change_outlives_a_crash_before_the_next_checkpoint(
+    tiny_run: MakeConfig, console: Console, signal_at: SignalAt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal_at(21)
+    run = train(tiny_run(), TinyConfig(), console=console).run
+
+    def crash(trainer: Trainer) -> list[float]:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "advance", crash)
+        with pytest.raises(MemoryError):
+            resume(run, total_steps=40, console=console)
+    assert resume(run, console=console).step == 40
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(30, [20, 40, 60]), (7, [20, 40, 42, 49, 56, 60])])
+def test_an_evaluation_that_is_due_stays_due(
+    tiny_run: MakeConfig, console: Console, signal_at: SignalAt, interval: int, steps: list[int]
+) -> None:
+    signal_at(40)
+    run = train(tiny_run(), TinyConfig(), console=console).run
+    assert read_series(run / "evaluations.csv", "mean_return")[0] == [20]
+    resume(run, eval_interval=interval, console=console)
+    assert read_series(run / "evaluations.csv", "mean_return")[0] == steps
+
+
 class Opaque:
     """Something that a checkpoint can't hold."""
 
