@@ -265,6 +265,7 @@ def evaluate_command(arguments: list[str]) -> int:
     evaluator = Evaluator(
         loaded.config.env,
         episodes=parsed.episodes,
+        env_kwargs=loaded.config.env_kwargs,
         max_episode_steps=loaded.config.max_episode_steps,
         deterministic=parsed.deterministic,
         seed=parsed.seed,

@@ -96,6 +96,17 @@ def test_the_command_line_overrides_the_environments_defaults() -> None:
     assert agent.action_gradient_steps == 3  # type: ignore[attr-defined]
 
 
+def test_arguments_for_the_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run"
+    arguments = ["--env", "diffcore/Pendulum-masked-v0", "--env-kwargs", '{"history": 2}']
+    train, _ = parse_training("dipo", arguments)
+    assert train == TrainConfig("diffcore/Pendulum-masked-v0", env_kwargs={"history": 2})
+    assert main(["train", "dipo", *TINY, *arguments, "--run-dir", str(path)]) == 0
+    # With the environment's own history, of three, there would be other sizes.
+    assert main(["evaluate", str(path), "--episodes", "1"]) == 0
+    assert "over 1 episodes of diffcore/Pendulum-masked-v0" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments", [["dipo", *TINY], ["diffsr", *TINY_DIFFSR]])
 def test_a_run_reports_what_it_did(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -149,6 +160,7 @@ def test_plot(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["train", "dipo", "--env", "Pendulum-v1", "--lr", "-1"], 2, "lr must be above 0"),
         (["train", "dipo", "--env", "Pendulum-v1", "--seed", "-1"], 2, "seed must be at least 0"),
         (["train", "dipo", "--env", "Pendulum-v1", "--speed", "9"], 2, "--speed"),
+        (["train", "dipo", "--env", "Pendulum-v1", "--env-kwargs", "{g"], 2, "--env-kwargs"),
         (["train", "dipo", "--env", "CartPole-v1"], 1, "error: CartPole-v1 has the action space"),
         (["train", "dipo", "--env", "Nothing-v0"], 1, "error: can't make the environment"),
         (["train", "--resume", "gone"], 1, "error: there is no run directory gone"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -142,12 +142,17 @@ class BoxEnvironment(gym.Wrapper[FloatArray, FloatArray, Any, Any]):
 
 
 def make_environment(
-    env_id: str, *, max_episode_steps: int | None = None, render_mode: str | None = None
+    env_id: str,
+    *,
+    env_kwargs: Mapping[str, Any] | None = None,
+    max_episode_steps: int | None = None,
+    render_mode: str | None = None,
 ) -> BoxEnvironment:
     """Make ``env_id``, which may be ``"module:Id"``.
 
     Args:
         env_id: the Gymnasium id.
+        env_kwargs: arguments for the environment's class.
         max_episode_steps: the time limit; None keeps the environment's own.
         render_mode: Gymnasium's.
 
@@ -156,8 +161,8 @@ def make_environment(
     """
     expected: tuple[type[Exception], ...]
     expected = (gym.error.Error, ImportError, AttributeError, TypeError)
-    kwargs: dict[str, Any] = {}  # without a render_mode that an environment may not know of
-    if render_mode is not None:
+    kwargs: dict[str, Any] = {**(env_kwargs or {})}
+    if render_mode is not None:  # which not every environment knows of
         kwargs["render_mode"] = render_mode
         expected = (Exception,)  # missing displays and drivers make for all kinds of exceptions
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +56,7 @@ class Evaluator:
     Args:
         env_id: the environment.
         episodes: episodes per evaluation.
+        env_kwargs: arguments for the environment's class.
         max_episode_steps: the time limit; None keeps the environment's own.
         deterministic: ask the agent for deterministic actions, instead of its evaluation form.
         seed: of start states, dynamics and actions.
@@ -71,6 +72,7 @@ class Evaluator:
         env_id: str,
         *,
         episodes: int,
+        env_kwargs: Mapping[str, Any] | None = None,
         max_episode_steps: int | None = None,
         deterministic: bool,
         seed: int,
@@ -84,6 +86,7 @@ class Evaluator:
             self.environments = [
                 make_environment(
                     env_id,
+                    env_kwargs=env_kwargs,
                     max_episode_steps=max_episode_steps,
                     render_mode="rgb_array" if render and i == 0 else None,
                 )

@@ -396,6 +396,7 @@ class BaseTrainer(ABC):
             self.evaluator = Evaluator(
                 self.config.env,
                 episodes=self.config.eval_episodes,
+                env_kwargs=self.config.env_kwargs,
                 max_episode_steps=self.config.max_episode_steps,
                 deterministic=self.config.eval_deterministic,
                 seed=self.config.seed,
@@ -472,7 +473,11 @@ class BaseTrainer(ABC):
             raise CheckpointError(f"the checkpoint lacks the entry {error}") from error
 
     def _make_environment(self) -> BoxEnvironment:
-        return make_environment(self.config.env, max_episode_steps=self.config.max_episode_steps)
+        return make_environment(
+            self.config.env,
+            env_kwargs=self.config.env_kwargs,
+            max_episode_steps=self.config.max_episode_steps,
+        )
 
     def _restore_environment(self, i: int, saved: dict[str, Any]) -> None:
         seed = derive_seed(self.config.seed, Stream.RESUMED_ENVIRONMENT, self.step, i)
@@ -743,6 +748,7 @@ class _Session:
             "agent": trainer.agent_name,
             "agent_config": to_dict(trainer.agent_config),
             "env": trainer.config.env,
+            "env_kwargs": trainer.config.env_kwargs,
             "observation_dim": trainer.environments.observation_dim,
             "action_dim": trainer.environments.action_dim,
             "step": trainer.step,

@@ -214,6 +214,30 @@ def test_the_thread_count_is_the_runs_alone(
     assert torch.get_num_threads() == before
 
 
+def test_arguments_for_the_environment_are_part_of_the_run(
+    tiny_run: MakeConfig, console: Console, signal_at: SignalAt, register_env: Any
+) -> None:
+    env_id = register_env(CountingEnv, max_episode_steps=100)
+    signal_at(33)
+    config = tiny_run(env=env_id, env_kwargs={"length": 4}, max_episode_steps=None)
+    run = train(config, TinyConfig(), console=console).run
+    assert json.loads((run / "config.json").read_text())["train"]["env_kwargs"] == {"length": 4}
+    assert load_agent(run).config == config
+    resume(run, console=console)
+    for name, column in (("evaluations", "mean_length"), ("progress", "episode_length")):
+        assert set(read_series(run / f"{name}.csv", column)[1]) == {4.0}
+    with pytest.raises(EnvError, match="unexpected keyword argument 'width'"):
+        train(tiny_run("bad", env=env_id, env_kwargs={"width": 4}), TinyConfig(), console=console)
+
+
+def test_environment_arguments_are_as_config_json_has_them(tiny_run: MakeConfig) -> None:
+    given = {"shape": (2, 3)}
+    config = tiny_run(env_kwargs=given)
+    given["more"] = (1,)
+    assert config.env_kwargs == {"shape": [2, 3]}
+    assert hash(config) == hash(tiny_run(env_kwargs={"shape": [2, 3]}))
+
+
 # What is learned from
 
 
@@ -657,6 +681,10 @@ def test_training_on_a_disk_that_fills_up(
 def test_bad_settings_are_named(tiny_run: MakeConfig) -> None:
     for field, value, message in (
         ("env", "", "env must be"),
+        ("env", CountingEnv, r"env must be the id .*CountingEnv.*gymnasium\.register\("),
+        ("env_kwargs", [1], r"env_kwargs must be a dict with names for keys, got \[1\]"),
+        ("env_kwargs", {1: 2}, "env_kwargs must be a dict with names for keys"),
+        ("env_kwargs", {"a": np.zeros(2)}, "env_kwargs must hold what JSON can hold"),
         ("seed", -1, "seed must be at least 0, got -1"),
         ("total_steps", 0, "total_steps must be at least 1, got 0"),
         ("num_envs", 1.5, "num_envs must be an integer, got float 1.5"),
