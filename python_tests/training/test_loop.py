@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from helpers import torch_defaults
 from rich.console import Console
 from tiny import CountingEnv, TinyAgent, TinyConfig
 
@@ -158,6 +159,28 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(
     ]
     assert_equal_runs(runs[0], runs[1])
     assert (runs[0] / "progress.csv").read_bytes() != (runs[2] / "progress.csv").read_bytes()
+
+
+@both_agents
+def test_torchs_default_dtype_changes_nothing(
+    tiny_run: MakeConfig, console: Console, signal_at: SignalAt, agent_config: Any
+) -> None:
+    usual = train(tiny_run("usual"), agent_config, console=console).run
+    signal_at(33)
+    with torch_defaults(torch.float64, None):
+        run = train(tiny_run("float64"), agent_config, console=console).run
+        load_agent(run)
+        resume(run, console=console)
+    assert_equal_runs(usual, run)
+
+
+@both_agents
+def test_a_default_device_is_not_the_runs(
+    tiny_run: MakeConfig, console: Console, agent_config: Any
+) -> None:
+    with torch_defaults(torch.float32, "meta"):
+        run = train(tiny_run(), agent_config, console=console).run
+    assert {value.device.type for value in load_agent(run).agent.weights().values()} == {"cpu"}
 
 
 @pytest.mark.parametrize(
