@@ -25,6 +25,7 @@ from diffcore.training import (
     train,
 )
 from diffcore.training.compare import Job, compare
+from diffcore.training.config import RESUMABLE
 from diffcore.training.evaluation import Evaluator, VideoFile
 from diffcore.training.loop import load_agent
 from diffcore.training.plotting import plot_runs
@@ -57,14 +58,27 @@ environment.
 
 @dataclass(frozen=True)
 class ResumeArguments:
-    """Continue a run exactly where its checkpoint was written."""
+    """Continue a run exactly where its checkpoint was written.
+
+    Options that aren't given stay as they were. No other setting of a run can be changed.
+    """
 
     resume: Path
     """The run directory."""
     total_steps: int | None = None
-    """Train up to this step, instead of the one set at first."""
+    """Train up to this step."""
     device: str | None = None
-    """Train on this torch device, instead of the one set at first."""
+    """Train on this torch device."""
+    threads: int | None = None
+    """Torch's CPU threads."""
+    eval_interval: int | None = None
+    """Environment steps between evaluations."""
+    log_interval: int | None = None
+    """Environment steps between rows of progress.csv."""
+    checkpoint_minutes: float | None = None
+    """Minutes between checkpoints."""
+    tensorboard: bool | None = None
+    """Write TensorBoard logs too."""
 
 
 @dataclass(frozen=True)
@@ -204,12 +218,8 @@ def train_command(arguments: list[str]) -> int:
     console = Console()
     if any(argument.split("=")[0] == "--resume" for argument in arguments):
         continued = tyro.cli(ResumeArguments, prog="diffcore train", args=arguments)
-        result = resume(
-            continued.resume,
-            total_steps=continued.total_steps,
-            device=continued.device,
-            console=console,
-        )
+        changes: dict[str, Any] = {name: getattr(continued, name) for name in RESUMABLE}
+        result = resume(continued.resume, **changes, console=console)
         return _report(result, console)
     name, rest = arguments[0], arguments[1:]
     if name not in AGENTS:
@@ -255,6 +265,7 @@ def evaluate_command(arguments: list[str]) -> int:
     evaluator = Evaluator(
         loaded.config.env,
         episodes=parsed.episodes,
+        env_kwargs=loaded.config.env_kwargs,
         max_episode_steps=loaded.config.max_episode_steps,
         deterministic=parsed.deterministic,
         seed=parsed.seed,

@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +203,20 @@ def run_script(source: str, **environment: str) -> subprocess.CompletedProcess[s
         os.killpg(process.pid, signal.SIGKILL)
         raise
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+@contextmanager
+def torch_defaults(dtype: torch.dtype, device: str | None) -> Iterator[None]:
+    """What tensors get that are made in this block without a dtype or device."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+
+
+OTHER_DEFAULTS = [(torch.float64, None), (torch.bfloat16, None), (torch.float32, "meta")]
+"""Defaults other than torch's own; nothing can be computed on the meta device."""

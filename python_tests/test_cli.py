@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 
 import diffcore
+import diffcore.cli
 from diffcore.agents import DiffSRConfig, DIPOConfig
 from diffcore.cli import main, parse_training
-from diffcore.training import TrainConfig
+from diffcore.training import TrainConfig, TrainResult
+from diffcore.training.config import RESUMABLE
 from diffcore.training.logging import read_csv
 
 SHORT = [
@@ -94,6 +96,17 @@ def test_the_command_line_overrides_the_environments_defaults() -> None:
     assert agent.action_gradient_steps == 3  # type: ignore[attr-defined]
 
 
+def test_arguments_for_the_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run"
+    arguments = ["--env", "diffcore/Pendulum-masked-v0", "--env-kwargs", '{"history": 2}']
+    train, _ = parse_training("dipo", arguments)
+    assert train == TrainConfig("diffcore/Pendulum-masked-v0", env_kwargs={"history": 2})
+    assert main(["train", "dipo", *TINY, *arguments, "--run-dir", str(path)]) == 0
+    # With the environment's own history, of three, there would be other sizes.
+    assert main(["evaluate", str(path), "--episodes", "1"]) == 0
+    assert "over 1 episodes of diffcore/Pendulum-masked-v0" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments", [["dipo", *TINY], ["diffsr", *TINY_DIFFSR]])
 def test_a_run_reports_what_it_did(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -147,6 +160,7 @@ def test_plot(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["train", "dipo", "--env", "Pendulum-v1", "--lr", "-1"], 2, "lr must be above 0"),
         (["train", "dipo", "--env", "Pendulum-v1", "--seed", "-1"], 2, "seed must be at least 0"),
         (["train", "dipo", "--env", "Pendulum-v1", "--speed", "9"], 2, "--speed"),
+        (["train", "dipo", "--env", "Pendulum-v1", "--env-kwargs", "{g"], 2, "--env-kwargs"),
         (["train", "dipo", "--env", "CartPole-v1"], 1, "error: CartPole-v1 has the action space"),
         (["train", "dipo", "--env", "Nothing-v0"], 1, "error: can't make the environment"),
         (["train", "--resume", "gone"], 1, "error: there is no run directory gone"),
@@ -190,6 +204,26 @@ def test_wrong_arguments(
 def test_a_complete_run_is_not_resumed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--resume", str(run)]) == 1
     assert "has done 60 of 60 steps" in capsys.readouterr().err
+
+
+def test_every_setting_that_may_change_is_an_option_of_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def remember(path: Path, *, console: Any, **changes: Any) -> TrainResult:
+        asked.update(changes)
+        return TrainResult(tmp_path, 0, True, None, 0.0)
+
+    monkeypatch.setattr(diffcore.cli, "resume", remember)
+    options = {
+        "total_steps": "70", "device": "cpu", "threads": "1", "eval_interval": "7",
+        "log_interval": "3", "checkpoint_minutes": "2.5", "tensorboard": "False",
+    }  # fmt: skip
+    assert options.keys() == {*RESUMABLE}
+    words = [w for name, value in options.items() for w in ("--" + name.replace("_", "-"), value)]
+    assert main(["train", "--resume", str(tmp_path), *words]) == 130
+    assert {name: str(value) for name, value in asked.items()} == options
 
 
 def test_ctrl_c_saves_and_the_message_says_how_to_go_on(tmp_path: Path) -> None:

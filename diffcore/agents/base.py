@@ -30,6 +30,8 @@ class Saved(Protocol):
 class BaseAgent(ABC):
     """An agent of networks and optimisers that draws from one generator.
 
+    Its networks are float32 and live on ``device``, whatever torch's default dtype and device are.
+
     Args:
         observation_dim: size of an observation vector.
         action_dim: size of an action vector; actions live in ``[-1, 1]``.
@@ -65,8 +67,9 @@ class BaseAgent(ABC):
         self.action_dim = action_dim
         self.config = config
         self.device = torch.device(device)
-        source = torch.Generator().manual_seed(seed)
-        self.seeds: list[int] = torch.randint(2**62, (streams,), generator=source).tolist()
+        source = torch.Generator("cpu").manual_seed(seed)
+        seeds = torch.randint(2**62, (streams,), generator=source, device="cpu")
+        self.seeds: list[int] = seeds.tolist()
         self.generator = torch.Generator(self.device).manual_seed(self.seeds[-1])
         self.updates = 0
         """Updates done."""
@@ -175,10 +178,26 @@ class BaseAgent(ABC):
 
 @contextmanager
 def seeded_weights(seed: int) -> Iterator[None]:
-    """Modules made in this block get their weights from ``seed``; torch's own state is kept."""
-    with torch.random.fork_rng(devices=[]):
+    """Modules made in this block get their weights from ``seed``; torch's own state is kept.
+
+    They are float32 on the CPU, whatever torch's defaults are: to be moved to their device, so that
+    the same seed means the same weights there.
+    """
+    with torch.random.fork_rng(devices=[]), float32_on_cpu():
         torch.default_generator.manual_seed(seed)
         yield
+
+
+@contextmanager
+def float32_on_cpu() -> Iterator[None]:
+    """Tensors made in this block without a dtype or device get these, not the process's defaults."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def torch_dtype(compute_dtype: ComputeDtype) -> torch.dtype | None:

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from diffcore.agents.base import seeded_weights
 from diffcore.agents.checks import check_integer, check_real
 
 C = TypeVar("C", bound="BaselineConfig")
@@ -211,8 +212,7 @@ class SB3Agent:
         self.config = config
         self.device = torch.device(device)
         spaces = [_only_spaces(observation_dim, action_dim) for _ in range(max(num_envs, 1))]
-        with torch.random.fork_rng(devices=[]):  # leave the caller's random state as it was
-            torch.default_generator.manual_seed(seed)
+        with seeded_weights(seed):
             self.model: Any = self._make_model(
                 sb3,
                 env=sb3.common.vec_env.DummyVecEnv([lambda env=env: env for env in spaces]),

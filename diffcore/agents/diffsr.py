@@ -310,10 +310,10 @@ class DiffSR(BaseAgent):
                 observation_dim, action_dim, config.hidden_dim, compute_dtype=compute_dtype
             )
             self.actor = actor.to(self.device)
+            self.temperature = Temperature(config.initial_temperature).to(self.device)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         # What judges the actor's actions, and isn't trained with it.
         self.judges = [*self.critic.parameters(), *self.representation.parameters()]
-        self.temperature = Temperature(config.initial_temperature).to(self.device)
         self.elliptical_bonus: EllipticalBonus | None = None
         if config.bonus == "elliptical":
             self.elliptical_bonus = EllipticalBonus(

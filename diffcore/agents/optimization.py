@@ -84,7 +84,7 @@ def _backward(loss: Tensor, parameters: list[nn.Parameter]) -> None:
 def cut_norm_(gradients: list[Tensor], max_norm: float) -> Tensor:
     """``nn.utils.clip_grad_norm_`` of gradients on one device; ``max_norm <= 0`` leaves them."""
     if not gradients:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     if max_norm <= 0 and _native.are_float32_on_cpu(gradients, True):  # which only needs reporting
         return torch.tensor(_native._core.norm(gradients), dtype=torch.float32, device="cpu")
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))

@@ -266,7 +266,9 @@ def _check_settings(job: Job) -> None:
     asked = json.loads(json.dumps(asked))  # tuples become lists, as in config.json
     if there["agent"] != job.agent:
         raise RunError(f"{job.run.path} is a run of {there['agent']}, not of {job.agent}")
-    for old, new in ((there["train"], asked["train"]), (there["agent_config"], asked["agent"])):
+    # A run from before there was a setting was made as the setting's default has it.
+    settings = {**to_dict(TrainConfig(job.config.env)), **there["train"]}
+    for old, new in ((settings, asked["train"]), (there["agent_config"], asked["agent"])):
         for name in sorted(old.keys() | new.keys()):
             if name not in UNIMPORTANT and old.get(name) != new.get(name):
                 raise RunError(

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
+
+from tyro.constructors import PrimitiveConstructorSpec
 
 from diffcore.training.errors import ConfigError
 
 C = TypeVar("C")
+
+# How the command line reads a dict.
+_JSON: PrimitiveConstructorSpec[dict[str, Any]] = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="JSON",
+    instance_from_str=lambda words: cast("dict[str, Any]", json.loads(words[0])),
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda value: [json.dumps(value)],
+)
 
 
 @dataclass(frozen=True)
@@ -31,12 +43,14 @@ class TrainConfig:
     """Environments stepped together, in this process."""
     max_episode_steps: int | None = None
     """Time limit of an episode. None keeps the environment's own."""
+    env_kwargs: Annotated[dict[str, Any], _JSON] = field(default_factory=dict, hash=False)
+    """Arguments for the environment, as JSON: {"mass": 2.0}."""
     updates_per_step: float = 1.0
     """Agent updates per environment step, once the random start is over."""
     device: str = "cpu"
     """Torch device of the agent and its replay buffer, such as cpu or cuda."""
     threads: int | None = None
-    """Torch's CPU threads. None leaves torch's choice."""
+    """Torch's CPU threads while the run lasts. None leaves torch's choice."""
     eval_interval: int = 10_000
     """Environment steps between evaluations. The last step is always evaluated."""
     eval_episodes: int = 10
@@ -61,8 +75,14 @@ class TrainConfig:
                 object.__setattr__(self, name, Path(value))
             elif value is not None and not isinstance(value, Path):
                 raise ConfigError(f"{name} must be a path, got {value!r}")
+        if not isinstance(self.env, str):
+            raise ConfigError(
+                f"env must be the id of an environment, got {self.env!r}; a class of your own gets "
+                "an id by gymnasium.register('MyEnv-v0', entry_point=MyEnv)"
+            )
         if not self.env:
             raise ConfigError("env must be the id of an environment, got an empty string")
+        object.__setattr__(self, "env_kwargs", _as_json_object("env_kwargs", self.env_kwargs))
         _check_integer("seed", self.seed, at_least=0)
         for name in ("total_steps", "num_envs", "eval_interval", "eval_episodes", "log_interval"):
             _check_integer(name, getattr(self, name), at_least=1)
@@ -71,6 +91,18 @@ class TrainConfig:
                 _check_integer(name, getattr(self, name), at_least=1)
         _check_number("updates_per_step", self.updates_per_step, at_least=0.0)
         _check_number("checkpoint_minutes", self.checkpoint_minutes, at_least=0.0)
+
+
+RESUMABLE = (
+    "total_steps",
+    "device",
+    "threads",
+    "eval_interval",
+    "log_interval",
+    "checkpoint_minutes",
+    "tensorboard",
+)
+"""The settings that may be others when a run is resumed. The rest is what the run is a run of."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -103,6 +135,17 @@ def from_dict(config_type: type[C], values: dict[str, Any]) -> C:
 
 def _holds_path(annotation: Any) -> bool:
     return Path in (annotation, *get_args(annotation))
+
+
+def _as_json_object(name: str, value: object) -> dict[str, Any]:
+    """A copy of ``value`` as it comes back from config.json: with lists for tuples."""
+    try:
+        copy = json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} must hold what JSON can hold, got {value!r}: {error}") from error
+    if not isinstance(value, dict) or copy.keys() != value.keys():
+        raise ConfigError(f"{name} must be a dict with names for keys, got {value!r}")
+    return cast("dict[str, Any]", copy)
 
 
 def _check_integer(name: str, value: object, *, at_least: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -86,10 +86,7 @@ class BoxEnvironment(gym.Wrapper[FloatArray, FloatArray, Any, Any]):
         self._check_open()
         with self._errors_named():
             observation, reward, terminated, truncated, info = self.env.step(self.rescale(action))
-        reward = float(reward)
-        if not np.isfinite(reward):
-            raise EnvError(f"{self.name} returned the reward {reward}")
-        return self._flat(observation), reward, bool(terminated), bool(truncated), info
+        return self._flat(observation), self._number(reward), bool(terminated), bool(truncated), info
 
     def rescale(self, action: FloatArray) -> NDArray[Any]:
         """Map ``[-1, 1]^A`` onto the environment's own action space."""
@@ -116,6 +113,22 @@ class BoxEnvironment(gym.Wrapper[FloatArray, FloatArray, Any, Any]):
         except (gym.error.Error, gym.error.ClosedEnvironmentError) as error:
             raise EnvError(f"{self.name}: {error}") from error
 
+    def _number(self, reward: Any) -> float:
+        """A reward, which environments that compute with arrays return as an array of one number."""
+        try:
+            array = np.asarray(reward, dtype=np.float64)
+        except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: torch's
+            raise EnvError(
+                f"{self.name} returned the reward {reward!r}; expected a number: {error}"
+            ) from error
+        if array.size != 1:
+            raise EnvError(
+                f"{self.name} returned a reward of shape {array.shape}; expected one number"
+            )
+        if not np.isfinite(array).all():
+            raise EnvError(f"{self.name} returned the reward {reward!r}; expected a finite number")
+        return float(array.item())
+
     def _flat(self, observation: Any) -> FloatArray:
         flat = np.array(observation, dtype=np.float32).reshape(-1)
         if flat.shape != (self.observation_dim,):
@@ -129,12 +142,17 @@ class BoxEnvironment(gym.Wrapper[FloatArray, FloatArray, Any, Any]):
 
 
 def make_environment(
-    env_id: str, *, max_episode_steps: int | None = None, render_mode: str | None = None
+    env_id: str,
+    *,
+    env_kwargs: Mapping[str, Any] | None = None,
+    max_episode_steps: int | None = None,
+    render_mode: str | None = None,
 ) -> BoxEnvironment:
     """Make ``env_id``, which may be ``"module:Id"``.
 
     Args:
         env_id: the Gymnasium id.
+        env_kwargs: arguments for the environment's class.
         max_episode_steps: the time limit; None keeps the environment's own.
         render_mode: Gymnasium's.
 
@@ -143,10 +161,12 @@ def make_environment(
     """
     expected: tuple[type[Exception], ...]
     expected = (gym.error.Error, ImportError, AttributeError, TypeError)
-    if render_mode is not None:  # missing displays and drivers make for all kinds of exceptions
-        expected = (Exception,)
+    kwargs: dict[str, Any] = {**(env_kwargs or {})}
+    if render_mode is not None:  # which not every environment knows of
+        kwargs["render_mode"] = render_mode
+        expected = (Exception,)  # missing displays and drivers make for all kinds of exceptions
     try:
-        env = gym.make(env_id, max_episode_steps=max_episode_steps, render_mode=render_mode)
+        env = gym.make(env_id, max_episode_steps=max_episode_steps, **kwargs)
     except expected as error:
         how = f" with render_mode={render_mode!r}" if render_mode else ""
         raise EnvError(f"can't make the environment {env_id!r}{how}: {error}") from error

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ class Evaluation:
     lengths: list[int]
     goals: list[str | None] = field(default_factory=list)
     """The goal that each episode reached, None where it reached none. Empty if the environment
-    doesn't tell: it does by ``goal_reached`` in the info of an episode's last step."""
+    doesn't tell: it does by ``goal_reached``, a name or None, in the info of an episode's last step.
+    """
 
     @property
     def mean_return(self) -> float:
@@ -54,6 +56,7 @@ class Evaluator:
     Args:
         env_id: the environment.
         episodes: episodes per evaluation.
+        env_kwargs: arguments for the environment's class.
         max_episode_steps: the time limit; None keeps the environment's own.
         deterministic: ask the agent for deterministic actions, instead of its evaluation form.
         seed: of start states, dynamics and actions.
@@ -69,6 +72,7 @@ class Evaluator:
         env_id: str,
         *,
         episodes: int,
+        env_kwargs: Mapping[str, Any] | None = None,
         max_episode_steps: int | None = None,
         deterministic: bool,
         seed: int,
@@ -82,6 +86,7 @@ class Evaluator:
             self.environments = [
                 make_environment(
                     env_id,
+                    env_kwargs=env_kwargs,
                     max_episode_steps=max_episode_steps,
                     render_mode="rgb_array" if render and i == 0 else None,
                 )
@@ -155,7 +160,8 @@ class Evaluator:
                 lengths[i] += 1
                 if not (terminated or truncated):
                     still_running.append(i)
-                elif "goal_reached" in info:
+                # Other environments put a flag or an array there, which names no goal.
+                elif isinstance(info.get("goal_reached", False), (str, NoneType)):
                     goals[i] = info["goal_reached"]
             if frames is not None and 0 in running:
                 frames(render_frame(self.environments[0]))

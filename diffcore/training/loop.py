@@ -86,6 +86,9 @@ def train(
 ) -> TrainResult:
     """Train an agent from scratch in a new run directory.
 
+    Torch's thread count, if ``config.threads`` sets it, is put back in the end. Its process-wide
+    random state isn't: like Python's and NumPy's, it is seeded by the run.
+
     Args:
         config: the run.
         agent_config: the agent's hyper-parameters; their type says which agent.
@@ -95,13 +98,10 @@ def train(
         TrainingError: if a setting, the environment or the run directory doesn't do, or the last
             checkpoint can't be written.
     """
-    trainer = make_trainer(config, agent_config)
-    try:
+    with _open_trainer(config, agent_config) as trainer:
         trainer.start()
         run = RunDirectory.create(config, agent_config)
         return trainer.run(run, console or Console())
-    finally:
-        trainer.close()
 
 
 def resume(
@@ -109,29 +109,44 @@ def resume(
     *,
     total_steps: int | None = None,
     device: str | None = None,
+    threads: int | None = None,
+    eval_interval: int | None = None,
+    log_interval: int | None = None,
+    checkpoint_minutes: float | None = None,
+    tensorboard: bool | None = None,
     console: Console | None = None,
 ) -> TrainResult:
     """Continue the run in ``path`` from its checkpoint.
 
+    What isn't None replaces the setting of that name (see :class:`TrainConfig`), in config.json too.
+    Editing these settings there does the same. All others are the checkpoint's: a config.json that
+    says otherwise is refused.
+
     Args:
         path: the run directory.
-        total_steps: train up to this step instead of the one set at first.
-        device: train on this device instead of the one set at first.
+        total_steps, device, threads, eval_interval, log_interval, checkpoint_minutes, tensorboard:
+            new settings.
         console: where to show progress; None is standard output.
 
     Raises:
-        TrainingError: if there is no whole checkpoint, or it doesn't fit; if the run is complete
-            already; and as :func:`train` does.
+        TrainingError: if there is no whole checkpoint, or it doesn't fit, or config.json doesn't fit
+            it; if the run is complete already; and as :func:`train` does.
     """
     run = RunDirectory.open(path)
     checkpoint = load_checkpoint(run.checkpoint)
     config, agent_config = configs_of(checkpoint, run.checkpoint)
-    if total_steps is not None:
-        config = dataclasses.replace(config, total_steps=total_steps)
-    if device is not None:
-        config = dataclasses.replace(config, device=device)
-    trainer = make_trainer(config, agent_config)
-    try:
+    given = {
+        "total_steps": total_steps,
+        "device": device,
+        "threads": threads,
+        "eval_interval": eval_interval,
+        "log_interval": log_interval,
+        "checkpoint_minutes": checkpoint_minutes,
+        "tensorboard": tensorboard,
+    }
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    config = dataclasses.replace(run.resumed_config(config, agent_config), **changes)
+    with _open_trainer(config, agent_config) as trainer:
         trainer.load_state_dict(checkpoint)
         if trainer.complete:
             raise ConfigError(
@@ -140,11 +155,26 @@ def resume(
             )
         rows = checkpoint["rows"]
         del checkpoint  # gives back the old file's place on the disk once it is replaced
-        if total_steps is not None or device is not None:
+        if changes:
             run.write_config(config, agent_config)
         return trainer.run(run, console or Console(), rows=rows)
+
+
+@contextmanager
+def _open_trainer(config: TrainConfig, agent_config: AgentConfig) -> Iterator[BaseTrainer]:
+    """A trainer, on the threads asked for until the block ends; its environments are closed then."""
+    threads = torch.get_num_threads()
+    try:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        trainer = make_trainer(config, agent_config)
+        try:
+            yield trainer
+        finally:
+            trainer.close()
     finally:
-        trainer.close()
+        if config.threads is not None:
+            torch.set_num_threads(threads)
 
 
 def configs_of(checkpoint: dict[str, Any], path: Path) -> tuple[TrainConfig, AgentConfig]:
@@ -274,8 +304,6 @@ class BaseTrainer(ABC):
         self.agent_config = agent_config
         self.agent_name = agent_name(agent_config)
         self.device = check_device(config.device)
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
         seed_process(config.seed)
         self.environments = EnvironmentBatch(
             [self._make_environment() for _ in range(config.num_envs)]
@@ -368,6 +396,7 @@ class BaseTrainer(ABC):
             self.evaluator = Evaluator(
                 self.config.env,
                 episodes=self.config.eval_episodes,
+                env_kwargs=self.config.env_kwargs,
                 max_episode_steps=self.config.max_episode_steps,
                 deterministic=self.config.eval_deterministic,
                 seed=self.config.seed,
@@ -423,7 +452,14 @@ class BaseTrainer(ABC):
             self.next_log = state["next_log"]
             self.seconds = state["seconds"]
             self.next_evaluation = state["next_evaluation"]
-            if self.step < self.config.total_steps:  # which may have changed since
+            # The settings of these may have changed since. An evaluation that is due stays due.
+            if self.config.log_interval != state["train_config"]["log_interval"]:
+                self.next_log = _next_multiple(self.step, self.config.log_interval)
+            eval_interval = self.config.eval_interval
+            changed = eval_interval != state["train_config"]["eval_interval"]
+            if changed and self.step < self.next_evaluation:
+                self.next_evaluation = _next_multiple(self.step, eval_interval)
+            if self.step < self.config.total_steps:
                 self.next_evaluation = min(self.next_evaluation, self.config.total_steps)
             self.metrics.load_state_dict(state["metrics"])
             self.episodes.load_state_dict(state["episodes"])
@@ -437,7 +473,11 @@ class BaseTrainer(ABC):
             raise CheckpointError(f"the checkpoint lacks the entry {error}") from error
 
     def _make_environment(self) -> BoxEnvironment:
-        return make_environment(self.config.env, max_episode_steps=self.config.max_episode_steps)
+        return make_environment(
+            self.config.env,
+            env_kwargs=self.config.env_kwargs,
+            max_episode_steps=self.config.max_episode_steps,
+        )
 
     def _restore_environment(self, i: int, saved: dict[str, Any]) -> None:
         seed = derive_seed(self.config.seed, Stream.RESUMED_ENVIRONMENT, self.step, i)
@@ -632,8 +672,7 @@ class _Session:
         self.write("progress", row)
         self.write("timing", timing)
         self.display.line(trainer.step)
-        interval = trainer.config.log_interval
-        trainer.next_log = (trainer.step // interval + 1) * interval
+        trainer.next_log = _next_multiple(trainer.step, trainer.config.log_interval)
 
     def evaluate(self) -> None:
         """One row of evaluations.csv; nothing if interrupted."""
@@ -653,7 +692,7 @@ class _Session:
         }
         self.write("evaluations", row)
         self.display.evaluated(trainer.step, evaluation.mean_return, evaluation.std_return)
-        following = (trainer.step // config.eval_interval + 1) * config.eval_interval
+        following = _next_multiple(trainer.step, config.eval_interval)
         if trainer.step < config.total_steps:
             following = min(following, config.total_steps)
         trainer.next_evaluation = following
@@ -709,6 +748,7 @@ class _Session:
             "agent": trainer.agent_name,
             "agent_config": to_dict(trainer.agent_config),
             "env": trainer.config.env,
+            "env_kwargs": trainer.config.env_kwargs,
             "observation_dim": trainer.environments.observation_dim,
             "action_dim": trainer.environments.action_dim,
             "step": trainer.step,
@@ -776,6 +816,11 @@ class _Episodes:
         self._lengths = list(state["lengths"])
         self._finished = [(float(r), int(n)) for r, n in state["finished"]]
         self._total = state["total"]
+
+
+def _next_multiple(step: int, interval: int) -> int:
+    """The first multiple of ``interval`` after ``step``."""
+    return (step // interval + 1) * interval
 
 
 def _make_agent(

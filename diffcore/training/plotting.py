@@ -155,7 +155,7 @@ class _Curve:
     series: tuple[list[int], list[float]]
 
 
-_SHAPING = ("max_episode_steps", "num_envs", "updates_per_step", "eval_deterministic")
+_SHAPING = ("env_kwargs", "max_episode_steps", "num_envs", "updates_per_step", "eval_deterministic")
 """The settings of a run that its learning curve depends on, beside the agent's own."""
 
 
@@ -166,7 +166,7 @@ def _read_curve(path: Path) -> _Curve:
         raise RunError(f"{path} has no evaluations yet")
     train, settings = config["train"], dict(config["agent_config"])
     mode = settings.pop("mode", None)
-    settings |= {name: train.get(name) for name in _SHAPING}
+    settings |= {name: train[name] for name in _SHAPING if name in train}
     label = f"{config['agent']} ({mode})" if mode else str(config["agent"])
     series = read_series(run.evaluations, "mean_return")
     return _Curve(str(train["env"]), label, settings, series)

@@ -55,7 +55,7 @@ class ReplayBuffer:
         """The row the next transition goes to."""
 
         def column(width: int) -> Tensor:
-            return torch.empty(capacity, width, device=self.device)
+            return torch.empty(capacity, width, dtype=torch.float32, device=self.device)
 
         self._columns = {
             "state": column(observation_dim),

@@ -1,7 +1,7 @@
 """Where a run keeps its files.
 
 ==================  =====================================================================
-config.json         what was set, and the versions of everything
+config.json         what was set, and the versions of everything; see ``resumed_config``
 progress.csv        training: one row per ``log_interval``
 evaluations.csv     one row per evaluation
 timing.csv          clock readings; kept apart, so that equal runs have equal CSV files
@@ -13,6 +13,7 @@ weights.safetensors the policy's weights, written at the end
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import re
@@ -24,8 +25,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from diffcore.training.config import TrainConfig, to_dict
-from diffcore.training.errors import RunError
+from diffcore.training.config import RESUMABLE, TrainConfig, to_dict
+from diffcore.training.errors import ConfigError, RunError
 from diffcore.training.files import write_atomically
 from diffcore.training.registry import AgentConfig, agent_name
 
@@ -109,6 +110,46 @@ class RunDirectory:
         if not isinstance(contents, dict) or any(key not in contents for key in required):
             raise RunError(f"{self.config} lacks one of {list(required)}")
         return contents
+
+    def resumed_config(self, saved: TrainConfig, agent_config: AgentConfig) -> TrainConfig:
+        """The settings that the run goes on with: ``RESUMABLE`` ones as config.json has them now.
+
+        There they may be newer than in the checkpoint: edited, or set by an earlier resumption that
+        ended before it wrote one.
+
+        Args:
+            saved, agent_config: the checkpoint's.
+
+        Raises:
+            RunError: if config.json can't be read, or differs from the checkpoint in another setting.
+        """
+        there = self.read_config()
+        pairs = [
+            ({"agent": there["agent"]}, {"agent": agent_name(agent_config)}),
+            (there["train"], to_dict(saved)),
+            (there["agent_config"], to_dict(agent_config)),
+        ]
+        changed: dict[str, Any] = {}
+        refused = []
+        for ours, checkpoints in pairs:
+            kept = json.loads(json.dumps(checkpoints))  # tuples become lists, as in config.json
+            for name in sorted(ours):  # one that is missing is from before there was such a setting
+                if name in kept and ours[name] == kept[name]:
+                    continue
+                if name in RESUMABLE and name in kept:
+                    changed[name] = ours[name]
+                else:
+                    refused.append(f"{name} {ours[name]!r} (checkpoint: {kept.get(name)!r})")
+        if refused:
+            raise RunError(
+                f"{self.config} differs from the checkpoint: {', '.join(refused)}. A run goes on "
+                f"with the settings it was begun with, all but {', '.join(RESUMABLE)}: put them "
+                "back, or train a new run"
+            )
+        try:
+            return dataclasses.replace(saved, **changed)
+        except ConfigError as error:
+            raise RunError(f"{self.config}: {error}") from error
 
     def lock(self) -> FileLock:
         """Take the run for this process, until the lock is released.

@@ -87,7 +87,7 @@ class TensorReplay:
         return len(self.columns["state"])
 
     def next_index(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        return torch.randint(len(self), (batch_size,), generator=generator)
+        return torch.randint(len(self), (batch_size,), generator=generator, device="cpu")
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
         index = self.next_index(batch_size, generator)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from doubles import ACTION_DIM, KINDS, OBSERVATION_DIM, TensorReplay, make_kind
+from helpers import OTHER_DEFAULTS, torch_defaults
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -107,6 +108,27 @@ def test_deterministic_action_depends_on_its_observation_alone(kind: str) -> Non
     assert torch.equal(agent.act(observation, explore=False, deterministic=True), together)
     assert torch.equal(agent.generator.get_state(), state)
     assert together.unique(dim=0).shape[0] > 1
+
+
+@pytest.mark.parametrize("defaults", OTHER_DEFAULTS, ids=str)
+@every_kind
+def test_torchs_defaults_for_dtype_and_device_change_nothing(
+    kind: str, defaults: tuple[torch.dtype, str | None]
+) -> None:
+    observation = torch.randn(3, OBSERVATION_DIM)
+
+    def some_life(replay: TensorReplay) -> list[Tensor]:
+        agent = make_kind(kind)
+        action = agent.act(observation, explore=True)
+        metrics = agent.update(replay)
+        return [action, *metrics.values(), *agent.weights().values()]
+
+    expected, replay = some_life(TensorReplay.random()), TensorReplay.random()
+    with torch_defaults(*defaults):
+        results = some_life(replay)
+    for result, usual in zip(results, expected, strict=True):
+        assert result.dtype == usual.dtype
+        assert torch.equal(result, usual)
 
 
 @every_kind

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import torch_defaults
 from rich.console import Console
 from tiny import CountingEnv, TinyConfig
 
@@ -128,6 +129,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
         if not key.startswith(("/seconds", "/train_config/run_dir")):
             same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
             assert same(value, ends[1][key]), key
+
+
+@every_baseline
+def test_torchs_default_dtype_changes_nothing(
+    name: str, tiny_run: MakeConfig, console: Console
+) -> None:
+    usual = train(tiny_run("usual"), SMALL[name], console=console).run
+    with torch_defaults(torch.float64, None):
+        run = train(tiny_run("float64"), SMALL[name], console=console).run
+    weights = [(each / "weights.safetensors").read_bytes() for each in (usual, run)]
+    assert weights[0] == weights[1]
 
 
 def test_the_replay_of_a_checkpoint_holds_the_rows_in_use_also_when_it_has_wrapped_round(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -157,6 +158,19 @@ def test_runs_that_were_set_differently_are_not_taken_for_these(
     other = [option.replace("hidden-dim=16", "hidden-dim=8") for option in OWN]
     assert run("--seeds", "0", own=other) == 1
     assert "with hidden_dim 16, asked for is 8; choose another" in capsys.readouterr().err
+
+
+def test_a_run_from_before_there_was_a_setting_has_its_default(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--seeds", "0") == 0
+    for config in tmp_path.glob("out/*/s0/config.json"):
+        contents = json.loads(config.read_text())
+        del contents["train"]["env_kwargs"]
+        config.write_text(json.dumps(contents))
+    assert run("--seeds", "0") == 0
+    assert run("--seeds", "0", "--env-kwargs", '{"g": 9.0}') == 1
+    assert "with env_kwargs {}, asked for is {'g': 9.0}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])

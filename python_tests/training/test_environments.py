@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from tiny import CountingEnv
 
 from diffcore.training import EnvError
@@ -113,6 +114,17 @@ def test_a_users_module_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         sys.modules.pop("users_module", None)
 
 
+def test_an_environment_need_not_know_of_render_modes(register_env: Any) -> None:
+    class Plain(CountingEnv):
+        def __init__(self) -> None:
+            super().__init__()
+
+    env_id = register_env(Plain)
+    assert make_environment(env_id).observation_dim == 2
+    with pytest.raises(EnvError, match="with render_mode='rgb_array'"):
+        make_environment(env_id, render_mode="rgb_array")
+
+
 def test_a_time_limit_can_be_set() -> None:
     env = make_environment("Pendulum-v1", max_episode_steps=2)
     env.reset(seed=0)
@@ -141,19 +153,39 @@ def test_gymnasiums_own_errors_get_the_environments_name() -> None:
         env.step(np.zeros(2, dtype=np.float32))
 
 
+class Outcome(SpacesEnv):
+    """Observes and rewards with whatever ``what`` is."""
+
+    what: Any = (np.zeros(2), 0.0)
+
+    def step(self, action: Any) -> Any:
+        return (*self.what, False, False, {})
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [1.5, np.float32(1.5), np.array(1.5), np.array([1.5]), np.array([[1.5]]), torch.tensor([1.5])],
+)
+def test_a_reward_may_be_any_one_number(reward: Any) -> None:
+    inner = Outcome(UNIT, UNIT)
+    env = BoxEnvironment(inner, "test")
+    env.reset()
+    inner.what = (np.zeros(2), reward)
+    value = env.step(np.zeros(2, dtype=np.float32))[1]
+    assert type(value) is float
+    assert value == 1.5
+
+
 def test_nonsense_from_an_environment_is_stopped() -> None:
-    class Nonsense(SpacesEnv):
-        what: Any = (np.zeros(2), 0.0)
-
-        def step(self, action: Any) -> Any:
-            return (*self.what, False, False, {})
-
-    inner = Nonsense(UNIT, UNIT)
+    inner = Outcome(UNIT, UNIT)
     env = BoxEnvironment(inner, "test")
     env.reset()
     for what, message in (
         ((np.array([np.nan, 0.0]), 0.0), "non-finite observation"),
-        ((np.zeros(2), np.inf), "returned the reward inf"),
+        ((np.zeros(2), np.inf), "test returned the reward inf; expected a finite number"),
+        ((np.zeros(2), None), "test returned the reward None; expected a finite number"),
+        ((np.zeros(2), np.zeros(2)), r"test returned a reward of shape \(2,\); expected one number"),
+        ((np.zeros(2), "much"), "test returned the reward 'much'; expected a number"),
         ((np.zeros(3), 0.0), r"observation of shape \(3,\), its space says \(2,\)"),
     ):
         inner.what = what

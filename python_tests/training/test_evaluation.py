@@ -68,6 +68,19 @@ def test_goals_are_counted_where_the_environment_tells(register_env: Any) -> Non
     assert untold.goal_counts == {}
 
 
+@pytest.mark.parametrize("flag", [True, np.True_, np.array([True, False]), 1.5, {"left": True}])
+def test_a_goal_reached_that_names_no_goal_is_not_counted(register_env: Any, flag: Any) -> None:
+    class Flagging(CountingEnv):
+        def step(self, action: Any) -> Any:
+            *outcome, _ = super().step(action)
+            return *outcome, {"goal_reached": flag}
+
+    evaluation = make(register_env(Flagging)).evaluate(agent(2))
+    assert evaluation is not None
+    assert evaluation.goals == []
+    assert evaluation.goal_counts == {}
+
+
 def test_the_outcome_depends_on_seed_and_number_only() -> None:
     evaluator = make()
     first = evaluator.evaluate(agent(), 7)

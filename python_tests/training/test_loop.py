@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from helpers import torch_defaults
 from rich.console import Console
 from tiny import CountingEnv, TinyAgent, TinyConfig
 
@@ -160,6 +161,28 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(
     assert (runs[0] / "progress.csv").read_bytes() != (runs[2] / "progress.csv").read_bytes()
 
 
+@both_agents
+def test_torchs_default_dtype_changes_nothing(
+    tiny_run: MakeConfig, console: Console, signal_at: SignalAt, agent_config: Any
+) -> None:
+    usual = train(tiny_run("usual"), agent_config, console=console).run
+    signal_at(33)
+    with torch_defaults(torch.float64, None):
+        run = train(tiny_run("float64"), agent_config, console=console).run
+        load_agent(run)
+        resume(run, console=console)
+    assert_equal_runs(usual, run)
+
+
+@both_agents
+def test_a_default_device_is_not_the_runs(
+    tiny_run: MakeConfig, console: Console, agent_config: Any
+) -> None:
+    with torch_defaults(torch.float32, "meta"):
+        run = train(tiny_run(), agent_config, console=console).run
+    assert {value.device.type for value in load_agent(run).agent.weights().values()} == {"cpu"}
+
+
 @pytest.mark.parametrize(
     ("updates_per_step", "updates"), [(1.0, 50), (0.5, 25), (3.0, 150), (0, 0)]
 )
@@ -185,6 +208,57 @@ def test_an_environment_without_a_time_limit_is_pointed_out(
     env_id = register_env(CountingEnv)
     train(tiny_run(env=env_id, max_episode_steps=None), TinyConfig(), console=console)
     assert "has no time limit" in output.getvalue()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_thread_count_is_the_runs_alone(
+    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    seen = set()
+    act = TinyAgent.act
+
+    def act_and_look(agent: TinyAgent, observation: Any, **how: Any) -> Any:
+        seen.add(torch.get_num_threads())
+        if fails:
+            raise MemoryError
+        return act(agent, observation, **how)
+
+    monkeypatch.setattr(TinyAgent, "act", act_and_look)
+    before = torch.get_num_threads()
+    asked = before + 1
+    if fails:
+        with pytest.raises(MemoryError):
+            train(tiny_run(threads=asked), TinyConfig(), console=console)
+    else:
+        run = train(tiny_run(threads=asked), TinyConfig(), console=console).run
+        assert torch.get_num_threads() == before
+        resume(run, total_steps=70, console=console)
+    assert seen == {asked}
+    assert torch.get_num_threads() == before
+
+
+def test_arguments_for_the_environment_are_part_of_the_run(
+    tiny_run: MakeConfig, console: Console, signal_at: SignalAt, register_env: Any
+) -> None:
+    env_id = register_env(CountingEnv, max_episode_steps=100)
+    signal_at(33)
+    config = tiny_run(env=env_id, env_kwargs={"length": 4}, max_episode_steps=None)
+    run = train(config, TinyConfig(), console=console).run
+    assert json.loads((run / "config.json").read_text())["train"]["env_kwargs"] == {"length": 4}
+    assert load_agent(run).config == config
+    resume(run, console=console)
+    for name, column in (("evaluations", "mean_length"), ("progress", "episode_length")):
+        assert set(read_series(run / f"{name}.csv", column)[1]) == {4.0}
+    with pytest.raises(EnvError, match="unexpected keyword argument 'width'"):
+        train(tiny_run("bad", env=env_id, env_kwargs={"width": 4}), TinyConfig(), console=console)
+
+
+def test_environment_arguments_are_as_config_json_has_them(tiny_run: MakeConfig) -> None:
+    given = {"shape": (2, 3)}
+    config = tiny_run(env_kwargs=given)
+    given["more"] = (1,)
+    assert config.env_kwargs == {"shape": [2, 3]}
+    assert hash(config) == hash(tiny_run(env_kwargs={"shape": [2, 3]}))
 
 
 # What is learned from
@@ -431,6 +505,101 @@ def test_a_complete_run_can_be_extended(tiny_run: MakeConfig, console: Console) 
     assert_equal_trees(*weights)
 
 
+def edit_config(run: Path, section: str, **changes: Any) -> None:
+    path = run / "config.json"
+    contents = json.loads(path.read_text())
+    if section:
+        contents[section] |= changes
+    else:
+        contents |= changes
+    path.write_text(json.dumps(contents))
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("train", {"seed": 5}, r"config.json differs .*: seed 5 \(checkpoint: 0\)\. A run goes on"),
+        ("train", {"num_envs": 2, "env": "Hopper-v5"}, r"env 'Hopper-v5' .*, num_envs 2 \(check"),
+        ("train", {"treads": 2}, r"treads 2 \(checkpoint: None\)"),
+        ("agent_config", {"lr": 0.5}, r"lr 0.5 \(checkpoint: 0.01\).* all but total_steps, device, "),
+        ("", {"agent": "dipo"}, r"agent 'dipo' \(checkpoint: 'tiny'\)"),
+        ("train", {"total_steps": 0}, "config.json: total_steps must be at least 1, got 0"),
+    ],
+)
+def test_an_edited_setting_is_not_ignored(
+    tiny_run: MakeConfig,
+    console: Console,
+    signal_at: SignalAt,
+    section: str,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    signal_at(20)
+    run = train(tiny_run(), TinyConfig(), console=console).run
+    edit_config(run, section, **changes)
+    edited = (run / "config.json").read_bytes()
+    with pytest.raises(RunError, match=message):
+        resume(run, console=console)
+    assert (run / "config.json").read_bytes() == edited
+
+
+NEW_SETTINGS = {
+    "total_steps": 50,
+    "threads": 1,
+    "eval_interval": 8,
+    "log_interval": 4,
+    "checkpoint_minutes": 3.0,
+    "tensorboard": True,
+}
+
+
+@pytest.mark.parametrize("how", ["arguments", "edit"])
+def test_some_settings_can_change_on_the_way(
+    tiny_run: MakeConfig, console: Console, signal_at: SignalAt, how: str
+) -> None:
+    signal_at(21)
+    run = train(tiny_run(), TinyConfig(), console=console).run
+    if how == "edit":
+        edit_config(run, "train", **NEW_SETTINGS)
+    changes: dict[str, Any] = NEW_SETTINGS if how == "arguments" else {}
+    assert resume(run, console=console, **changes).step == 50
+    assert read_series(run / "evaluations.csv", "mean_return")[0] == [20, 24, 32, 40, 48, 50]
+    steps = read_series(run / "progress.csv", "updates")[0]
+    assert steps == [7, 14, 21, *range(24, 50, 4), 50]
+    assert list((run / "tensorboard").iterdir())
+    train_config = json.loads((run / "config.json").read_text())["train"]
+    for name, value in NEW_SETTINGS.items():
+        assert train_config[name] == value
+    assert load_checkpoint(run / "checkpoint.pt")["train_config"] == train_config
+
+
+def test_a_change_outlives_a_crash_before_the_next_checkpoint(
+    tiny_run: MakeConfig, console: Console, signal_at: SignalAt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal_at(21)
+    run = train(tiny_run(), TinyConfig(), console=console).run
+
+    def crash(trainer: Trainer) -> list[float]:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "advance", crash)
+        with pytest.raises(MemoryError):
+            resume(run, total_steps=40, console=console)
+    assert resume(run, console=console).step == 40
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(30, [20, 40, 60]), (7, [20, 40, 42, 49, 56, 60])])
+def test_an_evaluation_that_is_due_stays_due(
+    tiny_run: MakeConfig, console: Console, signal_at: SignalAt, interval: int, steps: list[int]
+) -> None:
+    signal_at(40)
+    run = train(tiny_run(), TinyConfig(), console=console).run
+    assert read_series(run / "evaluations.csv", "mean_return")[0] == [20]
+    resume(run, eval_interval=interval, console=console)
+    assert read_series(run / "evaluations.csv", "mean_return")[0] == steps
+
+
 class Opaque:
     """Something that a checkpoint can't hold."""
 
@@ -535,6 +704,10 @@ def test_training_on_a_disk_that_fills_up(
 def test_bad_settings_are_named(tiny_run: MakeConfig) -> None:
     for field, value, message in (
         ("env", "", "env must be"),
+        ("env", CountingEnv, r"env must be the id .*CountingEnv.*gymnasium\.register\("),
+        ("env_kwargs", [1], r"env_kwargs must be a dict with names for keys, got \[1\]"),
+        ("env_kwargs", {1: 2}, "env_kwargs must be a dict with names for keys"),
+        ("env_kwargs", {"a": np.zeros(2)}, "env_kwargs must hold what JSON can hold"),
         ("seed", -1, "seed must be at least 0, got -1"),
         ("total_steps", 0, "total_steps must be at least 1, got 0"),
         ("num_envs", 1.5, "num_envs must be an integer, got float 1.5"),
