@@ -105,25 +105,23 @@ static void critic_loss(const CriticLossCall& call) {
                                 call.grad_biases + gradients, list + gradients);
   }
 
-  const int64_t tiles = tile_count(call.batch, call.threads);
-  const int threads = tiles < call.threads ? static_cast<int>(tiles) : call.threads;
-  const int most_rows = tile_span(call.batch, tiles, 0).rows;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Carver tile_sizes{nullptr};
-    CriticTile::take(shape, most_rows, &tile_sizes);
-    Carver tile_memory{thread_scratch(Scratch::tile, tile_sizes.used)};
-    const CriticTile buffers = CriticTile::take(shape, most_rows, &tile_memory);
+  const Tiles tiles(call.batch, call.threads);
+  const auto take_tile = [&](Carver* own) { return CriticTile::take(shape, tiles.most_rows, own); };
+  const int64_t own_bytes =
+      larger(bytes_of(take_tile), weight_gradient_bytes<typename Operand::Input>(call.batch));
+  run_threads(tiles.threads, own_bytes, [&](const Carver own) {
+    Carver of_tiles = own;
+    const CriticTile buffers = take_tile(&of_tiles);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const Span span = tile_span(call.batch, tiles, tile);
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+      const Span span = tiles[tile];
       const auto x = input_rows<Operand>(call.x + span.first * in, span.rows, in,
                                          rows_from(own_input, span.first));
       for (int n = 0; n < call.network_count; ++n)
         critic_loss_tile(call, n, span, x, rows[n], buffers);
     }
-    weight_gradients(list, gradients, call.batch, threads);
-  }
+    if (call.grad_weights) weight_gradients(list, gradients, call.batch, tiles.threads, own);
+  });
 
   float total = 0.0f;
   for (int n = 0; n < call.network_count; ++n) {

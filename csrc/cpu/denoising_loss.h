@@ -131,20 +131,20 @@ static void denoising_loss(const DenoisingLossCall& call) {
                                 list + gradients);
   }
   const bool backward = call.grad_weights || call.grad_state || call.grad_action;
-  const int64_t tiles = tile_count(call.batch, call.threads);
-  const int threads = tiles < call.threads ? static_cast<int>(tiles) : call.threads;
-  const int most_rows = tile_span(call.batch, tiles, 0).rows;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Carver tile_sizes{nullptr};
-    DenoisingTile::take(call, most_rows, &tile_sizes);
-    Carver tile_memory{thread_scratch(Scratch::tile, tile_sizes.used)};
-    const DenoisingTile buffers = DenoisingTile::take(call, most_rows, &tile_memory);
+  const Tiles tiles(call.batch, call.threads);
+  const auto take_tile = [&](Carver* own) {
+    return DenoisingTile::take(call, tiles.most_rows, own);
+  };
+  const int64_t own_bytes =
+      larger(bytes_of(take_tile), weight_gradient_bytes<typename Operand::Input>(call.batch));
+  run_threads(tiles.threads, own_bytes, [&](const Carver own) {
+    Carver of_tiles = own;
+    const DenoisingTile buffers = take_tile(&of_tiles);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t tile = 0; tile < tiles; ++tile)
-      denoising_loss_tile(call, tile_span(call.batch, tiles, tile), all, buffers, backward);
-    weight_gradients(list, gradients, call.batch, threads);
-  }
+    for (int64_t tile = 0; tile < tiles.count; ++tile)
+      denoising_loss_tile(call, tiles[tile], all, buffers, backward);
+    if (call.grad_weights) weight_gradients(list, gradients, call.batch, tiles.threads, own);
+  });
   double sum = 0.0;
   for (int64_t row = 0; row < call.batch; ++row) sum += all.row_loss[row];
   *call.loss = static_cast<float>(sum / (static_cast<double>(call.batch) * call.action_dim));

@@ -188,18 +188,32 @@ void always_use_teams(bool always) { always_teams = always; }
 
 int64_t teams_run() { return teams; }
 
-char* thread_scratch(Scratch slot, int64_t bytes) {
+static std::atomic<bool> tile_memory_denied{false};
+
+void deny_tile_memory(bool denied) { tile_memory_denied = denied; }
+
+char* thread_scratch_or_null(Scratch slot, int64_t bytes) {
   thread_local ThreadBuffer buffers[scratch_slots];
   ThreadBuffer& buffer = buffers[static_cast<int>(slot)];
-  if (buffer.size < bytes) {
+  if (buffer.size < bytes || !buffer.data) {
+    if (slot == Scratch::tile && tile_memory_denied) return nullptr;
     std::free(buffer.data);
     buffer.size = 0;
-    buffer.data = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64));
-    if (!buffer.data) throw std::bad_alloc();
-    buffer.size = bytes;
+    // Of no bytes, 64: null would mean that there aren't any.
+    const int64_t rounded = bytes > 0 ? (bytes + 63) / 64 * 64 : 64;
+    buffer.data = std::aligned_alloc(64, static_cast<size_t>(rounded));
+    if (buffer.data) buffer.size = rounded;
   }
   return static_cast<char*>(buffer.data);
 }
+
+char* thread_scratch(Scratch slot, int64_t bytes) {
+  char* const memory = thread_scratch_or_null(slot, bytes);
+  if (!memory) throw_out_of_memory();
+  return memory;
+}
+
+void throw_out_of_memory() { throw std::bad_alloc(); }
 
 // ---- packs ----------------------------------------------------------------------------------
 

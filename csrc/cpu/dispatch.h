@@ -40,6 +40,9 @@ void always_use_teams(bool always);
 // How many calls were run by a team, for tests.
 int64_t teams_run();
 
+// Lets every thread that needs more memory for its tiles than it has find none, for tests.
+void deny_tile_memory(bool denied);
+
 // Asks for huge pages in what lies whole within `bytes` of memory, whoever owns it. The first write to
 // fresh memory then faults once in 2 MiB, not once in 4 KiB.
 void prefer_huge_pages(void* data, int64_t bytes);

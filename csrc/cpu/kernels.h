@@ -409,6 +409,9 @@ struct Kernels {
 // op that makes several, the last for gradients that such an op uses up itself.
 enum class Scratch : int { call, tile, between_calls, gradients };
 constexpr int scratch_slots = 4;
+// Throws std::bad_alloc where there isn't any, or, for regions that no exception may leave, gives null.
 char* thread_scratch(Scratch slot, int64_t bytes);
+char* thread_scratch_or_null(Scratch slot, int64_t bytes);
+[[noreturn]] void throw_out_of_memory();
 
 }  // namespace diffcore

@@ -759,6 +759,7 @@ PYBIND11_MODULE(_core, m) {
   });
   m.def("always_use_teams", &always_use_teams);
   m.def("teams_run", &teams_run);
+  m.def("deny_tile_memory", &deny_tile_memory);
   m.def("packs_built", &packs_built);
   m.def("fingerprint", &fingerprint, Unlocked());
   m.def("reverse_diffusion", &reverse_diffusion, Unlocked());

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import ACTIVATIONS, assert_error_at_most_twice_eager
+from helpers import ACTIVATIONS, assert_error_at_most_twice_eager, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diffcore import DiffusionSchedule, ops
 from diffcore.nn import MLP, Denoiser, Psi, SquashedGaussian, TwinCritic, TwinRFFCritic
+from diffcore.ops import _native
 
 SCHEDULE = DiffusionSchedule.linear(4)
 COEFFICIENTS = torch.tensor([1.5, 0.7, 0.3, 0.9, -0.2, 0.4, -0.6], dtype=torch.float64)
@@ -273,6 +277,7 @@ OPS: dict[str, Op] = {
 
 CALLS = [(name, precision) for name, op in OPS.items() for precision in op.precisions]
 DIFFERENTIABLE = [*(name for name, op in OPS.items() if op.differentiable), "soft_value"]
+WITHOUT_TILES = ("q_sample", "reverse_step")
 every_op = pytest.mark.parametrize("name", OPS)
 every_call = pytest.mark.parametrize(("name", "precision"), CALLS)
 
@@ -438,6 +443,72 @@ def test_nan_stays_in_its_row(isa: str, name: str, precision: Any, where: str) -
         assert any(result[5].isnan().any() for result in by_row)
     if of_all:
         assert any(result.isnan().any() for result in of_all)
+
+
+@pytest.mark.parametrize(("name", "precision"), [c for c in CALLS if c[0] not in WITHOUT_TILES])
+@pytest.mark.parametrize("batch", [3, 20])
+@pytest.mark.parametrize("one_has_memory", [False, True])
+def test_running_out_of_memory_is_an_error(
+    isa: str,
+    teams: None,
+    set_threads: Callable[[int], None],
+    name: str,
+    precision: Any,
+    batch: int,
+    one_has_memory: bool,
+) -> None:
+    """Whichever of a call's threads finds none; the next call finds everything as it was."""
+    op, core = OPS[name], _native._core
+    network, rows = op.make(Sizes(hidden=200)), op.rows(Sizes(hidden=200), batch)
+    set_threads(1)
+    expected = run(op, network, rows, precision=precision)
+    # Few rows have one thread, unless a team shares them.
+    fails = batch == 20 or not one_has_memory or name in ("action_gradient", "reverse_diffusion")
+
+    def with_new_threads() -> Results:
+        if one_has_memory:
+            torch.set_num_threads(1)
+            run(op, network, rows, precision=precision)
+        torch.set_num_threads(2)
+        core.deny_tile_memory(True)
+        try:
+            with pytest.raises(MemoryError) if fails else contextlib.nullcontext():
+                run(op, network, rows, precision=precision)
+        finally:
+            core.deny_tile_memory(False)
+        return run(op, network, rows, precision=precision)
+
+    with ThreadPoolExecutor(1) as new:
+        results = new.submit(with_new_threads).result()
+    for ours, theirs in zip(results, expected, strict=True):
+        assert_same(ours, theirs)
+
+
+FULL_MEMORY = """
+import resource, torch
+from diffcore import ops
+torch.set_num_threads(2)
+width = 65536
+x, weights = torch.randn(256, 8), [torch.randn(width, 8), torch.randn(4, width)]
+biases, activations = [torch.zeros(width), torch.zeros(4)], ["relu", "identity"]
+ops.mlp(x[:8], weights, biases, activations, backend="cpu")
+torch.mm(torch.randn(300, 300), torch.randn(300, 300))  # its threads are there
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+_, most = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**20, most))
+try:
+    ops.mlp(x, weights, biases, activations, backend="cpu")
+except MemoryError:
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    y = ops.mlp(x, weights, biases, activations, backend="cpu")
+    print(torch.equal(y[:8], ops.mlp(x[:8], weights, biases, activations, backend="cpu")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_a_process_goes_on_when_memory_has_run_out(isa: str) -> None:
+    result = run_script(FULL_MEMORY, DIFFCORE_ISA=isa)
+    assert (result.returncode, result.stdout) == (0, "True\n"), result.stderr
 
 
 def layouts(values: Tensor, layout: str) -> Tensor:
