@@ -69,7 +69,7 @@ struct Packed {
   Pack pack;
 };
 
-// Packs of the given parameters. Kept in a small cache and found again by the parameters' addresses
+// Packs of the given parameters. Kept in a cache of 256 MiB and found again by the parameters' addresses
 // and CONTENT: however a weight was changed (optimiser step, `.data`, a NumPy view), a stale pack is
 // never used. Where `work` isn't null, it is as much at least as how threads packed together.
 std::shared_ptr<const Packed<DenoiserPack>> packed_denoiser(const DenoiserParameters&,
@@ -90,5 +90,7 @@ void read_content(const std::vector<Piece>& pieces, int threads);
 
 // Number of packs built so far in this process; lets tests and profiles see the cache work.
 int64_t packs_built();
+// How many bytes of packs are kept, for tests.
+void set_pack_budget(int64_t bytes);
 
 }  // namespace diffcore

@@ -761,6 +761,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("teams_run", &teams_run);
   m.def("deny_tile_memory", &deny_tile_memory);
   m.def("packs_built", &packs_built);
+  m.def("set_pack_budget", &set_pack_budget);
   m.def("fingerprint", &fingerprint, Unlocked());
   m.def("reverse_diffusion", &reverse_diffusion, Unlocked());
   m.def("reverse_step", &reverse_step, Unlocked());

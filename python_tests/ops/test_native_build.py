@@ -117,8 +117,9 @@ def test_neon_kernels_agree_with_the_baseline(tmp_path: Path) -> None:
 # -- threads ---------------------------------------------------------------------------------------
 
 
-def test_several_python_threads_at_once(isa: str) -> None:
+def test_several_python_threads_at_once(isa: str, pack_budget: Callable[[int], None]) -> None:
     """More networks than packs are kept, so that threads build and drop packs all the time."""
+    pack_budget(100_000)
     schedule, state = DiffusionSchedule.linear(5), torch.randn(33, 5)
     x, noise = torch.randn(33, 3), torch.randn(5, 33, 3)
     networks = [
