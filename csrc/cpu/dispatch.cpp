@@ -131,8 +131,16 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; })
 struct ThreadBuffer {
   void* data = nullptr;
   int64_t size = 0;
-  ~ThreadBuffer() { std::free(data); }
+  void release() {
+    std::free(data);
+    data = nullptr;
+    size = 0;
+  }
+  ~ThreadBuffer() { release(); }
 };
+thread_local ThreadBuffer buffers[scratch_slots];
+
+constexpr int64_t large_scratch = int64_t{64} << 20;
 
 }  // namespace
 
@@ -194,16 +202,17 @@ static std::atomic<bool> tile_memory_denied{false};
 void deny_tile_memory(bool denied) { tile_memory_denied = denied; }
 
 char* thread_scratch_or_null(Scratch slot, int64_t bytes) {
-  thread_local ThreadBuffer buffers[scratch_slots];
   ThreadBuffer& buffer = buffers[static_cast<int>(slot)];
   if (buffer.size < bytes || !buffer.data) {
     if (slot == Scratch::tile && tile_memory_denied) return nullptr;
-    std::free(buffer.data);
-    buffer.size = 0;
+    buffer.release();
     // Of no bytes, 64: null would mean that there aren't any.
     const int64_t rounded = bytes > 0 ? (bytes + 63) / 64 * 64 : 64;
     buffer.data = std::aligned_alloc(64, static_cast<size_t>(rounded));
-    if (buffer.data) buffer.size = rounded;
+    if (!buffer.data) return nullptr;
+    buffer.size = rounded;
+    // It will be taken anew at every such call.
+    if (rounded > large_scratch) prefer_huge_pages(buffer.data, rounded);
   }
   return static_cast<char*>(buffer.data);
 }
@@ -212,6 +221,11 @@ char* thread_scratch(Scratch slot, int64_t bytes) {
   char* const memory = thread_scratch_or_null(slot, bytes);
   if (!memory) throw_out_of_memory();
   return memory;
+}
+
+void release_large_scratch() {
+  for (ThreadBuffer& buffer : buffers)
+    if (buffer.size > large_scratch) buffer.release();
 }
 
 void throw_out_of_memory() { throw std::bad_alloc(); }

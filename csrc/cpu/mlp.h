@@ -244,6 +244,20 @@ DIFFCORE_INLINE void mlp_backward_tile(const MlpPack& pack, int rows,
   }
 }
 
+template <class Operand>
+struct MlpBackwardTile {
+  Rows<float> grad_x;
+  MlpDeltas<Operand> deltas;  // without weight gradients, which want those of all rows
+
+  static MlpBackwardTile take(const MlpBackwardCall& call, int rows, Carver* memory) {
+    const MlpPack& shape = *call.networks[0];
+    MlpBackwardTile t;
+    t.grad_x = take_rows<float>(memory, rows, shape.forward[0].in);
+    t.deltas = MlpDeltas<Operand>::take(shape, call.grad_weights ? 0 : rows, memory);
+    return t;
+  }
+};
+
 // Enters a network's layers in a list; returns their number.
 template <class Operand>
 static int list_gradients(const MlpPack& shape, const MlpSaved<Operand>& saved,
@@ -266,21 +280,21 @@ static void mlp_backward(const MlpBackwardCall& call) {
 
   // The input, every network's deltas, and the list of gradients in the order of call.grad_weights.
   const auto list_bytes = static_cast<int64_t>(sizeof(Gradient)) * call.network_count * layers;
-  const int64_t input_rows_kept = call.grad_weights ? call.batch : 0;
+  const int64_t kept = call.grad_weights ? call.batch : 0;
   const int64_t deltas_bytes =
-      bytes_of([&](Carver* memory) { MlpDeltas<Operand>::take(shape, call.batch, memory); });
+      bytes_of([&](Carver* memory) { MlpDeltas<Operand>::take(shape, kept, memory); });
   Carver sizes{nullptr};
-  take_input<Operand>(&sizes, input_rows_kept, in);
+  take_input<Operand>(&sizes, kept, in);
   sizes.take<Gradient>(list_bytes);
   sizes.take<char>(deltas_bytes * call.network_count);
   Carver memory{thread_scratch(Scratch::call, sizes.used)};
-  const auto own_input = take_input<Operand>(&memory, input_rows_kept, in);
+  const auto own_input = take_input<Operand>(&memory, kept, in);
   auto* list = memory.take<Gradient>(list_bytes);
   char* const deltas_memory = memory.take<char>(deltas_bytes * call.network_count);
 
   const auto deltas_of = [&](int q) {
     Carver own{deltas_memory + q * deltas_bytes};
-    return MlpDeltas<Operand>::take(shape, call.batch, &own);
+    return MlpDeltas<Operand>::take(shape, kept, &own);
   };
   const auto saved_of = [&](int q) {
     return MlpSaved<Operand>::at(shape, const_cast<float*>(call.saved) + q * call.batch * width,
@@ -295,12 +309,14 @@ static void mlp_backward(const MlpBackwardCall& call) {
   }
 
   const Tiles tiles(call.batch, call.threads);
-  const auto take = [&](Carver* own) { return take_rows<float>(own, tiles.most_rows, in); };
+  const auto take = [&](Carver* own) {
+    return MlpBackwardTile<Operand>::take(call, tiles.most_rows, own);
+  };
   const int64_t own_bytes =
       larger(bytes_of(take), weight_gradient_bytes<typename Operand::Input>(call.batch));
   run_threads(tiles.threads, own_bytes, [&](const Carver own) {
     Carver of_tiles = own;
-    const Rows<float> grad_x = take(&of_tiles);
+    const auto buffers = take(&of_tiles);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t tile = 0; tile < tiles.count; ++tile) {
       const Span span = tiles[tile];
@@ -310,12 +326,13 @@ static void mlp_backward(const MlpBackwardCall& call) {
       }
       for (int q = 0; q < call.network_count; ++q) {
         const MlpPack& pack = *call.networks[q];
-        mlp_backward_tile(pack, span.rows, saved_of(q).from(span.first, layers),
-                          call.grad_y + (q * call.batch + span.first) * out, out,
-                          deltas_of(q).from(span.first, layers),
-                          call.grad_x ? grad_x : Rows<float>{nullptr, 0});
+        mlp_backward_tile(
+            pack, span.rows, saved_of(q).from(span.first, layers),
+            call.grad_y + (q * call.batch + span.first) * out, out,
+            call.grad_weights ? deltas_of(q).from(span.first, layers) : buffers.deltas,
+            call.grad_x ? buffers.grad_x : Rows<float>{nullptr, 0});
         if (!call.grad_x) continue;
-        add_rows(grad_x, span.rows, in, q > 0, call.grad_x + span.first * in);
+        add_rows(buffers.grad_x, span.rows, in, q > 0, call.grad_x + span.first * in);
       }
     }
     if (call.grad_weights)

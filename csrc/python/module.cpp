@@ -706,8 +706,13 @@ double fma_peak(int threads, double seconds) {
   return active_kernels().fma_peak(usable_threads(threads), seconds);
 }
 
+// What an op's calls hand on lies in scratch memory: only at the end of all of them it may go.
+struct ScratchRelease {
+  ~ScratchRelease() { release_large_scratch(); }
+};
+
 // Python's lock isn't held while a kernel runs.
-using Unlocked = py::call_guard<py::gil_scoped_release>;
+using Unlocked = py::call_guard<py::gil_scoped_release, ScratchRelease>;
 
 }  // namespace
 

@@ -445,6 +445,75 @@ def test_nan_stays_in_its_row(isa: str, name: str, precision: Any, where: str) -
         assert any(result.isnan().any() for result in of_all)
 
 
+@pytest.mark.parametrize(("name", "precision"), [c for c in CALLS if c[0] != "representation_step"])
+def test_results_do_not_know_which_gradients_are_wanted(
+    isa: str, name: str, precision: Any
+) -> None:
+    """Whether a batch's rows are kept for the weights' gradients or a tile's alone, at a time."""
+    op = OPS[name]
+    network, rows = op.make(Sizes()), op.rows(Sizes(), 201)
+    all_by_row, all_of_all = run(op, network, rows, precision=precision)
+    with torch.no_grad():
+        options = {"backend": op.backend, **_precision(precision)}
+        by_row, of_all = op.call(copy.deepcopy(network), rows, **options)
+    assert_same(by_row, all_by_row[: len(by_row)])
+    assert_same(of_all, all_of_all[: len(of_all)])
+    by_row, of_all = run(op, network.requires_grad_(False), rows, precision=precision)
+    assert_same(by_row, all_by_row)
+    assert_same(of_all, all_of_all[: len(of_all)])
+
+
+LARGE_BATCH = """
+import torch
+from diffcore import DiffusionSchedule, nn, ops
+
+def status(name):
+    line = next(line for line in open("/proc/self/status") if line.startswith(name))
+    return int(line.split()[1]) / 1024
+
+critic, denoiser = nn.TwinCritic(17, 6), nn.Denoiser(17, 6)
+schedule = DiffusionSchedule.cosine(20)
+
+def inputs(rows):
+    return torch.randn(rows, 17), torch.randn(rows, 6)
+
+def losses(rows, state, action):
+    yield critic.loss(state, action, torch.zeros(rows, 1), backend="cpu")[0]
+    yield ops.denoising_loss(denoiser, schedule, state, action, backend="cpu")
+
+def grown(wants_parameters, wants_rows):
+    for network in (critic, denoiser):
+        network.requires_grad_(wants_parameters)
+    state, action = inputs(ROWS)
+    action.requires_grad_(wants_rows)
+    before = status("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+    for loss in losses(ROWS, state, action):
+        if loss.requires_grad:
+            loss.backward()
+        del loss
+    return status("VmHWM") - before, status("VmRSS") - before
+
+ROWS = 300
+grown(True, True)  # packs, threads, gradients
+ROWS = 30_000
+print(*grown(False, False), *grown(False, True), *grown(True, True))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_memory_of_large_batches() -> None:
+    """Layers of all rows are kept for weight gradients alone, and no longer than the call."""
+    result = run_script(LARGE_BATCH)
+    assert result.returncode == 0, result.stderr
+    peak, left, peak_to_rows, left_to_rows, peak_to_weights, left_to_weights = map(
+        float, result.stdout.split()
+    )
+    assert max(peak, left, peak_to_rows, left_to_rows) < 24
+    assert peak_to_weights > 200  # the measurement sees them
+    assert left_to_weights < 64 + 24
+
+
 @pytest.mark.parametrize(("name", "precision"), [c for c in CALLS if c[0] not in WITHOUT_TILES])
 @pytest.mark.parametrize("batch", [3, 20])
 @pytest.mark.parametrize("one_has_memory", [False, True])
