@@ -63,6 +63,13 @@ def teams() -> Iterator[None]:
     _native._core.always_use_teams(False)
 
 
+@pytest.fixture
+def pack_budget() -> Iterator[Callable[[int], None]]:
+    """Sets how many bytes of packed weights are kept, for the length of a test."""
+    yield _native._core.set_pack_budget
+    _native._core.set_pack_budget(2**28)
+
+
 def _use(isa: str) -> Iterator[str]:
     before = _native._core.isa()
     _native._core.use_isa(isa)

@@ -50,15 +50,13 @@ static void carve_twin_critic(const TwinCriticParameters& p, Carver* memory, Twi
 }
 
 static int64_t twin_critic_pack_bytes(const TwinCriticParameters& p) {
-  Carver memory{nullptr};
   TwinCriticPack pack;
-  carve_twin_critic(p, &memory, &pack, Packer());
-  return memory.used;
+  return bytes_of([&](Carver* memory) { carve_twin_critic(p, memory, &pack, Packer()); });
 }
 
 static TeamWork pack_twin_critic(const TwinCriticParameters& p, void* block, TwinCriticPack* pack) {
-  return pack_by_team(p.critics[0].layers[0].threads, twin_critic_pack_bytes(p), block, pack,
-                      [&](Carver* memory, TwinCriticPack* pieces, Team* team) {
+  return pack_by_team(p.critics[0].layers[0].threads, twin_critic_pack_bytes(p), 0, block, pack,
+                      [&](Carver* memory, TwinCriticPack* pieces, Team* team, Carver) {
                         carve_twin_critic(p, memory, pieces, team->packer());
                       });
 }
@@ -339,10 +337,9 @@ static void ascend_by_team(const ActionGradientCall& call, int threads) {
   Carver own_sizes{nullptr}, team_sizes{nullptr};
   AscentState::take(call, &own_sizes);
   CriticBuffers<Operand>::take(call, all.rows, &own_sizes, &team_sizes);
-  run_team(threads, team_sizes.used, call.team.work, [&](Team* team, Carver team_memory) {
-    Carver own{thread_scratch(Scratch::tile, own_sizes.used)};
+  const auto ascend = [&](Team* team, Carver shared, Carver own) {
     const AscentState s = AscentState::take(call, &own);
-    const auto buffers = CriticBuffers<Operand>::take(call, all.rows, &own, &team_memory);
+    const auto buffers = CriticBuffers<Operand>::take(call, all.rows, &own, &shared);
     begin_ascent(call, all, s);
     AdamSteps adam(call.lr);
     for (int step = 0; step < call.steps; ++step) {
@@ -351,30 +348,26 @@ static void ascend_by_team(const ActionGradientCall& call, int threads) {
       update_actions(call, all, s, adam.next(), row_norms, batch_factor(call, row_norms));
     }
     if (team->leads()) end_ascent(call, all, s);
-  });
+  };
+  run_team(threads, team_sizes.used, own_sizes.used, call.team.work, ascend);
 }
 
 template <class Operand>
 static void ascend_by_tiles(const ActionGradientCall& call) {
-  const int64_t tiles = tile_count(call.batch, call.threads);
-  const int threads = tiles < call.threads ? static_cast<int>(tiles) : call.threads;
-  const int most_rows = tile_span(call.batch, tiles, 0).rows;
-  Carver sizes{nullptr};
-  AscentState::take(call, &sizes);
-  Carver call_memory{thread_scratch(Scratch::call, sizes.used)};
-  const AscentState s = AscentState::take(call, &call_memory);
+  const Tiles tiles(call.batch, call.threads);
+  const auto take_state = [&](Carver* memory) { return AscentState::take(call, memory); };
+  Carver call_memory{thread_scratch(Scratch::call, bytes_of(take_state))};
+  const AscentState s = take_state(&call_memory);
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Carver tile_sizes{nullptr};
-    CriticBuffers<Operand>::take(call, most_rows, &tile_sizes, &tile_sizes);
-    Carver memory{thread_scratch(Scratch::tile, tile_sizes.used)};
-    const auto buffers = CriticBuffers<Operand>::take(call, most_rows, &memory, &memory);
+  const auto take = [&](Carver* memory) {
+    return CriticBuffers<Operand>::take(call, tiles.most_rows, memory, memory);
+  };
+  run_threads(tiles.threads, bytes_of(take), [&](Carver memory) {
+    const auto buffers = take(&memory);
     Team alone;
 
 #pragma omp for schedule(static, 1)
-    for (int64_t tile = 0; tile < tiles; ++tile)
-      begin_ascent(call, tile_span(call.batch, tiles, tile), s);
+    for (int64_t tile = 0; tile < tiles.count; ++tile) begin_ascent(call, tiles[tile], s);
 
     AdamSteps adam(call.lr);
     for (int step = 0; step < call.steps; ++step) {
@@ -382,22 +375,19 @@ static void ascend_by_tiles(const ActionGradientCall& call) {
       // The end of this loop is a barrier: after it all row norms are there. The next step writes
       // the other set, so a thread still summing this one is not disturbed.
 #pragma omp for schedule(static, 1)
-      for (int64_t tile = 0; tile < tiles; ++tile)
-        descent_gradient(call, tile_span(call.batch, tiles, tile), s, buffers, row_norms, &alone);
+      for (int64_t tile = 0; tile < tiles.count; ++tile)
+        descent_gradient(call, tiles[tile], s, buffers, row_norms, &alone);
 
       const float common_factor = batch_factor(call, row_norms);
       const AdamStep adam_step = adam.next();
 #pragma omp for schedule(static, 1) nowait
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        update_actions(call, tile_span(call.batch, tiles, tile), s, adam_step, row_norms,
-                       common_factor);
-      }
+      for (int64_t tile = 0; tile < tiles.count; ++tile)
+        update_actions(call, tiles[tile], s, adam_step, row_norms, common_factor);
     }
 
 #pragma omp for schedule(static, 1)
-    for (int64_t tile = 0; tile < tiles; ++tile)
-      end_ascent(call, tile_span(call.batch, tiles, tile), s);
-  }
+    for (int64_t tile = 0; tile < tiles.count; ++tile) end_ascent(call, tiles[tile], s);
+  });
 }
 
 template <class Operand>

@@ -10,7 +10,7 @@
 namespace diffcore {
 namespace DIFFCORE_ISA {
 
-// What all rows leave behind for the weight gradients.
+// What rows leave behind. Weight gradients want that of all rows; without any, a tile's is its own.
 template <class Operand>
 struct DenoisingRows {
   using Input = typename Operand::Input;
@@ -18,11 +18,9 @@ struct DenoisingRows {
   Rows<Input> trunk_input;  // [x_t, time features, state]
   MlpSaved<Operand> time_saved, trunk_saved;
   MlpDeltas<Operand> time_deltas, trunk_deltas;
-  double* row_loss;
 
-  static DenoisingRows take(const DenoisingLossCall& call, Carver* memory) {
+  static DenoisingRows take(const DenoisingLossCall& call, int64_t rows, Carver* memory) {
     const MlpPack &time = *call.time_mlp, &trunk = *call.trunk;
-    const int64_t rows = call.batch;
     const auto saved = [&](const MlpPack& pack, Rows<Input> x) {
       const int64_t bytes = static_cast<int64_t>(sizeof(float)) * rows * mlp_saved_width(pack);
       auto s = MlpSaved<Operand>::at(pack, memory->take<float>(bytes), rows);
@@ -36,17 +34,26 @@ struct DenoisingRows {
     r.trunk_saved = saved(trunk, r.trunk_input);
     r.time_deltas = MlpDeltas<Operand>::take(time, rows, memory);
     r.trunk_deltas = MlpDeltas<Operand>::take(trunk, rows, memory);
-    r.row_loss = memory->take<double>(static_cast<int64_t>(sizeof(double)) * rows);
     return r;
+  }
+
+  DenoisingRows from(const DenoisingLossCall& call, int64_t row) const {
+    const int time = call.time_mlp->layer_count, trunk = call.trunk->layer_count;
+    return {rows_from(embedding, row),   rows_from(trunk_input, row),
+            time_saved.from(row, time),  trunk_saved.from(row, trunk),
+            time_deltas.from(row, time), trunk_deltas.from(row, trunk)};
   }
 };
 
+template <class Operand>
 struct DenoisingTile {
+  DenoisingRows<Operand> rows;  // without weight gradients
   Rows<float> time_features, trunk_input, eps, grad_input;
 
   static DenoisingTile take(const DenoisingLossCall& call, int rows, Carver* memory) {
     const int in = call.trunk->forward[0].in;
     DenoisingTile t;
+    t.rows = DenoisingRows<Operand>::take(call, call.grad_weights ? 0 : rows, memory);
     t.time_features = take_rows<float>(memory, rows, call.time_dim);
     t.trunk_input = take_rows<float>(memory, rows, in);
     t.eps = take_rows<float>(memory, rows, call.action_dim);
@@ -57,17 +64,18 @@ struct DenoisingTile {
 
 template <class Operand>
 static void denoising_loss_tile(const DenoisingLossCall& call, Span span,
-                                const DenoisingRows<Operand>& all, const DenoisingTile& tile,
+                                const DenoisingRows<Operand>& rows,
+                                const DenoisingTile<Operand>& tile, double* row_loss,
                                 bool backward) {
   const MlpPack &time = *call.time_mlp, &trunk = *call.trunk;
   const int A = call.action_dim, E = call.time_dim, S = call.state_dim;
   const auto bytes = [](int floats) { return sizeof(float) * static_cast<size_t>(floats); };
 
-  for (int64_t row = span.first; row < span.first + span.rows; ++row) {
-    convert_rows<Operand>(call.embedding + call.t[row] * E, E, 1, E, rows_from(all.embedding, row));
+  for (int i = 0; i < span.rows; ++i) {
+    convert_rows<Operand>(call.embedding + call.t[span.first + i] * E, E, 1, E,
+                          rows_from(rows.embedding, i));
   }
-  const auto time_saved = all.time_saved.from(span.first, time.layer_count);
-  mlp_forward_tile(time, span.rows, time_saved, tile.time_features, backward);
+  mlp_forward_tile(time, span.rows, rows.time_saved, tile.time_features, backward);
 
   for (int i = 0; i < span.rows; ++i) {
     const int64_t row = span.first + i;
@@ -79,9 +87,8 @@ static void denoising_loss_tile(const DenoisingLossCall& call, Span span,
     memcpy(input + A + E, call.state + row * S, bytes(S));
   }
   convert_rows<Operand>(tile.trunk_input.data, tile.trunk_input.stride, span.rows, A + E + S,
-                        rows_from(all.trunk_input, span.first));
-  const auto trunk_saved = all.trunk_saved.from(span.first, trunk.layer_count);
-  mlp_forward_tile(trunk, span.rows, trunk_saved, tile.eps, backward);
+                        rows.trunk_input);
+  mlp_forward_tile(trunk, span.rows, rows.trunk_saved, tile.eps, backward);
 
   const float scale = static_cast<float>(2.0 / (static_cast<double>(call.batch) * A));
   for (int i = 0; i < span.rows; ++i) {
@@ -95,12 +102,12 @@ static void denoising_loss_tile(const DenoisingLossCall& call, Span span,
       loss += static_cast<double>(residual) * residual;
       *eps = slope * residual;  // the loss's slope at eps takes its place
     }
-    all.row_loss[row] = weight * loss;
+    row_loss[i] = weight * loss;
   }
   if (!backward) return;
 
-  mlp_backward_tile(trunk, span.rows, trunk_saved, tile.eps.data, tile.eps.stride,
-                    all.trunk_deltas.from(span.first, trunk.layer_count), tile.grad_input);
+  mlp_backward_tile(trunk, span.rows, rows.trunk_saved, tile.eps.data, tile.eps.stride,
+                    rows.trunk_deltas, tile.grad_input);
   for (int i = 0; i < span.rows; ++i) {
     const int64_t row = span.first + i;
     const float* grad_input = tile.grad_input.row(i);
@@ -110,16 +117,20 @@ static void denoising_loss_tile(const DenoisingLossCall& call, Span span,
       for (int n = 0; n < A; ++n) call.grad_action[row * A + n] = level * grad_input[n];
     }
   }
-  mlp_backward_tile(time, span.rows, time_saved, tile.grad_input.data + A, tile.grad_input.stride,
-                    all.time_deltas.from(span.first, time.layer_count), {nullptr, 0});
+  mlp_backward_tile(time, span.rows, rows.time_saved, tile.grad_input.data + A,
+                    tile.grad_input.stride, rows.time_deltas, {nullptr, 0});
 }
 
 template <class Operand>
 static void denoising_loss(const DenoisingLossCall& call) {
-  Carver sizes{nullptr};
-  DenoisingRows<Operand>::take(call, &sizes);
-  Carver memory{thread_scratch(Scratch::call, sizes.used)};
-  const auto all = DenoisingRows<Operand>::take(call, &memory);
+  const bool keeps_rows = call.grad_weights != nullptr;
+  double* row_loss;
+  const auto take = [&](Carver* memory) {
+    row_loss = memory->take<double>(static_cast<int64_t>(sizeof(double)) * call.batch);
+    return DenoisingRows<Operand>::take(call, keeps_rows ? call.batch : 0, memory);
+  };
+  Carver memory{thread_scratch(Scratch::call, bytes_of(take))};
+  const auto all = take(&memory);
 
   WeightGradient<typename Operand::Input> list[2 * max_layers];
   int gradients = 0;
@@ -131,22 +142,25 @@ static void denoising_loss(const DenoisingLossCall& call) {
                                 list + gradients);
   }
   const bool backward = call.grad_weights || call.grad_state || call.grad_action;
-  const int64_t tiles = tile_count(call.batch, call.threads);
-  const int threads = tiles < call.threads ? static_cast<int>(tiles) : call.threads;
-  const int most_rows = tile_span(call.batch, tiles, 0).rows;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Carver tile_sizes{nullptr};
-    DenoisingTile::take(call, most_rows, &tile_sizes);
-    Carver tile_memory{thread_scratch(Scratch::tile, tile_sizes.used)};
-    const DenoisingTile buffers = DenoisingTile::take(call, most_rows, &tile_memory);
+  const Tiles tiles(call.batch, call.threads);
+  const auto take_tile = [&](Carver* own) {
+    return DenoisingTile<Operand>::take(call, tiles.most_rows, own);
+  };
+  const int64_t own_bytes =
+      larger(bytes_of(take_tile), weight_gradient_bytes<typename Operand::Input>(call.batch));
+  run_threads(tiles.threads, own_bytes, [&](const Carver own) {
+    Carver of_tiles = own;
+    const auto buffers = take_tile(&of_tiles);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t tile = 0; tile < tiles; ++tile)
-      denoising_loss_tile(call, tile_span(call.batch, tiles, tile), all, buffers, backward);
-    weight_gradients(list, gradients, call.batch, threads);
-  }
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+      const Span span = tiles[tile];
+      denoising_loss_tile(call, span, keeps_rows ? all.from(call, span.first) : buffers.rows,
+                          buffers, row_loss + span.first, backward);
+    }
+    if (call.grad_weights) weight_gradients(list, gradients, call.batch, tiles.threads, own);
+  });
   double sum = 0.0;
-  for (int64_t row = 0; row < call.batch; ++row) sum += all.row_loss[row];
+  for (int64_t row = 0; row < call.batch; ++row) sum += row_loss[row];
   *call.loss = static_cast<float>(sum / (static_cast<double>(call.batch) * call.action_dim));
 }
 

@@ -17,6 +17,7 @@
 #include <mutex>
 #include <new>
 #include <stdexcept>
+#include <unordered_map>
 
 namespace diffcore {
 
@@ -130,8 +131,16 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; })
 struct ThreadBuffer {
   void* data = nullptr;
   int64_t size = 0;
-  ~ThreadBuffer() { std::free(data); }
+  void release() {
+    std::free(data);
+    data = nullptr;
+    size = 0;
+  }
+  ~ThreadBuffer() { release(); }
 };
+thread_local ThreadBuffer buffers[scratch_slots];
+
+constexpr int64_t large_scratch = int64_t{64} << 20;
 
 }  // namespace
 
@@ -188,18 +197,38 @@ void always_use_teams(bool always) { always_teams = always; }
 
 int64_t teams_run() { return teams; }
 
-char* thread_scratch(Scratch slot, int64_t bytes) {
-  thread_local ThreadBuffer buffers[scratch_slots];
+static std::atomic<bool> tile_memory_denied{false};
+
+void deny_tile_memory(bool denied) { tile_memory_denied = denied; }
+
+char* thread_scratch_or_null(Scratch slot, int64_t bytes) {
   ThreadBuffer& buffer = buffers[static_cast<int>(slot)];
-  if (buffer.size < bytes) {
-    std::free(buffer.data);
-    buffer.size = 0;
-    buffer.data = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64));
-    if (!buffer.data) throw std::bad_alloc();
-    buffer.size = bytes;
+  if (buffer.size < bytes || !buffer.data) {
+    if (slot == Scratch::tile && tile_memory_denied) return nullptr;
+    buffer.release();
+    // Of no bytes, 64: null would mean that there aren't any.
+    const int64_t rounded = bytes > 0 ? (bytes + 63) / 64 * 64 : 64;
+    buffer.data = std::aligned_alloc(64, static_cast<size_t>(rounded));
+    if (!buffer.data) return nullptr;
+    buffer.size = rounded;
+    // It will be taken anew at every such call.
+    if (rounded > large_scratch) prefer_huge_pages(buffer.data, rounded);
   }
   return static_cast<char*>(buffer.data);
 }
+
+char* thread_scratch(Scratch slot, int64_t bytes) {
+  char* const memory = thread_scratch_or_null(slot, bytes);
+  if (!memory) throw_out_of_memory();
+  return memory;
+}
+
+void release_large_scratch() {
+  for (ThreadBuffer& buffer : buffers)
+    if (buffer.size > large_scratch) buffer.release();
+}
+
+void throw_out_of_memory() { throw std::bad_alloc(); }
 
 // ---- packs ----------------------------------------------------------------------------------
 
@@ -216,14 +245,14 @@ void prefer_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-Block::Block(int64_t bytes) : size_(bytes) {
+Block::Block(int64_t bytes) {
   const bool large = bytes >= huge_page / 8;
   const int64_t alignment = large ? huge_page : 64;
-  const int64_t rounded = (bytes + alignment - 1) / alignment * alignment;
+  size_ = (bytes + alignment - 1) / alignment * alignment;
   data_ = static_cast<char*>(
-      std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(rounded)));
+      std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(size_)));
   if (!data_) throw std::bad_alloc();
-  if (large) prefer_huge_pages(data_, rounded);
+  if (large) prefer_huge_pages(data_, size_);
 }
 
 Block::~Block() { std::free(data_); }
@@ -264,8 +293,11 @@ Fingerprint fingerprint(const Kernels& kernels, const std::vector<Piece>& pieces
   return start;
 }
 
+enum class PackKind { denoiser, twin_critic, mlp, layer };
+
 // What identifies a pack: who reads it, where its parameters lie, their shapes, their content.
 struct PackKey {
+  PackKind kind;
   const Kernels* kernels;
   const void* address;
   std::vector<int> shape;
@@ -273,8 +305,12 @@ struct PackKey {
   std::vector<Piece> pieces;
   int threads;
 
-  PackKey(const Kernels& k, const LinearParameters& first, std::vector<int> sizes)
-      : kernels(&k), address(first.weight), shape(std::move(sizes)), threads(first.threads) {}
+  PackKey(PackKind kind, const Kernels& k, const LinearParameters& first, std::vector<int> sizes)
+      : kind(kind),
+        kernels(&k),
+        address(first.weight),
+        shape(std::move(sizes)),
+        threads(first.threads) {}
   void add(const float* values, int64_t count) { pieces.push_back({values, count}); }
   void add(const LinearParameters& layer) {
     // Parameters come whole: the rows lie `row_stride` apart with nothing between them.
@@ -284,24 +320,74 @@ struct PackKey {
   }
   void read_content() { content = fingerprint(*kernels, pieces, threads); }
   bool same_place(const PackKey& other) const {
-    return kernels == other.kernels && address == other.address && shape == other.shape;
+    return kind == other.kind && kernels == other.kernels && address == other.address &&
+           shape == other.shape;
   }
 };
 
-template <class Pack>
 struct CacheEntry {
   PackKey key;
-  std::shared_ptr<Packed<Pack>> packed;
+  std::shared_ptr<void> packed;  // Packed<...> of the key's kind
+  int64_t bytes;
 };
 
-constexpr size_t cached_packs = 32;
-std::mutex cache_mutex;
-template <class Pack>
-std::list<CacheEntry<Pack>> cache;  // newest first
+// Packs of all kinds, of each place one, in the order of their last use. Those used longest ago go when
+// all together take more than the budget: how many networks take turns doesn't matter, and what is left of
+// networks that are gone is bounded.
+class PackCache {
+ public:
+  using Entry = std::list<CacheEntry>::iterator;
+
+  // The pack of the key's place, whatever its content, or null.
+  const CacheEntry* find(const PackKey& key) {
+    const auto found = find_place(key);
+    if (found == places_.end()) return nullptr;
+    entries_.splice(entries_.begin(), entries_, found->second);
+    return &entries_.front();
+  }
+  void remove(const PackKey& key) {
+    if (const auto found = find_place(key); found != places_.end()) drop(found);
+  }
+  // Instead of the one that has its place. The newest is kept whatever it takes.
+  void add(CacheEntry entry) {
+    remove(entry.key);
+    std::list<CacheEntry> added;
+    added.push_front(std::move(entry));
+    places_.emplace(added.front().key.address, added.begin());
+    entries_.splice(entries_.begin(), added);
+    bytes_ += entries_.front().bytes;
+    while (bytes_ > budget && entries_.size() > 1) drop(find_place(entries_.back().key));
+  }
+
+  std::mutex mutex;
+  int64_t budget = int64_t{256} << 20;
+
+ private:
+  // By address: few packs are made of the same parameters, and only those are compared by the rest.
+  using Places = std::unordered_multimap<const void*, Entry>;
+
+  Places::iterator find_place(const PackKey& key) {
+    auto [place, end] = places_.equal_range(key.address);
+    while (place != end && !place->second->key.same_place(key)) ++place;
+    return place == end ? places_.end() : place;
+  }
+  void drop(Places::iterator place) {
+    bytes_ -= place->second->bytes;
+    entries_.erase(place->second);
+    places_.erase(place);
+  }
+
+  std::list<CacheEntry> entries_;
+  Places places_;
+  int64_t bytes_ = 0;
+};
+
+PackCache cache;
+constexpr int64_t entry_bytes = 1024;  // that a pack's key takes, with what leads to it
 
 // A lock that another thread holds during fork() would stay locked in the child for ever.
 const int cache_fork_handler = pthread_atfork(
-    [] { cache_mutex.lock(); }, [] { cache_mutex.unlock(); }, [] { cache_mutex.unlock(); });
+    [] { cache.mutex.lock(); }, [] { cache.mutex.unlock(); }, [] { cache.mutex.unlock(); });
 
 // build(memory, pack) fills a pack; bytes is the memory that it needs. An outdated pack's memory is
 // used again unless a call in another thread still reads it.
@@ -311,15 +397,11 @@ std::shared_ptr<const Packed<Pack>> find_or_build(PackKey key, int64_t bytes, Bu
   key.read_content();
   std::shared_ptr<Packed<Pack>> packed;
   {
-    const std::lock_guard<std::mutex> lock(cache_mutex);
-    auto& entries = cache<Pack>;
-    for (auto entry = entries.begin(); entry != entries.end(); ++entry) {
-      if (!entry->key.same_place(key)) continue;
-      entries.splice(entries.begin(), entries, entry);
-      if (entry->key.content == key.content) return entry->packed;
-      packed = std::move(entry->packed);
-      entries.pop_front();
-      break;
+    const std::lock_guard<std::mutex> lock(cache.mutex);
+    if (const CacheEntry* entry = cache.find(key)) {
+      packed = std::static_pointer_cast<Packed<Pack>>(entry->packed);
+      if (entry->key.content == key.content) return packed;
+      cache.remove(key);
     }
   }
   if (!packed || packed.use_count() != 1 || packed->memory->size() < bytes) {
@@ -333,11 +415,9 @@ std::shared_ptr<const Packed<Pack>> find_or_build(PackKey key, int64_t bytes, Bu
   const Fingerprint before = key.content;
   key.read_content();
   if (!(key.content == before)) return packed;
-  key.pieces.clear();
-  const std::lock_guard<std::mutex> lock(cache_mutex);
-  auto& entries = cache<Pack>;
-  entries.push_front({std::move(key), packed});
-  if (entries.size() > cached_packs) entries.pop_back();
+  key.pieces = {};
+  const std::lock_guard<std::mutex> lock(cache.mutex);
+  cache.add({std::move(key), packed, packed->memory->size() + entry_bytes});
   return packed;
 }
 
@@ -346,7 +426,7 @@ std::shared_ptr<const Packed<Pack>> find_or_build(PackKey key, int64_t bytes, Bu
 std::shared_ptr<const Packed<DenoiserPack>> packed_denoiser(const DenoiserParameters& p,
                                                             TeamWork* work) {
   const Kernels& kernels = active_kernels();
-  PackKey key(kernels, p.trunk[0],
+  PackKey key(PackKind::denoiser, kernels, p.trunk[0],
               {p.action_dim, p.state_dim, p.steps, p.trunk_layers, static_cast<int>(p.activation),
                static_cast<int>(p.precision)});
   key.add(p.time_hidden);
@@ -363,7 +443,7 @@ std::shared_ptr<const Packed<DenoiserPack>> packed_denoiser(const DenoiserParame
 std::shared_ptr<const Packed<TwinCriticPack>> packed_twin_critic(const TwinCriticParameters& p,
                                                                  TeamWork* work) {
   const Kernels& kernels = active_kernels();
-  PackKey key(kernels, p.critics[0].layers[0], {});
+  PackKey key(PackKind::twin_critic, kernels, p.critics[0].layers[0], {});
   for (const CriticParameters& critic : p.critics) {
     key.shape.insert(key.shape.end(),
                      {critic.action_dim, critic.state_dim, critic.layer_count,
@@ -380,7 +460,7 @@ std::shared_ptr<const Packed<TwinCriticPack>> packed_twin_critic(const TwinCriti
 std::shared_ptr<const Packed<MlpPack>> packed_mlp(const MlpParameters& p) {
   const Kernels& kernels = active_kernels();
   PackKey key(
-      kernels, p.layers[0],
+      PackKind::mlp, kernels, p.layers[0],
       {p.layer_count, static_cast<int>(p.precision), p.forward, p.backward, p.backward_to_input});
   for (int l = 0; l < p.layer_count; ++l) {
     key.add(p.layers[l]);
@@ -394,7 +474,7 @@ std::shared_ptr<const Packed<MlpPack>> packed_mlp(const MlpParameters& p) {
 std::shared_ptr<const Packed<PackedLinear>> packed_layer(const LinearParameters& p,
                                                          bool transposed) {
   const Kernels& kernels = active_kernels();
-  PackKey key(kernels, p, {transposed, p.bias != nullptr});
+  PackKey key(PackKind::layer, kernels, p, {transposed, p.bias != nullptr});
   key.add(p);
   return find_or_build<PackedLinear>(
       key, kernels.layer_pack_bytes(p, transposed),
@@ -402,6 +482,11 @@ std::shared_ptr<const Packed<PackedLinear>> packed_layer(const LinearParameters&
 }
 
 int64_t packs_built() { return built; }
+
+void set_pack_budget(int64_t bytes) {
+  const std::lock_guard<std::mutex> lock(cache.mutex);
+  cache.budget = bytes;
+}
 
 void read_content(const std::vector<Piece>& pieces, int threads) {
   fingerprint(active_kernels(), pieces, threads);

@@ -40,6 +40,13 @@ void always_use_teams(bool always);
 // How many calls were run by a team, for tests.
 int64_t teams_run();
 
+// Gives back what the calling thread has of more than 64 MiB: at the end of a call, for which fresh memory
+// of that size is a small part of its work, and which may have been the only one so large.
+void release_large_scratch();
+
+// Lets every thread that needs more memory for its tiles than it has find none, for tests.
+void deny_tile_memory(bool denied);
+
 // Asks for huge pages in what lies whole within `bytes` of memory, whoever owns it. The first write to
 // fresh memory then faults once in 2 MiB, not once in 4 KiB.
 void prefer_huge_pages(void* data, int64_t bytes);
@@ -66,7 +73,7 @@ struct Packed {
   Pack pack;
 };
 
-// Packs of the given parameters. Kept in a small cache and found again by the parameters' addresses
+// Packs of the given parameters. Kept in a cache of 256 MiB and found again by the parameters' addresses
 // and CONTENT: however a weight was changed (optimiser step, `.data`, a NumPy view), a stale pack is
 // never used. Where `work` isn't null, it is as much at least as how threads packed together.
 std::shared_ptr<const Packed<DenoiserPack>> packed_denoiser(const DenoiserParameters&,
@@ -87,5 +94,7 @@ void read_content(const std::vector<Piece>& pieces, int threads);
 
 // Number of packs built so far in this process; lets tests and profiles see the cache work.
 int64_t packs_built();
+// How many bytes of packs are kept, for tests.
+void set_pack_budget(int64_t bytes);
 
 }  // namespace diffcore

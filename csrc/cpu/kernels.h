@@ -403,12 +403,15 @@ struct Kernels {
   double (*fma_peak)(int threads, double seconds);
 };
 
-// Memory of the calling thread that grows and is never given back, 64-byte aligned; valid until
-// the thread asks for the same slot again. A call keeps what all its threads share in one slot and
+// Memory of the calling thread that grows and stays, 64-byte aligned; valid until the thread asks for the
+// same slot again or release_large_scratch() is called. A call keeps what all its threads share in one slot and
 // every thread the buffers of its tile in another; the third is for what goes from call to call of an
 // op that makes several, the last for gradients that such an op uses up itself.
 enum class Scratch : int { call, tile, between_calls, gradients };
 constexpr int scratch_slots = 4;
+// Throws std::bad_alloc where there isn't any, or, for regions that no exception may leave, gives null.
 char* thread_scratch(Scratch slot, int64_t bytes);
+char* thread_scratch_or_null(Scratch slot, int64_t bytes);
+[[noreturn]] void throw_out_of_memory();
 
 }  // namespace diffcore

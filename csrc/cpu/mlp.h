@@ -44,15 +44,13 @@ static void carve_mlp(const MlpParameters& p, Carver* memory, MlpPack* pack, Pac
 }
 
 static int64_t mlp_pack_bytes(const MlpParameters& p) {
-  Carver memory{nullptr};
   MlpPack pack;
-  carve_mlp(p, &memory, &pack, Packer());
-  return memory.used;
+  return bytes_of([&](Carver* memory) { carve_mlp(p, memory, &pack, Packer()); });
 }
 
 static void pack_mlp(const MlpParameters& p, void* block, MlpPack* pack) {
-  pack_by_team(p.layers[0].threads, mlp_pack_bytes(p), block, pack,
-               [&](Carver* memory, MlpPack* pieces, Team* team) {
+  pack_by_team(p.layers[0].threads, mlp_pack_bytes(p), 0, block, pack,
+               [&](Carver* memory, MlpPack* pieces, Team* team, Carver) {
                  carve_mlp(p, memory, pieces, team->packer());
                });
 }
@@ -153,41 +151,49 @@ DIFFCORE_INLINE void mlp_forward_tile(const MlpPack& pack, int rows, const MlpSa
 }
 
 template <class Operand>
+struct MlpTile {
+  float* saved;  // where the call keeps none
+  Rows<typename Operand::Input> input;
+  Rows<float> y;
+
+  static MlpTile take(const MlpCall& call, int rows, Carver* memory) {
+    const MlpPack& shape = *call.networks[0];
+    const int64_t width = call.saved ? 0 : mlp_saved_width(shape);
+    MlpTile t;
+    t.saved = memory->take<float>(static_cast<int64_t>(sizeof(float)) * rows * width);
+    t.input = take_input<Operand>(memory, rows, shape.forward[0].in);
+    t.y = take_rows<float>(memory, rows, shape.forward[shape.layer_count - 1].out);
+    return t;
+  }
+};
+
+template <class Operand>
 static void mlp_forward(const MlpCall& call) {
   const MlpPack& shape = *call.networks[0];
   const int in = shape.forward[0].in, out = shape.forward[shape.layer_count - 1].out;
   const int64_t width = mlp_saved_width(shape);
-  const int64_t tiles = tile_count(call.batch, call.threads);
-  const int threads = tiles < call.threads ? static_cast<int>(tiles) : call.threads;
-  const int most_rows = tile_span(call.batch, tiles, 0).rows;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    // Without `saved` a tile's rows live in the thread's own memory.
-    const int64_t own_bytes = static_cast<int64_t>(sizeof(float)) * most_rows * width;
-    Carver sizes{nullptr};
-    sizes.take<float>(own_bytes);
-    take_input<Operand>(&sizes, most_rows, in);
-    take_rows<float>(&sizes, most_rows, out);
-    Carver memory{thread_scratch(Scratch::tile, sizes.used)};
-    float* own = memory.take<float>(own_bytes);
-    const auto own_input = take_input<Operand>(&memory, most_rows, in);
-    const Rows<float> y = take_rows<float>(&memory, most_rows, out);
+  const Tiles tiles(call.batch, call.threads);
+  const auto take = [&](Carver* memory) {
+    return MlpTile<Operand>::take(call, tiles.most_rows, memory);
+  };
+  run_threads(tiles.threads, bytes_of(take), [&](Carver memory) {
+    const auto buffers = take(&memory);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const Span span = tile_span(call.batch, tiles, tile);
-      const auto x = input_rows<Operand>(call.x + span.first * in, span.rows, in, own_input);
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+      const Span span = tiles[tile];
+      const auto x = input_rows<Operand>(call.x + span.first * in, span.rows, in, buffers.input);
       for (int q = 0; q < call.network_count; ++q) {
         const MlpPack& pack = *call.networks[q];
         auto saved = call.saved ? MlpSaved<Operand>::at(pack, call.saved + q * call.batch * width,
                                                         call.batch)
                                       .from(span.first, pack.layer_count)
-                                : MlpSaved<Operand>::at(pack, own, most_rows);
+                                : MlpSaved<Operand>::at(pack, buffers.saved, tiles.most_rows);
         saved.input[0] = x;
-        mlp_forward_tile(pack, span.rows, saved, y, call.saved != nullptr);
-        write_rows(y, span.rows, out, call.y + (q * call.batch + span.first) * out);
+        mlp_forward_tile(pack, span.rows, saved, buffers.y, call.saved != nullptr);
+        write_rows(buffers.y, span.rows, out, call.y + (q * call.batch + span.first) * out);
       }
     }
-  }
+  });
 }
 
 static void mlp_forward(const MlpCall& call) {
@@ -238,6 +244,20 @@ DIFFCORE_INLINE void mlp_backward_tile(const MlpPack& pack, int rows,
   }
 }
 
+template <class Operand>
+struct MlpBackwardTile {
+  Rows<float> grad_x;
+  MlpDeltas<Operand> deltas;  // without weight gradients, which want those of all rows
+
+  static MlpBackwardTile take(const MlpBackwardCall& call, int rows, Carver* memory) {
+    const MlpPack& shape = *call.networks[0];
+    MlpBackwardTile t;
+    t.grad_x = take_rows<float>(memory, rows, shape.forward[0].in);
+    t.deltas = MlpDeltas<Operand>::take(shape, call.grad_weights ? 0 : rows, memory);
+    return t;
+  }
+};
+
 // Enters a network's layers in a list; returns their number.
 template <class Operand>
 static int list_gradients(const MlpPack& shape, const MlpSaved<Operand>& saved,
@@ -260,21 +280,21 @@ static void mlp_backward(const MlpBackwardCall& call) {
 
   // The input, every network's deltas, and the list of gradients in the order of call.grad_weights.
   const auto list_bytes = static_cast<int64_t>(sizeof(Gradient)) * call.network_count * layers;
-  const int64_t input_rows_kept = call.grad_weights ? call.batch : 0;
-  Carver deltas_size{nullptr};
-  MlpDeltas<Operand>::take(shape, call.batch, &deltas_size);
+  const int64_t kept = call.grad_weights ? call.batch : 0;
+  const int64_t deltas_bytes =
+      bytes_of([&](Carver* memory) { MlpDeltas<Operand>::take(shape, kept, memory); });
   Carver sizes{nullptr};
-  take_input<Operand>(&sizes, input_rows_kept, in);
+  take_input<Operand>(&sizes, kept, in);
   sizes.take<Gradient>(list_bytes);
-  sizes.take<char>(deltas_size.used * call.network_count);
+  sizes.take<char>(deltas_bytes * call.network_count);
   Carver memory{thread_scratch(Scratch::call, sizes.used)};
-  const auto own_input = take_input<Operand>(&memory, input_rows_kept, in);
+  const auto own_input = take_input<Operand>(&memory, kept, in);
   auto* list = memory.take<Gradient>(list_bytes);
-  char* const deltas_memory = memory.take<char>(deltas_size.used * call.network_count);
+  char* const deltas_memory = memory.take<char>(deltas_bytes * call.network_count);
 
   const auto deltas_of = [&](int q) {
-    Carver own{deltas_memory + q * deltas_size.used};
-    return MlpDeltas<Operand>::take(shape, call.batch, &own);
+    Carver own{deltas_memory + q * deltas_bytes};
+    return MlpDeltas<Operand>::take(shape, kept, &own);
   };
   const auto saved_of = [&](int q) {
     return MlpSaved<Operand>::at(shape, const_cast<float*>(call.saved) + q * call.batch * width,
@@ -288,34 +308,36 @@ static void mlp_backward(const MlpBackwardCall& call) {
                    call.grad_biases + q * layers, list + q * layers);
   }
 
-  const int64_t tiles = tile_count(call.batch, call.threads);
-  const int threads = tiles < call.threads ? static_cast<int>(tiles) : call.threads;
-  const int most_rows = tile_span(call.batch, tiles, 0).rows;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Carver tile_sizes{nullptr};
-    take_rows<float>(&tile_sizes, most_rows, in);
-    Carver tile_memory{thread_scratch(Scratch::tile, tile_sizes.used)};
-    const Rows<float> grad_x = take_rows<float>(&tile_memory, most_rows, in);
+  const Tiles tiles(call.batch, call.threads);
+  const auto take = [&](Carver* own) {
+    return MlpBackwardTile<Operand>::take(call, tiles.most_rows, own);
+  };
+  const int64_t own_bytes =
+      larger(bytes_of(take), weight_gradient_bytes<typename Operand::Input>(call.batch));
+  run_threads(tiles.threads, own_bytes, [&](const Carver own) {
+    Carver of_tiles = own;
+    const auto buffers = take(&of_tiles);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const Span span = tile_span(call.batch, tiles, tile);
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+      const Span span = tiles[tile];
       if (call.grad_weights) {
         input_rows<Operand>(call.x + span.first * in, span.rows, in,
                             rows_from(own_input, span.first));
       }
       for (int q = 0; q < call.network_count; ++q) {
         const MlpPack& pack = *call.networks[q];
-        mlp_backward_tile(pack, span.rows, saved_of(q).from(span.first, layers),
-                          call.grad_y + (q * call.batch + span.first) * out, out,
-                          deltas_of(q).from(span.first, layers),
-                          call.grad_x ? grad_x : Rows<float>{nullptr, 0});
+        mlp_backward_tile(
+            pack, span.rows, saved_of(q).from(span.first, layers),
+            call.grad_y + (q * call.batch + span.first) * out, out,
+            call.grad_weights ? deltas_of(q).from(span.first, layers) : buffers.deltas,
+            call.grad_x ? buffers.grad_x : Rows<float>{nullptr, 0});
         if (!call.grad_x) continue;
-        add_rows(grad_x, span.rows, in, q > 0, call.grad_x + span.first * in);
+        add_rows(buffers.grad_x, span.rows, in, q > 0, call.grad_x + span.first * in);
       }
     }
-    if (call.grad_weights) weight_gradients(list, call.network_count * layers, call.batch, threads);
-  }
+    if (call.grad_weights)
+      weight_gradients(list, call.network_count * layers, call.batch, tiles.threads, own);
+  });
 }
 
 static void mlp_backward(const MlpBackwardCall& call) {

@@ -18,10 +18,22 @@
 namespace diffcore {
 namespace DIFFCORE_ISA {
 
+// What a thread needs to run the time MLP while it packs.
+struct TimeBuffers {
+  Rows<float> hidden, out;
+
+  static TimeBuffers take(const DenoiserParameters& p, Carver* memory) {
+    TimeBuffers b;
+    b.hidden = take_rows<float>(memory, max_tile, p.time_hidden.out);
+    b.out = take_rows<float>(memory, max_tile, p.time_out.out);
+    return b;
+  }
+};
+
 // Pieces of a denoiser pack; with no memory behind the carver it only measures.
 template <class Operand>
 static void carve_denoiser(const DenoiserParameters& p, Carver* memory, DenoiserPack* pack,
-                           Team* team) {
+                           Team* team, Carver own) {
   const Packer packer = team->packer();
   const LinearParameters& first = p.trunk[0];
   const int time_dim = p.time_out.out;
@@ -53,15 +65,7 @@ static void carve_denoiser(const DenoiserParameters& p, Carver* memory, Denoiser
       first, p.action_dim, time_dim, Direction::forward, true, packer, memory);
   if (!memory->base) return;
   team->wait();
-  const auto take_buffers = [&](Carver* own, Rows<float>* h, Rows<float>* t) {
-    *h = take_rows<float>(own, max_tile, p.time_hidden.out);
-    *t = take_rows<float>(own, max_tile, time_dim);
-  };
-  Rows<float> h, t;
-  Carver sizes{nullptr};
-  take_buffers(&sizes, &h, &t);
-  Carver own{thread_scratch(Scratch::tile, sizes.used)};
-  take_buffers(&own, &h, &t);
+  const TimeBuffers b = TimeBuffers::take(p, &own);
   const auto function = activate_function<Float32Operand>(p.activation);
   const int end = p.steps * (packer.rank + 1) / packer.count;
   for (int step = p.steps * packer.rank / packer.count; step < end; step += max_tile) {
@@ -70,35 +74,35 @@ static void carve_denoiser(const DenoiserParameters& p, Carver* memory, Denoiser
     const Rows<float> embedding = {
         const_cast<float*>(p.time_embedding) + static_cast<ptrdiff_t>(step) * width, width};
     linear_activate<Float32Operand, Float32Operand>(embedding, rows, hidden, bias_only(hidden),
-                                                    function, h, {nullptr, 0});
-    linear_store<Float32Operand>(h, rows, out, bias_only(out), t);
-    linear_store<Float32Operand>(t, rows, into_trunk, bias_only(into_trunk),
+                                                    function, b.hidden, {nullptr, 0});
+    linear_store<Float32Operand>(b.hidden, rows, out, bias_only(out), b.out);
+    linear_store<Float32Operand>(b.out, rows, into_trunk, bias_only(into_trunk),
                                  {step_bias + static_cast<ptrdiff_t>(step) * pack->step_bias_stride,
                                   pack->step_bias_stride});
   }
 }
 
 static void carve_denoiser(const DenoiserParameters& p, Carver* memory, DenoiserPack* pack,
-                           Team* team) {
+                           Team* team, Carver own) {
   if (p.precision == Precision::bfloat16) {
-    carve_denoiser<Bfloat16Operand>(p, memory, pack, team);
+    carve_denoiser<Bfloat16Operand>(p, memory, pack, team, own);
   } else {
-    carve_denoiser<Float32Operand>(p, memory, pack, team);
+    carve_denoiser<Float32Operand>(p, memory, pack, team, own);
   }
 }
 
 static int64_t denoiser_pack_bytes(const DenoiserParameters& p) {
-  Carver memory{nullptr};
   DenoiserPack pack;
   Team alone;
-  carve_denoiser(p, &memory, &pack, &alone);
-  return memory.used;
+  return bytes_of(
+      [&](Carver* memory) { carve_denoiser(p, memory, &pack, &alone, Carver{nullptr}); });
 }
 
 static TeamWork pack_denoiser(const DenoiserParameters& p, void* block, DenoiserPack* pack) {
-  return pack_by_team(p.trunk[0].threads, denoiser_pack_bytes(p), block, pack,
-                      [&](Carver* memory, DenoiserPack* pieces, Team* team) {
-                        carve_denoiser(p, memory, pieces, team);
+  const int64_t own_bytes = bytes_of([&](Carver* own) { TimeBuffers::take(p, own); });
+  return pack_by_team(p.trunk[0].threads, denoiser_pack_bytes(p), own_bytes, block, pack,
+                      [&](Carver* memory, DenoiserPack* pieces, Team* team, Carver own) {
+                        carve_denoiser(p, memory, pieces, team, own);
                       });
 }
 
@@ -227,29 +231,26 @@ static void run_by_team(const ReverseDiffusionCall& call, int threads) {
   const int rows = static_cast<int>(call.batch);
   Carver own_sizes{nullptr}, team_sizes{nullptr};
   ChainBuffers<Operand>::take(call, rows, &own_sizes, &team_sizes);
-  run_team(threads, team_sizes.used, call.team.work, [&](Team* team, Carver team_memory) {
-    Carver own{thread_scratch(Scratch::tile, own_sizes.used)};
-    const auto buffers = ChainBuffers<Operand>::take(call, rows, &own, &team_memory);
-    reverse_diffusion_tile(call, {0, rows}, buffers, team);
-  });
+  run_team(threads, team_sizes.used, own_sizes.used, call.team.work,
+           [&](Team* team, Carver shared, Carver own) {
+             const auto buffers = ChainBuffers<Operand>::take(call, rows, &own, &shared);
+             reverse_diffusion_tile(call, {0, rows}, buffers, team);
+           });
 }
 
 template <class Operand>
 static void run_by_tiles(const ReverseDiffusionCall& call) {
-  const int64_t tiles = tile_count(call.batch, call.threads);
-  const int threads = tiles < call.threads ? static_cast<int>(tiles) : call.threads;
-  const int most_rows = tile_span(call.batch, tiles, 0).rows;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Carver sizes{nullptr};
-    ChainBuffers<Operand>::take(call, most_rows, &sizes, &sizes);
-    Carver memory{thread_scratch(Scratch::tile, sizes.used)};
-    const auto buffers = ChainBuffers<Operand>::take(call, most_rows, &memory, &memory);
+  const Tiles tiles(call.batch, call.threads);
+  const auto take = [&](Carver* memory) {
+    return ChainBuffers<Operand>::take(call, tiles.most_rows, memory, memory);
+  };
+  run_threads(tiles.threads, bytes_of(take), [&](Carver memory) {
+    const auto buffers = take(&memory);
     Team alone;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t tile = 0; tile < tiles; ++tile)
-      reverse_diffusion_tile(call, tile_span(call.batch, tiles, tile), buffers, &alone);
-  }
+    for (int64_t tile = 0; tile < tiles.count; ++tile)
+      reverse_diffusion_tile(call, tiles[tile], buffers, &alone);
+  });
 }
 
 template <class Operand>

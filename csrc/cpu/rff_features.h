@@ -19,15 +19,13 @@ static PackedLinear carve_layer(const LinearParameters& layer, bool transposed, 
 }
 
 static int64_t layer_pack_bytes(const LinearParameters& layer, bool transposed) {
-  Carver memory{nullptr};
-  carve_layer(layer, transposed, Packer(), &memory);
-  return memory.used;
+  return bytes_of([&](Carver* memory) { carve_layer(layer, transposed, Packer(), memory); });
 }
 
 static void pack_layer(const LinearParameters& layer, bool transposed, void* block,
                        PackedLinear* pack) {
-  pack_by_team(layer.threads, layer_pack_bytes(layer, transposed), block, pack,
-               [&](Carver* memory, PackedLinear* packed, Team* team) {
+  pack_by_team(layer.threads, layer_pack_bytes(layer, transposed), 0, block, pack,
+               [&](Carver* memory, PackedLinear* packed, Team* team, Carver) {
                  *packed = carve_layer(layer, transposed, team->packer(), memory);
                });
 }
@@ -51,11 +49,10 @@ static void rff_features(const RffCall& call) {
   const int features = layer.out;
   const int width = call.kind == RffKind::cos_sin ? 2 * features : features;
   const Vec scale = broadcast(call.scale), minus_scale = broadcast(-call.scale);
-  const int64_t tiles = tile_count(call.batch, call.threads);
-  const int threads = tiles < call.threads ? static_cast<int>(tiles) : call.threads;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const Span span = tile_span(call.batch, tiles, tile);
+  const Tiles tiles(call.batch, call.threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(tiles.threads) if (tiles.threads > 1)
+  for (int64_t tile = 0; tile < tiles.count; ++tile) {
+    const Span span = tiles[tile];
     const Rows<float> features_out = {call.y + span.first * width, width};
     const Rows<float> slope_out = {call.slope ? call.slope + span.first * features : nullptr,
                                    features};
@@ -115,33 +112,29 @@ DIFFCORE_INLINE void rff_argument_gradient(const RffBackwardCall& call, Span spa
 
 static void rff_features_backward(const RffBackwardCall& call) {
   const int in = call.in, features = call.features;
-  const int64_t tiles = tile_count(call.batch, call.threads);
-  const int most_rows = tile_span(call.batch, tiles, 0).rows;
-  const int threads = tiles < call.threads ? static_cast<int>(tiles) : call.threads;
-  Carver sizes{nullptr};
-  take_rows<float>(&sizes, call.batch, features);
-  Carver memory{thread_scratch(Scratch::call, sizes.used)};
-  const Rows<float> delta = take_rows<float>(&memory, call.batch, features);
+  const Tiles tiles(call.batch, call.threads);
+  const auto take_delta = [&](Carver* m) { return take_rows<float>(m, call.batch, features); };
+  Carver memory{thread_scratch(Scratch::call, bytes_of(take_delta))};
+  const Rows<float> delta = take_delta(&memory);
   const Rows<float> x = {const_cast<float*>(call.x), in};
   const WeightGradient<float> omega = {delta, x, in, features, call.grad_omega, call.grad_bias};
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Carver own_sizes{nullptr};
-    take_rows<float>(&own_sizes, most_rows, in);
-    Carver own{thread_scratch(Scratch::tile, own_sizes.used)};
-    const Rows<float> grad_x = take_rows<float>(&own, most_rows, in);
+  const auto take = [&](Carver* own) { return take_rows<float>(own, tiles.most_rows, in); };
+  const int64_t own_bytes = larger(bytes_of(take), weight_gradient_bytes<float>(call.batch));
+  run_threads(tiles.threads, own_bytes, [&](const Carver own) {
+    Carver of_tiles = own;
+    const Rows<float> grad_x = take(&of_tiles);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const Span span = tile_span(call.batch, tiles, tile);
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+      const Span span = tiles[tile];
       rff_argument_gradient(call, span, delta);
       if (!call.grad_x) continue;
       linear_store<Float32Operand>(rows_from(delta, span.first), span.rows, *call.layer,
                                    bias_only(*call.layer), grad_x);
       write_rows(grad_x, span.rows, in, call.grad_x + span.first * in);
     }
-    if (call.grad_omega) weight_gradients(&omega, 1, call.batch, threads);
-  }
+    if (call.grad_omega) weight_gradients(&omega, 1, call.batch, tiles.threads, own);
+  });
 }
 
 }  // namespace DIFFCORE_ISA

@@ -720,31 +720,33 @@ static void score_matching_loss(const ScoreMatchingLossCall& call) {
   const int64_t shares = feature_shares<Operand>(call);
   const int threads = call.batch < 2 * min_tile ? 1 : call.threads;
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    const int64_t most_panels = tile_span(m.row_panels, tiles, 0).rows;
-    Carver of_score{nullptr}, of_hidden{nullptr}, of_step{nullptr};
-    ScoreBuffers<Operand>::take(call, most_panels, &of_score);
-    HiddenBuffers<Operand>::take(call, &of_hidden);
-    take_tiles<Operand>(call, &of_step);
-    int64_t bytes = of_score.used > of_hidden.used ? of_score.used : of_hidden.used;
-    if (bytes < of_step.used) bytes = of_step.used;
-    char* memory = thread_scratch(Scratch::tile, bytes);  // one phase after the other
+  const int64_t most_panels = tile_span(m.row_panels, tiles, 0).rows;
+  const auto take_score = [&](Carver* memory) {
+    return ScoreBuffers<Operand>::take(call, most_panels, memory);
+  };
+  const auto take_hidden = [&](Carver* memory) {
+    return HiddenBuffers<Operand>::take(call, memory);
+  };
+  const auto take_step = [&](Carver* memory) { return take_tiles<Operand>(call, memory); };
+  // One phase after the other has the same memory.
+  const int64_t own_bytes =
+      larger(bytes_of(take_score), larger(bytes_of(take_hidden), bytes_of(take_step)));
 
+  run_threads(threads, own_bytes, [&](const Carver own) {
 #pragma omp for schedule(static) nowait
     for (int64_t p = 0; p < m.row_panels; ++p) m.pack_row_panel(call, p);
 #pragma omp for schedule(static)
     for (int n = 0; n < (of_weight(call) ? m.hidden_panels : 0); ++n) m.pack_hidden_panel(call, n);
 
-    of_score = {memory};
-    const auto score_buffers = ScoreBuffers<Operand>::take(call, most_panels, &of_score);
+    Carver of_score = own;
+    const auto score_buffers = take_score(&of_score);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t tile = 0; tile < tiles; ++tile)
       score_tile(call, m, tile_span(m.row_panels, tiles, tile), score_buffers);
 
     if (call.grad_hidden) {
-      of_hidden = {memory};
-      const auto buffers = HiddenBuffers<Operand>::take(call, &of_hidden);
+      Carver of_hidden = own;
+      const auto buffers = take_hidden(&of_hidden);
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t item = 0; item < row_groups * hidden_blocks; ++item)
         hidden_gradient(call, m, tile_span(call.batch, row_groups, item / hidden_blocks),
@@ -753,20 +755,20 @@ static void score_matching_loss(const ScoreMatchingLossCall& call) {
 
     if (call.weight_step) {
 #pragma omp barrier  // the phase before still reads the weight
-      of_step = {memory};
-      float* tiles = take_tiles<Operand>(call, &of_step);
+      Carver of_step = own;
+      float* const tiles_of_weight = take_step(&of_step);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t item = 0; item < shares * call.state_dim; ++item)
-        m.weight_squared_norms[item] =
-            zeta_weight_step(call, m, static_cast<int>(item % call.state_dim),
-                             tile_span(call.features, shares, item / call.state_dim), tiles);
+        m.weight_squared_norms[item] = zeta_weight_step(
+            call, m, static_cast<int>(item % call.state_dim),
+            tile_span(call.features, shares, item / call.state_dim), tiles_of_weight);
     } else if (call.grad_weight || call.grad_bias) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t item = 0; item < shares * call.state_dim; ++item)
         zeta_weight_gradient(call, m, static_cast<int>(item % call.state_dim),
                              tile_span(call.features, shares, item / call.state_dim));
     }
-  }
+  });
   double sum = 0.0;
   for (int64_t i = 0; i < call.batch; ++i) sum += m.row_loss[i];
   *call.loss = static_cast<float>(sum / static_cast<double>(call.batch));

@@ -5,7 +5,7 @@
 #include <omp.h>
 #include <sched.h>
 
-#include "layers.h"
+#include "parallel.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
@@ -115,35 +115,43 @@ static int team_size(const TeamOptions& team, const PackedLinear* layers, int co
   return threads;
 }
 
-// Runs body(team, memory) by a team of up to `threads` threads, each with a carver of the same
-// `shared_bytes`. `work` is then as much at least as how they worked together.
+// Runs body(team, shared, own) by a team of up to `threads` threads, each with a carver of the same
+// `shared_bytes` and one of `own_bytes` of its own; where memory runs out, as run_threads does. `work` is
+// then as much at least as how they worked together.
 template <class Body>
-static void run_team(int threads, int64_t shared_bytes, TeamWork* work, Body body) {
+static void run_team(int threads, int64_t shared_bytes, int64_t own_bytes, TeamWork* work,
+                     Body body) {
   const auto arrivals_bytes = static_cast<int64_t>(sizeof(Arrivals)) * threads;
-  Carver memory{thread_scratch(Scratch::call, arrivals_bytes + shared_bytes)};
-  auto* const arrivals = memory.take<Arrivals>(arrivals_bytes);
+  Carver shared{thread_scratch(Scratch::call, arrivals_bytes + shared_bytes)};
+  auto* const arrivals = shared.take<Arrivals>(arrivals_bytes);
   memset(arrivals, 0, static_cast<size_t>(arrivals_bytes));
+  ThreadMemory memory(own_bytes);
   bool late = false;
 #pragma omp parallel num_threads(threads)
   {
     // OpenMP may grant fewer threads than it was asked for.
     Team team(arrivals, omp_get_num_threads(), omp_get_thread_num());
-    body(&team, memory);
+    const Carver own = memory.ask();
+    team.wait();
+    if (memory.complete()) body(&team, shared, own);
     if (team.kept_waiting()) {
 #pragma omp atomic write
       late = true;
     }
   }
+  memory.throw_unless_complete();
   const TeamWork how = late ? TeamWork::late : TeamWork::in_time;
   if (*work < how) *work = how;
 }
 
 constexpr int64_t packed_by_a_thread = 64 * 1024;  // bytes that two pack sooner than one, each
 
-// Fills a block of `bytes` with a pack, by up to `threads` threads: carve(memory, pack, team) is called
-// by all of them, lays out the same pieces for each, and fills those that are its own.
+// Fills a block of `bytes` with a pack, by up to `threads` threads: carve(memory, pack, team, own) is
+// called by all of them, lays out the same pieces for each, and fills those that are its own, with the help
+// of `own_bytes` of memory.
 template <class Pack, class Carve>
-static TeamWork pack_by_team(int threads, int64_t bytes, void* block, Pack* pack, Carve carve) {
+static TeamWork pack_by_team(int threads, int64_t bytes, int64_t own_bytes, void* block, Pack* pack,
+                             Carve carve) {
   TeamWork work = TeamWork::none;
   const int64_t most = bytes / packed_by_a_thread;
   if (most < threads) threads = static_cast<int>(most);
@@ -151,13 +159,13 @@ static TeamWork pack_by_team(int threads, int64_t bytes, void* block, Pack* pack
   if (threads <= 1) {
     Team alone;
     Carver memory = whole;
-    carve(&memory, pack, &alone);
+    carve(&memory, pack, &alone, Carver{thread_scratch(Scratch::tile, own_bytes)});
     return work;
   }
-  run_team(threads, 0, &work, [&](Team* team, Carver) {
+  run_team(threads, 0, own_bytes, &work, [&](Team* team, Carver, Carver own) {
     Pack same;
     Carver memory = whole;
-    carve(&memory, team->leads() ? pack : &same, team);
+    carve(&memory, team->leads() ? pack : &same, team, own);
     team->wait();  // sees who is late
   });
   return work;

@@ -4,7 +4,7 @@
 // result doesn't depend on their number.
 #pragma once
 
-#include "layers.h"
+#include "parallel.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
@@ -28,6 +28,10 @@ constexpr int batch_chunk = 128;
 constexpr int rows_at_once = 2 * batch_chunk;
 constexpr int panels_at_once = 8;
 
+DIFFCORE_INLINE int copied_rows(int64_t batch) {
+  return batch < rows_at_once ? static_cast<int>(batch) : rows_at_once;
+}
+
 // The sums of register blocks, over copies of some rows' delta and input. How these lie is up to the
 // product; to all of them `n` and `column` count from the first that was copied.
 template <class Input>
@@ -41,7 +45,8 @@ struct OuterProduct<float> {
   float* inputs;  // [panel][row][panel_width]
   float* deltas;  // [row][delta_stride]
 
-  void take(int rows, Carver* memory) {
+  void take(int64_t batch, Carver* memory) {
+    const int64_t rows = copied_rows(batch);
     const int64_t floats = static_cast<int64_t>(sizeof(float)) * rows;
     inputs = memory->take<float>(floats * panels_at_once * panel_width);
     deltas = memory->take<float>(floats * delta_stride);
@@ -82,8 +87,9 @@ struct OuterProduct<uint16_t> {
   uint16_t* deltas;  // [output][row]
   BlockState<Operand> products;
 
-  void take(int rows, Carver* memory) {
-    const int64_t panel = int64_t{4} * round_up(Operand::depth(rows), 4) * panel_width;
+  void take(int64_t batch, Carver* memory) {
+    const int depth = Operand::depth(copied_rows(batch));
+    const int64_t panel = int64_t{4} * round_up(depth, 4) * panel_width;
     inputs = memory->take<uint32_t>(panels_at_once * panel);
     pairs = memory->take<uint32_t>(panels_of_deltas * panel);
     deltas = memory->take<uint16_t>(int64_t{2} * panels_of_deltas * panel_width * delta_stride);
@@ -163,7 +169,7 @@ static void weight_gradient_part(const WeightGradient<Input>& g, int64_t batch,
   };
   const Rows<float> gradient = {g.weight + first_column, g.in};
   for (int64_t start = 0; start < batch; start += rows_at_once) {
-    const int depth = batch - start < rows_at_once ? static_cast<int>(batch - start) : rows_at_once;
+    const int depth = copied_rows(batch - start);
     const Rows<Input> delta = rows_from(g.delta, start);
     product.copy_inputs({g.input.row(start) + first_column, g.input.stride}, depth, columns);
     for (int64_t group = blocks.first; group < end_block; group += blocks_at_once) {
@@ -204,10 +210,16 @@ static void bias_gradient(const WeightGradient<Input>& g, int64_t batch) {
   }
 }
 
-// All of a list's gradients, shared out among the calling team, whose tile memory is taken over.
+// What weight_gradients needs of every thread's memory.
+template <class Input>
+static int64_t weight_gradient_bytes(int64_t batch) {
+  return bytes_of([&](Carver* memory) { OuterProduct<Input>().take(batch, memory); });
+}
+
+// All of a list's gradients, shared out among the calling threads, each with memory of its own.
 template <class Input>
 static void weight_gradients(const WeightGradient<Input>* list, int count, int64_t batch,
-                             int threads) {
+                             int threads, Carver memory) {
   GradientGrid grids[max_networks * max_layers];
   int64_t parts = 0;
   for (int g = 0; g < count; ++g) parts += (grids[g] = GradientGrid::of(list[g])).parts();
@@ -220,12 +232,8 @@ static void weight_gradients(const WeightGradient<Input>* list, int count, int64
     parts += grids[g].parts();
   }
 
-  const int rows = batch < rows_at_once ? static_cast<int>(batch) : rows_at_once;
   OuterProduct<Input> product;
-  Carver sizes{nullptr};
-  product.take(rows, &sizes);
-  Carver memory{thread_scratch(Scratch::tile, sizes.used)};
-  product.take(rows, &memory);
+  product.take(batch, &memory);
 #pragma omp for schedule(dynamic, 1)
   for (int64_t item = 0; item < parts; ++item) {
     int g = 0;

@@ -35,6 +35,20 @@ LinearParameters linear_parameters(const Layer& layer, int threads) {
   return {pointer<const float>(weight), pointer<const float>(bias), in, out, in, threads};
 }
 
+// Lists of layers have so many places.
+void check_layer_count(size_t count) {
+  if (count < 1 || count > max_layers)
+    throw std::invalid_argument("networks of 1 to " + std::to_string(max_layers) +
+                                " layers are expected, got " + std::to_string(count));
+}
+
+// A denoiser's layers are its time MLP's two, then the trunk's.
+int trunk_layer_count(const Layers& layers) {
+  if (layers.size() < 2) throw std::invalid_argument("a time MLP of two layers is expected");
+  check_layer_count(layers.size() - 2);
+  return static_cast<int>(layers.size()) - 2;
+}
+
 void reverse_diffusion(const Layers& layers, int action_dim, int state_dim, Activation activation,
                        Precision precision, Address time_embedding, int steps, Address coefficients,
                        int64_t batch, Address state, Address x_init, Address noise, uint64_t seed,
@@ -48,9 +62,9 @@ void reverse_diffusion(const Layers& layers, int action_dim, int state_dim, Acti
   const bool small = batch < least_shared_rows;
   const int packing = small ? team.threads : threads;
   DenoiserParameters parameters{};
+  parameters.trunk_layers = trunk_layer_count(layers);
   parameters.time_hidden = linear_parameters(layers[0], packing);
   parameters.time_out = linear_parameters(layers[1], packing);
-  parameters.trunk_layers = static_cast<int>(layers.size()) - 2;
   for (int l = 0; l < parameters.trunk_layers; ++l)
     parameters.trunk[l] = linear_parameters(layers[l + 2], packing);
   parameters.action_dim = action_dim;
@@ -106,6 +120,7 @@ void action_gradient(const Layers& first, const Layers& second, int action_dim, 
   TwinCriticParameters parameters{};
   for (int q = 0; q < 2; ++q) {
     const Layers& layers = q == 0 ? first : second;
+    check_layer_count(layers.size());
     CriticParameters& critic = parameters.critics[q];
     critic.layer_count = static_cast<int>(layers.size());
     for (int l = 0; l < critic.layer_count; ++l)
@@ -161,8 +176,14 @@ struct Directions {
 
 std::vector<PackedMlp> packed_mlps(const Layers& layers, const std::vector<Activation>& activations,
                                    Precision precision, Directions directions, int threads) {
-  // Memory is sized by the first network. The callers check; this is what keeps a mistake there from
-  // writing beside it.
+  // Memory is sized by the first network, and lists have places for so many. The callers check; this is
+  // what keeps a mistake there from writing beside it.
+  check_layer_count(activations.size());
+  const size_t networks = layers.size() / activations.size();
+  if (networks < 1 || networks > max_networks)
+    throw std::invalid_argument("1 to " + std::to_string(max_networks) +
+                                " networks of one shape are expected, got " +
+                                std::to_string(networks));
   for (size_t l = 0; l < layers.size(); ++l) {
     const Layer &layer = layers[l], &alike = layers[l % activations.size()];
     if (layers.size() % activations.size() != 0 || std::get<2>(layer) != std::get<2>(alike) ||
@@ -187,7 +208,10 @@ struct GradientAddresses {
   std::array<float*, max_networks * max_layers> biases;
   bool wanted;
 
-  explicit GradientAddresses(const std::vector<Address>& parameters) : wanted(!parameters.empty()) {
+  GradientAddresses(const std::vector<Address>& parameters, const Layers& layers)
+      : wanted(!parameters.empty()) {
+    if (layers.size() > weights.size() || (wanted && parameters.size() != 2 * layers.size()))
+      throw std::invalid_argument("a gradient of every weight and bias, or none, is expected");
     for (size_t l = 0; l < parameters.size() / 2; ++l) {
       weights[l] = pointer<float>(parameters[2 * l]);
       biases[l] = pointer<float>(parameters[2 * l + 1]);
@@ -201,6 +225,9 @@ int mlp_saved_width(const Layers& layers, const std::vector<Activation>& activat
                     Precision precision) {
   MlpPack shape{};
   shape.precision = precision;
+  check_layer_count(activations.size());
+  if (layers.size() < activations.size())
+    throw std::invalid_argument("a layer for every activation is expected");
   shape.layer_count = static_cast<int>(activations.size());
   for (int l = 0; l < shape.layer_count; ++l) {
     shape.forward[l].in = std::get<2>(layers[l]);
@@ -232,7 +259,7 @@ void mlp_backward(const Layers& layers, const std::vector<Activation>& activatio
   threads = threads_for(batch, threads);
   const std::vector<PackedMlp> networks =
       packed_mlps(layers, activations, precision, {false, true, grad_x != 0}, threads);
-  const GradientAddresses gradients(grad_parameters);
+  const GradientAddresses gradients(grad_parameters, layers);
   MlpBackwardCall call{};
   for (const auto& network : networks) call.networks[call.network_count++] = &network->pack;
   call.batch = batch;
@@ -251,7 +278,7 @@ void critic_loss(const Layers& layers, const std::vector<Activation>& activation
                  Address q, Address grad_x, const std::vector<Address>& grad_parameters,
                  int threads) {
   threads = threads_for(batch, threads);
-  const GradientAddresses gradients(grad_parameters);
+  const GradientAddresses gradients(grad_parameters, layers);
   const std::vector<PackedMlp> networks =
       packed_mlps(layers, activations, precision,
                   {true, gradients.wanted || grad_x != 0, grad_x != 0}, threads);
@@ -275,9 +302,9 @@ void denoising_loss(const Layers& layers, Activation activation, Precision preci
                     Address grad_state, Address grad_action,
                     const std::vector<Address>& grad_parameters, int threads) {
   threads = threads_for(batch, threads);
-  const GradientAddresses gradients(grad_parameters);
+  const GradientAddresses gradients(grad_parameters, layers);
   const bool backward = gradients.wanted || grad_state || grad_action;
-  // The time MLP has two layers, the trunk the rest.
+  const auto trunk_layers = static_cast<size_t>(trunk_layer_count(layers));
   const auto pack = [&](const Layer* first, size_t depth, bool backward_to_input) {
     std::vector<Activation> activations(depth, activation);
     activations.back() = Activation::identity;
@@ -288,7 +315,7 @@ void denoising_loss(const Layers& layers, Activation activation, Precision preci
     return packed_mlp(parameters);
   };
   const PackedMlp time_mlp = pack(&layers[0], 2, false);
-  const PackedMlp trunk = pack(&layers[2], layers.size() - 2, true);
+  const PackedMlp trunk = pack(&layers[2], trunk_layers, true);
 
   DenoisingLossCall call{};
   call.time_mlp = &time_mlp->pack;
@@ -706,8 +733,13 @@ double fma_peak(int threads, double seconds) {
   return active_kernels().fma_peak(usable_threads(threads), seconds);
 }
 
+// What an op's calls hand on lies in scratch memory: only at the end of all of them it may go.
+struct ScratchRelease {
+  ~ScratchRelease() { release_large_scratch(); }
+};
+
 // Python's lock isn't held while a kernel runs.
-using Unlocked = py::call_guard<py::gil_scoped_release>;
+using Unlocked = py::call_guard<py::gil_scoped_release, ScratchRelease>;
 
 }  // namespace
 
@@ -760,7 +792,9 @@ PYBIND11_MODULE(_core, m) {
   });
   m.def("always_use_teams", &always_use_teams);
   m.def("teams_run", &teams_run);
+  m.def("deny_tile_memory", &deny_tile_memory);
   m.def("packs_built", &packs_built);
+  m.def("set_pack_budget", &set_pack_budget);
   m.def("fingerprint", &fingerprint, Unlocked());
   m.def("reverse_diffusion", &reverse_diffusion, Unlocked());
   m.def("reverse_step", &reverse_step, Unlocked());

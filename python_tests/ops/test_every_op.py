@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import ACTIVATIONS, assert_error_at_most_twice_eager
+from helpers import ACTIVATIONS, assert_error_at_most_twice_eager, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diffcore import DiffusionSchedule, ops
 from diffcore.nn import MLP, Denoiser, Psi, SquashedGaussian, TwinCritic, TwinRFFCritic
+from diffcore.ops import _native
 
 SCHEDULE = DiffusionSchedule.linear(4)
 COEFFICIENTS = torch.tensor([1.5, 0.7, 0.3, 0.9, -0.2, 0.4, -0.6], dtype=torch.float64)
@@ -273,6 +277,7 @@ OPS: dict[str, Op] = {
 
 CALLS = [(name, precision) for name, op in OPS.items() for precision in op.precisions]
 DIFFERENTIABLE = [*(name for name, op in OPS.items() if op.differentiable), "soft_value"]
+WITHOUT_TILES = ("q_sample", "reverse_step")
 every_op = pytest.mark.parametrize("name", OPS)
 every_call = pytest.mark.parametrize(("name", "precision"), CALLS)
 
@@ -483,6 +488,141 @@ def test_nan_stays_in_its_row(isa: str, name: str, precision: Any, where: str) -
         assert any(result[5].isnan().any() for result in by_row)
     if of_all:
         assert any(result.isnan().any() for result in of_all)
+
+
+@pytest.mark.parametrize(("name", "precision"), [c for c in CALLS if c[0] != "representation_step"])
+def test_results_do_not_know_which_gradients_are_wanted(
+    isa: str, name: str, precision: Any
+) -> None:
+    """Whether a batch's rows are kept for the weights' gradients or a tile's alone, at a time."""
+    op = OPS[name]
+    network, rows = op.make(Sizes()), op.rows(Sizes(), 201)
+    all_by_row, all_of_all = run(op, network, rows, precision=precision)
+    with torch.no_grad():
+        options = {"backend": op.backend, **_precision(precision)}
+        by_row, of_all = op.call(copy.deepcopy(network), rows, **options)
+    assert_same(by_row, all_by_row[: len(by_row)])
+    assert_same(of_all, all_of_all[: len(of_all)])
+    by_row, of_all = run(op, network.requires_grad_(False), rows, precision=precision)
+    assert_same(by_row, all_by_row)
+    assert_same(of_all, all_of_all[: len(of_all)])
+
+
+LARGE_BATCH = """
+import torch
+from diffcore import DiffusionSchedule, nn, ops
+
+def status(name):
+    line = next(line for line in open("/proc/self/status") if line.startswith(name))
+    return int(line.split()[1]) / 1024
+
+critic, denoiser = nn.TwinCritic(17, 6), nn.Denoiser(17, 6)
+schedule = DiffusionSchedule.cosine(20)
+
+def inputs(rows):
+    return torch.randn(rows, 17), torch.randn(rows, 6)
+
+def losses(rows, state, action):
+    yield critic.loss(state, action, torch.zeros(rows, 1), backend="cpu")[0]
+    yield ops.denoising_loss(denoiser, schedule, state, action, backend="cpu")
+
+def grown(wants_parameters, wants_rows):
+    for network in (critic, denoiser):
+        network.requires_grad_(wants_parameters)
+    state, action = inputs(ROWS)
+    action.requires_grad_(wants_rows)
+    before = status("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+    for loss in losses(ROWS, state, action):
+        if loss.requires_grad:
+            loss.backward()
+        del loss
+    return status("VmHWM") - before, status("VmRSS") - before
+
+ROWS = 300
+grown(True, True)  # packs, threads, gradients
+ROWS = 30_000
+print(*grown(False, False), *grown(False, True), *grown(True, True))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_memory_of_large_batches() -> None:
+    """Layers of all rows are kept for weight gradients alone, and no longer than the call."""
+    result = run_script(LARGE_BATCH)
+    assert result.returncode == 0, result.stderr
+    peak, left, peak_to_rows, left_to_rows, peak_to_weights, left_to_weights = map(
+        float, result.stdout.split()
+    )
+    assert max(peak, left, peak_to_rows, left_to_rows) < 24
+    assert peak_to_weights > 200  # the measurement sees them
+    assert left_to_weights < 64 + 24
+
+
+@pytest.mark.parametrize(("name", "precision"), [c for c in CALLS if c[0] not in WITHOUT_TILES])
+@pytest.mark.parametrize("batch", [3, 20])
+@pytest.mark.parametrize("one_has_memory", [False, True])
+def test_running_out_of_memory_is_an_error(
+    isa: str,
+    teams: None,
+    set_threads: Callable[[int], None],
+    name: str,
+    precision: Any,
+    batch: int,
+    one_has_memory: bool,
+) -> None:
+    """Whichever of a call's threads finds none; the next call finds everything as it was."""
+    op, core = OPS[name], _native._core
+    network, rows = op.make(Sizes(hidden=200)), op.rows(Sizes(hidden=200), batch)
+    set_threads(1)
+    expected = run(op, network, rows, precision=precision)
+    # Few rows have one thread, unless a team shares them.
+    fails = batch == 20 or not one_has_memory or name in ("action_gradient", "reverse_diffusion")
+
+    def with_new_threads() -> Results:
+        if one_has_memory:
+            torch.set_num_threads(1)
+            run(op, network, rows, precision=precision)
+        torch.set_num_threads(2)
+        core.deny_tile_memory(True)
+        try:
+            with pytest.raises(MemoryError) if fails else contextlib.nullcontext():
+                run(op, network, rows, precision=precision)
+        finally:
+            core.deny_tile_memory(False)
+        return run(op, network, rows, precision=precision)
+
+    with ThreadPoolExecutor(1) as new:
+        results = new.submit(with_new_threads).result()
+    for ours, theirs in zip(results, expected, strict=True):
+        assert_same(ours, theirs)
+
+
+FULL_MEMORY = """
+import resource, torch
+from diffcore import ops
+torch.set_num_threads(2)
+width = 65536
+x, weights = torch.randn(256, 8), [torch.randn(width, 8), torch.randn(4, width)]
+biases, activations = [torch.zeros(width), torch.zeros(4)], ["relu", "identity"]
+ops.mlp(x[:8], weights, biases, activations, backend="cpu")
+torch.mm(torch.randn(300, 300), torch.randn(300, 300))  # its threads are there
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+_, most = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**20, most))
+try:
+    ops.mlp(x, weights, biases, activations, backend="cpu")
+except MemoryError:
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    y = ops.mlp(x, weights, biases, activations, backend="cpu")
+    print(torch.equal(y[:8], ops.mlp(x[:8], weights, biases, activations, backend="cpu")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_a_process_goes_on_when_memory_has_run_out(isa: str) -> None:
+    result = run_script(FULL_MEMORY, DIFFCORE_ISA=isa)
+    assert (result.returncode, result.stdout) == (0, "True\n"), result.stderr
 
 
 def layouts(values: Tensor, layout: str) -> Tensor:

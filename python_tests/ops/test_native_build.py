@@ -48,6 +48,74 @@ def test_the_module_is_built() -> None:
     assert _native._core.max_layers == _native.max_layers
 
 
+# -- lists -----------------------------------------------------------------------------------------
+
+
+def square(layers: int) -> list[Tensor]:
+    """Parameters of a network that maps 4 to 4."""
+    return [torch.randn(4, 4) if n % 2 == 0 else torch.randn(4) for n in range(2 * layers)]
+
+
+def names(layers: int) -> str:
+    return ",".join(["relu"] * layers)
+
+
+def call_action_gradient(layers: int) -> None:
+    state, action, q = torch.randn(3, 2), torch.randn(3, 2), square(layers)
+    settings = ("relu", "float32", 2, 0.1, None, "none", "adam", 1e-5, -1.0, 1.0, "cpu")
+    torch.ops.diffcore.action_gradient(state, action, q, q, *settings)
+
+
+def call_reverse_diffusion(layers: int) -> None:
+    rows, steps = torch.randn(3, 1), torch.randn(2, 4)
+    coefficients, noise = torch.randn(2, 7), torch.randn(2, 3, 1)
+    settings = (0.0, 1.0, "relu", "float32", False, "cpu")
+    torch.ops.diffcore.reverse_diffusion(
+        rows, rows, noise, None, square(layers), coefficients, steps, *settings
+    )
+
+
+def call_denoising_loss(layers: int) -> None:
+    rows, t, levels = torch.randn(3, 1), torch.zeros(3, dtype=torch.int64), torch.randn(2, 2)
+    settings = (levels, torch.randn(2, 4), "relu", [True] * 3, square(layers), "float32", "cpu")
+    torch.ops.diffcore.denoising_loss(rows, rows, rows, None, t, *settings)
+
+
+MLP = torch.ops.diffcore.mlp
+CRITIC_LOSS = torch.ops.diffcore.critic_loss
+MLP_BACKWARD = torch.ops.diffcore.mlp_backward
+LAYERS = "networks of 1 to 16 layers are expected, got 17"
+NETWORKS = "1 to 8 networks of one shape are expected, got 9"
+X, Y = torch.ones(3, 4), torch.ones(9, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: MLP(X, square(9), "relu", False, "float32", "cpu"), NETWORKS),
+        (lambda: MLP(X, square(17), names(17), False, "float32", "cpu"), LAYERS),
+        (lambda: MLP(X, square(17), names(17), True, "float32", "cpu"), LAYERS),
+        (
+            lambda: MLP_BACKWARD(Y, X, Y, square(9), "relu", True, True, "float32", "cpu"),
+            NETWORKS,
+        ),
+        (
+            lambda: CRITIC_LOSS(X, X, square(9), "relu", [True, True], "float32", "cpu"),
+            NETWORKS,
+        ),
+        (lambda: call_action_gradient(17), LAYERS),
+        (lambda: call_reverse_diffusion(2 + 17), LAYERS),
+        (lambda: call_denoising_loss(2 + 17), LAYERS),
+    ],
+)
+def test_lists_longer_than_the_kernels_have_are_refused(
+    call: Callable[[], object], message: str
+) -> None:
+    """The public functions run them on the reference; torch's ops are there for everyone."""
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 # -- instruction sets ------------------------------------------------------------------------------
 
 
@@ -117,8 +185,9 @@ def test_neon_kernels_agree_with_the_baseline(tmp_path: Path) -> None:
 # -- threads ---------------------------------------------------------------------------------------
 
 
-def test_several_python_threads_at_once(isa: str) -> None:
+def test_several_python_threads_at_once(isa: str, pack_budget: Callable[[int], None]) -> None:
     """More networks than packs are kept, so that threads build and drop packs all the time."""
+    pack_budget(100_000)
     schedule, state = DiffusionSchedule.linear(5), torch.randn(33, 5)
     x, noise = torch.randn(33, 3), torch.randn(5, 33, 3)
     networks = [

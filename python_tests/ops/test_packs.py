@@ -6,9 +6,11 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import run_script
 from torch import Tensor
 
 from diffcore import DiffusionSchedule, nn, ops
@@ -122,6 +124,69 @@ def test_as_many_networks_as_an_agent_has_stay_packed() -> None:
     for op in networks:
         op.call("cpu")
     assert built(lambda: [op.call("cpu") for _ in range(3) for op in networks]) == 0
+
+
+def layer_call(out: int) -> Callable[[], object]:
+    """Of a layer with 1,000 inputs, whose pack takes about as many floats."""
+    x, weight, bias = torch.ones(1, 1000), torch.randn(out, 1000), torch.zeros(out)
+    return lambda: ops.rff_features(x, weight, bias, backend="cpu")
+
+
+def test_any_number_of_networks_stays_packed() -> None:
+    """Twin critics and their targets, ensembles, populations: as many as there is memory for."""
+    calls = [layer_call(1 + n % 3) for n in range(200)]
+    for call in calls:
+        call()
+    assert built(lambda: [call() for _ in range(2) for call in calls]) == 0
+
+
+def test_packs_that_were_used_longest_ago_go(pack_budget: Callable[[int], None]) -> None:
+    """Of all kinds of packs, when all together take more than their budget."""
+    denoiser, critic, *layers = chain(), ascent(), *(layer_call(64) for _ in range(4))
+    pack_budget(1_000_000)  # three layers of 257 kB each and the networks with 210, but not four
+    for call in (layers[0], lambda: denoiser.call("cpu"), lambda: critic.call("cpu")):
+        call()
+    for call in layers[1:4]:
+        call()
+        assert built(lambda: critic.call("cpu")) == 0  # used after each
+    assert built(layers[3]) == built(layers[2]) == built(layers[1]) == 0
+    assert built(lambda: denoiser.call("cpu")) == 0
+    assert built(layers[0]) == 1
+
+
+def test_the_newest_pack_is_kept_whatever_it_takes(pack_budget: Callable[[int], None]) -> None:
+    pack_budget(0)
+    first, second = layer_call(64), layer_call(64)
+    assert built(first) == 1
+    assert built(first) == 0
+    assert built(second) == 1
+    assert built(first) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_packs_of_networks_that_are_gone_have_a_budget() -> None:
+    script = """
+import resource
+import torch
+from diffcore import ops
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+def call(out):
+    weight, bias = torch.ones(out, 1024), torch.ones(out)
+    ops.rff_features(torch.ones(1, 1024), weight, bias, backend="cpu")
+    return weight
+
+call(1)
+before = resident()
+weights = [call(8192) for _ in range(20)]  # each has 32 MiB, and its pack as much
+del weights
+print((resident() - before) / 2**20)
+"""
+    result = run_script(script)
+    assert result.returncode == 0, result.stderr
+    assert 200 < float(result.stdout) < 320
 
 
 @pytest.mark.parametrize("threads", [2, 3])
