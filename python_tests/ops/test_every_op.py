@@ -13,6 +13,7 @@ from helpers import ACTIVATIONS, assert_error_at_most_twice_eager
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffcore import DiffusionSchedule, ops
 from diffcore.nn import MLP, Denoiser, Psi, SquashedGaussian, TwinCritic, TwinRFFCritic
@@ -449,6 +450,40 @@ def layouts(values: Tensor, layout: str) -> Tensor:
     else:
         moved = values.new_empty(*values.shape, 2)[..., 0]
     return moved.copy_(values)
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps what diffcore's ops are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "diffcore":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [n for n in OPS if n not in ("q_sample", "representation_step")])
+def test_fakes_of_what_lies_column_by_column(name: str) -> None:
+    """Weights, inputs and gradients that come back: results lie as the compiler is told."""
+    op = OPS[name]
+    network, rows = op.make(Sizes()), op.rows(Sizes(), 3)
+    for parameter in network.parameters():
+        parameter.data = layouts(parameter.data, "transposed")
+    rows = {k: layouts(v, "transposed") for k, v in rows.items()}
+    for differentiable in op.differentiable:
+        rows[differentiable].requires_grad_()
+    with Recorder() as recorder:
+        by_row, of_all = op.call(network, rows, backend="cpu")
+        for result in (*by_row, *of_all):
+            if result.requires_grad:
+                layout = "transposed" if result.ndim == 2 else "shifted"
+                result.backward(layouts(torch.randn(result.shape), layout), retain_graph=True)
+    assert recorder.calls
+    for overload, arguments in recorder.calls:
+        torch.library.opcheck(overload, arguments, test_utils="test_faketensor")
 
 
 @every_op

@@ -145,7 +145,7 @@ def _(
     backend: str,
 ) -> list[Tensor]:
     grad_x = x.new_empty(x.shape[0] if wants_x else 0, x.shape[1])
-    return [grad_x, *([torch.empty_like(p) for p in parameters] if wants_parameters else [])]
+    return [grad_x, *([p.new_empty(p.shape) for p in parameters] if wants_parameters else [])]
 
 
 @_native.vmap("mlp")

@@ -150,6 +150,8 @@ def chain_backward(
     Step by step backwards from the stored x: the denoiser is run again in float32, and its
     vector-Jacobian product taken by hand.
     """
+    # The results lie as these do, and are to lie row by row.
+    grad_actions, state = grad_actions.contiguous(), state.contiguous()
     steps, batch, action_dim = coefficients.shape[0], state.shape[0], grad_actions.shape[1]
     state_offset = parameters[4].shape[1] - state.shape[1]
     time_mlp = _MLP(parameters[:4], activation, backend)
@@ -252,10 +254,10 @@ def _(
 ) -> list[Tensor]:
     steps = coefficients.shape[0] if wants_noise else 0
     return [
-        torch.empty_like(state),
-        torch.empty_like(grad_actions),
+        state.new_empty(state.shape),
+        grad_actions.new_empty(grad_actions.shape),
         state.new_empty(steps, *grad_actions.shape),
-        *[torch.empty_like(p) for p in parameters],
+        *[p.new_empty(p.shape) for p in parameters],
     ]
 
 
