@@ -55,18 +55,21 @@ inline PyObject* interned(const char* name) { return PyUnicode_InternFromString(
 struct Torch {
   PyTypeObject *tensor, *parameter, *linear;
   PyObject *float32, *is_neg;
+  PyObject* global_hooks;  // a tuple of dictionaries
   const dlpack::ExchangeApi* api;  // null: torch has none
 };
 inline Torch torch_types{};
 
-// `exchange_api`: torch.Tensor.__dlpack_c_exchange_api__, or None.
+// `global_hooks`: torch's dictionaries of hooks that every module's call meets. `exchange_api`:
+// torch.Tensor.__dlpack_c_exchange_api__, or None.
 inline void use_torch(py::type tensor, py::type parameter, py::type linear, py::object float32,
-                      py::object exchange_api) {
+                      py::tuple global_hooks, py::object exchange_api) {
   torch_types.is_neg = py::object(tensor.attr("is_neg")).release().ptr();
   torch_types.tensor = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
   torch_types.parameter = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
   torch_types.linear = reinterpret_cast<PyTypeObject*>(linear.release().ptr());
   torch_types.float32 = float32.release().ptr();
+  torch_types.global_hooks = global_hooks.release().ptr();
   torch_types.api = nullptr;
   if (!PyCapsule_IsValid(exchange_api.ptr(), "dlpack_exchange_api")) return;
   const auto* api = static_cast<const dlpack::ExchangeApi*>(
@@ -254,6 +257,13 @@ inline bool same_sizes(py::handle tensors, py::handle others) {
   return true;
 }
 
+// Whether there are hooks that a call of any module meets.
+inline bool has_global_hooks() {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(torch_types.global_hooks); ++i)
+    if (PyDict_Size(PyTuple_GET_ITEM(torch_types.global_hooks, i)) > 0) return true;
+  return false;
+}
+
 // Whether a module is exactly of a class, without hooks or a forward of its own.
 inline bool is_unaltered(PyObject* module, PyTypeObject* type) {
   static PyObject* const names[] = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
@@ -334,11 +344,14 @@ inline bool has_activation(py::handle mlp, py::handle activation) {
 }
 
 // mlp_stack of each of some MLPs that a module of class `type` has: their names, inputs and outputs. None
-// as well where that module does more, or an MLP has other activations than this.
+// as well where that module does more, an MLP has other activations than this, or a call of them would meet
+// global hooks.
 inline py::object mlp_stacks(py::handle module, py::type type, const py::tuple& networks,
                              py::type mlp_type, py::handle activation) {
   static PyObject* const modules = interned("_modules");
-  if (!is_unaltered(module.ptr(), reinterpret_cast<PyTypeObject*>(type.ptr()))) return py::none();
+  if (has_global_hooks() ||
+      !is_unaltered(module.ptr(), reinterpret_cast<PyTypeObject*>(type.ptr())))
+    return py::none();
   const py::object own = module.attr(modules);
   py::list result(networks.size());
   for (size_t i = 0; i < networks.size(); ++i) {

@@ -24,7 +24,7 @@ from diffcore.ops._checks import (
     check_positive_int,
     check_tensor,
 )
-from diffcore.ops._compile import has_hooks
+from diffcore.ops._compile import has_global_hooks, has_hooks
 from diffcore.ops._native import linear_stack, mlp_stack, mlp_stacks
 from diffcore.ops.critic_loss import critic_loss
 from diffcore.ops.mlp import mlp
@@ -45,7 +45,8 @@ class MLP(nn.Module):
             network, such as losses, are told by an argument of their own.
 
     The layers hold weights and aren't called. Parametrized ones, such as weight_norm makes, work;
-    hooks on a layer, a layer of another kind or one without a bias are refused.
+    hooks on a layer, a layer of another kind or one without a bias are refused. Hooks for all modules
+    (``torch.nn.modules.module.register_module_forward_hook``) don't meet them.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class MLP(nn.Module):
         """
         if (parameters := mlp_stack(self, MLP, in_dim, out_dim)) is not None:
             return parameters
-        if (why := altered(self, MLP)) is not None:
+        if (why := _altered_itself(self, MLP)) is not None:
             raise TypeError(f"{why}, but is run by its weights alone")
         return self._layers_parameters(in_dim, out_dim)
 
@@ -127,7 +128,7 @@ class MLP(nn.Module):
         width: int | None = None
         layer: Any
         for i, layer in enumerate(layers._modules.values()):
-            if (why := altered(layer, nn.Linear)) is not None:
+            if (why := _altered_itself(layer, nn.Linear)) is not None:
                 raise TypeError(f"MLP.layers[{i}]: {why}, but is run by its weights alone")
             own = layer._parameters
             weight, bias = own.get("weight"), own.get("bias")
@@ -165,6 +166,13 @@ def forced(backend: str | None) -> dict[str, Any]:
 
 def altered(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """What a call of ``module`` does beside what a ``kind`` with its weights does, or None."""
+    if has_global_hooks():
+        return "hooks are registered for all modules"
+    return _altered_itself(module, kind)
+
+
+def _altered_itself(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """The same, without what a call of any module does: of one that isn't called anyway."""
     if type(module).forward is not kind.forward or "forward" in module.__dict__:
         return f"{type(module).__name__} has a forward that isn't {kind.__name__}'s"
     if has_hooks(module):

@@ -7,6 +7,12 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,8 +29,27 @@ def constant_under_compile(function: Callable[P, R]) -> Callable[P, R]:
     return function
 
 
+#: Hooks that every module's call meets, as ``register_module_forward_hook`` makes them.
+GLOBAL_HOOKS = (
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+)
+
+
+def has_global_hooks() -> bool:
+    """Whether a call of any module does more than its ``forward``."""
+    return bool(
+        _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
+    )
+
+
 def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether a call of the module does more than its ``forward``."""
+    """Whether a call of this module does more than that of any other."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from diffcore.ops._compile import GLOBAL_HOOKS
+
 _core: Any
 unavailable: str | None = None
 try:
@@ -40,6 +42,7 @@ if _core is not None:
         torch.nn.Parameter,
         torch.nn.Linear,
         torch.float32,
+        GLOBAL_HOOKS,
         getattr(Tensor, "__dlpack_c_exchange_api__", None),
     )
 
@@ -186,7 +189,7 @@ mlp_stack: Callable[[Any, type, int | None, int | None], list[Tensor] | None]
 mlp_stack = _quick_look("mlp_stack", None)
 
 #: The same of some of a module's diffcore.nn.MLP, named with their inputs and outputs; None as well
-#: where the module is more than its class, or an MLP has another activation.
+#: where the module is more than its class, an MLP has another activation, or there are global hooks.
 mlp_stacks: Callable[
     [Any, type, tuple[tuple[str, int, int], ...], type, str], list[list[Tensor]] | None
 ]

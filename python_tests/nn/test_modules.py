@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import golden_critic, load_golden, plain_critic, plain_denoiser, plain_mlp
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
 import diffcore
 from diffcore import DiffusionSchedule, nn, ops
@@ -350,6 +351,54 @@ def test_hooks_on_a_critic_run(place: str) -> None:
         again = critic(torch.ones(3, 5), torch.zeros(3, 2))
         assert len(calls) == 4
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(values, again, strict=True))
+
+
+def test_hooks_for_all_modules_run() -> None:
+    denoiser, critic, mlp = nn.Denoiser(5, 2, 8), nn.TwinCritic(5, 2, 8), nn.MLP(5, 8, 2)
+    state, action, target = torch.ones(3, 5), torch.zeros(3, 2), torch.zeros(3, 1)
+    calls: list[type] = []
+
+    def met(run: Callable[[], Any]) -> set[type]:
+        """What kinds of modules were called."""
+        before = run()
+        hook = register_module_forward_hook(lambda module, *_: calls.append(type(module)))
+        calls.clear()
+        try:
+            after = run()
+        finally:
+            hook.remove()
+        assert torch.allclose(first(before), first(after), atol=1e-6)
+        return {*calls}
+
+    assert met(lambda: chain(denoiser)) == {nn.Denoiser, nn.MLP}
+    assert met(lambda: score(denoiser)) == {nn.Denoiser, nn.MLP}
+    assert met(lambda: climb(critic)) == {nn.TwinCritic, nn.MLP}
+    assert met(lambda: critic(state, action)) == {nn.TwinCritic, nn.MLP}
+    assert met(lambda: critic.loss(state, action, target)) == {nn.TwinCritic, nn.MLP}
+    assert met(lambda: mlp(state)) == {nn.MLP}
+    policy = nn.SquashedGaussian(5, 2, 8)
+    assert met(lambda: policy.sample(state, action)) == {nn.SquashedGaussian, nn.MLP}
+    psi, critics = nn.Psi(5, 2, 6, 8), nn.TwinRFFCritic(6, 8)
+    value = functools.partial(ops.soft_value, policy, psi, critics, state, action)
+    parts = {nn.SquashedGaussian, nn.Psi, nn.TwinRFFCritic, nn.RFFCritic, nn.MLP}
+    assert met(lambda: value(torch.tensor(0.1))) == parts
+    with register_module_forward_hook(lambda *_: None):
+        answer = diffcore.explain("reverse_diffusion", denoiser, SCHEDULE, state)
+    assert answer.passed_over["cpu"].endswith("called, since hooks are registered for all modules")
+
+
+def test_hooks_for_all_modules_leave_ops_of_weights_alone() -> None:
+    """They never call the networks that they are given."""
+    psi, zeta = nn.MLP(5, 8, 3, 1), nn.MLP(4, 8, 3 * 2, 1)
+    rows = torch.randn(4, 5), torch.randn(4, 4), torch.randn(4, 2), torch.rand(4)
+    expected = ops.representation_loss(psi, zeta, *rows)
+    with register_module_forward_hook(lambda *_: None):
+        assert torch.equal(ops.representation_loss(psi, zeta, *rows), expected)
+        assert diffcore.explain("representation_loss", psi, zeta, *rows).backend == "cpu"
+
+
+def first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
 
 
 def replaced(index: int, layer: torch.nn.Module) -> Callable[[nn.MLP], None]:
