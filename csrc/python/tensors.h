@@ -55,7 +55,7 @@ inline PyObject* interned(const char* name) { return PyUnicode_InternFromString(
 struct Torch {
   PyTypeObject *tensor, *parameter, *linear;
   PyObject *float32, *is_neg;
-  PyObject* global_hooks;  // a tuple of dictionaries
+  PyObject* global_hooks;          // a tuple of dictionaries
   const dlpack::ExchangeApi* api;  // null: torch has none
 };
 inline Torch torch_types{};

@@ -452,6 +452,41 @@ def layouts(values: Tensor, layout: str) -> Tensor:
     return moved.copy_(values)
 
 
+class Call(nn.Module):
+    """An op as a module of its network."""
+
+    def __init__(self, op: Op, network: nn.Module, names: list[str], backend: str) -> None:
+        super().__init__()
+        self.op, self.network, self.names, self.backend = op, network, names, backend
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        rows = dict(zip(self.names, tensors, strict=True))
+        by_row, of_all = self.op.call(self.network, rows, backend=self.backend)
+        return [*by_row, *of_all]
+
+
+# Not action_gradient's reference: torch doesn't export gradients that are taken inside.
+EXPORTED = [(n, op.backend) for n, op in OPS.items() if n != "representation_step"]
+EXPORTED += [(n, "reference") for n, backend in EXPORTED if backend == "cpu"]
+EXPORTED.remove(("action_gradient", "reference"))
+
+
+@pytest.mark.parametrize(("name", "backend"), EXPORTED)
+@torch.no_grad()
+def test_exported_for_any_batch(name: str, backend: str) -> None:
+    op = OPS[name]
+    rows = op.rows(Sizes(), 5)
+    call = Call(op, op.make(Sizes()), list(rows), backend)
+    batch = torch.export.Dim("batch", min=2)
+    exported = torch.export.export(
+        call, tuple(rows.values()), dynamic_shapes={"tensors": tuple({0: batch} for _ in rows)}
+    ).module()
+    for size in (5, 2, 9):
+        rows = op.rows(Sizes(), size)
+        for a, b in zip(exported(*rows.values()), call(*rows.values()), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 class Recorder(TorchDispatchMode):
     """Keeps what diffcore's ops are called with."""
 

@@ -27,7 +27,7 @@ def action_gradient(
     action = action.detach().clone()
 
     def objective(action: Tensor) -> tuple[Tensor, Tensor]:
-        q = _least(critic(state, action), len(action))
+        q = _least(critic(state, action), action.shape[0])
         return -q.sum(), q
 
     first_moment, second_moment = torch.zeros_like(action), torch.zeros_like(action)

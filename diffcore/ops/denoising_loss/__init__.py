@@ -170,7 +170,7 @@ def _support(
         check_tensor("noise", noise, tuple(action.shape))
         check_like("noise", noise, "action", action)
     if weight is not None:
-        check_tensor("weight", weight, (len(action),))
+        check_tensor("weight", weight, (action.shape[0],))
         check_like("weight", weight, "action", action)
     if t is not None:
         check_levels(t, "action", action)

@@ -24,7 +24,7 @@ def reverse_diffusion(
     noise_scale: float,
     clip: float,
 ) -> Tensor:
-    batch = len(state)
+    batch = state.shape[0]  # not its len, which an exported graph would keep as a constant
 
     def draw(step: int) -> Tensor:
         assert seed is not None
