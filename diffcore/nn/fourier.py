@@ -102,4 +102,4 @@ def _orthogonal_frequencies(
     lengths = torch.randn(blocks, in_dim, in_dim, generator=generator, dtype=torch.float64).norm(
         dim=2, keepdim=True
     )
-    return (lengths * rotations).reshape(-1, in_dim)[:features].float()
+    return (lengths * rotations).reshape(-1, in_dim)[:features].to(torch.get_default_dtype())
