@@ -202,6 +202,16 @@ def _differ(one: Any, other: Any) -> bool:
     )
 
 
+def each(q: Tensor) -> tuple[Tensor, Tensor]:
+    """q1 and q2 of ``[2, ...]``, to do with what one likes.
+
+    Autograd has one node for either way, but refuses to change unbind's views in place.
+    """
+    split: Any = torch.unbind_copy  # of which torch's annotation says that it returns nothing
+    q1, q2 = split(q, 0) if q.requires_grad else q.unbind(0)
+    return q1, q2
+
+
 _INITS = ("truncated_normal", "uniform", "orthogonal")
 
 
@@ -362,9 +372,7 @@ class TwinCritic(nn.Module):
         if altered(first, MLP) or altered(second, MLP) or _differ(first, second):
             return first(x, **forced(backend)), second(x, **forced(backend))
         kinds, dtype = first.activations, first.compute_dtype
-        q = mlp_ensemble(x, self.networks(), kinds, compute_dtype=dtype, backend=backend)
-        q1, q2 = q.unbind(0)
-        return q1, q2
+        return each(mlp_ensemble(x, self.networks(), kinds, compute_dtype=dtype, backend=backend))
 
     def loss(
         self, state: Tensor, action: Tensor, target: Tensor, *, backend: str | None = None

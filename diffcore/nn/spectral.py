@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from diffcore.nn.fourier import RandomFourierFeatures
-from diffcore.nn.modules import MLP, altered, forced, time_embedding
+from diffcore.nn.modules import MLP, altered, each, forced, time_embedding
 from diffcore.ops._checks import check_choice, check_features, check_positive_int, check_tensor
 from diffcore.ops._native import same_sizes
 from diffcore.ops.critic_loss import critic_loss
@@ -249,8 +249,7 @@ class TwinRFFCritic(nn.Module):
         if self._altered_parts() is not None:
             return self.q1(psi, **forced(backend)), self.q2(psi, **forced(backend))
         check_features("psi", psi, self.q1.head.in_dim)
-        q1, q2 = mlp_ensemble(psi, *self._heads(), **self._settings(backend)).unbind(0)
-        return q1, q2
+        return each(mlp_ensemble(psi, *self._heads(), **self._settings(backend)))
 
     def loss(
         self, psi: Tensor, target: Tensor, *, backend: str | None = None

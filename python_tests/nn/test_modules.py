@@ -145,6 +145,28 @@ def test_gradients_reach_every_parameter() -> None:
         assert parameter.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_values_may_be_changed_in_place(backend: str | None) -> None:
+    """One by one, as in a plain critic; and what autograd does for it stays one node."""
+    critic, critics = nn.TwinCritic(5, 3, 8), nn.TwinRFFCritic(5, 8)
+    state, action = torch.randn(9, 5), torch.randn(9, 3)
+    for call in (
+        lambda: critic(state, action, backend=backend),
+        lambda: critics(state, backend=backend),
+    ):
+        q1, q2 = call()
+        expected = [q.detach().clone() for q in (q1, q2)]
+        assert q1.grad_fn is q2.grad_fn
+        q1 -= q2.detach()
+        q2 *= 2.0
+        (q1 + q2).sum().backward()
+        assert torch.equal(q1, expected[0] - expected[1])
+        assert torch.equal(q2, 2 * expected[1])
+    with torch.no_grad():
+        q1, q2 = critic(state, action)
+        q1 -= q2
+
+
 def test_ensemble_with_vmap() -> None:
     critics = [nn.TwinCritic(5, 3, 8) for _ in range(3)]
     state, action = torch.randn(9, 5), torch.randn(9, 3)
