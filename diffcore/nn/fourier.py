@@ -53,10 +53,10 @@ class RandomFourierFeatures(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        check_positive_int("in_dim", in_dim)
-        check_positive_int("features", features)
+        in_dim = check_positive_int("in_dim", in_dim)
+        features = check_positive_int("features", features)
         check_choice("kind", kind, KINDS)
-        check_number("lengthscale", lengthscale, above=0)
+        lengthscale = check_number("lengthscale", lengthscale, above=0)
         self.in_dim, self.features, self.kind = in_dim, features, kind
         self.out_dim = 2 * features if kind == "cos_sin" else features
         factor = {"sin": 1.0, "cos": math.sqrt(2 / features), "cos_sin": 1 / math.sqrt(features)}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcore.nn.modules import MLP, altered, forced
-from diffcore.ops._checks import as_rows, check_features, check_number
+from diffcore.ops._checks import as_rows, check_features, check_number, check_positive_int
 from diffcore.ops.squashed_gaussian import squashed_gaussian
 from diffcore.ops.squashed_gaussian.reference import bounded, sample
 
@@ -39,8 +39,10 @@ class SquashedGaussian(nn.Module):
     ) -> None:
         super().__init__()
         low, high = log_std_bounds
-        check_number("log_std_bounds[0]", low)
-        check_number("log_std_bounds[1]", high, above=low)
+        low = check_number("log_std_bounds[0]", low)
+        high = check_number("log_std_bounds[1]", high, above=low)
+        state_dim = check_positive_int("state_dim", state_dim)
+        action_dim = check_positive_int("action_dim", action_dim)
         self.state_dim, self.action_dim = state_dim, action_dim
         self.log_std_bounds = (low, high)
         widths = (state_dim, hidden_dim, 2 * action_dim)

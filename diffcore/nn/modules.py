@@ -60,10 +60,10 @@ class MLP(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive_int("in_dim", in_dim)
-        check_positive_int("hidden_dim", hidden_dim)
-        check_positive_int("out_dim", out_dim)
-        check_positive_int("hidden_layers", hidden_layers)
+        in_dim = check_positive_int("in_dim", in_dim)
+        hidden_dim = check_positive_int("hidden_dim", hidden_dim)
+        out_dim = check_positive_int("out_dim", out_dim)
+        hidden_layers = check_positive_int("hidden_layers", hidden_layers)
         check_choice("init", init, _INITS)
         check_compute_dtype(compute_dtype)
         if not isinstance(activation, (str, Sequence)):
@@ -270,9 +270,9 @@ class Denoiser(nn.Module):
         activation: str = "mish",
     ) -> None:
         super().__init__()
-        check_positive_int("state_dim", state_dim)
-        check_positive_int("action_dim", action_dim)
-        check_positive_int("time_dim", time_dim)
+        state_dim = check_positive_int("state_dim", state_dim)
+        action_dim = check_positive_int("action_dim", action_dim)
+        time_dim = check_positive_int("time_dim", time_dim)
         if time_dim % 2:
             raise ValueError(f"time_dim: expected an even number, got {time_dim}")
         self.state_dim, self.action_dim, self.time_dim = state_dim, action_dim, time_dim
@@ -336,8 +336,8 @@ class TwinCritic(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive_int("state_dim", state_dim)
-        check_positive_int("action_dim", action_dim)
+        state_dim = check_positive_int("state_dim", state_dim)
+        action_dim = check_positive_int("action_dim", action_dim)
         self.state_dim, self.action_dim, self.activation = state_dim, action_dim, activation
         widths = (state_dim + action_dim, hidden_dim, 1)
         self.q1, self.q2 = (

@@ -40,9 +40,9 @@ class Psi(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive_int("state_dim", state_dim)
-        check_positive_int("action_dim", action_dim)
-        check_positive_int("feature_dim", feature_dim)
+        state_dim = check_positive_int("state_dim", state_dim)
+        action_dim = check_positive_int("action_dim", action_dim)
+        feature_dim = check_positive_int("feature_dim", feature_dim)
         self.state_dim, self.action_dim, self.feature_dim = state_dim, action_dim, feature_dim
         widths = (state_dim + action_dim, hidden_dim, feature_dim)
         self.trunk = MLP(*widths, hidden_layers, activation, "uniform", compute_dtype)
@@ -98,10 +98,10 @@ class Zeta(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive_int("state_dim", state_dim)
-        check_positive_int("feature_dim", feature_dim)
+        state_dim = check_positive_int("state_dim", state_dim)
+        feature_dim = check_positive_int("feature_dim", feature_dim)
         check_choice("conditioning", conditioning, CONDITIONING)
-        check_positive_int("time_dim", time_dim)
+        time_dim = check_positive_int("time_dim", time_dim)
         if time_dim % 2:
             raise ValueError(f"time_dim: expected an even number, got {time_dim}")
         self.state_dim, self.feature_dim = state_dim, feature_dim
@@ -240,7 +240,7 @@ class TwinRFFCritic(nn.Module):
     ) -> None:
         super().__init__()
         settings = (frequencies, kind, lengthscale, compute_dtype)
-        self.feature_dim = feature_dim
+        self.feature_dim = check_positive_int("feature_dim", feature_dim)
         self.q1 = RFFCritic(feature_dim, hidden_dim, *settings)
         self.q2 = RFFCritic(feature_dim, hidden_dim, *settings)
 

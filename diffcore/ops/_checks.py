@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -29,11 +30,16 @@ def checked_once(check: Callable[..., None]) -> Callable[..., None]:
     return ask
 
 
-def check_positive_int(name: str, value: Any, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+# Numbers of other libraries, NumPy's for instance, are none that an op's schema or a kernel takes:
+# what is checked is given back as Python's own, for those who hand it on.
+
+
+def check_positive_int(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return int(value)
 
 
 def check_number(
@@ -43,8 +49,8 @@ def check_number(
     least: float | None = None,
     above: float | None = None,
     finite: bool = True,
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if math.isnan(value) or (finite and math.isinf(value)):
         raise ValueError(f"{name}: expected a finite number, got {value}")
@@ -52,6 +58,7 @@ def check_number(
         raise ValueError(f"{name}: expected at least {least}, got {value}")
     if above is not None and value <= above:
         raise ValueError(f"{name}: expected more than {above}, got {value}")
+    return float(value)
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:

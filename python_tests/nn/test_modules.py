@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import golden_critic, load_golden, plain_critic, plain_denoiser, plain_mlp
@@ -70,6 +71,31 @@ def test_state_dict_round_trip() -> None:
         second.load_state_dict(first.state_dict())
         for a, b in zip(first.parameters(), second.parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+def test_sizes_from_numpy() -> None:
+    two, three = np.int64(2), np.prod((3,))
+    networks = [
+        nn.MLP(two, three, two, hidden_layers=two),
+        nn.Denoiser(three, two, three, two, time_dim=two),
+        nn.TwinCritic(three, two, three, two),
+        nn.SquashedGaussian(three, two, three, two, log_std_bounds=(np.float32(-5), np.int32(2))),
+        nn.Psi(three, two, three, three),
+        nn.Zeta(three, two, three, time_dim=two),
+        nn.TwinRFFCritic(three, three),
+        nn.RandomFourierFeatures(three, two, lengthscale=np.float32(2)),
+        nn.Temperature(np.float32(0.1)),
+    ]
+    for network in networks:
+        for module in network.modules():
+            for name, value in vars(module).items():
+                assert not isinstance(value, np.generic), (type(module).__name__, name)
+    state, noise = torch.randn(4, 3), torch.randn(4, 2)
+    policy = nn.SquashedGaussian(3, 2, 8, log_std_bounds=(np.float32(-5), np.float32(2)))
+    assert policy.sample(state, noise)[0].shape == (4, 2)
+    for value in (True, np.bool_(True), np.float64(3.0), torch.tensor(3)):
+        with pytest.raises(TypeError, match="^state_dim: expected an integer"):
+            nn.Denoiser(value, 2)
 
 
 # -- values ----------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import ACTIVATIONS, assert_error_at_most_twice_eager
@@ -450,6 +451,52 @@ def layouts(values: Tensor, layout: str) -> Tensor:
     else:
         moved = values.new_empty(*values.shape, 2)[..., 0]
     return moved.copy_(values)
+
+
+NUMBERS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
+    "action_gradient": (
+        {"steps": 3},
+        {"lr": 0.5, "max_norm": 0.25, "eps": 0.125, "low": -2.0, "high": 2.0},
+    ),
+    "reverse_diffusion": ({}, {"noise_scale": 0.5, "clip": 2.0}),
+    "reverse_step": ({}, {"noise_scale": 0.5, "clip": 2.0}),
+    "rff_features": ({}, {"scale": 0.5}),
+    "squashed_gaussian": ({}, {"low": -2.0, "high": 1.0}),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_numbers_of_numpy(name: str, backend: str) -> None:
+    """Are those that they stand for; and truth values are none."""
+    integers, reals = NUMBERS[name]
+    network, state, other = OPS[name].make(Sizes()), torch.randn(4, 5), torch.randn(4, 3)
+
+    def call(**given: Any) -> Tensor:
+        options = {**given, "backend": backend}
+        if name == "action_gradient":
+            return ops.action_gradient(network, state, other, **options)
+        if name == "reverse_diffusion":
+            noise = torch.ones(SCHEDULE.K, 4, 3)
+            return ops.reverse_diffusion(
+                network, SCHEDULE, state, x_init=other, noise=noise, **options
+            )
+        if name == "reverse_step":
+            return ops.reverse_step(other, other, COEFFICIENTS, noise=other, **options)[0]
+        if name == "rff_features":
+            return ops.rff_features(state, *network.parameters(), **options)
+        bounds = options.pop("low"), options.pop("high")
+        arguments = (state, *layers(network), other)
+        return ops.squashed_gaussian(*arguments, log_std_bounds=bounds, **options)[0]
+
+    expected = call(**integers, **reals)
+    for integer, real in ((np.int64, np.float32), (np.uint8, np.float64), (np.int32, np.float16)):
+        given = {k: integer(v) for k, v in integers.items()} | {k: real(v) for k, v in reals.items()}
+        assert torch.equal(call(**given), expected)
+    for number in (True, np.bool_(True)):
+        for wrong in (*integers, *reals):
+            with pytest.raises(TypeError, match="expected a"):
+                call(**{**integers, **reals, wrong: number})
 
 
 class Call(nn.Module):

@@ -82,6 +82,7 @@ def action_gradient(
     state, action = out_of_autocast(critic, state, action)
     settings = (steps, lr, max_norm, optimizer, eps, low, high, clip_mode)
     available, ours, q1, q2 = _support(critic, state, action, *settings, compute_dtype)
+    steps, lr, eps, low, high = int(steps), float(lr), float(eps), float(low), float(high)
     max_norm = None if max_norm is None else float(max_norm)
     chosen = _dispatch.choose("action_gradient", available, backend)
     if chosen != "reference":
@@ -94,13 +95,13 @@ def action_gradient(
             ours.activation,
             _backends.precision(compute_dtype, state),
             steps,
-            float(lr),
+            lr,
             max_norm,
             clip_mode,
             optimizer,
-            float(eps),
-            float(low),
-            float(high),
+            eps,
+            low,
+            high,
             chosen,
         )
     q: Callable[..., Sequence[Tensor]] = critic

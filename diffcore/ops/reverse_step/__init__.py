@@ -52,8 +52,9 @@ def reverse_step(
         clip=clip,
     )
     chosen = _dispatch.choose("reverse_step", available, backend)
+    noise_scale, clip = float(noise_scale), float(clip)
     if chosen != "reference":
-        settings = (coefficients, noise, x0_previous, float(noise_scale), float(clip), chosen)
+        settings = (coefficients, noise, x0_previous, noise_scale, clip, chosen)
         differentiable = [t for t in (x, eps, noise, x0_previous) if t is not None]
         if _native.differentiates(*differentiable):
             return _native.apply(native.ReverseStep, x, eps, *settings)
