@@ -153,20 +153,22 @@ def out_of_autocast(like: Any, *tensors: Any) -> list[Any]:
     """Under torch.autocast, tensors in its lower precision as the dtype of a network or weight.
 
     Layers before an op hand their results on in that precision; the ops choose theirs themselves.
+    Where no weight says it, the other tensors do: the dtype is that of their sum.
     """
-    return [
-        _out_of_autocast(like, tensor)
-        if isinstance(tensor, Tensor) and tensor.dtype in _LOWER_PRECISIONS
-        else tensor
-        for tensor in tensors
-    ]
-
-
-def _out_of_autocast(like: Any, tensor: Tensor) -> Tensor:
+    if not torch._C._is_any_autocast_enabled():
+        return [*tensors]
     weight = next(like.parameters(), None) if isinstance(like, torch.nn.Module) else like
-    if not isinstance(weight, Tensor):
-        return tensor
-    device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensor
-    return tensor.to(weight.dtype)
+    known = (weight,) if isinstance(weight, Tensor) else tensors
+    dtypes = [t.dtype for t in known if isinstance(t, Tensor) and t.is_floating_point()]
+    if not dtypes:
+        return [*tensors]
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    return [t.to(dtype) if _is_from_autocast(t) else t for t in tensors]
+
+
+def _is_from_autocast(value: Any) -> bool:
+    """Whether it is a tensor that one of autocast's layers may have made."""
+    if not isinstance(value, Tensor) or value.dtype not in _LOWER_PRECISIONS:
+        return False
+    device = value.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

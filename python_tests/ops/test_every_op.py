@@ -97,7 +97,7 @@ def soft_value_networks(s: Sizes) -> nn.Module:
 
 def soft_value(networks: Any, r: Rows, **options: Any) -> Results:
     loss, value, log_prob = ops.soft_value(
-        *networks, r["state"], r["noise"], r["state"].new_tensor(0.3), **options
+        *networks, r["state"], r["noise"], r["state"].new_tensor(0.25), **options
     )
     return [value, log_prob], [loss]
 
@@ -497,6 +497,45 @@ def test_numbers_of_numpy(name: str, backend: str) -> None:
         for wrong in (*integers, *reals):
             with pytest.raises(TypeError, match="expected a"):
                 call(**{**integers, **reals, wrong: number})
+
+
+@every_op
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_takes_what_autocast_s_layers_hand_it(name: str, backend: str) -> None:
+    """Each input by itself may come from one: the network, or else the rest, says in what it is."""
+    op = OPS[name]
+    network, rows = op.make(Sizes()), op.rows(Sizes(), 3)
+    options = {} if op.backend == "reference" else {"backend": backend}
+    for given_, values in rows.items():
+        if not values.is_floating_point():
+            continue
+        rounded = rows | {given_: values.bfloat16()}
+        expected = op.call(copy.deepcopy(network), rows | {given_: values.bfloat16().float()})
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ours = op.call(copy.deepcopy(network), rounded, **options)
+        for a, b in zip(ours[0] + ours[1], expected[0] + expected[1], strict=True):
+            if backend == "cpu":
+                assert torch.equal(a, b)
+            else:  # whose products are autocast's
+                assert torch.allclose(a.float(), b, rtol=0.2, atol=0.2)
+
+
+@pytest.mark.parametrize("name", ["denoising_loss", "reverse_diffusion", "action_gradient"])
+def test_so_does_one_of_a_callable(name: str) -> None:
+    op = OPS[name]
+    rows = op.rows(Sizes(), 3)
+
+    class Function(nn.Module):
+        def forward(self, x: Tensor, y: Tensor, *_: Any) -> Any:
+            return (y.square().sum(1, keepdim=True),) if name == "action_gradient" else 0.5 * x
+
+    for given_, values in rows.items():
+        if values.is_floating_point():
+            expected = op.call(Function(), rows | {given_: values.bfloat16().float()})
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                ours = op.call(Function(), rows | {given_: values.bfloat16()})
+            for a, b in zip(ours[0] + ours[1], expected[0] + expected[1], strict=True):
+                assert torch.equal(a, b)
 
 
 class Call(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from diffcore.ops import _backends, _dispatch, _native
-from diffcore.ops._checks import check_like, check_number, check_tensor
+from diffcore.ops._checks import check_like, check_number, check_tensor, out_of_autocast
 from diffcore.ops.reverse_step import native, reference
 
 KERNELS = ("cuda", "triton", "cpu")
@@ -42,6 +42,7 @@ def reverse_step(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device.
     """
+    x, eps, noise, x0_previous = out_of_autocast(None, x, eps, noise, x0_previous)
     available = support(
         x,
         eps,
@@ -74,6 +75,7 @@ def support(
     backend: str | None = None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
+    x, eps, noise, x0_previous = out_of_autocast(None, x, eps, noise, x0_previous)
     check_tensor("x", x, ("B", "A"))
     others = {"eps": eps}
     if noise is not None:
