@@ -82,7 +82,9 @@ struct TensorLook {
   bool on_cpu, floating, float32, contiguous;
   int dimensions;
   int64_t rows, columns;  // the first two sizes
+  int64_t last;           // size
   int64_t count;          // of values
+  int64_t kind;           // the same for the same type and device; below 0: unknown
 };
 
 inline bool is_contiguous(const dlpack::Tensor& t) {
@@ -108,6 +110,8 @@ inline bool look_in_python(py::handle tensor, TensorLook* out) {
   out->count = tensor.attr("numel")().cast<int64_t>();
   out->rows = shape.size() > 0 ? shape[0].cast<int64_t>() : 1;
   out->columns = shape.size() > 1 ? shape[1].cast<int64_t>() : 1;
+  out->last = shape.size() > 0 ? shape[shape.size() - 1].cast<int64_t>() : 1;
+  out->kind = out->on_cpu && out->float32 ? 0 : -1;
   return true;
 }
 
@@ -140,6 +144,9 @@ inline bool look_at(py::handle tensor, TensorLook* out) {
   for (int d = 0; d < t.ndim; ++d) out->count *= t.shape[d];
   out->rows = t.ndim > 0 ? t.shape[0] : 1;
   out->columns = t.ndim > 1 ? t.shape[1] : 1;
+  out->last = t.ndim > 0 ? t.shape[t.ndim - 1] : 1;
+  out->kind =
+      (int64_t{t.device_type} << 32 | int64_t{t.device_id} << 16 | t.type_code << 8 | t.type_bits);
   return has_memory(*out);
 }
 
@@ -312,6 +319,50 @@ inline py::object linear_stack(const py::dict& modules, size_t count, std::optio
   }
   if (out && width != out) return py::none();
   return std::move(result);
+}
+
+// What an object itself has of a name, or null.
+inline PyObject* own(PyObject* object, PyObject* name) {
+  if (!object) return nullptr;
+  const auto attributes =
+      py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object, nullptr));
+  PyObject* const found = attributes ? PyDict_GetItemWithError(attributes.ptr(), name) : nullptr;
+  if (!found) PyErr_Clear();
+  return found;
+}
+
+// The first layer's weight of a diffcore.nn.MLP, or null where it isn't found in its place.
+inline PyObject* first_weight(PyObject* mlp) {
+  static PyObject* const modules = interned("_modules");
+  static PyObject* const names[] = {interned("layers"), interned("_parameters"),
+                                    interned("weight")};
+  PyObject* const parts = own(mlp, modules);
+  if (!parts || !PyDict_Check(parts)) return nullptr;
+  PyObject* const layers = own(PyDict_GetItem(parts, names[0]), modules);
+  PyObject* first;
+  Py_ssize_t position = 0;
+  if (!layers || !PyDict_Check(layers) || !PyDict_Next(layers, &position, nullptr, &first))
+    return nullptr;
+  PyObject* const parameters = own(first, names[1]);
+  return parameters && PyDict_Check(parameters) ? PyDict_GetItem(parameters, names[2]) : nullptr;
+}
+
+// Whether tensors with rows of these widths, as many in each, have the type and device of a
+// diffcore.nn.MLP's weights. A tensor that is alone may have any leading dimensions.
+inline bool inputs_fit(const py::list& tensors, const py::tuple& widths, py::handle mlp) {
+  PyObject* const weight = first_weight(mlp.ptr());
+  TensorLook like, first{}, look;
+  if (!weight || !is_tensor(weight) || !look_at(weight, &like) || !like.floating || like.kind < 0)
+    return false;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (!is_tensor(item(tensors, i).ptr()) || !look_at(item(tensors, i), &look) ||
+        look.kind != like.kind || look.dimensions < 1 || look.last != widths[i].cast<int64_t>())
+      return false;
+    if (tensors.size() > 1 && look.dimensions != 2) return false;
+    if (i == 0) first = look;
+    if (look.rows != first.rows) return false;
+  }
+  return true;
 }
 
 // linear_stack of a diffcore.nn.MLP, whose class is `type`; None as well where that does more than its

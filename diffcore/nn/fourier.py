@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffcore.ops._checks import check_choice, check_features, check_number, check_positive_int
+from diffcore.ops._checks import check_choice, check_number, check_positive_int, checked_inputs
+from diffcore.ops._native import fits
 from diffcore.ops.rff_features import KINDS, rff_features
 
 
@@ -75,9 +76,11 @@ class RandomFourierFeatures(nn.Module):
 
     def forward(self, x: Tensor, *, backend: str | None = None) -> Tensor:
         """``[..., in_dim]`` -> ``[..., out_dim]``, see :func:`diffcore.ops.rff_features`."""
-        check_features("x", x, self.in_dim)
+        omega: Tensor = self.omega
+        if not fits(x, ("B", self.in_dim)) or x.dtype is not omega.dtype:
+            [x] = checked_inputs(self, ("x",), [x], (self.in_dim,))
         return rff_features(
-            x, self.omega, self.bias, kind=self.kind, scale=self.scale, backend=backend
+            x, omega, self.bias, kind=self.kind, scale=self.scale, backend=backend
         )
 
     def extra_repr(self) -> str:

@@ -18,14 +18,16 @@ from torch.nn.functional import mse_loss
 
 from diffcore.ops._activations import ACTIVATIONS
 from diffcore.ops._checks import (
+    INTEGERS,
     check_choice,
     check_compute_dtype,
-    check_features,
+    check_levels,
     check_positive_int,
     check_tensor,
+    checked_inputs,
 )
 from diffcore.ops._compile import has_global_hooks, has_hooks
-from diffcore.ops._native import linear_stack, mlp_stack, mlp_stacks
+from diffcore.ops._native import inputs_fit, linear_stack, mlp_stack, mlp_stacks
 from diffcore.ops.critic_loss import critic_loss
 from diffcore.ops.mlp import mlp
 from diffcore.ops.mlp_ensemble import mlp_ensemble
@@ -89,7 +91,8 @@ class MLP(nn.Module):
         return self._through(self.hidden_layers, x, backend)
 
     def _through(self, layers: int, x: Tensor, backend: str | None) -> Tensor:
-        check_features("x", x, self.in_dim)
+        if not inputs_fit([x], (self.in_dim,), self):
+            [x] = checked_inputs(self, ("x",), [x], (self.in_dim,))
         parameters = self._layers_parameters()[: 2 * layers]
         activations = self.activations[:layers]
         weights, biases = parameters[::2], parameters[1::2]
@@ -308,13 +311,18 @@ class Denoiser(nn.Module):
         return [*time_parameters, *own["trunk"].weights_and_biases(in_dim, action_dim)]
 
     def forward(self, x: Tensor, state: Tensor, t: Tensor, *, backend: str | None = None) -> Tensor:
-        """x ``[B, A]``, state ``[B, S]``, t integer ``[B]`` -> eps ``[B, A]``."""
-        check_features("x", x, self.action_dim)
-        check_features("state", state, self.state_dim)
+        """x ``[B, A]``, state ``[B, S]``, t integer ``[B]`` -> eps ``[B, A]``.
+
+        Any level is taken: a denoiser doesn't know its schedule.
+        """
+        inputs, widths = [x, state], (self.action_dim, self.state_dim)
+        if not inputs_fit(inputs, widths, self._modules["trunk"]):
+            x, state = checked_inputs(self, ("x", "state"), inputs, widths, "B")
+        check_levels(t, "x", x, INTEGERS)
         embedding = time_embedding(t, self.time_dim).to(x.dtype)
         time_features = self.time_mlp(embedding, **forced(backend))
-        inputs = torch.cat([x, time_features, state], dim=-1)
-        eps: Tensor = self.trunk(inputs, **forced(backend))
+        together = torch.cat([x, time_features, state], dim=-1)
+        eps: Tensor = self.trunk(together, **forced(backend))
         return eps
 
 
@@ -398,6 +406,7 @@ class TwinCritic(nn.Module):
         return critic_loss(*arguments, compute_dtype=first.compute_dtype, backend=backend)
 
     def _inputs(self, state: Tensor, action: Tensor) -> Tensor:
-        check_features("state", state, self.state_dim)
-        check_features("action", action, self.action_dim)
-        return torch.cat([state, action], dim=-1)
+        inputs, widths = [state, action], (self.state_dim, self.action_dim)
+        if not inputs_fit(inputs, widths, self._modules["q1"]):
+            inputs = checked_inputs(self, ("state", "action"), inputs, widths)
+        return torch.cat(inputs, dim=-1)

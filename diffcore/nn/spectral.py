@@ -10,8 +10,8 @@ from torch.nn.functional import mse_loss
 
 from diffcore.nn.fourier import RandomFourierFeatures
 from diffcore.nn.modules import MLP, altered, each, forced, time_embedding
-from diffcore.ops._checks import check_choice, check_features, check_positive_int, check_tensor
-from diffcore.ops._native import same_sizes
+from diffcore.ops._checks import check_choice, check_positive_int, check_tensor, checked_inputs
+from diffcore.ops._native import inputs_fit, same_sizes
 from diffcore.ops.critic_loss import critic_loss
 from diffcore.ops.mlp_ensemble import mlp_ensemble
 from diffcore.ops.rff_features import KINDS
@@ -66,9 +66,10 @@ class Psi(nn.Module):
 
     def inputs(self, state: Tensor, action: Tensor) -> Tensor:
         """What enters the trunk."""
-        check_features("state", state, self.state_dim)
-        check_features("action", action, self.action_dim)
-        return torch.cat([state, action], dim=-1)
+        inputs, widths = [state, action], (self.state_dim, self.action_dim)
+        if not inputs_fit(inputs, widths, self._modules["trunk"]):
+            inputs = checked_inputs(self, ("state", "action"), inputs, widths)
+        return torch.cat(inputs, dim=-1)
 
 
 class Zeta(nn.Module):
@@ -146,7 +147,9 @@ class Zeta(nn.Module):
             alpha_bar: abar, ``[B, 1]``.
             level: its index, integer ``[B]``.
         """
-        check_features("perturbed", perturbed, self.state_dim)
+        inputs, widths = [perturbed], (self.state_dim,)
+        if not inputs_fit(inputs, widths, self._modules["trunk"]):
+            [perturbed] = checked_inputs(self, ("perturbed",), inputs, widths)
         condition = alpha_bar
         if self.time_mlp is not None:
             embedding = time_embedding(level, self.time_dim).to(perturbed.dtype)
@@ -248,7 +251,7 @@ class TwinRFFCritic(nn.Module):
         """psi ``[B, feature_dim]`` -> (q1, q2), each ``[B, 1]``."""
         if self._altered_parts() is not None:
             return self.q1(psi, **forced(backend)), self.q2(psi, **forced(backend))
-        check_features("psi", psi, self.q1.head.in_dim)
+        psi = self._checked(psi)
         return each(mlp_ensemble(psi, *self._heads(), **self._settings(backend)))
 
     def loss(
@@ -268,8 +271,15 @@ class TwinRFFCritic(nn.Module):
             q1, q2 = self(psi, **forced(backend))
             check_tensor("target", target, tuple(q1.shape))
             return mse_loss(q1, target) + mse_loss(q2, target), torch.stack([q1, q2]).detach()
-        check_features("psi", psi, self.q1.head.in_dim)
+        psi = self._checked(psi)
         return critic_loss(psi, *self._heads(), target, **self._settings(backend))
+
+    def _checked(self, psi: Tensor) -> Tensor:
+        """psi as an input of the heads."""
+        own: Any = self._modules
+        if not inputs_fit([psi], (self.feature_dim,), own["q1"]._modules["head"]):
+            [psi] = checked_inputs(self, ("psi",), [psi], (self.feature_dim,))
+        return psi
 
     def altered(self) -> str | None:
         """Why a call isn't what the two heads' weights say, in words, or None."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import numbers
 from collections.abc import Callable, Iterable, Sequence
@@ -106,12 +107,30 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
-def check_features(name: str, value: Any, width: int) -> None:
-    """A tensor of any leading dimensions whose last one is this wide."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.shape[-1:] != (width,):
-        raise ValueError(f"{name}: expected shape [..., {width}], got {list(value.shape)}")
+def checked_inputs(
+    module: torch.nn.Module,
+    names: tuple[str, ...],
+    tensors: list[Any],
+    widths: tuple[int, ...],
+    leading: str = "...",
+) -> list[Any]:
+    """Inputs of a module's call: rows of these widths, as many in each, like the module's weights.
+
+    Under autocast they come back in the dtype of the weights. `leading`: the name of the other sizes.
+    """
+    weight = next(itertools.chain(module.parameters(), module.buffers()), None)
+    tensors, kind = out_of_autocast(weight, *tensors), type(module).__name__
+    for name, tensor, width in zip(names, tensors, widths, strict=True):
+        check_tensor(name, tensor, (leading, width))
+        rows = tensors[0].shape[:-1]
+        if tensor.shape[:-1] != rows:
+            raise ValueError(
+                f"{name}: expected shape {[*rows, width]}, as many rows as {names[0]}, "
+                f"got {list(tensor.shape)}"
+            )
+        if weight is not None:
+            check_like(name, tensor, f"the {kind}'s weights", weight)
+    return tensors
 
 
 def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -124,9 +143,15 @@ def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None
         )
 
 
-def check_levels(t: Any, other_name: str, other: Tensor) -> None:
+_INDICES = (torch.int32, torch.int64)  # which torch indexes by
+INTEGERS = (*_INDICES, torch.uint8, torch.int8, torch.int16)
+
+
+def check_levels(
+    t: Any, other_name: str, other: Tensor, dtypes: tuple[torch.dtype, ...] = _INDICES
+) -> None:
     """Noise levels `t`, one for every row of another argument. Their values aren't looked at."""
-    if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64):
+    if not isinstance(t, Tensor) or t.dtype not in dtypes:
         kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"t: expected an integer tensor, got {kind}")
     if t.device != other.device:

@@ -167,6 +167,10 @@ def _quick_look(name: str, unknown: Any) -> Callable[..., Any]:
 #: Whether it is a floating-point tensor of a shape, in which a text stands for any size.
 fits: Callable[[Any, tuple[int | str, ...]], bool] = _quick_look("fits", False)
 
+#: Whether tensors have rows of these widths, as many in each, and the dtype and device of a
+#: diffcore.nn.MLP's weights.
+inputs_fit: Callable[[list[Any], tuple[int, ...], Any], bool] = _quick_look("inputs_fit", False)
+
 #: Whether all of a list's tensors are float32 on the CPU, and where that is asked for contiguous.
 are_float32_on_cpu: Callable[[Any, bool], bool] = _quick_look("are_float32_on_cpu", False)
 

@@ -315,8 +315,93 @@ def test_bad_inputs(call: Callable[[], Any], error: type[Exception], message: st
         call()
 
 
-def denoise(x: Any, state: Any) -> Tensor:
-    return nn.Denoiser(5, 3, 8)(x, state, torch.arange(9))
+def denoise(x: Any, state: Any, t: Any = None) -> Tensor:
+    return nn.Denoiser(5, 3, 8)(x, state, torch.arange(9) if t is None else t)
+
+
+S, A = torch.ones(9, 5), torch.ones(9, 3)
+
+
+@pytest.mark.parametrize("change", ["float64", "float32", "rows", "kind"])
+@pytest.mark.parametrize("argument", range(2))
+@pytest.mark.parametrize("module", ["critic", "loss", "denoiser", "policy", "psi", "mlp", "twins"])
+def test_bad_inputs_are_named(module: str, argument: int, change: str) -> None:
+    """By the module's own names for them, with what came and what was expected."""
+    policy, psi, rff = nn.SquashedGaussian(5, 3, 8), nn.Psi(5, 3, 6, 8), nn.TwinRFFCritic(5, 8)
+    critic, denoiser, mlp = nn.TwinCritic(5, 3, 8), nn.Denoiser(5, 3, 8), nn.MLP(5, 8, 3)
+    kind, names, call = {
+        "critic": (critic, ["state", "action"], critic),
+        "loss": (critic, ["state", "action"], lambda s, a: critic.loss(s, a, torch.ones(9, 1))),
+        "denoiser": (denoiser, ["state", "x"], lambda s, x: denoiser(x, s, torch.arange(9))),
+        "policy": (policy, ["state", "noise"], policy.sample),
+        "psi": (psi, ["state", "action"], psi),
+        "mlp": (mlp, ["x", "x"], lambda x, _: mlp(x)),
+        "twins": (rff, ["psi", "psi"], lambda x, _: rff(x)),
+    }[module]
+    if module in ("mlp", "twins") and (argument or change == "rows"):
+        pytest.skip("it has one input")
+    given, message = [S, A], "expected torch.float32 .*, got torch.float64"
+    name = names[argument]
+    if change == "float64":
+        given[argument] = given[argument].double()
+    elif change == "float32":
+        kind.double()
+        given[1 - argument] = given[1 - argument].double()
+        message = "expected torch.float64 .*, got torch.float32"
+    elif change == "rows":
+        given[argument] = given[argument][:2]
+        message = "expected shape .*, got "
+        name = "(state|action|noise|x)"
+    else:
+        given[argument] = given[argument].long()
+        message = "expected a floating-point tensor, got torch.int64"
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: {message}"):
+        call(*given)
+
+
+@pytest.mark.parametrize(
+    ("t", "error", "message"),
+    [
+        (3, TypeError, "^t: expected an integer tensor, got int"),
+        (torch.tensor(3), ValueError, r"^t: expected shape \[9\], got \[\]"),
+        (torch.tensor([3]), ValueError, r"^t: expected shape \[9\], got \[1\]"),
+        (torch.ones(9), TypeError, "^t: expected an integer tensor, got torch.float32"),
+        (torch.ones(9, dtype=torch.bool), TypeError, "^t: .* got torch.bool"),
+        ([3] * 9, TypeError, "^t: expected an integer tensor, got list"),
+    ],
+)
+def test_bad_levels_are_named(t: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        denoise(A, S, t)
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        assert torch.equal(denoise_alike(torch.arange(9).to(dtype)), denoise_alike(torch.arange(9)))
+
+
+def denoise_alike(t: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    return denoise(A, S, t)
+
+
+@pytest.mark.parametrize(
+    ("noise", "error", "message"),
+    [
+        (None, TypeError, "^noise: expected a tensor, got NoneType"),
+        (torch.ones(9, 2), ValueError, r"^noise: expected shape \[\.\.\., 3\], got \[9, 2\]"),
+        (torch.ones(4, 3), ValueError, r"^noise: expected shape \[9, 3\], got \[4, 3\]"),
+        (torch.ones(2, 9, 3), ValueError, r"^noise: expected shape \[9, 3\], got \[2, 9, 3\]"),
+    ],
+)
+def test_bad_noise_is_named(noise: Any, error: type[Exception], message: str) -> None:
+    policy = nn.SquashedGaussian(5, 3, 8)
+    with pytest.raises(error, match=message):
+        policy.sample(S, noise)
+    policy.register_forward_hook(lambda *_: None)
+    with pytest.raises(error, match=message):
+        policy.sample(S, noise)
+    for shape in ((3,), (1, 3), (9, 3)):
+        action, log_prob = policy.sample(S, torch.ones(shape))
+        assert action.shape == (9, 3)
+        assert log_prob.shape == (9, 1)
 
 
 def value(state: Any, action: Any) -> Any:

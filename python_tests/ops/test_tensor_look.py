@@ -265,6 +265,33 @@ def test_several_mlps_of_a_module(way: str) -> None:
     assert hooked.unaltered_networks() is None
 
 
+def test_inputs_of_a_network(way: str) -> None:
+    state, action, mlp = torch.randn(4, 5), torch.randn(4, 3), MLP(8, 5, 2)
+    look = core.inputs_fit
+    assert look([state, action], (5, 3), mlp)
+    assert look([state[None]], (5,), mlp)  # alone, of any leading dimensions
+    assert look([state[0]], (5,), mlp)
+    assert look([state.t().contiguous().t(), action[:, ::1]], (5, 3), mlp)
+    for tensors, widths in (
+        ([state, action], (5, 4)),
+        ([state[:1], action], (5, 3)),
+        ([state[None], action[None]], (5, 3)),
+        ([state.double(), action], (5, 3)),
+        ([state.long(), action], (5, 3)),
+        ([state.to("meta"), action], (5, 3)),
+        ([state.numpy(), action], (5, 3)),
+        ([state, None], (5, 3)),
+        ([state[0, 0]], (1,)),
+    ):
+        assert not look(tensors, widths, mlp)
+    assert not look([state], (5,), MLP(8, 5, 2).double())
+    assert look([state.double()], (5,), MLP(8, 5, 2).double()) is (way == "dlpack")
+    for other in (None, object(), nn.Linear(5, 2), nn.Sequential(nn.Linear(5, 2))):
+        assert not look([state], (5,), other)
+    mlp.layers[0] = nn.Dropout()
+    assert not look([state], (5,), mlp)
+
+
 @pytest.mark.parametrize("register", GLOBAL_REGISTRATIONS)
 def test_global_hooks_take_a_closer_look(way: str, register: Callable[[Any], Any]) -> None:
     """At what a call would meet them: of networks run by their weights alone there is none."""
