@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from diffcore.ops import _flops
 from diffcore.ops._compile import GLOBAL_HOOKS
 
 _core: Any
@@ -75,6 +76,8 @@ def op(name: str, *, differentiable: bool = True) -> Callable[[Callable[..., Any
         @functools.wraps(function)
         def call(*args: Any) -> Any:
             if torch.compiler.is_compiling() or _dispatching(args):
+                if not torch.compiler.is_compiling():
+                    _flops.teach_counters()
                 if differentiable:
                     return dispatched(*args)
                 with torch.no_grad():

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ACTIVATIONS, assert_error_at_most_twice_eager
+from helpers import ACTIVATIONS, assert_error_at_most_twice_eager, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffcore import DiffusionSchedule, ops
 from diffcore.nn import MLP, Denoiser, Psi, SquashedGaussian, TwinCritic, TwinRFFCritic
@@ -584,6 +585,56 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "diffcore":
             self.calls.append((func, args))
         return func(*args, **(kwargs or {}))
+
+
+class Counter(Recorder):
+    """Counts by torch's formulas, without the hooks by which its counter follows modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counter = FlopCounterMode(display=False)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        return self.counter._count_flops(func._overloadpacket, out, args, kwargs or {})
+
+
+@pytest.mark.parametrize("name", [n for n in OPS if n != "representation_step"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_counted_operations_are_the_reference_s(name: str, frozen: bool) -> None:
+    if frozen and name == "reverse_diffusion":
+        pytest.skip("its way back computes the gradients of frozen parameters as well")
+    op = OPS[name]
+    network, rows = op.make(Sizes()), op.rows(Sizes(), 5)
+    network.requires_grad_(not frozen and name != "soft_value")
+    if name == "soft_value":
+        network[0].requires_grad_(not frozen)
+    counts = []
+    for backend in dict.fromkeys((op.backend, "reference")):
+        leaves = {k: v.requires_grad_() for k, v in rows.items() if k in op.differentiable}
+        with Counter() as mode:
+            by_row, of_all = op.call(network, {**rows, **leaves}, backend=backend)
+            values = [r for r in (*by_row, *of_all) if r.requires_grad]
+            if values:
+                sum(map(weighted_sum, values)).backward()
+        counts.append(mode.counter.get_total_flops())
+        assert backend == "reference" or mode.calls
+    assert len({*counts}) == 1
+    assert counts[0] or not list(network.parameters())
+
+
+def test_torch_s_counter_counts_the_ops() -> None:
+    """Also one that was made before the first of them was called."""
+    script = """
+import torch, sys
+from diffcore import ops
+print("torch.utils.flop_counter" in sys.modules)
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    ops.rff_features(torch.ones(4, 3), torch.ones(5, 3), backend="cpu")
+print(counter.get_total_flops())
+"""
+    assert run_script(script).stdout == f"False\n{2 * 4 * 3 * 5}\n"
 
 
 @pytest.mark.parametrize("name", [n for n in OPS if n not in ("q_sample", "representation_step")])

@@ -11,6 +11,7 @@ from torch import Tensor
 from diffcore.ops import _native
 from diffcore.ops._activations import ACTIVATIONS
 from diffcore.ops._compile import constant_under_compile
+from diffcore.ops._flops import flops, mlps, mlps_backward
 from diffcore.ops.mlp import native as mlp
 
 
@@ -259,6 +260,37 @@ def _(
         state.new_empty(steps, *grad_actions.shape),
         *[p.new_empty(p.shape) for p in parameters],
     ]
+
+
+@flops("reverse_diffusion")
+def _(
+    state: Any,
+    x_init: Any,
+    noise: Any,
+    seed: Any,
+    parameters: Any,
+    coefficients: Any,
+    *_: Any,
+    **out: Any,
+) -> int:
+    return coefficients[0] * mlps(state[0], parameters)
+
+
+@flops("reverse_diffusion_backward")
+def _(
+    grad_actions: Any,
+    trajectory: Any,
+    state: Any,
+    parameters: Any,
+    coefficients: Any,
+    *_: Any,
+    **out: Any,
+) -> int:
+    time_mlp, trunk = parameters[:4], parameters[4:]
+    return coefficients[0] * (
+        mlps_backward(state[0], time_mlp, 2, False, True)
+        + mlps_backward(state[0], trunk, len(trunk) // 2, True, True)
+    )
 
 
 @_native.vmap("reverse_diffusion_backward")
