@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -137,7 +138,7 @@ class DiffusionSchedule:
 
         betas are limited to 0.999.
         """
-        _check_steps(K)
+        K = _check_steps(K)
         u = torch.arange(K + 1, dtype=torch.float64, device="cpu") / K
         abar = torch.cos((u + 0.008) / 1.008 * (math.pi / 2)) ** 2
         return DiffusionSchedule((1 - abar[1:] / abar[:-1]).clamp(max=0.999))
@@ -145,7 +146,7 @@ class DiffusionSchedule:
     @staticmethod
     def linear(K: int, beta_min: float = 1e-4, beta_max: float = 2e-2) -> DiffusionSchedule:
         """Ho et al. 2020: betas evenly spaced from ``beta_min`` to ``beta_max``."""
-        _check_steps(K)
+        K = _check_steps(K)
         return DiffusionSchedule(
             torch.linspace(beta_min, beta_max, K, dtype=torch.float64, device="cpu")
         )
@@ -156,7 +157,7 @@ class DiffusionSchedule:
 
         alpha_t = exp(-b_min / K - (b_max - b_min) (2 t - 1) / (2 K^2)), t = 1 .. K.
         """
-        _check_steps(K)
+        K = _check_steps(K)
         t = torch.arange(1, K + 1, dtype=torch.float64, device="cpu")
         alphas = torch.exp(-b_min / K - 0.5 * (b_max - b_min) * (2 * t - 1) / K**2)
         return DiffusionSchedule(1 - alphas)
@@ -168,7 +169,7 @@ class DiffusionSchedule:
         The first and last levels are replaced by their neighbours before the betas are formed, so
         that no level is noiseless or pure noise; K is at least 3.
         """
-        _check_steps(K, least=3)
+        K = _check_steps(K, least=3)
         if not (a > 0 and b > 0 and math.isfinite(a) and math.isfinite(b)):
             raise ValueError(f"a, b: expected positive finite numbers, got a={a}, b={b}")
         return DiffusionSchedule.from_alphas_cumprod(_beta_cdf_levels(K, a, b))
@@ -222,7 +223,7 @@ class DiffusionSchedule:
             raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {name!r}")
         if steps is None:
             steps = self.K
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= self.K:
+        if not _is_integer(steps) or not 1 <= steps <= self.K:
             raise ValueError(
                 f"steps: expected an integer in 1..{self.K} (the schedule's K), got {steps!r}"
             )
@@ -232,7 +233,7 @@ class DiffusionSchedule:
             raise ValueError(f"eta: only ddim has it, got eta={eta} for {name}")
         if not 0.0 <= eta <= 1.0:
             raise ValueError(f"eta: expected a number in [0, 1], got {eta}")
-        return _solver_table(self, name, steps, eta)
+        return _solver_table(self, name, int(steps), float(eta))
 
 
 def _check_vector(name: str, value: Tensor) -> None:
@@ -243,11 +244,17 @@ def _check_vector(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: expected a non-empty vector, got shape {list(value.shape)}")
 
 
-def _check_steps(K: int, least: int = 1) -> None:
-    if isinstance(K, bool) or not isinstance(K, int):
+def _check_steps(K: int, least: int = 1) -> int:
+    if not _is_integer(K):
         raise TypeError(f"K: expected an integer, got {type(K).__name__}")
     if K < least:
         raise ValueError(f"K: expected at least {least}, got {K}")
+    return int(K)
+
+
+def _is_integer(value: object) -> bool:
+    """Whether it counts something: NumPy's integers do, truth values don't."""
+    return isinstance(value, (int, Integral)) and not isinstance(value, bool)
 
 
 def _beta_cdf_levels(K: int, a: float, b: float) -> Tensor:

@@ -82,14 +82,13 @@ def test_explain_names_the_fastest_backend(op: str) -> None:
 
 @pytest.mark.parametrize("op", ["action_gradient", "reverse_diffusion"])
 def test_explain_says_why_not(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "NATIVE_ACTIVATIONS", ("identity", "mish"))
+    monkeypatch.setattr(_native, "NATIVE_ACTIVATIONS", ("identity", "gelu"))
     network, *rest = arguments()[op]
-    network.activation = "gelu"
     answer = diffcore.explain(op, network, *rest)
     assert answer.backend == "reference"
     assert str(answer).splitlines() == [
         f"{op}: runs on 'reference'",
-        "  not on 'cpu': activation 'gelu' has no CPU kernel",
+        "  not on 'cpu': activation 'mish' has no CPU kernel",
     ]
 
 

@@ -116,6 +116,18 @@ def test_schedule_keeps_its_own_copy() -> None:
     assert schedule.betas.tolist() == [0.1, 0.2]
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear", "vp", "beta_cdf"])
+def test_numbers_of_numpy(name: str) -> None:
+    build = getattr(DiffusionSchedule, name)
+    schedule = build(np.int64(8))
+    assert schedule == build(8)
+    table = schedule.solver("ddim", steps=np.int32(5), eta=np.float32(0.5))
+    assert table is schedule.solver("ddim", steps=5, eta=0.5)
+    for value in (np.bool_(True), np.float64(8.0)):
+        with pytest.raises(TypeError, match="^K: expected an integer"):
+            build(value)
+
+
 def test_repr_is_one_short_line() -> None:
     assert repr(DiffusionSchedule.linear(4, 0.1, 0.4)) == (
         "<DiffusionSchedule K=4, betas 0.1 to 0.4, alphas_cumprod 0.9 to 0.3024>"

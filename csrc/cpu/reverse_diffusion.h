@@ -8,7 +8,7 @@
 // A batch too small for a tile a thread is one tile, and there the weights are all there is to read:
 // a team of threads shares out every wide layer's columns, and each thread reads its part of the
 // weights from its own L2. All the rest is thin, and done by every thread for itself: the same
-// instructions on the same numbers, so that all threads agree on x without a word.
+// instructions on the same numbers, so that all threads agree on x without communicating.
 #pragma once
 
 #include "philox.h"

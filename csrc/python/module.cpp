@@ -770,6 +770,7 @@ PYBIND11_MODULE(_core, m) {
       .value("adam", ActionOptimizer::adam)
       .value("ascent", ActionOptimizer::ascent);
   m.def("use_torch", &use_torch);
+  m.def("inputs_fit", &inputs_fit);
   m.def("fits", &fits);
   m.def("lacks_memory", &lacks_memory);
   m.def("are_plain", &are_plain);

@@ -57,18 +57,21 @@ inline PyObject* interned(const char* name) { return PyUnicode_InternFromString(
 struct Torch {
   PyTypeObject *tensor, *parameter, *linear;
   PyObject *float32, *is_neg;
+  PyObject* global_hooks;          // a tuple of dictionaries
   const dlpack::ExchangeApi* api;  // null: torch has none
 };
 inline Torch torch_types{};
 
-// `exchange_api`: torch.Tensor.__dlpack_c_exchange_api__, or None.
+// `global_hooks`: torch's dictionaries of hooks that every module's call meets. `exchange_api`:
+// torch.Tensor.__dlpack_c_exchange_api__, or None.
 inline void use_torch(py::type tensor, py::type parameter, py::type linear, py::object float32,
-                      py::object exchange_api) {
+                      py::tuple global_hooks, py::object exchange_api) {
   torch_types.is_neg = py::object(tensor.attr("is_neg")).release().ptr();
   torch_types.tensor = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
   torch_types.parameter = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
   torch_types.linear = reinterpret_cast<PyTypeObject*>(linear.release().ptr());
   torch_types.float32 = float32.release().ptr();
+  torch_types.global_hooks = global_hooks.release().ptr();
   torch_types.api = nullptr;
   if (!PyCapsule_IsValid(exchange_api.ptr(), "dlpack_exchange_api")) return;
   const auto* api = static_cast<const dlpack::ExchangeApi*>(
@@ -81,7 +84,9 @@ struct TensorLook {
   bool on_cpu, floating, float32, contiguous;
   int dimensions;
   int64_t rows, columns;  // the first two sizes
+  int64_t last;           // size
   int64_t count;          // of values
+  int64_t kind;           // the same for the same type and device; below 0: unknown
   int64_t bytes;          // from the first value to behind the last
 };
 
@@ -119,6 +124,8 @@ inline bool look_in_python(py::handle tensor, TensorLook* out) {
   out->count = tensor.attr("numel")().cast<int64_t>();
   out->rows = shape.size() > 0 ? shape[0].cast<int64_t>() : 1;
   out->columns = shape.size() > 1 ? shape[1].cast<int64_t>() : 1;
+  out->last = shape.size() > 0 ? shape[shape.size() - 1].cast<int64_t>() : 1;
+  out->kind = out->on_cpu && out->float32 ? 0 : -1;
   out->bytes = tensor.attr("element_size")().cast<int64_t>() *
                extent(
                    out->dimensions, [&](int d) { return shape[d].cast<int64_t>(); },
@@ -155,6 +162,9 @@ inline bool look_at(py::handle tensor, TensorLook* out) {
   for (int d = 0; d < t.ndim; ++d) out->count *= t.shape[d];
   out->rows = t.ndim > 0 ? t.shape[0] : 1;
   out->columns = t.ndim > 1 ? t.shape[1] : 1;
+  out->last = t.ndim > 0 ? t.shape[t.ndim - 1] : 1;
+  out->kind =
+      (int64_t{t.device_type} << 32 | int64_t{t.device_id} << 16 | t.type_code << 8 | t.type_bits);
   out->bytes =
       t.type_bits * t.type_lanes / 8 *
       extent(t.ndim, [&](int d) { return t.shape[d]; }, [&](int d) { return t.strides[d]; });
@@ -298,6 +308,13 @@ inline bool same_sizes(py::handle tensors, py::handle others) {
   return true;
 }
 
+// Whether there are hooks that a call of any module meets.
+inline bool has_global_hooks() {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(torch_types.global_hooks); ++i)
+    if (PyDict_Size(PyTuple_GET_ITEM(torch_types.global_hooks, i)) > 0) return true;
+  return false;
+}
+
 // Whether a module is exactly of a class, without hooks or a forward of its own.
 inline bool is_unaltered(PyObject* module, PyTypeObject* type) {
   static PyObject* const names[] = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
@@ -348,6 +365,50 @@ inline py::object linear_stack(const py::dict& modules, size_t count, std::optio
   return std::move(result);
 }
 
+// What an object itself has of a name, or null.
+inline PyObject* own(PyObject* object, PyObject* name) {
+  if (!object) return nullptr;
+  const auto attributes =
+      py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object, nullptr));
+  PyObject* const found = attributes ? PyDict_GetItemWithError(attributes.ptr(), name) : nullptr;
+  if (!found) PyErr_Clear();
+  return found;
+}
+
+// The first layer's weight of a diffcore.nn.MLP, or null where it isn't found in its place.
+inline PyObject* first_weight(PyObject* mlp) {
+  static PyObject* const modules = interned("_modules");
+  static PyObject* const names[] = {interned("layers"), interned("_parameters"),
+                                    interned("weight")};
+  PyObject* const parts = own(mlp, modules);
+  if (!parts || !PyDict_Check(parts)) return nullptr;
+  PyObject* const layers = own(PyDict_GetItem(parts, names[0]), modules);
+  PyObject* first;
+  Py_ssize_t position = 0;
+  if (!layers || !PyDict_Check(layers) || !PyDict_Next(layers, &position, nullptr, &first))
+    return nullptr;
+  PyObject* const parameters = own(first, names[1]);
+  return parameters && PyDict_Check(parameters) ? PyDict_GetItem(parameters, names[2]) : nullptr;
+}
+
+// Whether tensors with rows of these widths, as many in each, have the type and device of a
+// diffcore.nn.MLP's weights. A tensor that is alone may have any leading dimensions.
+inline bool inputs_fit(const py::list& tensors, const py::tuple& widths, py::handle mlp) {
+  PyObject* const weight = first_weight(mlp.ptr());
+  TensorLook like, first{}, look;
+  if (!weight || !is_tensor(weight) || !look_at(weight, &like) || !like.floating || like.kind < 0)
+    return false;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (!is_tensor(item(tensors, i).ptr()) || !look_at(item(tensors, i), &look) ||
+        look.kind != like.kind || look.dimensions < 1 || look.last != widths[i].cast<int64_t>())
+      return false;
+    if (tensors.size() > 1 && look.dimensions != 2) return false;
+    if (i == 0) first = look;
+    if (look.rows != first.rows) return false;
+  }
+  return true;
+}
+
 // linear_stack of a diffcore.nn.MLP, whose class is `type`; None as well where that does more than its
 // layers, by a hook for instance.
 inline py::object mlp_stack(py::handle mlp, py::type type, std::optional<int64_t> in,
@@ -378,11 +439,14 @@ inline bool has_activation(py::handle mlp, py::handle activation) {
 }
 
 // mlp_stack of each of some MLPs that a module of class `type` has: their names, inputs and outputs. None
-// as well where that module does more, or an MLP has other activations than this.
+// as well where that module does more, an MLP has other activations than this, or a call of them would meet
+// global hooks.
 inline py::object mlp_stacks(py::handle module, py::type type, const py::tuple& networks,
                              py::type mlp_type, py::handle activation) {
   static PyObject* const modules = interned("_modules");
-  if (!is_unaltered(module.ptr(), reinterpret_cast<PyTypeObject*>(type.ptr()))) return py::none();
+  if (has_global_hooks() ||
+      !is_unaltered(module.ptr(), reinterpret_cast<PyTypeObject*>(type.ptr())))
+    return py::none();
   const py::object own = module.attr(modules);
   py::list result(networks.size());
   for (size_t i = 0; i < networks.size(); ++i) {

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffcore.ops._checks import check_choice, check_features, check_number, check_positive_int
+from diffcore.ops._checks import check_choice, check_number, check_positive_int, checked_inputs
+from diffcore.ops._native import fits
 from diffcore.ops.rff_features import KINDS, rff_features
 
 
@@ -53,10 +54,10 @@ class RandomFourierFeatures(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        check_positive_int("in_dim", in_dim)
-        check_positive_int("features", features)
+        in_dim = check_positive_int("in_dim", in_dim)
+        features = check_positive_int("features", features)
         check_choice("kind", kind, KINDS)
-        check_number("lengthscale", lengthscale, above=0)
+        lengthscale = check_number("lengthscale", lengthscale, above=0)
         self.in_dim, self.features, self.kind = in_dim, features, kind
         self.out_dim = 2 * features if kind == "cos_sin" else features
         factor = {"sin": 1.0, "cos": math.sqrt(2 / features), "cos_sin": 1 / math.sqrt(features)}
@@ -75,9 +76,11 @@ class RandomFourierFeatures(nn.Module):
 
     def forward(self, x: Tensor, *, backend: str | None = None) -> Tensor:
         """``[..., in_dim]`` -> ``[..., out_dim]``, see :func:`diffcore.ops.rff_features`."""
-        check_features("x", x, self.in_dim)
+        omega: Tensor = self.omega
+        if not fits(x, ("B", self.in_dim)) or x.dtype is not omega.dtype:
+            [x] = checked_inputs(self, ("x",), [x], (self.in_dim,))
         return rff_features(
-            x, self.omega, self.bias, kind=self.kind, scale=self.scale, backend=backend
+            x, omega, self.bias, kind=self.kind, scale=self.scale, backend=backend
         )
 
     def extra_repr(self) -> str:
@@ -102,4 +105,4 @@ def _orthogonal_frequencies(
     lengths = torch.randn(blocks, in_dim, in_dim, generator=generator, dtype=torch.float64).norm(
         dim=2, keepdim=True
     )
-    return (lengths * rotations).reshape(-1, in_dim)[:features].float()
+    return (lengths * rotations).reshape(-1, in_dim)[:features].to(torch.get_default_dtype())

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from diffcore.nn.modules import MLP, altered, forced
-from diffcore.ops._checks import as_rows, check_features, check_number
+from diffcore.ops._checks import (
+    as_rows,
+    check_like,
+    check_number,
+    check_positive_int,
+    check_tensor,
+    checked_inputs,
+    out_of_autocast,
+)
+from diffcore.ops._native import inputs_fit
 from diffcore.ops.squashed_gaussian import squashed_gaussian
 from diffcore.ops.squashed_gaussian.reference import bounded, sample
 
@@ -39,8 +48,10 @@ class SquashedGaussian(nn.Module):
     ) -> None:
         super().__init__()
         low, high = log_std_bounds
-        check_number("log_std_bounds[0]", low)
-        check_number("log_std_bounds[1]", high, above=low)
+        low = check_number("log_std_bounds[0]", low)
+        high = check_number("log_std_bounds[1]", high, above=low)
+        state_dim = check_positive_int("state_dim", state_dim)
+        action_dim = check_positive_int("action_dim", action_dim)
         self.state_dim, self.action_dim = state_dim, action_dim
         self.log_std_bounds = (low, high)
         widths = (state_dim, hidden_dim, 2 * action_dim)
@@ -59,7 +70,8 @@ class SquashedGaussian(nn.Module):
 
     def forward(self, state: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
         """state ``[B, S]`` -> mean and log standard deviation before the tanh, ``[B, A]`` each."""
-        check_features("state", state, self.state_dim)
+        if not inputs_fit([state], (self.state_dim,), self._modules["trunk"]):
+            [state] = checked_inputs(self, ("state",), [state], (self.state_dim,))
         mean, raw = self.trunk(state, **forced(backend)).chunk(2, dim=-1)
         return mean, bounded(raw, self.log_std_bounds)
 
@@ -75,13 +87,13 @@ class SquashedGaussian(nn.Module):
         Both are differentiable in the parameters and in ``state`` (the reparameterised sample), on a
         backend of :func:`diffcore.ops.squashed_gaussian`.
         """
+        inputs, widths = [state, noise], (self.state_dim, self.action_dim)
+        if not inputs_fit(inputs, widths, self._modules["trunk"]):
+            state, noise = self._checked(state, noise)
         if self.altered() is not None:
             mean, log_std = self(state, **forced(backend))
             return sample(mean, log_std, noise)
-        check_features("state", state, self.state_dim)
         parameters, rows = self.weights_and_biases(), state.shape[:-1]
-        if state.ndim != 2 or noise.shape[:-1] != rows:
-            noise = noise.expand(*rows, self.action_dim)
         action, log_prob = squashed_gaussian(
             as_rows(state),
             parameters[::2],
@@ -95,6 +107,20 @@ class SquashedGaussian(nn.Module):
         if state.ndim == 2:
             return action, log_prob
         return action.reshape(*rows, -1), log_prob.reshape(*rows, 1)
+
+    def _checked(self, state: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """As inputs of a sample, with noise for every row."""
+        [state] = checked_inputs(self, ("state",), [state], (self.state_dim,))
+        [noise] = out_of_autocast(self, noise)
+        check_tensor("noise", noise, ("...", self.action_dim))
+        check_like("noise", noise, "state", state)
+        shape = (*state.shape[:-1], self.action_dim)
+        try:
+            return state, noise.expand(shape)
+        except RuntimeError:
+            raise ValueError(
+                f"noise: expected shape {list(shape)}, got {list(noise.shape)}"
+            ) from None
 
 
 class Temperature(nn.Module):

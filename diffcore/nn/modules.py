@@ -18,14 +18,16 @@ from torch.nn.functional import mse_loss
 
 from diffcore.ops._activations import ACTIVATIONS
 from diffcore.ops._checks import (
+    INTEGERS,
     check_choice,
     check_compute_dtype,
-    check_features,
+    check_levels,
     check_positive_int,
     check_tensor,
+    checked_inputs,
 )
-from diffcore.ops._compile import has_hooks
-from diffcore.ops._native import linear_stack, mlp_stack, mlp_stacks
+from diffcore.ops._compile import has_global_hooks, has_hooks
+from diffcore.ops._native import inputs_fit, linear_stack, mlp_stack, mlp_stacks
 from diffcore.ops.critic_loss import critic_loss
 from diffcore.ops.mlp import mlp
 from diffcore.ops.mlp_ensemble import mlp_ensemble
@@ -45,7 +47,8 @@ class MLP(nn.Module):
             network, such as losses, are told by an argument of their own.
 
     The layers hold weights and aren't called. Parametrized ones, such as weight_norm makes, work;
-    hooks on a layer, a layer of another kind or one without a bias are refused.
+    hooks on a layer, a layer of another kind or one without a bias are refused. Hooks for all modules
+    (``torch.nn.modules.module.register_module_forward_hook``) don't meet them.
     """
 
     def __init__(
@@ -59,10 +62,10 @@ class MLP(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive_int("in_dim", in_dim)
-        check_positive_int("hidden_dim", hidden_dim)
-        check_positive_int("out_dim", out_dim)
-        check_positive_int("hidden_layers", hidden_layers)
+        in_dim = check_positive_int("in_dim", in_dim)
+        hidden_dim = check_positive_int("hidden_dim", hidden_dim)
+        out_dim = check_positive_int("out_dim", out_dim)
+        hidden_layers = check_positive_int("hidden_layers", hidden_layers)
         check_choice("init", init, _INITS)
         check_compute_dtype(compute_dtype)
         if not isinstance(activation, (str, Sequence)):
@@ -88,7 +91,8 @@ class MLP(nn.Module):
         return self._through(self.hidden_layers, x, backend)
 
     def _through(self, layers: int, x: Tensor, backend: str | None) -> Tensor:
-        check_features("x", x, self.in_dim)
+        if not inputs_fit([x], (self.in_dim,), self):
+            [x] = checked_inputs(self, ("x",), [x], (self.in_dim,))
         parameters = self._layers_parameters()[: 2 * layers]
         activations = self.activations[:layers]
         weights, biases = parameters[::2], parameters[1::2]
@@ -111,7 +115,7 @@ class MLP(nn.Module):
         """
         if (parameters := mlp_stack(self, MLP, in_dim, out_dim)) is not None:
             return parameters
-        if (why := altered(self, MLP)) is not None:
+        if (why := _altered_itself(self, MLP)) is not None:
             raise TypeError(f"{why}, but is run by its weights alone")
         return self._layers_parameters(in_dim, out_dim)
 
@@ -127,7 +131,7 @@ class MLP(nn.Module):
         width: int | None = None
         layer: Any
         for i, layer in enumerate(layers._modules.values()):
-            if (why := altered(layer, nn.Linear)) is not None:
+            if (why := _altered_itself(layer, nn.Linear)) is not None:
                 raise TypeError(f"MLP.layers[{i}]: {why}, but is run by its weights alone")
             own = layer._parameters
             weight, bias = own.get("weight"), own.get("bias")
@@ -165,6 +169,13 @@ def forced(backend: str | None) -> dict[str, Any]:
 
 def altered(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """What a call of ``module`` does beside what a ``kind`` with its weights does, or None."""
+    if has_global_hooks():
+        return "hooks are registered for all modules"
+    return _altered_itself(module, kind)
+
+
+def _altered_itself(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """The same, without what a call of any module does: of one that isn't called anyway."""
     if type(module).forward is not kind.forward or "forward" in module.__dict__:
         return f"{type(module).__name__} has a forward that isn't {kind.__name__}'s"
     if has_hooks(module):
@@ -192,6 +203,16 @@ def _differ(one: Any, other: Any) -> bool:
     return bool(
         one.activations != other.activations or one.compute_dtype != other.compute_dtype
     )
+
+
+def each(q: Tensor) -> tuple[Tensor, Tensor]:
+    """q1 and q2 of ``[2, ...]``, to do with what one likes.
+
+    Autograd has one node for either way, but refuses to change unbind's views in place.
+    """
+    split: Any = torch.unbind_copy  # of which torch's annotation says that it returns nothing
+    q1, q2 = split(q, 0) if q.requires_grad else q.unbind(0)
+    return q1, q2
 
 
 _INITS = ("truncated_normal", "uniform", "orthogonal")
@@ -252,9 +273,9 @@ class Denoiser(nn.Module):
         activation: str = "mish",
     ) -> None:
         super().__init__()
-        check_positive_int("state_dim", state_dim)
-        check_positive_int("action_dim", action_dim)
-        check_positive_int("time_dim", time_dim)
+        state_dim = check_positive_int("state_dim", state_dim)
+        action_dim = check_positive_int("action_dim", action_dim)
+        time_dim = check_positive_int("time_dim", time_dim)
         if time_dim % 2:
             raise ValueError(f"time_dim: expected an even number, got {time_dim}")
         self.state_dim, self.action_dim, self.time_dim = state_dim, action_dim, time_dim
@@ -290,13 +311,18 @@ class Denoiser(nn.Module):
         return [*time_parameters, *own["trunk"].weights_and_biases(in_dim, action_dim)]
 
     def forward(self, x: Tensor, state: Tensor, t: Tensor, *, backend: str | None = None) -> Tensor:
-        """x ``[B, A]``, state ``[B, S]``, t integer ``[B]`` -> eps ``[B, A]``."""
-        check_features("x", x, self.action_dim)
-        check_features("state", state, self.state_dim)
+        """x ``[B, A]``, state ``[B, S]``, t integer ``[B]`` -> eps ``[B, A]``.
+
+        Any level is taken: a denoiser doesn't know its schedule.
+        """
+        inputs, widths = [x, state], (self.action_dim, self.state_dim)
+        if not inputs_fit(inputs, widths, self._modules["trunk"]):
+            x, state = checked_inputs(self, ("x", "state"), inputs, widths, "B")
+        check_levels(t, "x", x, INTEGERS)
         embedding = time_embedding(t, self.time_dim).to(x.dtype)
         time_features = self.time_mlp(embedding, **forced(backend))
-        inputs = torch.cat([x, time_features, state], dim=-1)
-        eps: Tensor = self.trunk(inputs, **forced(backend))
+        together = torch.cat([x, time_features, state], dim=-1)
+        eps: Tensor = self.trunk(together, **forced(backend))
         return eps
 
 
@@ -318,8 +344,8 @@ class TwinCritic(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive_int("state_dim", state_dim)
-        check_positive_int("action_dim", action_dim)
+        state_dim = check_positive_int("state_dim", state_dim)
+        action_dim = check_positive_int("action_dim", action_dim)
         self.state_dim, self.action_dim, self.activation = state_dim, action_dim, activation
         widths = (state_dim + action_dim, hidden_dim, 1)
         self.q1, self.q2 = (
@@ -354,9 +380,7 @@ class TwinCritic(nn.Module):
         if altered(first, MLP) or altered(second, MLP) or _differ(first, second):
             return first(x, **forced(backend)), second(x, **forced(backend))
         kinds, dtype = first.activations, first.compute_dtype
-        q = mlp_ensemble(x, self.networks(), kinds, compute_dtype=dtype, backend=backend)
-        q1, q2 = q.unbind(0)
-        return q1, q2
+        return each(mlp_ensemble(x, self.networks(), kinds, compute_dtype=dtype, backend=backend))
 
     def loss(
         self, state: Tensor, action: Tensor, target: Tensor, *, backend: str | None = None
@@ -382,6 +406,7 @@ class TwinCritic(nn.Module):
         return critic_loss(*arguments, compute_dtype=first.compute_dtype, backend=backend)
 
     def _inputs(self, state: Tensor, action: Tensor) -> Tensor:
-        check_features("state", state, self.state_dim)
-        check_features("action", action, self.action_dim)
-        return torch.cat([state, action], dim=-1)
+        inputs, widths = [state, action], (self.state_dim, self.action_dim)
+        if not inputs_fit(inputs, widths, self._modules["q1"]):
+            inputs = checked_inputs(self, ("state", "action"), inputs, widths)
+        return torch.cat(inputs, dim=-1)

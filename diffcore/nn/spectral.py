@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from diffcore.nn.fourier import RandomFourierFeatures
-from diffcore.nn.modules import MLP, altered, forced, time_embedding
-from diffcore.ops._checks import check_choice, check_features, check_positive_int, check_tensor
-from diffcore.ops._native import same_sizes
+from diffcore.nn.modules import MLP, altered, each, forced, time_embedding
+from diffcore.ops._checks import check_choice, check_positive_int, check_tensor, checked_inputs
+from diffcore.ops._native import inputs_fit, same_sizes
 from diffcore.ops.critic_loss import critic_loss
 from diffcore.ops.mlp_ensemble import mlp_ensemble
 from diffcore.ops.rff_features import KINDS
@@ -40,9 +40,9 @@ class Psi(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive_int("state_dim", state_dim)
-        check_positive_int("action_dim", action_dim)
-        check_positive_int("feature_dim", feature_dim)
+        state_dim = check_positive_int("state_dim", state_dim)
+        action_dim = check_positive_int("action_dim", action_dim)
+        feature_dim = check_positive_int("feature_dim", feature_dim)
         self.state_dim, self.action_dim, self.feature_dim = state_dim, action_dim, feature_dim
         widths = (state_dim + action_dim, hidden_dim, feature_dim)
         self.trunk = MLP(*widths, hidden_layers, activation, "uniform", compute_dtype)
@@ -66,9 +66,10 @@ class Psi(nn.Module):
 
     def inputs(self, state: Tensor, action: Tensor) -> Tensor:
         """What enters the trunk."""
-        check_features("state", state, self.state_dim)
-        check_features("action", action, self.action_dim)
-        return torch.cat([state, action], dim=-1)
+        inputs, widths = [state, action], (self.state_dim, self.action_dim)
+        if not inputs_fit(inputs, widths, self._modules["trunk"]):
+            inputs = checked_inputs(self, ("state", "action"), inputs, widths)
+        return torch.cat(inputs, dim=-1)
 
 
 class Zeta(nn.Module):
@@ -98,10 +99,10 @@ class Zeta(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive_int("state_dim", state_dim)
-        check_positive_int("feature_dim", feature_dim)
+        state_dim = check_positive_int("state_dim", state_dim)
+        feature_dim = check_positive_int("feature_dim", feature_dim)
         check_choice("conditioning", conditioning, CONDITIONING)
-        check_positive_int("time_dim", time_dim)
+        time_dim = check_positive_int("time_dim", time_dim)
         if time_dim % 2:
             raise ValueError(f"time_dim: expected an even number, got {time_dim}")
         self.state_dim, self.feature_dim = state_dim, feature_dim
@@ -146,7 +147,9 @@ class Zeta(nn.Module):
             alpha_bar: abar, ``[B, 1]``.
             level: its index, integer ``[B]``.
         """
-        check_features("perturbed", perturbed, self.state_dim)
+        inputs, widths = [perturbed], (self.state_dim,)
+        if not inputs_fit(inputs, widths, self._modules["trunk"]):
+            [perturbed] = checked_inputs(self, ("perturbed",), inputs, widths)
         condition = alpha_bar
         if self.time_mlp is not None:
             embedding = time_embedding(level, self.time_dim).to(perturbed.dtype)
@@ -240,7 +243,7 @@ class TwinRFFCritic(nn.Module):
     ) -> None:
         super().__init__()
         settings = (frequencies, kind, lengthscale, compute_dtype)
-        self.feature_dim = feature_dim
+        self.feature_dim = check_positive_int("feature_dim", feature_dim)
         self.q1 = RFFCritic(feature_dim, hidden_dim, *settings)
         self.q2 = RFFCritic(feature_dim, hidden_dim, *settings)
 
@@ -248,9 +251,8 @@ class TwinRFFCritic(nn.Module):
         """psi ``[B, feature_dim]`` -> (q1, q2), each ``[B, 1]``."""
         if self._altered_parts() is not None:
             return self.q1(psi, **forced(backend)), self.q2(psi, **forced(backend))
-        check_features("psi", psi, self.q1.head.in_dim)
-        q1, q2 = mlp_ensemble(psi, *self._heads(), **self._settings(backend)).unbind(0)
-        return q1, q2
+        psi = self._checked(psi)
+        return each(mlp_ensemble(psi, *self._heads(), **self._settings(backend)))
 
     def loss(
         self, psi: Tensor, target: Tensor, *, backend: str | None = None
@@ -269,8 +271,15 @@ class TwinRFFCritic(nn.Module):
             q1, q2 = self(psi, **forced(backend))
             check_tensor("target", target, tuple(q1.shape))
             return mse_loss(q1, target) + mse_loss(q2, target), torch.stack([q1, q2]).detach()
-        check_features("psi", psi, self.q1.head.in_dim)
+        psi = self._checked(psi)
         return critic_loss(psi, *self._heads(), target, **self._settings(backend))
+
+    def _checked(self, psi: Tensor) -> Tensor:
+        """psi as an input of the heads."""
+        own: Any = self._modules
+        if not inputs_fit([psi], (self.feature_dim,), own["q1"]._modules["head"]):
+            [psi] = checked_inputs(self, ("psi",), [psi], (self.feature_dim,))
+        return psi
 
     def altered(self) -> str | None:
         """Why a call isn't what the two heads' weights say, in words, or None."""

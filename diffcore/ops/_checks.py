@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -29,11 +31,16 @@ def checked_once(check: Callable[..., None]) -> Callable[..., None]:
     return ask
 
 
-def check_positive_int(name: str, value: Any, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+# Numbers of other libraries, NumPy's for instance, are none that an op's schema or a kernel takes:
+# what is checked is given back as Python's own, for those who hand it on.
+
+
+def check_positive_int(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return int(value)
 
 
 def check_number(
@@ -43,8 +50,8 @@ def check_number(
     least: float | None = None,
     above: float | None = None,
     finite: bool = True,
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if math.isnan(value) or (finite and math.isinf(value)):
         raise ValueError(f"{name}: expected a finite number, got {value}")
@@ -52,6 +59,7 @@ def check_number(
         raise ValueError(f"{name}: expected at least {least}, got {value}")
     if above is not None and value <= above:
         raise ValueError(f"{name}: expected more than {above}, got {value}")
+    return float(value)
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
@@ -99,12 +107,30 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
-def check_features(name: str, value: Any, width: int) -> None:
-    """A tensor of any leading dimensions whose last one is this wide."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.shape[-1:] != (width,):
-        raise ValueError(f"{name}: expected shape [..., {width}], got {list(value.shape)}")
+def checked_inputs(
+    module: torch.nn.Module,
+    names: tuple[str, ...],
+    tensors: list[Any],
+    widths: tuple[int, ...],
+    leading: str = "...",
+) -> list[Any]:
+    """Inputs of a module's call: rows of these widths, as many in each, like the module's weights.
+
+    Under autocast they come back in the dtype of the weights. `leading`: the name of the other sizes.
+    """
+    weight = next(itertools.chain(module.parameters(), module.buffers()), None)
+    tensors, kind = out_of_autocast(weight, *tensors), type(module).__name__
+    for name, tensor, width in zip(names, tensors, widths, strict=True):
+        check_tensor(name, tensor, (leading, width))
+        rows = tensors[0].shape[:-1]
+        if tensor.shape[:-1] != rows:
+            raise ValueError(
+                f"{name}: expected shape {[*rows, width]}, as many rows as {names[0]}, "
+                f"got {list(tensor.shape)}"
+            )
+        if weight is not None:
+            check_like(name, tensor, f"the {kind}'s weights", weight)
+    return tensors
 
 
 def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -117,9 +143,15 @@ def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None
         )
 
 
-def check_levels(t: Any, other_name: str, other: Tensor) -> None:
+_INDICES = (torch.int32, torch.int64)  # which torch indexes by
+INTEGERS = (*_INDICES, torch.uint8, torch.int8, torch.int16)
+
+
+def check_levels(
+    t: Any, other_name: str, other: Tensor, dtypes: tuple[torch.dtype, ...] = _INDICES
+) -> None:
     """Noise levels `t`, one for every row of another argument. Their values aren't looked at."""
-    if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64):
+    if not isinstance(t, Tensor) or t.dtype not in dtypes:
         kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"t: expected an integer tensor, got {kind}")
     if t.device != other.device:
@@ -146,20 +178,22 @@ def out_of_autocast(like: Any, *tensors: Any) -> list[Any]:
     """Under torch.autocast, tensors in its lower precision as the dtype of a network or weight.
 
     Layers before an op hand their results on in that precision; the ops choose theirs themselves.
+    Where no weight says it, the other tensors do: the dtype is that of their sum.
     """
-    return [
-        _out_of_autocast(like, tensor)
-        if isinstance(tensor, Tensor) and tensor.dtype in _LOWER_PRECISIONS
-        else tensor
-        for tensor in tensors
-    ]
-
-
-def _out_of_autocast(like: Any, tensor: Tensor) -> Tensor:
+    if not torch._C._is_any_autocast_enabled():
+        return [*tensors]
     weight = next(like.parameters(), None) if isinstance(like, torch.nn.Module) else like
-    if not isinstance(weight, Tensor):
-        return tensor
-    device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensor
-    return tensor.to(weight.dtype)
+    known = (weight,) if isinstance(weight, Tensor) else tensors
+    dtypes = [t.dtype for t in known if isinstance(t, Tensor) and t.is_floating_point()]
+    if not dtypes:
+        return [*tensors]
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    return [t.to(dtype) if _is_from_autocast(t) else t for t in tensors]
+
+
+def _is_from_autocast(value: Any) -> bool:
+    """Whether it is a tensor that one of autocast's layers may have made."""
+    if not isinstance(value, Tensor) or value.dtype not in _LOWER_PRECISIONS:
+        return False
+    device = value.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -7,6 +7,13 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
+from torch.optim.swa_utils import AveragedModel
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,8 +30,27 @@ def constant_under_compile(function: Callable[P, R]) -> Callable[P, R]:
     return function
 
 
+#: Hooks that every module's call meets, as ``register_module_forward_hook`` makes them.
+GLOBAL_HOOKS = (
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+)
+
+
+def has_global_hooks() -> bool:
+    """Whether a call of any module does more than its ``forward``."""
+    return bool(
+        _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
+    )
+
+
 def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether a call of the module does more than its ``forward``."""
+    """Whether a call of this module does more than that of any other."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -34,19 +60,56 @@ def has_hooks(module: torch.nn.Module) -> bool:
 
 
 def own_module(network: object, kind: type[M]) -> M | None:
-    """The module of this kind that ``network`` is, or that ``torch.compile`` made it of; else None.
+    """The module of this kind that ``network`` is or wraps as the same function; else None.
 
-    Compiled, a module is still the function of its weights that the kernels compute. With hooks of
-    its own, though, the compiler's wrapper does more than that, and is a callable like any other.
+    What ``torch.compile`` made of a module and its ``AveragedModel`` are still the function of
+    weights that the kernels compute. With hooks of its own, though, such a wrapper does more than
+    that, and is a callable like any other.
     """
     if isinstance(network, kind):
         return network
-    if torch.compiler.is_compiling():  # which sees through the wrapper by itself
+    wrapped = _same_function(network)
+    return None if wrapped is None else own_module(wrapped, kind)
+
+
+def _same_function(network: object) -> object:
+    """What a wrapper that computes the same wraps, or None."""
+    if isinstance(network, AveragedModel):
+        plain = type(network).forward is AveragedModel.forward and not has_hooks(network)
+        return network.module if plain else None
+    if torch.compiler.is_compiling():  # which sees through its own wrapper by itself
         return None
-    wrapper = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", None)
-    if wrapper is None:  # nothing has been compiled
+    compiled = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", None)
+    if compiled is None:  # nothing has been compiled
         return None
-    if not isinstance(network, wrapper) or has_hooks(network):
+    if not isinstance(network, compiled) or has_hooks(network):
         return None
-    original = network._orig_mod
-    return original if isinstance(original, kind) else None
+    return network._orig_mod
+
+
+def not_own(network: object, kind: type[torch.nn.Module]) -> str:
+    """What is to be said of a network in which :func:`own_module` finds none of this kind."""
+    if (wrapper := _wrapper(network, kind)) is not None:
+        return f"is wrapped in {wrapper}: pass its .module to run it without what that adds"
+    return f"isn't a diffcore.nn.{kind.__name__}"
+
+
+def require_own(name: str, network: object, kind: type[M]) -> M:
+    """:func:`own_module` of an argument that takes nothing else."""
+    module = own_module(network, kind)
+    if module is None:
+        wrapper, found = _wrapper(network, kind), type(network).__name__
+        if wrapper is not None:
+            found = f"one wrapped in {wrapper}: pass its .module"
+        raise TypeError(f"{name}: expected a diffcore.nn.{kind.__name__}, got {found}")
+    return module
+
+
+def _wrapper(network: object, kind: type[torch.nn.Module]) -> str | None:
+    """What wraps a module of this kind and does more than it: DistributedDataParallel, for instance.
+
+    It isn't looked through: what it adds, such as averaging gradients over processes, would be lost.
+    """
+    if isinstance(network, torch.nn.Module) and isinstance(getattr(network, "module", None), kind):
+        return type(network).__name__
+    return None

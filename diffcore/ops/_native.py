@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from diffcore.ops import _flops
+from diffcore.ops._compile import GLOBAL_HOOKS
+
 _core: Any
 unavailable: str | None = None
 try:
@@ -40,6 +43,7 @@ if _core is not None:
         torch.nn.Parameter,
         torch.nn.Linear,
         torch.float32,
+        GLOBAL_HOOKS,
         getattr(Tensor, "__dlpack_c_exchange_api__", None),
     )
 
@@ -72,6 +76,8 @@ def op(name: str, *, differentiable: bool = True) -> Callable[[Callable[..., Any
         @functools.wraps(function)
         def call(*args: Any) -> Any:
             if torch.compiler.is_compiling() or _dispatching(args):
+                if not torch.compiler.is_compiling():
+                    _flops.teach_counters()
                 if differentiable:
                     return dispatched(*args)
                 with torch.no_grad():
@@ -164,6 +170,10 @@ def _quick_look(name: str, unknown: Any) -> Callable[..., Any]:
 #: Whether it is a floating-point tensor of a shape, in which a text stands for any size.
 fits: Callable[[Any, tuple[int | str, ...]], bool] = _quick_look("fits", False)
 
+#: Whether tensors have rows of these widths, as many in each, and the dtype and device of a
+#: diffcore.nn.MLP's weights.
+inputs_fit: Callable[[list[Any], tuple[int, ...], Any], bool] = _quick_look("inputs_fit", False)
+
 #: Whether all of a list's tensors are float32 on the CPU, and where that is asked for contiguous.
 are_float32_on_cpu: Callable[[Any, bool], bool] = _quick_look("are_float32_on_cpu", False)
 
@@ -190,7 +200,7 @@ mlp_stack: Callable[[Any, type, int | None, int | None], list[Tensor] | None]
 mlp_stack = _quick_look("mlp_stack", None)
 
 #: The same of some of a module's diffcore.nn.MLP, named with their inputs and outputs; None as well
-#: where the module is more than its class, or an MLP has another activation.
+#: where the module is more than its class, an MLP has another activation, or there are global hooks.
 mlp_stacks: Callable[
     [Any, type, tuple[tuple[str, int, int], ...], type, str], list[list[Tensor]] | None
 ]

@@ -1,7 +1,7 @@
 """What the Triton kernels share: elementwise functions, noise, matrix products, launches.
 
 Imported inside the ops' bodies only: importing Triton is slow. Functions under ``@triton.jit`` are
-the same formulas as ``csrc/cpu/activations.h`` and ``philox.h``, written out instead of taken from
+the same functions as ``csrc/cpu/activations.h`` and ``philox.h``, written out instead of taken from
 Triton's own ``tl.exp``, ``tl.log`` and ``tl.sin``: those are the GPU's approximations
 (``lg2.approx`` alone would move a normal by 1e-3), differ between vendors, and the ones of
 libdevice don't run in the interpreter. Triton contracts ``a * b + c`` to one rounding where it

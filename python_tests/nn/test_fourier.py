@@ -86,6 +86,18 @@ def test_state_dict_round_trip_and_seed() -> None:
     assert torch.equal(first(x), second(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_default_dtype(dtype: torch.dtype, orthogonal: bool) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        module = build(0, 3, 4, kind="cos", orthogonal=orthogonal)
+        assert module.omega.dtype == module(torch.randn(2, 3)).dtype == dtype
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_phases() -> None:
     phases = build(0, 3, 5000, kind="cos").bias
     assert isinstance(phases, Tensor)

@@ -8,10 +8,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import golden_critic, load_golden, plain_critic, plain_denoiser, plain_mlp
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
 import diffcore
 from diffcore import DiffusionSchedule, nn, ops
@@ -69,6 +71,31 @@ def test_state_dict_round_trip() -> None:
         second.load_state_dict(first.state_dict())
         for a, b in zip(first.parameters(), second.parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+def test_sizes_from_numpy() -> None:
+    two, three = np.int64(2), np.prod((3,))
+    networks = [
+        nn.MLP(two, three, two, hidden_layers=two),
+        nn.Denoiser(three, two, three, two, time_dim=two),
+        nn.TwinCritic(three, two, three, two),
+        nn.SquashedGaussian(three, two, three, two, log_std_bounds=(np.float32(-5), np.int32(2))),
+        nn.Psi(three, two, three, three),
+        nn.Zeta(three, two, three, time_dim=two),
+        nn.TwinRFFCritic(three, three),
+        nn.RandomFourierFeatures(three, two, lengthscale=np.float32(2)),
+        nn.Temperature(np.float32(0.1)),
+    ]
+    for network in networks:
+        for module in network.modules():
+            for name, value in vars(module).items():
+                assert not isinstance(value, np.generic), (type(module).__name__, name)
+    state, noise = torch.randn(4, 3), torch.randn(4, 2)
+    policy = nn.SquashedGaussian(3, 2, 8, log_std_bounds=(np.float32(-5), np.float32(2)))
+    assert policy.sample(state, noise)[0].shape == (4, 2)
+    for value in (True, np.bool_(True), np.float64(3.0), torch.tensor(3)):
+        with pytest.raises(TypeError, match="^state_dim: expected an integer"):
+            nn.Denoiser(value, 2)
 
 
 # -- values ----------------------------------------------------------------------------------------
@@ -142,6 +169,28 @@ def test_gradients_reach_every_parameter() -> None:
     for parameter in (*denoiser.parameters(), *critic.parameters()):
         assert parameter.grad is not None
         assert parameter.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_values_may_be_changed_in_place(backend: str | None) -> None:
+    """One by one, as in a plain critic; and what autograd does for it stays one node."""
+    critic, critics = nn.TwinCritic(5, 3, 8), nn.TwinRFFCritic(5, 8)
+    state, action = torch.randn(9, 5), torch.randn(9, 3)
+    for call in (
+        lambda: critic(state, action, backend=backend),
+        lambda: critics(state, backend=backend),
+    ):
+        q1, q2 = call()
+        expected = [q.detach().clone() for q in (q1, q2)]
+        assert q1.grad_fn is q2.grad_fn
+        q1 -= q2.detach()
+        q2 *= 2.0
+        (q1 + q2).sum().backward()
+        assert torch.equal(q1, expected[0] - expected[1])
+        assert torch.equal(q2, 2 * expected[1])
+    with torch.no_grad():
+        q1, q2 = critic(state, action)
+        q1 -= q2
 
 
 def test_ensemble_with_vmap() -> None:
@@ -266,8 +315,93 @@ def test_bad_inputs(call: Callable[[], Any], error: type[Exception], message: st
         call()
 
 
-def denoise(x: Any, state: Any) -> Tensor:
-    return nn.Denoiser(5, 3, 8)(x, state, torch.arange(9))
+def denoise(x: Any, state: Any, t: Any = None) -> Tensor:
+    return nn.Denoiser(5, 3, 8)(x, state, torch.arange(9) if t is None else t)
+
+
+S, A = torch.ones(9, 5), torch.ones(9, 3)
+
+
+@pytest.mark.parametrize("change", ["float64", "float32", "rows", "kind"])
+@pytest.mark.parametrize("argument", range(2))
+@pytest.mark.parametrize("module", ["critic", "loss", "denoiser", "policy", "psi", "mlp", "twins"])
+def test_bad_inputs_are_named(module: str, argument: int, change: str) -> None:
+    """By the module's own names for them, with what came and what was expected."""
+    policy, psi, rff = nn.SquashedGaussian(5, 3, 8), nn.Psi(5, 3, 6, 8), nn.TwinRFFCritic(5, 8)
+    critic, denoiser, mlp = nn.TwinCritic(5, 3, 8), nn.Denoiser(5, 3, 8), nn.MLP(5, 8, 3)
+    kind, names, call = {
+        "critic": (critic, ["state", "action"], critic),
+        "loss": (critic, ["state", "action"], lambda s, a: critic.loss(s, a, torch.ones(9, 1))),
+        "denoiser": (denoiser, ["state", "x"], lambda s, x: denoiser(x, s, torch.arange(9))),
+        "policy": (policy, ["state", "noise"], policy.sample),
+        "psi": (psi, ["state", "action"], psi),
+        "mlp": (mlp, ["x", "x"], lambda x, _: mlp(x)),
+        "twins": (rff, ["psi", "psi"], lambda x, _: rff(x)),
+    }[module]
+    if module in ("mlp", "twins") and (argument or change == "rows"):
+        pytest.skip("it has one input")
+    given, message = [S, A], "expected torch.float32 .*, got torch.float64"
+    name = names[argument]
+    if change == "float64":
+        given[argument] = given[argument].double()
+    elif change == "float32":
+        kind.double()
+        given[1 - argument] = given[1 - argument].double()
+        message = "expected torch.float64 .*, got torch.float32"
+    elif change == "rows":
+        given[argument] = given[argument][:2]
+        message = "expected shape .*, got "
+        name = "(state|action|noise|x)"
+    else:
+        given[argument] = given[argument].long()
+        message = "expected a floating-point tensor, got torch.int64"
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: {message}"):
+        call(*given)
+
+
+@pytest.mark.parametrize(
+    ("t", "error", "message"),
+    [
+        (3, TypeError, "^t: expected an integer tensor, got int"),
+        (torch.tensor(3), ValueError, r"^t: expected shape \[9\], got \[\]"),
+        (torch.tensor([3]), ValueError, r"^t: expected shape \[9\], got \[1\]"),
+        (torch.ones(9), TypeError, "^t: expected an integer tensor, got torch.float32"),
+        (torch.ones(9, dtype=torch.bool), TypeError, "^t: .* got torch.bool"),
+        ([3] * 9, TypeError, "^t: expected an integer tensor, got list"),
+    ],
+)
+def test_bad_levels_are_named(t: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        denoise(A, S, t)
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        assert torch.equal(denoise_alike(torch.arange(9).to(dtype)), denoise_alike(torch.arange(9)))
+
+
+def denoise_alike(t: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    return denoise(A, S, t)
+
+
+@pytest.mark.parametrize(
+    ("noise", "error", "message"),
+    [
+        (None, TypeError, "^noise: expected a tensor, got NoneType"),
+        (torch.ones(9, 2), ValueError, r"^noise: expected shape \[\.\.\., 3\], got \[9, 2\]"),
+        (torch.ones(4, 3), ValueError, r"^noise: expected shape \[9, 3\], got \[4, 3\]"),
+        (torch.ones(2, 9, 3), ValueError, r"^noise: expected shape \[9, 3\], got \[2, 9, 3\]"),
+    ],
+)
+def test_bad_noise_is_named(noise: Any, error: type[Exception], message: str) -> None:
+    policy = nn.SquashedGaussian(5, 3, 8)
+    with pytest.raises(error, match=message):
+        policy.sample(S, noise)
+    policy.register_forward_hook(lambda *_: None)
+    with pytest.raises(error, match=message):
+        policy.sample(S, noise)
+    for shape in ((3,), (1, 3), (9, 3)):
+        action, log_prob = policy.sample(S, torch.ones(shape))
+        assert action.shape == (9, 3)
+        assert log_prob.shape == (9, 1)
 
 
 def value(state: Any, action: Any) -> Any:
@@ -350,6 +484,54 @@ def test_hooks_on_a_critic_run(place: str) -> None:
         again = critic(torch.ones(3, 5), torch.zeros(3, 2))
         assert len(calls) == 4
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(values, again, strict=True))
+
+
+def test_hooks_for_all_modules_run() -> None:
+    denoiser, critic, mlp = nn.Denoiser(5, 2, 8), nn.TwinCritic(5, 2, 8), nn.MLP(5, 8, 2)
+    state, action, target = torch.ones(3, 5), torch.zeros(3, 2), torch.zeros(3, 1)
+    calls: list[type] = []
+
+    def met(run: Callable[[], Any]) -> set[type]:
+        """What kinds of modules were called."""
+        before = run()
+        hook = register_module_forward_hook(lambda module, *_: calls.append(type(module)))
+        calls.clear()
+        try:
+            after = run()
+        finally:
+            hook.remove()
+        assert torch.allclose(first(before), first(after), atol=1e-6)
+        return {*calls}
+
+    assert met(lambda: chain(denoiser)) == {nn.Denoiser, nn.MLP}
+    assert met(lambda: score(denoiser)) == {nn.Denoiser, nn.MLP}
+    assert met(lambda: climb(critic)) == {nn.TwinCritic, nn.MLP}
+    assert met(lambda: critic(state, action)) == {nn.TwinCritic, nn.MLP}
+    assert met(lambda: critic.loss(state, action, target)) == {nn.TwinCritic, nn.MLP}
+    assert met(lambda: mlp(state)) == {nn.MLP}
+    policy = nn.SquashedGaussian(5, 2, 8)
+    assert met(lambda: policy.sample(state, action)) == {nn.SquashedGaussian, nn.MLP}
+    psi, critics = nn.Psi(5, 2, 6, 8), nn.TwinRFFCritic(6, 8)
+    value = functools.partial(ops.soft_value, policy, psi, critics, state, action)
+    parts = {nn.SquashedGaussian, nn.Psi, nn.TwinRFFCritic, nn.RFFCritic, nn.MLP}
+    assert met(lambda: value(torch.tensor(0.1))) == parts
+    with register_module_forward_hook(lambda *_: None):
+        answer = diffcore.explain("reverse_diffusion", denoiser, SCHEDULE, state)
+    assert answer.passed_over["cpu"].endswith("called, since hooks are registered for all modules")
+
+
+def test_hooks_for_all_modules_leave_ops_of_weights_alone() -> None:
+    """They never call the networks that they are given."""
+    psi, zeta = nn.MLP(5, 8, 3, 1), nn.MLP(4, 8, 3 * 2, 1)
+    rows = torch.randn(4, 5), torch.randn(4, 4), torch.randn(4, 2), torch.rand(4)
+    expected = ops.representation_loss(psi, zeta, *rows)
+    with register_module_forward_hook(lambda *_: None):
+        assert torch.equal(ops.representation_loss(psi, zeta, *rows), expected)
+        assert diffcore.explain("representation_loss", psi, zeta, *rows).backend == "cpu"
+
+
+def first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
 
 
 def replaced(index: int, layer: torch.nn.Module) -> Callable[[nn.MLP], None]:

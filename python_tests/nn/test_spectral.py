@@ -200,7 +200,7 @@ def test_learned_frequencies_are_trained() -> None:
         (lambda: nn.Zeta(3, 0), "feature_dim: expected at least 1, got 0"),
         (lambda: nn.Zeta(3, 2, conditioning="beta"), "conditioning: expected one of"),
         (lambda: nn.Zeta(3, 2, time_dim=3), "time_dim: expected an even number, got 3"),
-        (lambda: nn.TwinRFFCritic(0), "in_dim: expected at least 1, got 0"),
+        (lambda: nn.TwinRFFCritic(0), "feature_dim: expected at least 1, got 0"),
         (lambda: nn.RFFCritic(3, 8, "fixed"), "frequencies: expected one of"),
         (lambda: nn.RFFCritic(3, 8, "learned", "tan"), "kind: expected one of"),
         (lambda: nn.RFFCritic(3, 8, "gaussian", lengthscale=0.0), "lengthscale: expected more"),

@@ -1,7 +1,8 @@
-"""Ops that are given a network which torch.compile has wrapped."""
+"""Ops that are given a network which torch.compile, or something else, has wrapped."""
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from diffcore import DiffusionSchedule, explain, nn, ops
 
@@ -71,6 +73,49 @@ def test_on_the_reference(op: str) -> None:
     expected = first(getattr(ops, op)(*networks, *rest, **named, backend="reference"))
     result = first(getattr(ops, op)(*compiled, *rest, **named, backend="reference"))
     torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("op", calls())
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_averaged_ones_run_by_their_weights(op: str, backend: str) -> None:
+    networks, rest, named = calls()[op]
+    averaged = [AveragedModel(network) for network in networks]
+    expected = first(getattr(ops, op)(*networks, *rest, **named, backend=backend))
+    for given in (averaged, [wrapped(network, "eager") for network in averaged]):
+        assert explain(op, *given, *rest, **named).backend == "cpu"
+        result = first(getattr(ops, op)(*given, *rest, **named, backend=backend))
+        torch.testing.assert_close(result, expected)
+
+
+def test_averaged_ones_that_do_more_are_called() -> None:
+    class Halved(AveragedModel):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return 0.5 * super().forward(*args, **kwargs)
+
+    networks, rest, named = calls()["denoising_loss"]
+    hooked, called = AveragedModel(networks[0]), []
+    hooked.register_forward_hook(lambda *_: called.append(1))
+    ops.denoising_loss(hooked, *rest, **named)
+    assert called == [1]
+    halved = Halved(networks[0])
+    assert explain("denoising_loss", halved, *rest, **named).backend == "reference"
+    assert ops.denoising_loss(halved, *rest, **named) != ops.denoising_loss(hooked, *rest, **named)
+
+
+@pytest.mark.parametrize("op", calls())
+def test_other_wrappers_are_named(op: str) -> None:
+    """They may do more, as DistributedDataParallel does, whose calls see to the gradients."""
+    networks, rest, named = calls()[op]
+    given = [torch.nn.DataParallel(network) for network in networks]
+    expected = r"wrapped in DataParallel: pass its \.module"
+    if op in ("representation_loss", "soft_value"):
+        with pytest.raises(TypeError, match=f"^(psi|policy): .* {expected}"):
+            getattr(ops, op)(*given, *rest, **named)
+        return
+    assert re.search(expected, explain(op, *given, *rest, **named).passed_over["cpu"])
+    if op == "reverse_diffusion":
+        with pytest.raises(ValueError, match=f"^x_init: .* {expected}"):
+            ops.reverse_diffusion(given[0], *rest)
 
 
 def test_draws_like_the_network_itself() -> None:

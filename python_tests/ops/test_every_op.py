@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import ACTIVATIONS, assert_error_at_most_twice_eager, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffcore import DiffusionSchedule, ops
 from diffcore.nn import MLP, Denoiser, Psi, SquashedGaussian, TwinCritic, TwinRFFCritic
@@ -99,7 +102,7 @@ def soft_value_networks(s: Sizes) -> nn.Module:
 
 def soft_value(networks: Any, r: Rows, **options: Any) -> Results:
     loss, value, log_prob = ops.soft_value(
-        *networks, r["state"], r["noise"], r["state"].new_tensor(0.3), **options
+        *networks, r["state"], r["noise"], r["state"].new_tensor(0.25), **options
     )
     return [value, log_prob], [loss]
 
@@ -634,6 +637,210 @@ def layouts(values: Tensor, layout: str) -> Tensor:
     else:
         moved = values.new_empty(*values.shape, 2)[..., 0]
     return moved.copy_(values)
+
+
+NUMBERS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
+    "action_gradient": (
+        {"steps": 3},
+        {"lr": 0.5, "max_norm": 0.25, "eps": 0.125, "low": -2.0, "high": 2.0},
+    ),
+    "reverse_diffusion": ({}, {"noise_scale": 0.5, "clip": 2.0}),
+    "reverse_step": ({}, {"noise_scale": 0.5, "clip": 2.0}),
+    "rff_features": ({}, {"scale": 0.5}),
+    "squashed_gaussian": ({}, {"low": -2.0, "high": 1.0}),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_numbers_of_numpy(name: str, backend: str) -> None:
+    """Are those that they stand for; and truth values are none."""
+    integers, reals = NUMBERS[name]
+    network, state, other = OPS[name].make(Sizes()), torch.randn(4, 5), torch.randn(4, 3)
+
+    def call(**given: Any) -> Tensor:
+        options = {**given, "backend": backend}
+        if name == "action_gradient":
+            return ops.action_gradient(network, state, other, **options)
+        if name == "reverse_diffusion":
+            noise = torch.ones(SCHEDULE.K, 4, 3)
+            return ops.reverse_diffusion(
+                network, SCHEDULE, state, x_init=other, noise=noise, **options
+            )
+        if name == "reverse_step":
+            return ops.reverse_step(other, other, COEFFICIENTS, noise=other, **options)[0]
+        if name == "rff_features":
+            return ops.rff_features(state, *network.parameters(), **options)
+        bounds = options.pop("low"), options.pop("high")
+        arguments = (state, *layers(network), other)
+        return ops.squashed_gaussian(*arguments, log_std_bounds=bounds, **options)[0]
+
+    expected = call(**integers, **reals)
+    for integer, real in ((np.int64, np.float32), (np.uint8, np.float64), (np.int32, np.float16)):
+        given = {k: integer(v) for k, v in integers.items()} | {k: real(v) for k, v in reals.items()}
+        assert torch.equal(call(**given), expected)
+    for number in (True, np.bool_(True)):
+        for wrong in (*integers, *reals):
+            with pytest.raises(TypeError, match="expected a"):
+                call(**{**integers, **reals, wrong: number})
+
+
+@every_op
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_takes_what_autocast_s_layers_hand_it(name: str, backend: str) -> None:
+    """Each input by itself may come from one: the network, or else the rest, says in what it is."""
+    op = OPS[name]
+    network, rows = op.make(Sizes()), op.rows(Sizes(), 3)
+    options = {} if op.backend == "reference" else {"backend": backend}
+    for given_, values in rows.items():
+        if not values.is_floating_point():
+            continue
+        rounded = rows | {given_: values.bfloat16()}
+        expected = op.call(copy.deepcopy(network), rows | {given_: values.bfloat16().float()})
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ours = op.call(copy.deepcopy(network), rounded, **options)
+        for a, b in zip(ours[0] + ours[1], expected[0] + expected[1], strict=True):
+            if backend == "cpu":
+                assert torch.equal(a, b)
+            else:  # whose products are autocast's
+                assert torch.allclose(a.float(), b, rtol=0.2, atol=0.2)
+
+
+@pytest.mark.parametrize("name", ["denoising_loss", "reverse_diffusion", "action_gradient"])
+def test_so_does_one_of_a_callable(name: str) -> None:
+    op = OPS[name]
+    rows = op.rows(Sizes(), 3)
+
+    class Function(nn.Module):
+        def forward(self, x: Tensor, y: Tensor, *_: Any) -> Any:
+            return (y.square().sum(1, keepdim=True),) if name == "action_gradient" else 0.5 * x
+
+    for given_, values in rows.items():
+        if values.is_floating_point():
+            expected = op.call(Function(), rows | {given_: values.bfloat16().float()})
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                ours = op.call(Function(), rows | {given_: values.bfloat16()})
+            for a, b in zip(ours[0] + ours[1], expected[0] + expected[1], strict=True):
+                assert torch.equal(a, b)
+
+
+class Call(nn.Module):
+    """An op as a module of its network."""
+
+    def __init__(self, op: Op, network: nn.Module, names: list[str], backend: str) -> None:
+        super().__init__()
+        self.op, self.network, self.names, self.backend = op, network, names, backend
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        rows = dict(zip(self.names, tensors, strict=True))
+        by_row, of_all = self.op.call(self.network, rows, backend=self.backend)
+        return [*by_row, *of_all]
+
+
+# Not action_gradient's reference: torch doesn't export gradients that are taken inside.
+EXPORTED = [(n, op.backend) for n, op in OPS.items() if n != "representation_step"]
+EXPORTED += [(n, "reference") for n, backend in EXPORTED if backend == "cpu"]
+EXPORTED.remove(("action_gradient", "reference"))
+
+
+@pytest.mark.parametrize(("name", "backend"), EXPORTED)
+@torch.no_grad()
+def test_exported_for_any_batch(name: str, backend: str) -> None:
+    op = OPS[name]
+    rows = op.rows(Sizes(), 5)
+    call = Call(op, op.make(Sizes()), list(rows), backend)
+    batch = torch.export.Dim("batch", min=2)
+    exported = torch.export.export(
+        call, tuple(rows.values()), dynamic_shapes={"tensors": tuple({0: batch} for _ in rows)}
+    ).module()
+    for size in (5, 2, 9):
+        rows = op.rows(Sizes(), size)
+        for a, b in zip(exported(*rows.values()), call(*rows.values()), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps what diffcore's ops are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "diffcore":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+class Counter(Recorder):
+    """Counts by torch's formulas, without the hooks by which its counter follows modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counter = FlopCounterMode(display=False)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        return self.counter._count_flops(func._overloadpacket, out, args, kwargs or {})
+
+
+@pytest.mark.parametrize("name", [n for n in OPS if n != "representation_step"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_counted_operations_are_the_reference_s(name: str, frozen: bool) -> None:
+    if frozen and name == "reverse_diffusion":
+        pytest.skip("its way back computes the gradients of frozen parameters as well")
+    op = OPS[name]
+    network, rows = op.make(Sizes()), op.rows(Sizes(), 5)
+    network.requires_grad_(not frozen and name != "soft_value")
+    if name == "soft_value":
+        network[0].requires_grad_(not frozen)
+    counts = []
+    for backend in dict.fromkeys((op.backend, "reference")):
+        leaves = {k: v.requires_grad_() for k, v in rows.items() if k in op.differentiable}
+        with Counter() as mode:
+            by_row, of_all = op.call(network, {**rows, **leaves}, backend=backend)
+            values = [r for r in (*by_row, *of_all) if r.requires_grad]
+            if values:
+                sum(map(weighted_sum, values)).backward()
+        counts.append(mode.counter.get_total_flops())
+        assert backend == "reference" or mode.calls
+    assert len({*counts}) == 1
+    assert counts[0] or not list(network.parameters())
+
+
+def test_torch_s_counter_counts_the_ops() -> None:
+    """Also one that was made before the first of them was called."""
+    script = """
+import torch, sys
+from diffcore import ops
+print("torch.utils.flop_counter" in sys.modules)
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    ops.rff_features(torch.ones(4, 3), torch.ones(5, 3), backend="cpu")
+print(counter.get_total_flops())
+"""
+    assert run_script(script).stdout == f"False\n{2 * 4 * 3 * 5}\n"
+
+
+@pytest.mark.parametrize("name", [n for n in OPS if n not in ("q_sample", "representation_step")])
+def test_fakes_of_what_lies_column_by_column(name: str) -> None:
+    """Weights, inputs and gradients that come back: results lie as the compiler is told."""
+    op = OPS[name]
+    network, rows = op.make(Sizes()), op.rows(Sizes(), 3)
+    for parameter in network.parameters():
+        parameter.data = layouts(parameter.data, "transposed")
+    rows = {k: layouts(v, "transposed") for k, v in rows.items()}
+    for differentiable in op.differentiable:
+        rows[differentiable].requires_grad_()
+    with Recorder() as recorder:
+        by_row, of_all = op.call(network, rows, backend="cpu")
+        for result in (*by_row, *of_all):
+            if result.requires_grad:
+                layout = "transposed" if result.ndim == 2 else "shifted"
+                result.backward(layouts(torch.randn(result.shape), layout), retain_graph=True)
+    assert recorder.calls
+    for overload, arguments in recorder.calls:
+        torch.library.opcheck(overload, arguments, test_utils="test_faketensor")
 
 
 @every_op

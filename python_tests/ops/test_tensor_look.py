@@ -10,10 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    register_module_full_backward_hook,
+    register_module_full_backward_pre_hook,
+)
 
 from diffcore import DiffusionSchedule, explain, ops
 from diffcore.nn import MLP, Denoiser, TwinCritic
 from diffcore.ops import _native
+from diffcore.ops._compile import GLOBAL_HOOKS
 
 core = _native._core
 pytestmark = pytest.mark.skipif(core is None, reason="needs the compiled module")
@@ -22,7 +29,7 @@ EXCHANGE_API = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 
 
 def use(exchange_api: Any) -> None:
-    core.use_torch(Tensor, nn.Parameter, nn.Linear, torch.float32, exchange_api)
+    core.use_torch(Tensor, nn.Parameter, nn.Linear, torch.float32, GLOBAL_HOOKS, exchange_api)
 
 
 @pytest.fixture(params=["dlpack", "python"])
@@ -33,6 +40,14 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
     use(EXCHANGE_API if request.param == "dlpack" else None)
     yield request.param
     use(EXCHANGE_API)
+
+
+GLOBAL_REGISTRATIONS = [
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    register_module_full_backward_hook,
+    register_module_full_backward_pre_hook,
+]
 
 
 class Subclass(Tensor):
@@ -271,6 +286,47 @@ def test_several_mlps_of_a_module(way: str) -> None:
     hooked.register_forward_hook(lambda *_: None)
     assert look(hooked) is None
     assert hooked.unaltered_networks() is None
+
+
+def test_inputs_of_a_network(way: str) -> None:
+    state, action, mlp = torch.randn(4, 5), torch.randn(4, 3), MLP(8, 5, 2)
+    look = core.inputs_fit
+    assert look([state, action], (5, 3), mlp)
+    assert look([state[None]], (5,), mlp)  # alone, of any leading dimensions
+    assert look([state[0]], (5,), mlp)
+    assert look([state.t().contiguous().t(), action[:, ::1]], (5, 3), mlp)
+    for tensors, widths in (
+        ([state, action], (5, 4)),
+        ([state[:1], action], (5, 3)),
+        ([state[None], action[None]], (5, 3)),
+        ([state.double(), action], (5, 3)),
+        ([state.long(), action], (5, 3)),
+        ([state.to("meta"), action], (5, 3)),
+        ([state.numpy(), action], (5, 3)),
+        ([state, None], (5, 3)),
+        ([state[0, 0]], (1,)),
+    ):
+        assert not look(tensors, widths, mlp)
+    assert not look([state], (5,), MLP(8, 5, 2).double())
+    assert look([state.double()], (5,), MLP(8, 5, 2).double()) is (way == "dlpack")
+    for other in (None, object(), nn.Linear(5, 2), nn.Sequential(nn.Linear(5, 2))):
+        assert not look([state], (5,), other)
+    mlp.layers[0] = nn.Dropout()
+    assert not look([state], (5,), mlp)
+
+
+@pytest.mark.parametrize("register", GLOBAL_REGISTRATIONS)
+def test_global_hooks_take_a_closer_look(way: str, register: Callable[[Any], Any]) -> None:
+    """At what a call would meet them: of networks run by their weights alone there is none."""
+    critic, networks = TwinCritic(3, 2, 5), (("q1", 5, 1), ("q2", 5, 1))
+    assert core.mlp_stacks(critic, TwinCritic, networks, MLP, "mish") is not None
+    handle = register(lambda *_: None)
+    try:
+        assert core.mlp_stacks(critic, TwinCritic, networks, MLP, "mish") is None
+        assert core.mlp_stack(critic.q1, MLP, 5, 1) is not None
+    finally:
+        handle.remove()
+    assert core.mlp_stacks(critic, TwinCritic, networks, MLP, "mish") is not None
 
 
 def test_kernels_read_weights_that_don_t_lie_row_by_row(way: str) -> None:

@@ -21,7 +21,7 @@ from diffcore.ops._checks import (
     checked_once,
     out_of_autocast,
 )
-from diffcore.ops._compile import own_module
+from diffcore.ops._compile import not_own, own_module
 from diffcore.ops.action_gradient import native, reference
 
 AnyCritic: TypeAlias = "nn.TwinCritic | Callable[[Tensor, Tensor], Sequence[Tensor]]"
@@ -52,9 +52,10 @@ def action_gradient(
     no gradient of the critic's parameters is computed.
 
     Args:
-        critic: a :class:`diffcore.nn.TwinCritic`, also one that ``torch.compile`` has wrapped, or any
-            callable ``(state, action) -> (q1, ...)`` with one or more values, ``[B, 1]`` each, of
-            which every row climbs the least, and no side effects (that one runs on the reference).
+        critic: a :class:`diffcore.nn.TwinCritic`, also one within ``torch.compile`` or
+            ``AveragedModel``, or any callable ``(state, action) -> (q1, ...)`` with one or more
+            values, ``[B, 1]`` each, of which every row climbs the least, and no side effects (that
+            one runs on the reference).
         state: ``[B, S]``.
         action: ``[B, A]``; not changed.
         steps: number of steps; 0 returns a copy.
@@ -81,6 +82,7 @@ def action_gradient(
     state, action = out_of_autocast(critic, state, action)
     settings = (steps, lr, max_norm, optimizer, eps, low, high, clip_mode)
     available, ours, q1, q2 = _support(critic, state, action, *settings, compute_dtype)
+    steps, lr, eps, low, high = int(steps), float(lr), float(eps), float(low), float(high)
     max_norm = None if max_norm is None else float(max_norm)
     chosen = _dispatch.choose("action_gradient", available, backend)
     if chosen != "reference":
@@ -93,13 +95,13 @@ def action_gradient(
             ours.activation,
             _backends.precision(compute_dtype, state),
             steps,
-            float(lr),
+            lr,
             max_norm,
             clip_mode,
             optimizer,
-            float(eps),
-            float(low),
-            float(high),
+            eps,
+            low,
+            high,
             chosen,
         )
     q: Callable[..., Sequence[Tensor]] = critic
@@ -156,7 +158,7 @@ def _support(
     _check_settings(steps, lr, max_norm, optimizer, eps, low, high, clip_mode, compute_dtype)
 
     if ours is None:
-        refused = "the critic isn't a diffcore.nn.TwinCritic"
+        refused = f"the critic {not_own(critic, nn.TwinCritic)}"
         return _backends.support(KERNELS, [state], refused=refused), None, [], []
     networks = ours.unaltered_networks()
     if networks is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffcore.ops import _native
 from diffcore.ops._compile import constant_under_compile
+from diffcore.ops._flops import flops, mlps, mlps_backward
 
 
 @_native.op("action_gradient", differentiable=False)
@@ -108,6 +109,22 @@ def why_not_cuda(
 @_native.fake("action_gradient")
 def _(state: Tensor, action: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(action, memory_format=torch.contiguous_format)
+
+
+@flops("action_gradient")
+def _(
+    state: Any,
+    action: Any,
+    q1: Any,
+    q2: Any,
+    activation: str,
+    precision: str,
+    steps: int,
+    *_: Any,
+    **out: Any,
+) -> int:
+    forward = mlps(state[0], [*q1, *q2])
+    return steps * (forward + mlps_backward(state[0], [*q1, *q2], 1, True, False))
 
 
 @_native.vmap("action_gradient")

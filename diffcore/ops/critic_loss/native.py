@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _fused_loss, _native
+from diffcore.ops._flops import flops, mlps, mlps_backward
 from diffcore.ops.mlp import native as mlp
 
 
@@ -104,6 +105,14 @@ def _(
         for t, want in zip([x, *parameters], _each(wanted, parameters), strict=True)
     ]
     return x.new_empty(()), x.new_empty(networks, x.shape[0], parameters[-1].shape[0]), grads
+
+
+@flops("critic_loss")
+def _(
+    x: Any, target: Any, parameters: Any, activations: str, wanted: list[bool], *_: Any, **out: Any
+) -> int:
+    layers = len(activations.split(","))
+    return mlps(x[0], parameters) + mlps_backward(x[0], parameters, layers, *wanted)
 
 
 @_native.vmap("critic_loss")

@@ -19,7 +19,7 @@ from diffcore.ops._checks import (
     check_tensor,
     out_of_autocast,
 )
-from diffcore.ops._compile import constant_under_compile, own_module
+from diffcore.ops._compile import constant_under_compile, not_own, own_module
 from diffcore.ops.denoising_loss import native, reference
 from diffcore.ops.q_sample import cached_levels
 from diffcore.schedule import DiffusionSchedule
@@ -52,8 +52,9 @@ def denoising_loss(
     an empty batch is NaN.
 
     Args:
-        denoiser: a :class:`diffcore.nn.Denoiser`, also one that ``torch.compile`` has wrapped, or any
-            callable ``(x, state, t) -> eps`` (that one runs on the reference).
+        denoiser: a :class:`diffcore.nn.Denoiser`, also one within ``torch.compile`` or
+            ``AveragedModel``, or any callable ``(x, state, t) -> eps`` (that one runs on the
+            reference).
         schedule: the noise levels ``abar``.
         state: ``s``, ``[B, S]``.
         action: ``a``, ``[B, A]``.
@@ -170,7 +171,7 @@ def _support(
         check_tensor("noise", noise, tuple(action.shape))
         check_like("noise", noise, "action", action)
     if weight is not None:
-        check_tensor("weight", weight, (len(action),))
+        check_tensor("weight", weight, (action.shape[0],))
         check_like("weight", weight, "action", action)
     if t is not None:
         check_levels(t, "action", action)
@@ -179,7 +180,7 @@ def _support(
     check_compute_dtype(compute_dtype)
 
     if ours is None:
-        not_ours = "the denoiser isn't a diffcore.nn.Denoiser"
+        not_ours = f"the denoiser {not_own(denoiser, nn.Denoiser)}"
         return _backends.support(KERNELS, [state], refused=not_ours), None, []
     parameters = ours.unaltered_weights_and_biases()
     if parameters is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _fused_loss, _native
+from diffcore.ops._flops import flops, mlps, mlps_backward
 
 
 @_native.op("denoising_loss")
@@ -92,6 +93,18 @@ def _(
         else x.new_empty(0, *x.shape[1:])
         for x, want in zip([state, action, *parameters], all_wanted, strict=True)
     ]
+
+
+@flops("denoising_loss")
+def _(state: Any, *rest: Any, **out: Any) -> int:
+    wanted, parameters = rest[7], rest[8]
+    time_mlp, trunk = parameters[:4], parameters[4:]
+    wants_parameters = any(wanted[2:])
+    return (
+        mlps(state[0], parameters)
+        + mlps_backward(state[0], time_mlp, 2, False, wants_parameters)
+        + mlps_backward(state[0], trunk, len(trunk) // 2, any(wanted), wants_parameters)
+    )
 
 
 @_native.vmap("denoising_loss")

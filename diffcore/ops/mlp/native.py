@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _native
+from diffcore.ops._flops import flops, mlps, mlps_backward
 
 
 @functools.cache
@@ -145,7 +146,28 @@ def _(
     backend: str,
 ) -> list[Tensor]:
     grad_x = x.new_empty(x.shape[0] if wants_x else 0, x.shape[1])
-    return [grad_x, *([torch.empty_like(p) for p in parameters] if wants_parameters else [])]
+    return [grad_x, *([p.new_empty(p.shape) for p in parameters] if wants_parameters else [])]
+
+
+@flops("mlp")
+def _(x: Any, parameters: Any, *_: Any, **out: Any) -> int:
+    return mlps(x[0], parameters)
+
+
+@flops("mlp_backward")
+def _(
+    grad_y: Any,
+    x: Any,
+    saved: Any,
+    parameters: Any,
+    activations: str,
+    wants_x: bool,
+    wants_parameters: bool,
+    *_: Any,
+    **out: Any,
+) -> int:
+    layers = len(activations.split(","))
+    return mlps_backward(x[0], parameters, layers, wants_x, wants_parameters)
 
 
 @_native.vmap("mlp")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffcore._kept import kept
 from diffcore.ops import _backends, _dispatch, _native
-from diffcore.ops._checks import check_levels, check_like, check_tensor
+from diffcore.ops._checks import check_levels, check_like, check_tensor, out_of_autocast
 from diffcore.ops._compile import constant_under_compile
 from diffcore.ops.q_sample import native, reference
 from diffcore.schedule import DiffusionSchedule
@@ -42,6 +42,7 @@ def q_sample(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device.
     """
+    x0, noise = out_of_autocast(None, x0, noise)
     chosen = _dispatch.choose("q_sample", support(x0, t, noise, schedule), backend)
     if chosen != "reference":
         arguments = (x0, t, noise, _levels(schedule, x0.device), chosen)
@@ -77,6 +78,7 @@ def support(
     backend: str | None = None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
+    x0, noise = out_of_autocast(None, x0, noise)
     check_tensor("x0", x0, ("B", *x0.shape[1:]) if isinstance(x0, Tensor) else ("B",))
     check_tensor("noise", noise, tuple(x0.shape))
     check_like("noise", noise, "x0", x0)

@@ -13,7 +13,7 @@ from diffcore.ops._checks import (
     check_tensor,
     out_of_autocast,
 )
-from diffcore.ops._compile import own_module
+from diffcore.ops._compile import require_own
 from diffcore.ops.representation_loss import native, reference
 
 KERNELS = ("triton", "cpu")
@@ -57,8 +57,9 @@ def representation_loss(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or a forced
             backend that can't run this call.
     """
+    psi, zeta = _networks(psi, zeta)
     inputs = out_of_autocast(psi, x, perturbed, offset, score_weight)
-    available = support(psi, zeta, *inputs, compute_dtype=compute_dtype)
+    available = _support(psi, zeta, *inputs, compute_dtype=compute_dtype)
     chosen = _dispatch.choose("representation_loss", available, backend)
     if chosen == "reference":
         return reference.representation_loss(psi, zeta, *inputs)
@@ -93,10 +94,27 @@ def support(
     backend: str | None = None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
-    for name, network in (("psi", psi), ("zeta", zeta)):
-        if own_module(network, nn.MLP) is None:
-            raise TypeError(f"{name}: expected a diffcore.nn.MLP, got {type(network).__name__}")
-    x, perturbed, offset, score_weight = out_of_autocast(psi, x, perturbed, offset, score_weight)
+    psi, zeta = _networks(psi, zeta)
+    inputs = out_of_autocast(psi, x, perturbed, offset, score_weight)
+    return _support(psi, zeta, *inputs, compute_dtype=compute_dtype)
+
+
+def _networks(psi: object, zeta: object) -> tuple[nn.MLP, nn.MLP]:
+    """Out of what may wrap them."""
+    return require_own("psi", psi, nn.MLP), require_own("zeta", zeta, nn.MLP)
+
+
+def _support(
+    psi: nn.MLP,
+    zeta: nn.MLP,
+    x: Tensor,
+    perturbed: Tensor,
+    offset: Tensor,
+    score_weight: Tensor,
+    *,
+    compute_dtype: torch.dtype | None,
+) -> _dispatch.Support:
+    """The same of networks out of wrappers and inputs out of autocast."""
     check_tensor("x", x, ("B", psi.in_dim))
     batch = x.shape[0]
     check_tensor("perturbed", perturbed, (batch, zeta.in_dim))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _fused_loss, _native
+from diffcore.ops._flops import flops, mlps, mlps_backward
 from diffcore.ops.mlp import native as mlp
 from diffcore.ops.score_matching_loss import native as score_matching
 
@@ -153,6 +154,31 @@ def _(
         t.new_empty(t.shape) if want else _without_rows(t)
         for t, want in zip([x, perturbed, *psi, *zeta], _each(wanted, psi, zeta), strict=True)
     ]
+
+
+@flops("representation_loss")
+def _(
+    x: Any,
+    perturbed: Any,
+    offset: Any,
+    score_weight: Any,
+    psi: Any,
+    zeta: Any,
+    psi_activations: str,
+    zeta_activations: str,
+    wanted: list[bool],
+    *_: Any,
+    **out: Any,
+) -> int:
+    rows, hidden, last = x[0], zeta[:-2], zeta[-2]
+    wants_x, wants_perturbed, wants_psi, wants_zeta = wanted
+    through = [wants_x or wants_psi, wants_perturbed or wants_zeta]
+    return (
+        mlps(rows, [*psi, *hidden])
+        + mlps_backward(rows, psi, len(psi) // 2, wants_x, wants_psi)
+        + mlps_backward(rows, hidden, len(hidden) // 2, wants_perturbed, wants_zeta)
+        + score_matching.score_flops(rows, last, offset[1], [*through, wants_zeta, wants_zeta])
+    )
 
 
 @_native.vmap("representation_loss")

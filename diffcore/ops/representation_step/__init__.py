@@ -8,6 +8,7 @@ from torch import Tensor
 from diffcore import nn  # which imports ops: its modules are there when an op is called
 from diffcore.ops import _adam, _backends, _dispatch, _native
 from diffcore.ops._checks import check_tensor, out_of_autocast
+from diffcore.ops._compile import require_own
 from diffcore.ops.representation_loss import support as loss_support
 from diffcore.ops.representation_step import native, reference
 
@@ -38,8 +39,8 @@ def representation_step(
     and ``optimizer.step()``. It is for everything but the plain case: hooks, weight decay, amsgrad
     and other options, parameters that are frozen, of other networks or not all of these, inputs in
     the memory of what is stepped; :func:`diffcore.explain` says which. Hooks on nodes of autograd's
-    graph, which neither sees, are called by the reference alone. Like any optimiser's step this is
-    none for ``torch.func``.
+    graph, which neither sees, are called by the reference alone. As with any optimiser step,
+    ``torch.func`` transforms are not supported.
 
     Args:
         psi, zeta, x, perturbed, offset, score_weight, compute_dtype: see
@@ -57,6 +58,7 @@ def representation_step(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, gradients that
             are off, or a forced backend that can't run this call.
     """
+    psi, zeta = require_own("psi", psi, nn.MLP), require_own("zeta", zeta, nn.MLP)
     x, perturbed, offset, score_weight = out_of_autocast(psi, x, perturbed, offset, score_weight)
     arguments = (psi, zeta, x, perturbed, offset, score_weight, optimizer)
     available = support(*arguments, compute_dtype=compute_dtype)
@@ -95,6 +97,7 @@ def support(
         )
     if not torch.is_grad_enabled():
         raise ValueError("representation_step: expected gradients to be on, got them off (no_grad)")
+    psi, zeta = require_own("psi", psi, nn.MLP), require_own("zeta", zeta, nn.MLP)
     inputs = out_of_autocast(psi, x, perturbed, offset, score_weight)
     minibatch = _first_minibatch(*inputs) if isinstance(x, Tensor) and x.ndim == 3 else inputs
     of_loss = loss_support(psi, zeta, *minibatch, compute_dtype=compute_dtype)

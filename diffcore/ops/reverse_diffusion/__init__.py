@@ -20,7 +20,7 @@ from diffcore.ops._checks import (
     check_tensor,
     out_of_autocast,
 )
-from diffcore.ops._compile import constant_under_compile, own_module
+from diffcore.ops._compile import constant_under_compile, not_own, own_module
 from diffcore.ops.reverse_diffusion import native, reference
 from diffcore.schedule import SOLVERS, DiffusionSchedule, SolverTable
 
@@ -50,8 +50,9 @@ def reverse_diffusion(
     twice and says so; the reference can.
 
     Args:
-        denoiser: a :class:`diffcore.nn.Denoiser`, also one that ``torch.compile`` has wrapped, or any
-            callable ``(x, state, t) -> eps`` with ``x_init`` given (that one runs on the reference).
+        denoiser: a :class:`diffcore.nn.Denoiser`, also one within ``torch.compile`` or
+            ``AveragedModel``, or any callable ``(x, state, t) -> eps`` with ``x_init`` given (that
+            one runs on the reference).
         schedule: the noise levels it was trained with.
         state: ``[B, S]``, what the actions are conditioned on.
         x_init: ``[B, A]``, where the chain starts; drawn from N(0, I) if None.
@@ -230,7 +231,8 @@ def _support(
     ours = own_module(denoiser, nn.Denoiser)
     check_tensor("state", state, ("B", ours.state_dim if ours else "S"))
     if x_init is None and ours is None:
-        raise ValueError("x_init: a denoiser that isn't a diffcore.nn.Denoiser needs it given")
+        why = not_own(denoiser, nn.Denoiser)
+        raise ValueError(f"x_init: expected it to be given, since the denoiser {why}")
     action_dim: int | str = ours.action_dim if ours else "A"
     if x_init is not None:
         check_tensor("x_init", x_init, (state.shape[0], action_dim))
@@ -246,7 +248,7 @@ def _support(
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
 
     if ours is None:
-        refused = "the denoiser isn't a diffcore.nn.Denoiser"
+        refused = f"the denoiser {not_own(denoiser, nn.Denoiser)}"
         return _backends.support(KERNELS, [state], refused=refused), None, []
     parameters = ours.unaltered_weights_and_biases()
     if parameters is None:

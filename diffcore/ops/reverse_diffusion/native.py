@@ -11,6 +11,7 @@ from torch import Tensor
 from diffcore.ops import _native
 from diffcore.ops._activations import ACTIVATIONS
 from diffcore.ops._compile import constant_under_compile
+from diffcore.ops._flops import flops, mlps, mlps_backward
 from diffcore.ops.mlp import native as mlp
 
 
@@ -150,6 +151,8 @@ def chain_backward(
     Step by step backwards from the stored x: the denoiser is run again in float32, and its
     vector-Jacobian product taken by hand.
     """
+    # The results lie as these do, and are to lie row by row.
+    grad_actions, state = grad_actions.contiguous(), state.contiguous()
     steps, batch, action_dim = coefficients.shape[0], state.shape[0], grad_actions.shape[1]
     state_offset = parameters[4].shape[1] - state.shape[1]
     time_mlp = _MLP(parameters[:4], activation, backend)
@@ -252,11 +255,42 @@ def _(
 ) -> list[Tensor]:
     steps = coefficients.shape[0] if wants_noise else 0
     return [
-        torch.empty_like(state),
-        torch.empty_like(grad_actions),
+        state.new_empty(state.shape),
+        grad_actions.new_empty(grad_actions.shape),
         state.new_empty(steps, *grad_actions.shape),
-        *[torch.empty_like(p) for p in parameters],
+        *[p.new_empty(p.shape) for p in parameters],
     ]
+
+
+@flops("reverse_diffusion")
+def _(
+    state: Any,
+    x_init: Any,
+    noise: Any,
+    seed: Any,
+    parameters: Any,
+    coefficients: Any,
+    *_: Any,
+    **out: Any,
+) -> int:
+    return coefficients[0] * mlps(state[0], parameters)
+
+
+@flops("reverse_diffusion_backward")
+def _(
+    grad_actions: Any,
+    trajectory: Any,
+    state: Any,
+    parameters: Any,
+    coefficients: Any,
+    *_: Any,
+    **out: Any,
+) -> int:
+    time_mlp, trunk = parameters[:4], parameters[4:]
+    return coefficients[0] * (
+        mlps_backward(state[0], time_mlp, 2, False, True)
+        + mlps_backward(state[0], trunk, len(trunk) // 2, True, True)
+    )
 
 
 @_native.vmap("reverse_diffusion_backward")

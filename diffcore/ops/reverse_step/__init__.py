@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from diffcore.ops import _backends, _dispatch, _native
-from diffcore.ops._checks import check_like, check_number, check_tensor
+from diffcore.ops._checks import check_like, check_number, check_tensor, out_of_autocast
 from diffcore.ops.reverse_step import native, reference
 
 KERNELS = ("cuda", "triton", "cpu")
@@ -42,6 +42,7 @@ def reverse_step(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device.
     """
+    x, eps, noise, x0_previous = out_of_autocast(None, x, eps, noise, x0_previous)
     available = support(
         x,
         eps,
@@ -52,8 +53,9 @@ def reverse_step(
         clip=clip,
     )
     chosen = _dispatch.choose("reverse_step", available, backend)
+    noise_scale, clip = float(noise_scale), float(clip)
     if chosen != "reference":
-        settings = (coefficients, noise, x0_previous, float(noise_scale), float(clip), chosen)
+        settings = (coefficients, noise, x0_previous, noise_scale, clip, chosen)
         differentiable = [t for t in (x, eps, noise, x0_previous) if t is not None]
         if _native.differentiates(*differentiable):
             return _native.apply(native.ReverseStep, x, eps, *settings)
@@ -73,6 +75,7 @@ def support(
     backend: str | None = None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
+    x, eps, noise, x0_previous = out_of_autocast(None, x, eps, noise, x0_previous)
     check_tensor("x", x, ("B", "A"))
     others = {"eps": eps}
     if noise is not None:

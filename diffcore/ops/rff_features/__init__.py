@@ -56,14 +56,15 @@ def rff_features(
     [x] = out_of_autocast(omega, x)
     available = support(x, omega, bias, kind=kind, scale=scale)
     chosen = _dispatch.choose("rff_features", available, backend)
+    scale = float(scale)
     if chosen == "reference":
         return reference.rff_features(x, omega, bias, kind=kind, scale=scale)
     rows, precision = as_rows(x), _backends.precision(None, x)
     if _native.differentiates(x, omega, bias):
-        arguments = (rows, omega, bias, kind, float(scale), precision, chosen)
+        arguments = (rows, omega, bias, kind, scale, precision, chosen)
         y = _native.apply(native.RffFeatures, *arguments)[0]
     else:
-        y = native.forward(rows, omega, bias, kind, float(scale), False, precision, chosen)[0]
+        y = native.forward(rows, omega, bias, kind, scale, False, precision, chosen)[0]
     return y if rows is x else y.reshape(*x.shape[:-1], y.shape[-1])
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _native
+from diffcore.ops._flops import flops, products
 
 
 def _width(omega: Tensor, kind: str) -> int:
@@ -145,6 +146,26 @@ def _(
         x.new_empty(omega.shape[0] if wants_omega else 0, x.shape[1]),
         x.new_empty(omega.shape[0] if wants_bias else 0),
     ]
+
+
+@flops("rff_features")
+def _(x: Any, omega: Any, *_: Any, **out: Any) -> int:
+    return products(x[0], [omega])
+
+
+@flops("rff_features_backward")
+def _(
+    grad_y: Any,
+    x: Any,
+    omega: Any,
+    saved: Any,
+    kind: str,
+    wants_x: bool,
+    wants_omega: bool,
+    *_: Any,
+    **out: Any,
+) -> int:
+    return (wants_x + wants_omega) * products(x[0], [omega])
 
 
 @_native.vmap("rff_features")

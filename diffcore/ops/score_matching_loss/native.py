@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _fused_loss, _native
+from diffcore.ops._flops import flops, products
 
 
 def run(
@@ -74,6 +75,30 @@ def _(
         (t.shape[0] if want else 0, *t.shape[1:]) for t, want in zip(sources, wanted, strict=True)
     ]
     return psi.new_empty(()), *(psi.new_empty(shape) for shape in shapes)
+
+
+def score_flops(rows: int, weight: Any, columns: int, wanted: list[bool]) -> int:
+    """Of a loss of S columns, by the shape of zeta's last weight, with the gradients `wanted`."""
+    wants_psi, wants_hidden, wants_weight, wants_bias = wanted
+    score, last = products(rows, [(weight[0] // columns, columns)]), products(rows, [weight])
+    wants_zeta = wants_hidden or wants_weight or wants_bias
+    return (1 + wants_psi + wants_zeta) * score + (1 + wants_hidden + wants_weight) * last
+
+
+@flops("score_matching_loss")
+def _(
+    psi: Any,
+    hidden: Any,
+    weight: Any,
+    bias: Any,
+    offset: Any,
+    score_weight: Any,
+    precision: str,
+    wanted: list[bool],
+    *_: Any,
+    **out: Any,
+) -> int:
+    return score_flops(psi[0], weight, offset[1], wanted)
 
 
 @_native.vmap("score_matching_loss")

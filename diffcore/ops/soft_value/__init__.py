@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffcore.ops import _backends, _dispatch, _native
 from diffcore.ops._checks import check_like, check_number, check_tensor, out_of_autocast
-from diffcore.ops._compile import own_module
+from diffcore.ops._compile import require_own
 from diffcore.ops.soft_value import native, reference
 
 if TYPE_CHECKING:
@@ -53,11 +53,13 @@ def soft_value(
             backend that can't run this call.
     """
     inputs = out_of_autocast(policy, state, noise, temperature)
-    available, parameters, *judges = _support(policy, psi, critics, *inputs)
+    networks = _networks(policy, psi, critics)
+    available, parameters, *judges = _support(*networks, *inputs)
     chosen = _dispatch.choose("soft_value", available, backend)
     if chosen == "reference":
         state, noise, temperature = inputs
-        return reference.soft_value(policy, psi, critics, state, noise, temperature, backend)
+        return reference.soft_value(networks[0], psi, critics, state, noise, temperature, backend)
+    policy, psi, critics = networks
     kinds = [",".join(n.activations) for n in (policy.trunk, psi.trunk, critics.q1.head)]
     precision = _backends.precision(policy.trunk.compute_dtype, state)
     settings = (*kinds, *policy.log_std_bounds, precision)
@@ -81,7 +83,20 @@ def support(
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
     inputs = out_of_autocast(policy, state, noise, temperature)
-    return _support(policy, psi, critics, *inputs)[0]
+    return _support(*_networks(policy, psi, critics), *inputs)[0]
+
+
+def _networks(
+    policy: object, psi: object, critics: object
+) -> tuple[SquashedGaussian, Psi, TwinRFFCritic]:
+    """Out of what may wrap them."""
+    from diffcore.nn import Psi, SquashedGaussian, TwinRFFCritic
+
+    return (
+        require_own("policy", policy, SquashedGaussian),
+        require_own("psi", psi, Psi),
+        require_own("critics", critics, TwinRFFCritic),
+    )
 
 
 def _support(
@@ -92,19 +107,9 @@ def _support(
     noise: Tensor,
     temperature: Tensor,
 ) -> tuple[_dispatch.Support, list[Tensor], list[Tensor], list[Tensor]]:
-    """The same, out of autocast; and the parameters of the policy, of psi, and of one critic after
-    the other.
+    """The same, out of wrappers and of autocast; and the parameters of the policy, of psi, and of one
+    critic after the other.
     """
-    from diffcore.nn import Psi, SquashedGaussian, TwinRFFCritic
-
-    for name, module, kind in (
-        ("policy", policy, SquashedGaussian),
-        ("psi", psi, Psi),
-        ("critics", critics, TwinRFFCritic),
-    ):
-        if own_module(module, kind) is None:
-            found = type(module).__name__
-            raise TypeError(f"{name}: expected a diffcore.nn.{kind.__name__}, got {found}")
     check_tensor("state", state, ("B", policy.state_dim))
     check_tensor("noise", noise, (state.shape[0], policy.action_dim))
     check_tensor("temperature", temperature, ())

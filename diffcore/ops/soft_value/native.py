@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _fused_loss, _native
+from diffcore.ops._flops import flops, mlps, mlps_backward
 from diffcore.ops.mlp.native import kinds
 
 
@@ -67,6 +68,26 @@ def _(
     rows = state.shape[0]
     grads = [p.new_empty(p.shape) for p in policy] if wanted else []
     return state.new_empty(()), state.new_empty(rows, 1), state.new_empty(rows, 1), grads
+
+
+@flops("soft_value")
+def _(
+    state: Any,
+    noise: Any,
+    temperature: Any,
+    psi: Any,
+    critics: Any,
+    policy: Any,
+    wanted: bool,
+    *_: Any,
+    **out: Any,
+) -> int:
+    judges = [*psi, *critics]
+    return (
+        mlps(state[0], [*policy, *judges])
+        + mlps_backward(state[0], policy, len(policy) // 2, False, wanted)
+        + mlps_backward(state[0], judges, 1, wanted, False)
+    )
 
 
 @_native.vmap("soft_value")

@@ -52,6 +52,7 @@ def squashed_gaussian(
     x, noise = out_of_autocast(weights[0] if weights else None, x, noise)
     arguments = (x, weights, biases, activations, noise)
     available = support(*arguments, log_std_bounds=log_std_bounds, compute_dtype=compute_dtype)
+    log_std_bounds = float(log_std_bounds[0]), float(log_std_bounds[1])
     chosen = _dispatch.choose("squashed_gaussian", available, backend)
     if chosen == "reference":
         return reference.squashed_gaussian(*arguments, log_std_bounds)

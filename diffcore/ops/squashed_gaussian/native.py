@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _native
+from diffcore.ops._flops import flops, mlps, mlps_backward
 from diffcore.ops.mlp.native import kinds
 
 
@@ -133,6 +134,17 @@ def _(
 ) -> list[Tensor]:
     grad_x = x.new_empty(x.shape[0] if wants_x else 0, x.shape[1])
     return [grad_x, *([p.new_empty(p.shape) for p in parameters] if wants_parameters else [])]
+
+
+@flops("squashed_gaussian")
+def _(x: Any, noise: Any, parameters: Any, *_: Any, **out: Any) -> int:
+    return mlps(x[0], parameters)
+
+
+@flops("squashed_gaussian_backward")
+def _(grad_action: Any, grad_log_prob: Any, x: Any, *rest: Any, **out: Any) -> int:
+    parameters, wants_x, wants_parameters = rest[2], rest[4], rest[5]
+    return mlps_backward(x[0], parameters, len(parameters) // 2, wants_x, wants_parameters)
 
 
 @_native.vmap("squashed_gaussian")
