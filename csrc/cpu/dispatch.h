@@ -20,8 +20,8 @@ std::vector<std::string> available_isas();
 // Makes `isa` the active one, for tests; packs of another set are never mixed in.
 void use_isa(const std::string& isa);
 
-// How many threads a call may have: `wanted`, but 1 in a process that was forked after OpenMP had
-// started threads, since the GNU runtime can't start new ones there.
+// How many threads a call may have: `wanted`, but 1 in a forked process. If OpenMP had started threads
+// before, the GNU runtime can't start new ones there; it can't be asked whether it had.
 int usable_threads(int wanted);
 // The same for a call of so many rows.
 int threads_for(int64_t rows, int wanted);

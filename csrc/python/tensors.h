@@ -135,7 +135,12 @@ inline bool look_in_python(py::handle tensor, TensorLook* out) {
 
 // Whether its values lie in memory: those of torch.func's wrappers don't, nor do a tensor of zeros that
 // torch keeps without any or one whose storage was freed.
-inline bool has_memory(const TensorLook& look) { return look.data || look.count == 0; }
+// A view into such a storage lies as far from null as it did from the storage's begin; systems map nothing
+// so low.
+inline bool has_memory(const TensorLook& look) {
+  constexpr uintptr_t lowest_address = 64 * 1024;
+  return reinterpret_cast<uintptr_t>(look.data) >= lowest_address || look.count == 0;
+}
 
 // False for what isn't a tensor with memory.
 inline bool look_at(py::handle tensor, TensorLook* out) {
@@ -181,6 +186,11 @@ inline bool lacks_memory(py::handle tensor) {
   if (!is_tensor(tensor.ptr())) return false;
   look_at(tensor, &look);
   return look.on_cpu && !has_memory(look);
+}
+
+// For a binding's argument. If its caster only said no, pybind11 would print the tensor, and torch crash.
+inline void refuse_without_memory(py::handle tensor) {
+  if (lacks_memory(tensor)) throw py::type_error("a tensor's memory was freed");
 }
 
 inline bool says_yes(PyObject* method, PyObject* tensor) {
@@ -484,7 +494,10 @@ struct type_caster<diffcore::Floats> {
 
   bool load(handle source, bool) {
     diffcore::TensorLook look;
-    if (!diffcore::look_at_float32_on_cpu(source, &look) || !look.contiguous) return false;
+    if (!diffcore::look_at_float32_on_cpu(source, &look) || !look.contiguous) {
+      diffcore::refuse_without_memory(source);
+      return false;
+    }
     value = {static_cast<float*>(const_cast<void*>(look.data)), look.count};
     return true;
   }
@@ -511,7 +524,10 @@ struct type_caster<diffcore::Layers> {
 
  private:
   bool rows_of(object tensor, diffcore::TensorLook* look) {
-    if (!diffcore::look_at(tensor, look)) return false;
+    if (!diffcore::look_at(tensor, look)) {
+      diffcore::refuse_without_memory(tensor);
+      return false;
+    }
     if (look->contiguous) return true;
     value.copies.push_back(tensor.attr("contiguous")());
     return diffcore::look_at(value.copies.back(), look);

@@ -27,7 +27,13 @@ from diffcore.ops._checks import (
     checked_inputs,
 )
 from diffcore.ops._compile import has_global_hooks, has_hooks
-from diffcore.ops._native import inputs_fit, linear_stack, mlp_stack, mlp_stacks
+from diffcore.ops._native import (
+    inputs_fit,
+    linear_stack,
+    mlp_stack,
+    mlp_stacks,
+    requires_gradient,
+)
 from diffcore.ops.critic_loss import critic_loss
 from diffcore.ops.mlp import mlp
 from diffcore.ops.mlp_ensemble import mlp_ensemble
@@ -211,7 +217,7 @@ def each(q: Tensor) -> tuple[Tensor, Tensor]:
     Autograd has one node for either way, but refuses to change unbind's views in place.
     """
     split: Any = torch.unbind_copy  # of which torch's annotation says that it returns nothing
-    q1, q2 = split(q, 0) if q.requires_grad else q.unbind(0)
+    q1, q2 = split(q, 0) if requires_gradient(q) else q.unbind(0)
     return q1, q2
 
 

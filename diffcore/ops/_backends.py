@@ -57,7 +57,7 @@ def support(
     """Which backends can take a call.
 
     Args:
-        kernels: the op's backends beside the reference, best first.
+        kernels: the op's backends beside the reference, best first, "cpu" last.
         tensors: the call's, which a kernel takes on its own device in float32; the first says which.
         activations, layers: the network's.
         compute_dtype: what to multiply in.
@@ -76,16 +76,10 @@ def support(
             )
         return _cannot_run(name, tensors, activations, layers, compute_dtype)
 
-    return Support(_in_order(kernels, tensors[0].is_cuda), lacks)
-
-
-@constant_under_compile
-@functools.cache
-def _in_order(kernels: tuple[str, ...], on_gpu: bool) -> list[str]:
-    """The backends, best first for tensors on such a device."""
-    gpu, cpu = ([name for name in kernels if (name == "cpu") == on_cpu] for on_cpu in (False, True))
-    first, last = (gpu, cpu) if on_gpu else (cpu, gpu)
-    return [*first, "reference", *last]
+    on_cpu = kernels[-1:] if kernels[-1] == "cpu" else ()
+    on_gpu = kernels[: len(kernels) - len(on_cpu)]
+    first, last = (on_gpu, on_cpu) if tensors[0].is_cuda else (on_cpu, on_gpu)
+    return Support([*first, "reference", *last], lacks)
 
 
 def _cannot_run(

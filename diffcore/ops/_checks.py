@@ -35,11 +35,16 @@ def checked_once(check: Callable[..., None]) -> Callable[..., None]:
 # what is checked is given back as Python's own, for those who hand it on.
 
 
+LARGEST_INT = 2**31 - 1  # that the kernels count to
+
+
 def check_positive_int(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if int(value) > LARGEST_INT:
+        raise ValueError(f"{name}: expected at most {LARGEST_INT}, got {value}")
     return int(value)
 
 
@@ -53,7 +58,11 @@ def check_number(
 ) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if math.isnan(value) or (finite and math.isinf(value)):
+    try:
+        out_of_range = math.isnan(value) or (finite and math.isinf(value))
+    except OverflowError:  # an integer beyond all floats
+        out_of_range = True
+    if out_of_range:
         raise ValueError(f"{name}: expected a finite number, got {value}")
     if least is not None and value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")

@@ -41,12 +41,13 @@ GLOBAL_HOOKS = (
 
 def has_global_hooks() -> bool:
     """Whether a call of any module does more than its ``forward``."""
-    return bool(
-        _global_forward_hooks
-        or _global_forward_pre_hooks
-        or _global_backward_hooks
-        or _global_backward_pre_hooks
-    )
+    return any(not _only_watches(hook) for hooks in GLOBAL_HOOKS for hook in hooks.values())
+
+
+def _only_watches(hook: object) -> bool:
+    """Whether it is one of those by which torch's FlopCounterMode knows which module is running."""
+    owner = getattr(hook, "__self__", None)
+    return type(owner).__module__ == "torch.utils.module_tracker"
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
@@ -75,8 +76,8 @@ def own_module(network: object, kind: type[M]) -> M | None:
 def _same_function(network: object) -> object:
     """What a wrapper that computes the same wraps, or None."""
     if isinstance(network, AveragedModel):
-        plain = type(network).forward is AveragedModel.forward and not has_hooks(network)
-        return network.module if plain else None
+        own = type(network).forward is AveragedModel.forward and "forward" not in network.__dict__
+        return network.module if own and not has_hooks(network) else None
     if torch.compiler.is_compiling():  # which sees through its own wrapper by itself
         return None
     compiled = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", None)

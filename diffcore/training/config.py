@@ -89,6 +89,9 @@ class TrainConfig:
         for name in ("threads", "max_episode_steps"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), at_least=1)
+        for name in ("eval_deterministic", "tensorboard"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         _check_number("updates_per_step", self.updates_per_step, at_least=0.0)
         _check_number("checkpoint_minutes", self.checkpoint_minutes, at_least=0.0)
 
@@ -143,9 +146,16 @@ def _as_json_object(name: str, value: object) -> dict[str, Any]:
         copy = json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} must hold what JSON can hold, got {value!r}: {error}") from error
-    if not isinstance(value, dict) or copy.keys() != value.keys():
+    if not isinstance(value, dict) or not _has_names_for_keys(value):
         raise ConfigError(f"{name} must be a dict with names for keys, got {value!r}")
     return cast("dict[str, Any]", copy)
+
+
+def _has_names_for_keys(value: object) -> bool:
+    """Whether JSON keeps the keys of all dicts in ``value``; it would make texts of numbers."""
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _has_names_for_keys(v) for k, v in value.items())
+    return not isinstance(value, (list, tuple)) or all(map(_has_names_for_keys, value))
 
 
 def _check_integer(name: str, value: object, *, at_least: int) -> None:

@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from diffcore.envs.multigoal import BOUND, GOALS
+from diffcore.training.config import TrainConfig, to_dict
 from diffcore.training.errors import RunError, WriteError
 from diffcore.training.files import write_atomically
 from diffcore.training.logging import read_series
@@ -164,9 +165,11 @@ def _read_curve(path: Path) -> _Curve:
     config = run.read_config()
     if not run.evaluations.is_file():
         raise RunError(f"{path} has no evaluations yet")
-    train, settings = config["train"], dict(config["agent_config"])
+    # A run from before there was a setting was made as the setting's default has it.
+    train = {**to_dict(TrainConfig(config["train"]["env"])), **config["train"]}
+    settings = dict(config["agent_config"])
     mode = settings.pop("mode", None)
-    settings |= {name: train[name] for name in _SHAPING if name in train}
+    settings |= {name: train[name] for name in _SHAPING}
     label = f"{config['agent']} ({mode})" if mode else str(config["agent"])
     series = read_series(run.evaluations, "mean_return")
     return _Curve(str(train["env"]), label, settings, series)

@@ -109,6 +109,10 @@ class RunDirectory:
         required = ("agent", "train", "agent_config")
         if not isinstance(contents, dict) or any(key not in contents for key in required):
             raise RunError(f"{self.config} lacks one of {list(required)}")
+        for key in ("train", "agent_config"):
+            if not isinstance(contents[key], dict):
+                got = repr(contents[key])
+                raise RunError(f"{self.config}: {key} must be settings by name, got {got}")
         return contents
 
     def resumed_config(self, saved: TrainConfig, agent_config: AgentConfig) -> TrainConfig:

@@ -192,6 +192,18 @@ def test_values_may_be_changed_in_place(backend: str | None) -> None:
         q1, q2 = critic(state, action)
         q1 -= q2
 
+    def doubled(state: Tensor, action: Tensor) -> Tensor:
+        q1, _ = critic(state, action, backend=backend)
+        q1 *= 2
+        return q1
+
+    def of_all(action: Tensor) -> Tensor:
+        return torch.func.vmap(doubled)(state, action).sum()
+
+    twice = torch.func.grad(of_all)(action)
+    once = torch.func.grad(lambda a: critic(state, a, backend=backend)[0].sum())(action)
+    torch.testing.assert_close(twice, 2 * once)
+
 
 def test_ensemble_with_vmap() -> None:
     critics = [nn.TwinCritic(5, 3, 8) for _ in range(3)]

@@ -621,6 +621,8 @@ def test_any_callable_is_a_critic() -> None:
         ({"steps": True}, TypeError, "^steps: expected an integer, got bool"),
         ({"lr": -0.1}, ValueError, "^lr: expected at least 0.0, got -0.1"),
         ({"lr": math.nan}, ValueError, "^lr: expected a finite number, got nan"),
+        ({"lr": 10**400}, ValueError, "^lr: expected a finite number, got 1000"),
+        ({"steps": 2**31}, ValueError, "^steps: expected at most 2147483647, got 2147483648"),
         ({"lr": "0.1"}, TypeError, "^lr: expected a number, got str"),
         ({"eps": -1e-5}, ValueError, "^eps: "),
         ({"eps": math.inf}, ValueError, "^eps: "),

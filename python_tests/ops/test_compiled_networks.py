@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import run_script
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
@@ -100,6 +101,26 @@ def test_averaged_ones_that_do_more_are_called() -> None:
     halved = Halved(networks[0])
     assert explain("denoising_loss", halved, *rest, **named).backend == "reference"
     assert ops.denoising_loss(halved, *rest, **named) != ops.denoising_loss(hooked, *rest, **named)
+    patched = AveragedModel(networks[0])
+    patched.forward = halved.forward
+    assert explain("denoising_loss", patched, *rest, **named).backend == "reference"
+
+
+def test_compiling_warns_of_nothing() -> None:
+    """What is looked up once, for instance, the compiler would say that it sees through."""
+    script = """
+import warnings, torch
+from diffcore import ops
+from diffcore.nn import MLP, TwinCritic
+warnings.simplefilter("error", UserWarning)
+warnings.filterwarnings("ignore", "dynamo_pgo")  # whose caches tests switch off
+mlp, critic = MLP(3, 8, 2, 1), TwinCritic(3, 2, 8).requires_grad_(False)
+torch.compile(mlp, backend="eager")(torch.ones(4, 3))
+ascent = torch.compile(lambda s, a: ops.action_gradient(critic, s, a, steps=2), backend="eager")
+print(ascent(torch.ones(4, 3), torch.zeros(4, 2)).shape)
+"""
+    done = run_script(script)
+    assert done.stdout == "torch.Size([4, 2])\n", done.stderr
 
 
 @pytest.mark.parametrize("op", calls())

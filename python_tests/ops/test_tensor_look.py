@@ -68,6 +68,14 @@ def freed() -> Tensor:
     return tensor
 
 
+def freed_part() -> Tensor:
+    """One that began somewhere within its storage."""
+    whole = torch.ones(13)
+    part = whole[5:11].view(3, 2)
+    whole.untyped_storage().resize_(0)
+    return part
+
+
 TENSORS: dict[str, Callable[[], Tensor]] = {
     "matrix": lambda: torch.randn(3, 2),
     "parameter": lambda: nn.Parameter(torch.randn(3, 2)),
@@ -93,6 +101,7 @@ TENSORS: dict[str, Callable[[], Tensor]] = {
     "subclass": lambda: torch.ones(3, 2).as_subclass(Subclass),
     "leaked": leaked,
     "freed": freed,
+    "freed part": freed_part,
 }
 #: Of which a quick look can say that their memory holds their values.
 PLAIN = set(TENSORS) - {
@@ -103,6 +112,7 @@ PLAIN = set(TENSORS) - {
     "subclass",
     "leaked",
     "freed",
+    "freed part",
 }
 
 
@@ -353,7 +363,14 @@ def test_kernels_read_weights_that_don_t_lie_row_by_row(way: str) -> None:
 def test_weights_whose_memory_was_freed_are_refused(way: str) -> None:
     critic, state, action = TwinCritic(3, 2), torch.randn(4, 3), torch.rand(4, 2)
     critic.q1.layers[1].weight.untyped_storage().resize_(0)
-    for call in (lambda: ops.action_gradient(critic, state, action), lambda: critic(state, action)):
+    x, biases, activations = torch.randn(4, 2), [torch.zeros(3)], ["identity"]
+    for call in (
+        lambda: ops.action_gradient(critic, state, action),
+        lambda: critic(state, action),
+        lambda: ops.mlp(x, [freed()], biases, activations),
+        lambda: ops.mlp(x, [freed_part()], biases, activations),
+        lambda: core.norm([freed()]),
+    ):
         with pytest.raises((RuntimeError, TypeError)):
             call()
 

@@ -524,6 +524,8 @@ def edit_config(run: Path, section: str, **changes: Any) -> None:
         ("agent_config", {"lr": 0.5}, r"lr 0.5 \(checkpoint: 0.01\).* all but total_steps, device, "),
         ("", {"agent": "dipo"}, r"agent 'dipo' \(checkpoint: 'tiny'\)"),
         ("train", {"total_steps": 0}, "config.json: total_steps must be at least 1, got 0"),
+        ("train", {"tensorboard": "no"}, "config.json: tensorboard must be true or false, got 'no'"),
+        ("", {"train": None}, "config.json: train must be settings by name, got None"),
     ],
 )
 def test_an_edited_setting_is_not_ignored(
@@ -707,6 +709,8 @@ def test_bad_settings_are_named(tiny_run: MakeConfig) -> None:
         ("env", CountingEnv, r"env must be the id .*CountingEnv.*gymnasium\.register\("),
         ("env_kwargs", [1], r"env_kwargs must be a dict with names for keys, got \[1\]"),
         ("env_kwargs", {1: 2}, "env_kwargs must be a dict with names for keys"),
+        ("env_kwargs", {"a": [{1: 2}]}, "env_kwargs must be a dict with names for keys"),
+        ("tensorboard", "false", "tensorboard must be true or false, got 'false'"),
         ("env_kwargs", {"a": np.zeros(2)}, "env_kwargs must hold what JSON can hold"),
         ("seed", -1, "seed must be at least 0, got -1"),
         ("total_steps", 0, "total_steps must be at least 1, got 0"),

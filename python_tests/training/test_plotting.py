@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,25 @@ def test_runs_with_other_settings_are_no_seeds_of_one_curve(
         "dipo (fixed) diffusion_steps=100 num_envs=2",
         "dipo (fixed) diffusion_steps=20 num_envs=1",
         "sb3-sac",
+    ]
+
+
+def test_a_run_from_before_a_setting_has_its_default(
+    fake_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [
+        fake_run("a", {10: 1.0}, DIPOConfig()),
+        fake_run("b", {10: 3.0}, DIPOConfig(), env_kwargs={"g": 9.0}),
+        fake_run("old", {10: 5.0}, DIPOConfig()),
+    ]
+    config = runs[-1] / "config.json"
+    contents = json.loads(config.read_text())
+    del contents["train"]["env_kwargs"]
+    config.write_text(json.dumps(contents))
+    (axes,) = draw(runs, tmp_path / "plot.png", monkeypatch).axes
+    assert [line.get_label().replace("\n", " ") for line in axes.get_lines()] == [
+        "dipo (fixed) env_kwargs={'g': 9.0}",
+        "dipo (fixed) env_kwargs={} (2 seeds)",
     ]
 
 
