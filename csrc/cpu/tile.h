@@ -220,12 +220,14 @@ void pack_groups(const float* weight, ptrdiff_t out_stride, ptrdiff_t in_stride,
   constexpr int step = step_of<Operand>;
   memset(panel, 0, sizeof *panel * W * ceil_div(Operand::depth(in), group));
   for (int n = 0; n < out; ++n) {
-    for (int k = 0; k < in; k += step) {
-      const float* first = weight + n * out_stride + k * in_stride;
-      const bool last_alone = k + 1 >= in;
-      const int within = k / step % group;
-      panel[static_cast<ptrdiff_t>(k / step / group) * W + n * group + within] =
-          Operand::weight(*first, step == 1 || last_alone ? 0.0f : first[in_stride]);
+    const float* from = weight + n * out_stride;
+    typename Operand::Weight* to = panel + n * group;
+    for (int k = 0; k < in; to += W) {
+      for (int within = 0; within < group && k < in; ++within, k += step) {
+        const bool last_alone = k + 1 >= in;
+        to[within] = Operand::weight(from[k * in_stride],
+                                     step == 1 || last_alone ? 0.0f : from[(k + 1) * in_stride]);
+      }
     }
   }
 }

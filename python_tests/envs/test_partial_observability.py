@@ -363,15 +363,18 @@ def test_bad_history_of_a_variant_is_named() -> None:
         gym.make("diffcore/Pendulum-masked-v0", history=2.0)
 
 
-def test_the_documents_example_runs() -> None:
+def test_the_documents_examples_run() -> None:
     page = (Path(__file__).parents[2] / "docs" / "environments.md").read_text()
-    (example,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    examples = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     try:
-        exec(compile(example, "docs/environments.md", "exec"), {})
+        for example in examples:
+            exec(compile(example, "docs/environments.md", "exec"), {})
+        assert gym.spec("Drone-v0").max_episode_steps == 500
         # Height and velocities of Hopper hidden: 4 of 11 remain; and 3 actions.
         assert gym.make("BlindHopper-v0").reset(seed=0)[0].shape == (5 * 4 + 4 * 3,)
     finally:
         gym.registry.pop("BlindHopper-v0", None)
+        gym.registry.pop("Drone-v0", None)
 
 
 def test_the_documents_list_what_is_registered() -> None:
