@@ -77,6 +77,21 @@ DIFFCORE_INLINE Vec repeat(const void* p) {
     return {_mm512_loadu_ps(p)};
   }
 }
+// The same of fewer words, zeros in place of the rest, which isn't read.
+template <int words>
+DIFFCORE_INLINE Vec repeat_some(const void* p, int count) {
+  const auto present = static_cast<__mmask16>((1 << count) - 1);
+  if constexpr (words == 2) {
+    return {_mm512_castpd_ps(_mm512_broadcastsd_pd(
+        _mm_castps_pd(_mm_maskz_loadu_ps(static_cast<__mmask8>(present), p))))};
+  } else if constexpr (words == 4) {
+    return {_mm512_broadcast_f32x4(_mm_maskz_loadu_ps(static_cast<__mmask8>(present), p))};
+  } else if constexpr (words == 8) {
+    return {_mm512_broadcast_f32x8(_mm256_maskz_loadu_ps(static_cast<__mmask8>(present), p))};
+  } else {
+    return {_mm512_maskz_loadu_ps(present, p)};
+  }
+}
 // Sums of so many lanes next to each other, and zeros behind them.
 template <int lanes>
 DIFFCORE_INLINE Vec sum_groups(Vec a) {
@@ -207,6 +222,19 @@ DIFFCORE_INLINE Vec repeat(const void* p) {
     return load(static_cast<const float*>(p));
   }
 }
+template <int words>
+DIFFCORE_INLINE Vec repeat_some(const void* p, int count) {
+  const float* values = static_cast<const float*>(p);
+  const __m256i present =
+      _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  if constexpr (words == 8) {
+    return {_mm256_maskload_ps(values, present)};
+  } else {
+    const __m128 some = _mm_maskload_ps(values, _mm256_castsi256_si128(present));
+    if constexpr (words == 2) return {_mm256_castpd_ps(_mm256_broadcastsd_pd(_mm_castps_pd(some)))};
+    return {_mm256_set_m128(some, some)};
+  }
+}
 template <int lanes>
 DIFFCORE_INLINE Vec sum_groups(Vec a) {
   a.v = _mm256_add_ps(a.v, _mm256_permute_ps(a.v, 0xb1));
@@ -323,6 +351,12 @@ DIFFCORE_INLINE Vec repeat(const void* p) {
     return load(values);
   }
 }
+template <int words>
+DIFFCORE_INLINE Vec repeat_some(const void* p, int count) {
+  float some[words] = {};
+  memcpy(some, p, sizeof(float) * static_cast<size_t>(count));
+  return repeat<words>(some);
+}
 template <int lanes>
 DIFFCORE_INLINE Vec sum_groups(Vec a) {
   const float32x2_t pairs = vpadd_f32(vget_low_f32(a.v), vget_high_f32(a.v)), none = vdup_n_f32(0);
@@ -418,6 +452,12 @@ DIFFCORE_INLINE Vec repeat(const void* p) {
   for (int i = 0; i < 4; i += words)
     memcpy(reinterpret_cast<char*>(&a.v) + 4 * i, p, sizeof(float) * words);
   return a;
+}
+template <int words>
+DIFFCORE_INLINE Vec repeat_some(const void* p, int count) {
+  float some[words] = {};
+  memcpy(some, p, sizeof(float) * static_cast<size_t>(count));
+  return repeat<words>(some);
 }
 template <int lanes>
 DIFFCORE_INLINE Vec sum_groups(Vec a) {

@@ -205,12 +205,14 @@ DIFFCORE_INLINE void transpose_4x4_pairs(const float* from, ptrdiff_t from_strid
                 to_stride);
 }
 
-// Successive weights of an output that lie side by side in a last panel of so many outputs.
+// Successive weights of an output that lie side by side in a last panel of so many outputs; 1 where
+// too few follow each other to pay for summing a vector's lanes.
 template <class Operand>
-DIFFCORE_INLINE int group_size(int outputs) {
+DIFFCORE_INLINE int group_size(int in, int outputs) {
+  const int depth = Operand::depth(in);
   int size = 1;
   while (Operand::groups && 2 * size * outputs <= W) size *= 2;
-  return size;
+  return depth < 2 * size ? 1 : size;
 }
 
 // Such a panel: panels[group of k][n][k within it].
@@ -242,7 +244,7 @@ void pack_panels(const float* weight, ptrdiff_t out_stride, ptrdiff_t in_stride,
     const int columns = out - n > W ? panel_width : W;
     const int present = out - n < columns ? out - n : columns;
     const float* source = weight + n * out_stride;
-    const int group = group_size<Operand>(present);
+    const int group = group_size<Operand>(in, present);
     if (group > 1)
       return pack_groups<Operand>(source, out_stride, in_stride, in, present, group, panels);
     int k = 0;
@@ -467,7 +469,6 @@ static inline __attribute__((noinline)) void grouped_sums(
     const typename Operand::Input* __restrict x, ptrdiff_t x_stride, int depth,
     const typename Operand::Weight* __restrict panel, ptrdiff_t, Offset offset,
     float* __restrict out, ptrdiff_t out_stride) {
-  using Input = typename Operand::Input;
   constexpr int values = group * step_of<Operand>;
   Vec part[4][rows];
 #pragma GCC unroll 4
@@ -491,11 +492,11 @@ static inline __attribute__((noinline)) void grouped_sums(
                                          panel + k * W, part[0][i]);
   }
   if (const int rest = depth % group) {  // what lies behind the row is anything
-    for (int i = 0; i < rows; ++i) {
-      Input last[values] = {};
-      memcpy(last, x + i * x_stride + whole * values, sizeof(Input) * step_of<Operand> * rest);
-      part[1][i] = Operand::multiply_add(repeat<group>(last), panel + whole * W, part[1][i]);
-    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i)
+      part[1][i] =
+          Operand::multiply_add(repeat_some<group>(x + i * x_stride + whole * values, rest),
+                                panel + whole * W, part[1][i]);
   }
   for (int i = 0; i < rows; ++i) {
     const Vec sum = (part[0][i] + part[1][i]) + (part[2][i] + part[3][i]);
@@ -755,7 +756,7 @@ DIFFCORE_INLINE void linear(const typename Operand::Input* x, ptrdiff_t x_stride
   for (int n = 0; n < columns;) {
     const int left = columns - n;
     int width = left > W ? panel_width : W;
-    const int group = left > W ? 1 : group_size<Operand>(layer.out - n);
+    const int group = left > W ? 1 : group_size<Operand>(layer.in, layer.out - n);
     // With few rows, several panels at once: enough independent sums to hide the FMA's latency.
     TileFunction<Operand> wide = nullptr;
     if (Operand::whole_tiles) {
