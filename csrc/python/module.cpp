@@ -775,11 +775,17 @@ PYBIND11_MODULE(_core, m) {
   m.def("lacks_memory", &lacks_memory);
   m.def("are_plain", &are_plain);
   m.def("are_float32_on_cpu", &are_float32_on_cpu);
+  m.def("are_plain_float32_on_cpu", &are_plain_float32_on_cpu);
   m.def("layers_fit", &layers_fit);
   m.def("same_sizes", &same_sizes);
   m.def("sharing", &sharing);
-  m.def("linear_stack", &linear_stack);
-  m.def("mlp_stack", &mlp_stack);
+  using Width = std::optional<int64_t>;
+  m.def("linear_stack", [](const py::dict& modules, size_t count, Width in, Width out) {
+    return linear_stack(modules, count, in, out, false);
+  });
+  m.def("mlp_stack", [](py::handle mlp, py::type type, Width in, Width out) {
+    return mlp_stack(mlp, type, in, out, false);
+  });
   m.def("mlp_stacks", &mlp_stacks);
   m.attr("max_layers") = max_layers;
   m.attr("max_networks") = max_networks;

@@ -193,20 +193,21 @@ inline void refuse_without_memory(py::handle tensor) {
   if (lacks_memory(tensor)) throw py::type_error("a tensor's memory was freed");
 }
 
-inline bool says_yes(PyObject* method, PyObject* tensor) {
-  const auto answer = py::reinterpret_steal<py::object>(PyObject_CallOneArg(method, tensor));
+// Whether a tensor's values are what lies in its memory, negated.
+inline bool is_negated(PyObject* tensor) {
+  const auto answer =
+      py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch_types.is_neg, tensor));
   if (!answer) throw py::error_already_set();
   return answer.ptr() == Py_True;
 }
 
-// Whether an argument's memory holds its values: no subclass, no wrapper, nothing that is to be read
-// negated.
+// Whether an argument's memory holds its values: no subclass, no wrapper, nothing negated.
 inline bool is_plain(PyObject* argument) {
   if (argument == Py_None) return true;
   PyTypeObject* const type = Py_TYPE(argument);
   if (type == torch_types.tensor || type == torch_types.parameter) {
     TensorLook look;
-    return look_at(argument, &look) && !says_yes(torch_types.is_neg, argument);
+    return look_at(argument, &look) && !is_negated(argument);
   }
   return type == &PyBool_Type || type == &PyLong_Type || type == &PyFloat_Type ||
          type == &PyUnicode_Type;
@@ -254,6 +255,15 @@ inline bool are_float32_on_cpu(py::handle tensors, bool contiguous) {
   for (py::handle tensor : tensors) {
     TensorLook look;
     if (!look_at_float32_on_cpu(tensor, &look) || (contiguous && !look.contiguous)) return false;
+  }
+  return true;
+}
+
+// The same, and that nothing but their memory says what their values are.
+inline bool are_plain_float32_on_cpu(const py::list& tensors) {
+  for (py::handle tensor : tensors) {
+    TensorLook look;
+    if (!look_at_float32_on_cpu(tensor, &look) || is_negated(tensor.ptr())) return false;
   }
   return true;
 }
@@ -344,9 +354,10 @@ inline bool is_unaltered(PyObject* module, PyTypeObject* type) {
 
 // [weight, bias, weight, bias, ...] of a dictionary of so many torch.nn.Linear with these inputs and
 // outputs, or None where there is anything about them that takes a closer look: another class,
-// hooks, a missing bias, shapes that don't fit.
+// hooks, a missing bias, shapes that don't fit; if only plain ones are wanted, whatever isn't float32 on
+// the CPU and there in memory.
 inline py::object linear_stack(const py::dict& modules, size_t count, std::optional<int64_t> in,
-                               std::optional<int64_t> out) {
+                               std::optional<int64_t> out, bool plain) {
   static PyObject* const own = interned("_parameters");
   static PyObject* const names[] = {interned("weight"), interned("bias")};
   if (modules.size() != count) return py::none();
@@ -366,6 +377,9 @@ inline py::object linear_stack(const py::dict& modules, size_t count, std::optio
     if (!weight || !bias || !is_tensor(weight) || !is_tensor(bias) || !look_at(weight, &w) ||
         !look_at(bias, &b) || w.dimensions != 2 || b.dimensions != 1 || b.rows != w.rows ||
         (width && w.columns != *width))
+      return py::none();
+    if (plain && !(w.on_cpu && w.float32 && b.on_cpu && b.float32 && !is_negated(weight) &&
+                   !is_negated(bias)))
       return py::none();
     width = w.rows;
     result[filled++] = py::handle(weight);
@@ -422,13 +436,13 @@ inline bool inputs_fit(const py::list& tensors, const py::tuple& widths, py::han
 // linear_stack of a diffcore.nn.MLP, whose class is `type`; None as well where that does more than its
 // layers, by a hook for instance.
 inline py::object mlp_stack(py::handle mlp, py::type type, std::optional<int64_t> in,
-                            std::optional<int64_t> out) {
+                            std::optional<int64_t> out, bool plain) {
   static PyObject* const modules = interned("_modules");
   static PyObject* const layers = interned("layers");
   static PyObject* const activations = interned("activations");
   if (!is_unaltered(mlp.ptr(), reinterpret_cast<PyTypeObject*>(type.ptr()))) return py::none();
   const py::object list = mlp.attr(modules)[layers];
-  return linear_stack(list.attr(modules), py::len(mlp.attr(activations)), in, out);
+  return linear_stack(list.attr(modules), py::len(mlp.attr(activations)), in, out, plain);
 }
 
 // Whether all of a network's hidden layers have this activation, and its last one none.
@@ -452,7 +466,7 @@ inline bool has_activation(py::handle mlp, py::handle activation) {
 // as well where that module does more, an MLP has other activations than this, or a call of them would meet
 // global hooks.
 inline py::object mlp_stacks(py::handle module, py::type type, const py::tuple& networks,
-                             py::type mlp_type, py::handle activation) {
+                             py::type mlp_type, py::handle activation, bool plain) {
   static PyObject* const modules = interned("_modules");
   if (has_global_hooks() ||
       !is_unaltered(module.ptr(), reinterpret_cast<PyTypeObject*>(type.ptr())))
@@ -463,7 +477,7 @@ inline py::object mlp_stacks(py::handle module, py::type type, const py::tuple& 
     const py::tuple network = networks[i];
     const py::object mlp = own[network[0]];
     const py::object stack =
-        mlp_stack(mlp, mlp_type, network[1].cast<int64_t>(), network[2].cast<int64_t>());
+        mlp_stack(mlp, mlp_type, network[1].cast<int64_t>(), network[2].cast<int64_t>(), plain);
     if (stack.is_none() || !has_activation(mlp, activation)) return py::none();
     result[i] = stack;
   }

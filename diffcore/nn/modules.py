@@ -297,12 +297,20 @@ class Denoiser(nn.Module):
 
     def unaltered_weights_and_biases(self) -> list[Tensor] | None:
         """What :meth:`weights_and_biases` says, or None where :meth:`altered` says something."""
+        found = self._quick_weights_and_biases(False)
+        if found is None and self.altered() is None:
+            return self.weights_and_biases()
+        return found
+
+    def plain_weights_and_biases(self) -> list[Tensor] | None:
+        """The same, None as well where they aren't all plain float32 tensors on the CPU."""
+        return self._quick_weights_and_biases(True)
+
+    def _quick_weights_and_biases(self, plain: bool) -> list[Tensor] | None:
         in_dim = self.action_dim + self.time_dim + self.state_dim
         networks = (("time_mlp", self.time_dim, self.time_dim), ("trunk", in_dim, self.action_dim))
-        stacks = mlp_stacks(self, Denoiser, networks, MLP, self.activation)
-        if stacks is not None and len(stacks[0]) == 4:
-            return [*stacks[0], *stacks[1]]
-        return self.weights_and_biases() if self.altered() is None else None
+        stacks = mlp_stacks(self, Denoiser, networks, MLP, self.activation, plain)
+        return None if stacks is None or len(stacks[0]) != 4 else [*stacks[0], *stacks[1]]
 
     def weights_and_biases(self) -> list[Tensor]:
         """The time MLP's, then the trunk's: see :meth:`MLP.weights_and_biases`."""
@@ -364,12 +372,17 @@ class TwinCritic(nn.Module):
 
     def unaltered_networks(self) -> list[list[Tensor]] | None:
         """What :meth:`networks` says, or None where :meth:`altered` says something."""
+        found = self._quick_networks(False)
+        return self.networks() if found is None and self.altered() is None else found
+
+    def plain_networks(self) -> list[list[Tensor]] | None:
+        """The same, None as well where they aren't all plain float32 tensors on the CPU."""
+        return self._quick_networks(True)
+
+    def _quick_networks(self, plain: bool) -> list[list[Tensor]] | None:
         in_dim = self.state_dim + self.action_dim
         networks = (("q1", in_dim, 1), ("q2", in_dim, 1))
-        stacks = mlp_stacks(self, TwinCritic, networks, MLP, self.activation)
-        if stacks is None and self.altered() is None:
-            return self.networks()
-        return stacks
+        return mlp_stacks(self, TwinCritic, networks, MLP, self.activation, plain)
 
     def networks(self) -> list[list[Tensor]]:
         """Both critics' parameters: see :meth:`MLP.weights_and_biases`."""

@@ -45,6 +45,19 @@ def precision(compute_dtype: torch.dtype | None, like: Tensor) -> str:
     return "float32"
 
 
+def may_go_straight(compute_dtype: torch.dtype | None, backend: str | None) -> bool:
+    """Whether a call may go straight to the CPU's kernel, if its tensors are plain float32 there.
+
+    Then nothing would come of asking what `support` says, and of torch's dispatcher: most calls are
+    such, and a small network takes less time than the asking.
+    """
+    return (
+        (backend is None or backend == "cpu")
+        and compute_dtype is not torch.float16
+        and _native.is_undisturbed()
+    )
+
+
 def support(
     kernels: tuple[str, ...],
     tensors: Sequence[Tensor],

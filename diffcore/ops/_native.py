@@ -85,6 +85,7 @@ def op(name: str, *, differentiable: bool = True) -> Callable[[Callable[..., Any
             return function(*args)
 
         call.overload = dispatched  # type: ignore[attr-defined]
+        call.kernel = function  # type: ignore[attr-defined]
         return call
 
     return register
@@ -153,6 +154,20 @@ def _dispatching(args: tuple[Any, ...]) -> bool:
     return _core is None or not _core.are_plain(args)
 
 
+def is_undisturbed() -> bool:
+    """Whether nothing but the op itself has a part in a call: no mode, tracer, transform, profiler,
+    autocast or forward-mode derivative.
+    """
+    return _core is not None and not (
+        torch.compiler.is_compiling()
+        or _included_keys() not in _PLAIN_KEYS
+        or torch._C._is_torch_function_mode_enabled()
+        or torch.autograd._profiler_enabled()
+        or torch._C._is_any_autocast_enabled()
+        or forward_ad._current_level >= 0
+    )
+
+
 def _quick_look(name: str, unknown: Any) -> Callable[..., Any]:
     """A look of the compiled module at tensors or layers.
 
@@ -177,6 +192,10 @@ inputs_fit: Callable[[list[Any], tuple[int, ...], Any], bool] = _quick_look("inp
 #: Whether all of a list's tensors are float32 on the CPU, and where that is asked for contiguous.
 are_float32_on_cpu: Callable[[Any, bool], bool] = _quick_look("are_float32_on_cpu", False)
 
+#: Whether they are float32 on the CPU and nothing but their memory says what their values are.
+are_plain_float32_on_cpu: Callable[[list[Any]], bool]
+are_plain_float32_on_cpu = _quick_look("are_plain_float32_on_cpu", False)
+
 #: Whether lists of weights and biases, float32 on the CPU, fit so many inputs and each other.
 layers_fit: Callable[[Any, Any, int], bool] = _quick_look("layers_fit", False)
 
@@ -200,9 +219,10 @@ mlp_stack: Callable[[Any, type, int | None, int | None], list[Tensor] | None]
 mlp_stack = _quick_look("mlp_stack", None)
 
 #: The same of some of a module's diffcore.nn.MLP, named with their inputs and outputs; None as well
-#: where the module is more than its class, an MLP has another activation, or there are global hooks.
+#: where the module is more than its class, an MLP has another activation, or there are global hooks;
+#: and if only plain tensors are wanted, as above, where not all are.
 mlp_stacks: Callable[
-    [Any, type, tuple[tuple[str, int, int], ...], type, str], list[list[Tensor]] | None
+    [Any, type, tuple[tuple[str, int, int], ...], type, str, bool], list[list[Tensor]] | None
 ]
 mlp_stacks = _quick_look("mlp_stacks", None)
 

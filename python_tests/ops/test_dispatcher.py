@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffcore import DiffusionSchedule, ops
-from diffcore.nn import Denoiser
-from diffcore.ops import _native
+from diffcore.nn import Denoiser, TwinCritic
+from diffcore.ops import _dispatch, _native
 from diffcore.ops.rff_features import native
 
 pytestmark = pytest.mark.skipif(_native._core is None, reason="needs the compiled module")
@@ -46,6 +46,10 @@ class FunctionRecorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+class Plain(Tensor):
+    pass
 
 
 class Logged(Tensor):
@@ -105,6 +109,130 @@ def test_plain_calls_skip_the_dispatcher(
 def test_a_call_in_a_subclass_s_list_is_dispatched() -> None:
     Logged.seen = []
     assert _native._dispatching((torch.ones(1), [torch.ones(1).as_subclass(Logged)]))
+
+
+# -- calls that don't ask what the backends can take -------------------------------------------------
+
+CRITIC, DENOISER, SCHEDULE = TwinCritic(5, 2, 8), Denoiser(5, 2, 8), DiffusionSchedule.linear(3)
+LINEAR = torch.nn.Linear(5, 4)
+
+CALLS: dict[str, Callable[..., Tensor]] = {
+    "action_gradient": lambda x, **options: ops.action_gradient(
+        CRITIC, x, torch.zeros(*x.shape[:1], 2), steps=2, **options
+    ),
+    "reverse_diffusion": lambda x, **options: ops.reverse_diffusion(
+        DENOISER, SCHEDULE, x, generator=torch.Generator().manual_seed(0), **options
+    ),
+    "mlp": lambda x, **options: ops.mlp(x, [LINEAR.weight], [LINEAR.bias], ["mish"], **options),
+    "rff_features": lambda x, **options: ops.rff_features(x, LINEAR.weight, LINEAR.bias, **options),
+}
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ops for which a backend was chosen, in order."""
+    seen: list[str] = []
+    choose = _dispatch.choose
+
+    def record(op: str, *rest: Any) -> str:
+        seen.append(op)
+        return choose(op, *rest)
+
+    monkeypatch.setattr(_dispatch, "choose", record)
+    return seen
+
+
+@pytest.mark.parametrize("gradients", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("op", CALLS)
+def test_ordinary_calls_go_straight_to_the_kernel(
+    op: str, gradients: Callable[[], AbstractContextManager[Any]], chosen: list[str]
+) -> None:
+    x = torch.randn(4, 5)
+    with gradients():
+        for same in (x, x.t().contiguous().t(), x[:0], torch.nn.Parameter(x)):
+            y = CALLS[op](same)
+            assert not chosen
+            assert torch.equal(y, CALLS[op](same, backend="cpu"))
+            assert not chosen
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        lambda: torch.autocast("cpu"),
+        torch.autograd.forward_ad.dual_level,
+        torch.profiler.profile,
+        Recorder,
+        FunctionRecorder,
+    ],
+)
+@pytest.mark.parametrize("op", CALLS)
+def test_whatever_else_has_a_part_in_a_call_is_noticed(
+    op: str, context: Callable[[], AbstractContextManager[Any]], chosen: list[str]
+) -> None:
+    x = torch.randn(4, 5)
+    expected = CALLS[op](x)
+    with context():
+        y = CALLS[op](x)
+    assert chosen[0] == op  # and then perhaps for what the reference calls
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.as_subclass(Plain),
+        torch._neg_view,
+        lambda x: torch._efficientzerotensor(*x.shape),
+        lambda x: torch.func.vmap(lambda row: row)(x[None])[0],
+    ],
+)
+@pytest.mark.parametrize("op", CALLS)
+def test_unusual_tensors_are_noticed(
+    op: str, change: Callable[[Tensor], Tensor], chosen: list[str]
+) -> None:
+    x = change(torch.randn(4, 5))
+    y = CALLS[op](x)
+    ordinary = type(x) is Tensor and not x.is_neg() and not x._is_zerotensor()
+    assert chosen == ([] if ordinary else [op])
+    torch.testing.assert_close(y.as_subclass(Tensor), CALLS[op](torch.empty(4, 5).copy_(x)))
+
+
+@pytest.mark.parametrize("options", [{"backend": "reference"}, {"compute_dtype": torch.float16}])
+@pytest.mark.parametrize("op", CALLS)
+def test_what_the_cpu_kernel_isn_t_asked_for(
+    op: str, options: dict[str, Any], chosen: list[str]
+) -> None:
+    if op == "rff_features" and "compute_dtype" in options:
+        pytest.skip("it has no compute_dtype")
+    CALLS[op](torch.randn(4, 5), **options)
+    assert chosen[0] == op
+
+
+@pytest.mark.parametrize("layers", [16, 17])
+def test_networks_too_deep_for_the_kernels(layers: int, chosen: list[str]) -> None:
+    x, action = torch.randn(4, 5), torch.zeros(4, 2)
+    x_init = torch.zeros(4, 2)
+    ops.action_gradient(TwinCritic(5, 2, 4, layers - 1), x, action, steps=1)
+    ops.reverse_diffusion(Denoiser(5, 2, 4, layers - 1), SCHEDULE, x, x_init=x_init)
+    ops.mlp(x, [torch.eye(5)] * layers, [torch.zeros(5)] * layers, ["relu"] * layers)
+    asked = {"action_gradient", "reverse_diffusion", "mlp"}
+    assert asked.isdisjoint(chosen) if layers == 16 else asked <= {*chosen}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda x: x[:, :4], "shape"),
+        (lambda x: x[0, 0], "shape"),
+        (lambda x: x.double(), "torch.float32|torch.float64"),
+        (lambda x: x.numpy(), "tensor"),
+    ],
+)
+@pytest.mark.parametrize("op", CALLS)
+def test_no_check_is_passed_by(op: str, change: Callable[[Tensor], Any], named: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^(x|state|weights|omega).*{named}"):
+        CALLS[op](change(torch.randn(4, 5)))
 
 
 # -- tensors that don't hold in memory what they stand for -------------------------------------------

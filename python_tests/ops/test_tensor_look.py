@@ -277,12 +277,13 @@ def test_several_mlps_of_a_module(way: str) -> None:
     critic, networks = TwinCritic(3, 2, 5), (("q1", 5, 1), ("q2", 5, 1))
 
     def look(module: TwinCritic, kind: type = TwinCritic, activation: object = "mish") -> Any:
-        return core.mlp_stacks(module, kind, networks, MLP, activation)
+        return core.mlp_stacks(module, kind, networks, MLP, activation, False)
 
     first, second = look(critic)
     for found, expected in ((first, critic.q1), (second, critic.q2)):
         assert all(p is q for p, q in zip(found, expected.parameters(), strict=True))
-    assert core.mlp_stacks(critic, TwinCritic, (("q1", 5, 1), ("q2", 4, 1)), MLP, "mish") is None
+    others = (("q1", 5, 1), ("q2", 4, 1))
+    assert core.mlp_stacks(critic, TwinCritic, others, MLP, "mish", False) is None
     assert look(critic, MLP) is None
     assert look(critic, activation="relu") is None
     assert look(critic, activation=["mish"] * 3) is None
@@ -296,6 +297,36 @@ def test_several_mlps_of_a_module(way: str) -> None:
     hooked.register_forward_hook(lambda *_: None)
     assert look(hooked) is None
     assert hooked.unaltered_networks() is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p.double(),
+        lambda p: p.bfloat16(),
+        lambda p: p.to("meta"),
+        torch._neg_view,
+        lambda p: p.as_subclass(Subclass),
+    ],
+)
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_plain_parameters(way: str, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    critic, denoiser = TwinCritic(3, 2, 5), Denoiser(3, 2, 5)
+    networks, parameters = critic.plain_networks(), denoiser.plain_weights_and_biases()
+    assert networks is not None
+    assert parameters is not None
+    both = [*networks[0], *networks[1]]
+    assert all(p is q for p, q in zip(both, critic.parameters(), strict=True))
+    assert all(p is q for p, q in zip(parameters, denoiser.parameters(), strict=True))
+    for layers in (critic.q2.layers, denoiser.trunk.layers, denoiser.time_mlp.layers):
+        layer = layers[1]
+        kept = getattr(layer, name)
+        setattr(layer, name, nn.Parameter(change(kept.detach())))
+        which = critic.plain_networks if layers is critic.q2.layers else None
+        assert (which or denoiser.plain_weights_and_biases)() is None
+        setattr(layer, name, kept)
+    assert critic.plain_networks() is not None
+    assert denoiser.plain_weights_and_biases() is not None
 
 
 def test_inputs_of_a_network(way: str) -> None:
@@ -329,14 +360,14 @@ def test_inputs_of_a_network(way: str) -> None:
 def test_global_hooks_take_a_closer_look(way: str, register: Callable[[Any], Any]) -> None:
     """At what a call would meet them: of networks run by their weights alone there is none."""
     critic, networks = TwinCritic(3, 2, 5), (("q1", 5, 1), ("q2", 5, 1))
-    assert core.mlp_stacks(critic, TwinCritic, networks, MLP, "mish") is not None
+    assert core.mlp_stacks(critic, TwinCritic, networks, MLP, "mish", False) is not None
     handle = register(lambda *_: None)
     try:
-        assert core.mlp_stacks(critic, TwinCritic, networks, MLP, "mish") is None
+        assert core.mlp_stacks(critic, TwinCritic, networks, MLP, "mish", False) is None
         assert core.mlp_stack(critic.q1, MLP, 5, 1) is not None
     finally:
         handle.remove()
-    assert core.mlp_stacks(critic, TwinCritic, networks, MLP, "mish") is not None
+    assert core.mlp_stacks(critic, TwinCritic, networks, MLP, "mish", False) is not None
 
 
 def test_kernels_read_weights_that_don_t_lie_row_by_row(way: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffcore import nn  # which imports ops: its modules are there when an op is called
-from diffcore.ops import _backends, _dispatch
+from diffcore.ops import _backends, _dispatch, _native
 from diffcore.ops._checks import (
     check_choice,
     check_compute_dtype,
@@ -79,15 +79,21 @@ def action_gradient(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or a forced
             backend that can't run this call.
     """
-    state, action = out_of_autocast(critic, state, action)
-    settings = (steps, lr, max_norm, optimizer, eps, low, high, clip_mode)
-    available, ours, q1, q2 = _support(critic, state, action, *settings, compute_dtype)
+    _check_settings(steps, lr, max_norm, optimizer, eps, low, high, clip_mode, compute_dtype)
+    ours: nn.TwinCritic | None
+    ascend, chosen = native.ascend.kernel, "cpu"
+    plain = _plain_networks(critic, state, action, compute_dtype, backend)
+    if plain is not None:
+        ours, q1, q2 = plain
+    else:
+        state, action = out_of_autocast(critic, state, action)
+        available, ours, q1, q2 = _support(critic, state, action, compute_dtype)
+        ascend, chosen = native.ascend, _dispatch.choose("action_gradient", available, backend)
     steps, lr, eps, low, high = int(steps), float(lr), float(eps), float(low), float(high)
     max_norm = None if max_norm is None else float(max_norm)
-    chosen = _dispatch.choose("action_gradient", available, backend)
     if chosen != "reference":
         assert ours is not None
-        return native.ascend(
+        return ascend(
             state,
             action,
             q1,
@@ -112,6 +118,30 @@ def action_gradient(
     )
 
 
+def _plain_networks(
+    critic: AnyCritic,
+    state: Tensor,
+    action: Tensor,
+    compute_dtype: torch.dtype | None,
+    backend: str | None,
+) -> tuple[nn.TwinCritic, list[Tensor], list[Tensor]] | None:
+    """The critic and both's parameters, where the call may go straight to the CPU's kernel."""
+    if type(critic) is not nn.TwinCritic or not _backends.may_go_straight(compute_dtype, backend):
+        return None
+    networks = critic.plain_networks()
+    if networks is None:
+        return None
+    q1, q2 = networks
+    if (
+        max(len(q1), len(q2)) <= 2 * _native.max_layers
+        and _native.are_plain_float32_on_cpu([state, action])
+        and _native.fits(state, ("B", critic.state_dim))
+        and _native.fits(action, (state.shape[0], critic.action_dim))
+    ):
+        return critic, q1, q2
+    return None
+
+
 def support(
     critic: AnyCritic,
     state: Tensor,
@@ -129,33 +159,26 @@ def support(
     backend: str | None = None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
+    _check_settings(steps, lr, max_norm, optimizer, eps, low, high, clip_mode, compute_dtype)
     state, action = out_of_autocast(critic, state, action)
-    settings = (steps, lr, max_norm, optimizer, eps, low, high, clip_mode)
-    return _support(critic, state, action, *settings, compute_dtype)[0]
+    return _support(critic, state, action, compute_dtype)[0]
 
 
 def _support(
     critic: AnyCritic,
     state: Tensor,
     action: Tensor,
-    steps: int,
-    lr: float,
-    max_norm: float | None,
-    optimizer: str,
-    eps: float,
-    low: float,
-    high: float,
-    clip_mode: str,
     compute_dtype: torch.dtype | None,
 ) -> tuple[_dispatch.Support, nn.TwinCritic | None, list[Tensor], list[Tensor]]:
-    """The same, out of autocast; and the critic, where it is one of ours, with both's parameters."""
+    """Which backends can take tensors out of autocast, which are checked; and the critic, where it is
+    one of ours, with both's parameters.
+    """
     if not callable(critic):
         raise TypeError(f"critic: expected a TwinCritic or a callable, got {type(critic).__name__}")
     ours = own_module(critic, nn.TwinCritic)
     check_tensor("state", state, ("B", ours.state_dim if ours else "S"))
     check_tensor("action", action, (state.shape[0], ours.action_dim if ours else "A"))
     check_like("action", action, "state", state)
-    _check_settings(steps, lr, max_norm, optimizer, eps, low, high, clip_mode, compute_dtype)
 
     if ours is None:
         refused = f"the critic {not_own(critic, nn.TwinCritic)}"

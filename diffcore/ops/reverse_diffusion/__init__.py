@@ -18,6 +18,7 @@ from diffcore.ops._checks import (
     check_like,
     check_number,
     check_tensor,
+    checked_once,
     out_of_autocast,
 )
 from diffcore.ops._compile import constant_under_compile, not_own, own_module
@@ -75,17 +76,25 @@ def reverse_diffusion(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, an unknown
             solver, or a forced backend that can't run this call.
     """
-    state, x_init, noise = out_of_autocast(denoiser, state, x_init, noise)
-    arguments = (denoiser, schedule, state, x_init, noise, noise_scale, clip, solver, generator)
-    available, ours, parameters = _support(*arguments, compute_dtype)
+    steps = _check_settings(schedule, noise_scale, clip, solver, generator, compute_dtype)
+    ours: nn.Denoiser | None
+    run_chain, chosen = native.chain.kernel, "cpu"
+    plain = _plain_parameters(denoiser, steps, state, x_init, noise, compute_dtype, backend)
+    if plain is not None:
+        ours, parameters = plain
+    else:
+        state, x_init, noise = out_of_autocast(denoiser, state, x_init, noise)
+        arguments = (denoiser, steps, state, x_init, noise)
+        available, ours, parameters = _support(*arguments, compute_dtype)
+        chosen = _dispatch.choose("reverse_diffusion", available, backend)
+        run_chain = native.chain
     draws = x_init is None or (noise is None and noise_scale != 0)
     seed = _philox.draw_seed(generator, state.device) if draws else None
-    chosen = _dispatch.choose("reverse_diffusion", available, backend)
     if chosen != "reference":
         assert ours is not None
         inputs = (state, x_init, noise, seed, parameters)
-        precision = _backends.precision(compute_dtype, state)
-        return _run_native(ours, schedule, solver, *inputs, noise_scale, clip, precision, chosen)
+        settings = (noise_scale, clip, _backends.precision(compute_dtype, state), chosen)
+        return _run_native(run_chain, ours, schedule, solver, *inputs, *settings)
     eps: Callable[..., Tensor] = denoiser
     if ours is not None:
         action_dim = ours.action_dim
@@ -101,6 +110,7 @@ def reverse_diffusion(
 
 
 def _run_native(
+    run_chain: Callable[..., tuple[Tensor, Tensor]],
     denoiser: nn.Denoiser,
     schedule: DiffusionSchedule,
     solver: str | SolverTable,
@@ -125,7 +135,7 @@ def _run_native(
     if _native.differentiates(state, x_init, noise, *parameters):
         arguments = (state, x_init, noise, seed, *settings, backend, *parameters)
         return _native.apply(native.Chain, *arguments)[0]
-    return native.chain(state, x_init, noise, seed, parameters, *settings, False, backend)[0]
+    return run_chain(state, x_init, noise, seed, parameters, *settings, False, backend)[0]
 
 
 # What follows from schedule and solver alone is computed once, and is a constant under
@@ -199,31 +209,77 @@ def support(
     backend: str | None = None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
+    steps = _check_settings(schedule, noise_scale, clip, solver, generator, compute_dtype)
     state, x_init, noise = out_of_autocast(denoiser, state, x_init, noise)
-    arguments = (denoiser, schedule, state, x_init, noise, noise_scale, clip, solver, generator)
-    return _support(*arguments, compute_dtype)[0]
+    return _support(denoiser, steps, state, x_init, noise, compute_dtype)[0]
 
 
-def _support(
-    denoiser: AnyDenoiser,
+def _check_settings(
     schedule: DiffusionSchedule,
-    state: Tensor,
-    x_init: Tensor | None,
-    noise: Tensor | None,
     noise_scale: float,
     clip: float,
     solver: str | SolverTable,
     generator: torch.Generator | None,
     compute_dtype: torch.dtype | None,
-) -> tuple[_dispatch.Support, nn.Denoiser | None, list[Tensor]]:
-    """The same, out of autocast; and the denoiser, where it is one of ours, with its parameters."""
+) -> int:
+    """How many steps are executed."""
     if not isinstance(schedule, DiffusionSchedule):
         raise TypeError(f"schedule: expected a DiffusionSchedule, got {type(schedule).__name__}")
     if not isinstance(solver, (str, SolverTable)):
         raise TypeError(f"solver: expected a name or a SolverTable, got {type(solver).__name__}")
     if isinstance(solver, str):
         check_choice("solver", solver, SOLVERS)
-    steps = schedule.K if isinstance(solver, str) else solver.steps
+    _check_numbers(noise_scale, clip, compute_dtype)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+    return schedule.K if isinstance(solver, str) else solver.steps
+
+
+@checked_once
+def _check_numbers(noise_scale: float, clip: float, compute_dtype: torch.dtype | None) -> None:
+    check_number("noise_scale", noise_scale, least=0.0)
+    check_number("clip", clip, above=0.0, finite=False)
+    check_compute_dtype(compute_dtype)
+
+
+def _plain_parameters(
+    denoiser: AnyDenoiser,
+    steps: int,
+    state: Tensor,
+    x_init: Tensor | None,
+    noise: Tensor | None,
+    compute_dtype: torch.dtype | None,
+    backend: str | None,
+) -> tuple[nn.Denoiser, list[Tensor]] | None:
+    """The denoiser and its parameters, where the call may go straight to the CPU's kernel."""
+    if type(denoiser) is not nn.Denoiser or not _backends.may_go_straight(compute_dtype, backend):
+        return None
+    parameters = denoiser.plain_weights_and_biases()
+    if parameters is None or len(parameters) > 2 * (_native.max_layers + 2):  # the time MLP's, too
+        return None
+    given = [t for t in (state, x_init, noise) if t is not None]
+    action_dim = denoiser.action_dim
+    if (
+        _native.are_plain_float32_on_cpu(given)
+        and _native.fits(state, ("B", denoiser.state_dim))
+        and (x_init is None or _native.fits(x_init, (state.shape[0], action_dim)))
+        and (noise is None or noise.shape == (steps, state.shape[0], action_dim))
+    ):
+        return denoiser, parameters
+    return None
+
+
+def _support(
+    denoiser: AnyDenoiser,
+    steps: int,
+    state: Tensor,
+    x_init: Tensor | None,
+    noise: Tensor | None,
+    compute_dtype: torch.dtype | None,
+) -> tuple[_dispatch.Support, nn.Denoiser | None, list[Tensor]]:
+    """Which backends can take tensors out of autocast, which are checked; and the denoiser, where it
+    is one of ours, with its parameters.
+    """
     if not callable(denoiser):
         raise TypeError(
             f"denoiser: expected a Denoiser or a callable, got {type(denoiser).__name__}"
@@ -241,12 +297,6 @@ def _support(
     if noise is not None:
         check_tensor("noise", noise, (steps, state.shape[0], action_dim))
         check_like("noise", noise, "state", state)
-    check_number("noise_scale", noise_scale, least=0.0)
-    check_number("clip", clip, above=0.0, finite=False)
-    check_compute_dtype(compute_dtype)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
-
     if ours is None:
         refused = f"the denoiser {not_own(denoiser, nn.Denoiser)}"
         return _backends.support(KERNELS, [state], refused=refused), None, []

@@ -11,6 +11,7 @@ from diffcore.ops._checks import (
     check_like,
     check_number,
     check_tensor,
+    checked_once,
     out_of_autocast,
 )
 from diffcore.ops.rff_features import native, reference
@@ -53,9 +54,12 @@ def rff_features(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or a forced
             backend that can't run this call.
     """
-    [x] = out_of_autocast(omega, x)
-    available = support(x, omega, bias, kind=kind, scale=scale)
-    chosen = _dispatch.choose("rff_features", available, backend)
+    _check_settings(kind, scale)
+    forward, chosen = native.forward.kernel, "cpu"
+    if not _is_plain(x, omega, bias, backend):
+        [x] = out_of_autocast(omega, x)
+        available = support(x, omega, bias, kind=kind, scale=scale)
+        forward, chosen = native.forward, _dispatch.choose("rff_features", available, backend)
     scale = float(scale)
     if chosen == "reference":
         return reference.rff_features(x, omega, bias, kind=kind, scale=scale)
@@ -64,8 +68,26 @@ def rff_features(
         arguments = (rows, omega, bias, kind, scale, precision, chosen)
         y = _native.apply(native.RffFeatures, *arguments)[0]
     else:
-        y = native.forward(rows, omega, bias, kind, scale, False, precision, chosen)[0]
+        y = forward(rows, omega, bias, kind, scale, False, precision, chosen)[0]
     return y if rows is x else y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _is_plain(x: Tensor, omega: Tensor, bias: Tensor | None, backend: str | None) -> bool:
+    """Whether the call may go straight to the CPU's kernel."""
+    given = [x, omega] if bias is None else [x, omega, bias]
+    return (
+        _backends.may_go_straight(None, backend)
+        and _native.are_plain_float32_on_cpu(given)
+        and x.ndim > 0
+        and _native.fits(omega, ("features", x.shape[-1]))
+        and (bias is None or _native.fits(bias, (omega.shape[0],)))
+    )
+
+
+@checked_once
+def _check_settings(kind: str, scale: float) -> None:
+    check_choice("kind", kind, KINDS)
+    check_number("scale", scale)
 
 
 def support(
@@ -84,6 +106,5 @@ def support(
     if bias is not None:
         check_tensor("bias", bias, (omega.shape[0],))
         check_like("bias", bias, "x", x)
-    check_choice("kind", kind, KINDS)
-    check_number("scale", scale)
+    _check_settings(kind, scale)
     return _backends.support(KERNELS, [x])
