@@ -108,7 +108,7 @@ def _is_plain(
         and _native.are_plain_float32_on_cpu([x, *weights, *biases])
         and x.ndim > 0
         and _native.layers_fit(weights, biases, x.shape[-1])
-        and ACTIVATIONS.keys() >= {*activations}
+        and {*activations}.issubset(_native.NATIVE_ACTIVATIONS)
     )
 
 
