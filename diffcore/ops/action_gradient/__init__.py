@@ -80,8 +80,8 @@ def action_gradient(
             backend that can't run this call.
     """
     state, action = out_of_autocast(critic, state, action)
-    settings = (steps, lr, max_norm, optimizer, eps, low, high, clip_mode)
-    available, ours, q1, q2 = _support(critic, state, action, *settings, compute_dtype)
+    _check_settings(steps, lr, max_norm, optimizer, eps, low, high, clip_mode, compute_dtype)
+    available, ours, q1, q2 = support(critic, state, action, compute_dtype)
     steps, lr, eps, low, high = int(steps), float(lr), float(eps), float(low), float(high)
     max_norm = None if max_norm is None else float(max_norm)
     chosen = _dispatch.choose("action_gradient", available, backend)
@@ -116,46 +116,18 @@ def support(
     critic: AnyCritic,
     state: Tensor,
     action: Tensor,
-    *,
-    steps: int = 20,
-    lr: float = 0.03,
-    max_norm: float | None = None,
-    optimizer: str = "adam",
-    eps: float = 1e-5,
-    low: float = -1.0,
-    high: float = 1.0,
-    clip_mode: str = "batch",
-    compute_dtype: torch.dtype | None = None,
-    backend: str | None = None,
-) -> _dispatch.Support:
-    """Checks the arguments and says which backends can take them."""
-    state, action = out_of_autocast(critic, state, action)
-    settings = (steps, lr, max_norm, optimizer, eps, low, high, clip_mode)
-    return _support(critic, state, action, *settings, compute_dtype)[0]
-
-
-def _support(
-    critic: AnyCritic,
-    state: Tensor,
-    action: Tensor,
-    steps: int,
-    lr: float,
-    max_norm: float | None,
-    optimizer: str,
-    eps: float,
-    low: float,
-    high: float,
-    clip_mode: str,
     compute_dtype: torch.dtype | None,
 ) -> tuple[_dispatch.Support, nn.TwinCritic | None, list[Tensor], list[Tensor]]:
-    """The same, out of autocast; and the critic, where it is one of ours, with both's parameters."""
+    """Checks the arguments, but for settings, and says which backends can take them.
+
+    And the critic, where it is one of ours, with the parameters of both.
+    """
     if not callable(critic):
         raise TypeError(f"critic: expected a TwinCritic or a callable, got {type(critic).__name__}")
     ours = own_module(critic, nn.TwinCritic)
     check_tensor("state", state, ("B", ours.state_dim if ours else "S"))
     check_tensor("action", action, (state.shape[0], ours.action_dim if ours else "A"))
     check_like("action", action, "state", state)
-    _check_settings(steps, lr, max_norm, optimizer, eps, low, high, clip_mode, compute_dtype)
 
     if ours is None:
         refused = f"the critic {not_own(critic, nn.TwinCritic)}"

@@ -60,7 +60,7 @@ def mlp(
             forced backend that can't run this call.
     """
     [x] = out_of_autocast(weights[0] if weights else None, x)
-    available = support(x, weights, biases, activations, compute_dtype=compute_dtype)
+    available = support(x, weights, biases, activations, compute_dtype)
     chosen = _dispatch.choose("mlp", available, backend)
     if chosen == "reference":
         return reference.mlp(x, weights, biases, activations)
@@ -89,9 +89,7 @@ def support(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     activations: Sequence[str],
-    *,
-    compute_dtype: torch.dtype | None = None,
-    backend: str | None = None,
+    compute_dtype: torch.dtype | None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
     check_tensor("x", x, ("...", "in"))

@@ -77,10 +77,10 @@ def reverse_diffusion(
     """
     state, x_init, noise = out_of_autocast(denoiser, state, x_init, noise)
     arguments = (denoiser, schedule, state, x_init, noise, noise_scale, clip, solver, generator)
-    available, ours, parameters = _support(*arguments, compute_dtype)
+    available, ours, parameters = support(*arguments, compute_dtype)
+    chosen = _dispatch.choose("reverse_diffusion", available, backend)
     draws = x_init is None or (noise is None and noise_scale != 0)
     seed = _philox.draw_seed(generator, state.device) if draws else None
-    chosen = _dispatch.choose("reverse_diffusion", available, backend)
     if chosen != "reference":
         assert ours is not None
         inputs = (state, x_init, noise, seed, parameters)
@@ -188,26 +188,6 @@ def support(
     denoiser: AnyDenoiser,
     schedule: DiffusionSchedule,
     state: Tensor,
-    *,
-    x_init: Tensor | None = None,
-    noise: Tensor | None = None,
-    noise_scale: float = 1.0,
-    clip: float = 1.0,
-    solver: str | SolverTable = "ddpm",
-    generator: torch.Generator | None = None,
-    compute_dtype: torch.dtype | None = None,
-    backend: str | None = None,
-) -> _dispatch.Support:
-    """Checks the arguments and says which backends can take them."""
-    state, x_init, noise = out_of_autocast(denoiser, state, x_init, noise)
-    arguments = (denoiser, schedule, state, x_init, noise, noise_scale, clip, solver, generator)
-    return _support(*arguments, compute_dtype)[0]
-
-
-def _support(
-    denoiser: AnyDenoiser,
-    schedule: DiffusionSchedule,
-    state: Tensor,
     x_init: Tensor | None,
     noise: Tensor | None,
     noise_scale: float,
@@ -216,7 +196,10 @@ def _support(
     generator: torch.Generator | None,
     compute_dtype: torch.dtype | None,
 ) -> tuple[_dispatch.Support, nn.Denoiser | None, list[Tensor]]:
-    """The same, out of autocast; and the denoiser, where it is one of ours, with its parameters."""
+    """Checks the arguments and says which backends can take them.
+
+    And the denoiser, where it is one of ours, with its parameters.
+    """
     if not isinstance(schedule, DiffusionSchedule):
         raise TypeError(f"schedule: expected a DiffusionSchedule, got {type(schedule).__name__}")
     if not isinstance(solver, (str, SolverTable)):

@@ -54,8 +54,7 @@ def rff_features(
             backend that can't run this call.
     """
     [x] = out_of_autocast(omega, x)
-    available = support(x, omega, bias, kind=kind, scale=scale)
-    chosen = _dispatch.choose("rff_features", available, backend)
+    chosen = _dispatch.choose("rff_features", support(x, omega, bias, kind, scale), backend)
     scale = float(scale)
     if chosen == "reference":
         return reference.rff_features(x, omega, bias, kind=kind, scale=scale)
@@ -69,13 +68,7 @@ def rff_features(
 
 
 def support(
-    x: Tensor,
-    omega: Tensor,
-    bias: Tensor | None = None,
-    *,
-    kind: str = "sin",
-    scale: float = 1.0,
-    backend: str | None = None,
+    x: Tensor, omega: Tensor, bias: Tensor | None, kind: str, scale: float
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
     check_tensor("x", x, ("...", "in"))

@@ -64,8 +64,7 @@ def score_matching_loss(
     """
     psi, hidden, offset, score_weight = out_of_autocast(weight, psi, hidden, offset, score_weight)
     tensors = (psi, hidden, weight, bias, offset, score_weight)
-    available = support(*tensors, compute_dtype=compute_dtype)
-    chosen = _dispatch.choose("score_matching_loss", available, backend)
+    chosen = _dispatch.choose("score_matching_loss", support(*tensors, compute_dtype), backend)
     if chosen == "reference":
         return reference.score_matching_loss(*tensors)
     precision = _backends.precision(compute_dtype, psi)
@@ -82,12 +81,9 @@ def support(
     bias: Tensor,
     offset: Tensor,
     score_weight: Tensor,
-    *,
-    compute_dtype: torch.dtype | None = None,
-    backend: str | None = None,
+    compute_dtype: torch.dtype | None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
-    psi, hidden, offset, score_weight = out_of_autocast(weight, psi, hidden, offset, score_weight)
     check_tensor("psi", psi, ("B", "D"))
     batch, features = psi.shape
     check_tensor("hidden", hidden, (batch, "H"))
