@@ -23,7 +23,7 @@ def corrupt(x0: Tensor, t: Tensor, noise: Tensor, levels: Tensor, backend: str) 
 
 
 @_native.fake("q_sample")
-def _(x0: Tensor, *rest: Any) -> Tensor:
+def _(x0: Tensor) -> Tensor:
     return torch.empty_like(x0, memory_format=torch.contiguous_format)
 
 
@@ -50,8 +50,8 @@ class QSample(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x0: Tensor, t: Tensor, noise: Tensor, levels: Tensor, backend: str) -> Tensor:
-        return corrupt(x0, t, noise, levels, backend)
+    def forward(*inputs: Any) -> Any:
+        return corrupt(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -55,7 +55,7 @@ def step(
 
 
 @_native.fake("reverse_step")
-def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
     like = torch.empty_like(x, memory_format=torch.contiguous_format)
     return like, torch.empty_like(like)
 
@@ -87,17 +87,8 @@ class ReverseStep(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        eps: Tensor,
-        coefficients: Tensor,
-        noise: Tensor | None,
-        x0_previous: Tensor | None,
-        noise_scale: float,
-        clip: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        return step(x, eps, coefficients, noise, x0_previous, noise_scale, clip, backend)
+    def forward(*inputs: Any) -> Any:
+        return step(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
