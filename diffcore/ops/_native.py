@@ -373,6 +373,11 @@ def layers(parameters: list[Tensor], backend: str) -> list[Tensor] | list[Layer]
     ]
 
 
+def widths(parameters: list[Tensor]) -> list[int]:
+    """Of the input and of every layer of a network [weight, bias, weight, bias, ...]."""
+    return [parameters[0].shape[1], *(weight.shape[0] for weight in parameters[::2])]
+
+
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 

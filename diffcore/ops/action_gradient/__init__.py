@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffcore import nn  # which imports ops: its modules are there when an op is called
-from diffcore.ops import _backends, _dispatch
+from diffcore.ops import _backends, _dispatch, _native
 from diffcore.ops._checks import (
     check_choice,
     check_compute_dtype,
@@ -182,16 +182,14 @@ def _cuda_lacks(
     compute_dtype: torch.dtype | None,
 ) -> str | None:
     precision = _backends.precision(compute_dtype, state)
-    widths = [_widths(q1), _widths(q2)]
+    widths = [_native.widths(q1), _native.widths(q2)]
     return native.why_not_cuda(widths, action_dim, precision, state.device.index or 0)
 
 
 def _triton_lacks(q1: list[Tensor], q2: list[Tensor]) -> str | None:
-    if _widths(q1) == _widths(q2):
-        return None
-    return "the critics' layers differ in number or width, the Triton kernel takes equal ones"
-
-
-def _widths(critic: list[Tensor]) -> list[int]:
-    """Of a network's input and of all its layers."""
-    return [critic[0].shape[1], *(weight.shape[0] for weight in critic[::2])]
+    _, *hidden, _ = widths = _native.widths(q1)
+    if widths != _native.widths(q2):
+        return "the critics' layers differ in number or width, the Triton kernel takes equal ones"
+    if len({*hidden}) > 1:
+        return "a critic's hidden layers differ in width, the Triton kernel takes equal ones"
+    return None

@@ -245,18 +245,22 @@ def support(
         len(parameters) // 2 - 2,  # without the time MLP's
         compute_dtype=compute_dtype,
     )
-    reasons.restrict("cuda", lambda: _too_large_for_cuda(ours, state, compute_dtype))
+    reasons.restrict("cuda", lambda: _cuda_lacks(parameters, state, compute_dtype))
+    reasons.restrict("triton", lambda: _triton_lacks(parameters))
     return reasons, ours, parameters
 
 
-def _too_large_for_cuda(
-    denoiser: nn.Denoiser, state: Tensor, compute_dtype: torch.dtype | None
+def _cuda_lacks(
+    parameters: list[Tensor], state: Tensor, compute_dtype: torch.dtype | None
 ) -> str | None:
-    hidden = [denoiser.trunk.hidden_dim] * denoiser.trunk.hidden_layers
-    first = denoiser.action_dim + denoiser.time_dim + denoiser.state_dim
-    widths = [
-        [denoiser.time_dim, denoiser.time_mlp.hidden_dim, denoiser.time_dim],
-        [first, *hidden, denoiser.action_dim],
-    ]
     precision = _backends.precision(compute_dtype, state)
-    return native.why_not_cuda(widths, denoiser.state_dim, precision, state.device.index or 0)
+    # Of the layers there are: they may be others than the module was made with.
+    widths = [_native.widths(parameters[:4]), _native.widths(parameters[4:])]
+    return native.why_not_cuda(widths, state.shape[1], precision, state.device.index or 0)
+
+
+def _triton_lacks(parameters: list[Tensor]) -> str | None:
+    _, *hidden, _ = _native.widths(parameters[4:])
+    if len({*hidden}) > 1:
+        return "the trunk's hidden layers differ in width, the Triton kernel takes equal ones"
+    return None
