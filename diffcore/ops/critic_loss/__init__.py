@@ -77,11 +77,5 @@ def support(
     check_tensor("target", target, (x.shape[0], len(networks[0][-1])))
     check_like("target", target, "x", x)
     for name in ("cpu", "triton"):
-        available.restrict(name, lambda: _refused(target))
+        available.restrict(name, lambda: _backends.no_gradient_in(("target", target)))
     return available
-
-
-def _refused(target: Tensor) -> str | None:
-    if _native.differentiates(target):
-        return "target requires a gradient, which the kernels don't compute"
-    return None

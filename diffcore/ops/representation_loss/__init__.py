@@ -123,13 +123,5 @@ def support(
         [*psi.activations, *zeta.activations],
         max(psi.hidden_layers, zeta.hidden_layers) + 1,
         compute_dtype=compute_dtype,
-        refused=_refused(offset, score_weight),
+        refused=_backends.no_gradient_in(("offset", offset), ("score_weight", score_weight)),
     )
-
-
-def _refused(offset: Tensor, score_weight: Tensor) -> str | None:
-    """Why no kernel can take these, or None."""
-    for name, value in (("offset", offset), ("score_weight", score_weight)):
-        if _native.differentiates(value):
-            return f"{name} requires a gradient, which the kernels don't compute"
-    return None

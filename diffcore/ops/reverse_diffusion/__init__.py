@@ -81,51 +81,34 @@ def reverse_diffusion(
     chosen = _dispatch.choose("reverse_diffusion", available, backend)
     draws = x_init is None or (noise is None and noise_scale != 0)
     seed = _philox.draw_seed(generator, state.device) if draws else None
-    if chosen != "reference":
-        assert ours is not None
-        inputs = (state, x_init, noise, seed, parameters)
-        precision = _backends.precision(compute_dtype, state)
-        return _run_native(ours, schedule, solver, *inputs, noise_scale, clip, precision, chosen)
-    eps: Callable[..., Tensor] = denoiser
-    if ours is not None:
-        action_dim = ours.action_dim
-        if ours.altered() is None:
-            eps = partial(eps, backend="reference")
-    else:
-        assert x_init is not None
-        action_dim = x_init.shape[1]
-    table = _table(schedule, solver)
-    return reference.reverse_diffusion(
-        eps, table, state, action_dim, x_init, noise, seed, float(noise_scale), float(clip)
-    )
+    noise_scale, clip = float(noise_scale), float(clip)
+    if chosen == "reference":
+        eps: Callable[..., Tensor] = denoiser
+        if ours is not None:
+            action_dim = ours.action_dim
+            if ours.altered() is None:
+                eps = partial(eps, backend="reference")
+        else:
+            assert x_init is not None
+            action_dim = x_init.shape[1]
+        table = _table(schedule, solver)
+        return reference.reverse_diffusion(
+            eps, table, state, action_dim, x_init, noise, seed, noise_scale, clip
+        )
 
-
-def _run_native(
-    denoiser: nn.Denoiser,
-    schedule: DiffusionSchedule,
-    solver: str | SolverTable,
-    state: Tensor,
-    x_init: Tensor | None,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    parameters: list[Tensor],
-    noise_scale: float,
-    clip: float,
-    precision: str,
-    backend: str,
-) -> Tensor:
+    assert ours is not None
     settings = (
         _coefficients(schedule, solver, state.device),
-        _embedding(schedule, solver, denoiser.time_dim, state.device),
-        float(noise_scale),
-        float(clip),
-        denoiser.activation,
-        precision,
+        _embedding(schedule, solver, ours.time_dim, state.device),
+        noise_scale,
+        clip,
+        ours.activation,
+        _backends.precision(compute_dtype, state),
     )
+    inputs = (state, x_init, noise, seed)
     if _native.differentiates(state, x_init, noise, *parameters):
-        arguments = (state, x_init, noise, seed, *settings, backend, *parameters)
-        return _native.apply(native.Chain, *arguments)[0]
-    return native.chain(state, x_init, noise, seed, parameters, *settings, False, backend)[0]
+        return _native.apply(native.Chain, *inputs, *settings, chosen, *parameters)[0]
+    return native.chain(*inputs, parameters, *settings, False, chosen)[0]
 
 
 # What follows from schedule and solver alone is computed once, and is a constant under

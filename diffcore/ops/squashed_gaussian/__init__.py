@@ -88,11 +88,5 @@ def support(
     low, high = log_std_bounds
     check_number("log_std_bounds[0]", low)
     check_number("log_std_bounds[1]", high, above=low)
-    available.restrict("cpu", lambda: _refused(noise))
+    available.restrict("cpu", lambda: _backends.no_gradient_in(("noise", noise)))
     return available
-
-
-def _refused(noise: Tensor) -> str | None:
-    if _native.differentiates(noise):
-        return "noise requires a gradient, which the kernel doesn't compute"
-    return None
