@@ -405,6 +405,14 @@ def seed_words(seed: Tensor | None) -> tuple[int, int]:
     return (int(seed) % 2**64, 0) if seed.is_cpu else (0, seed.data_ptr())
 
 
+def folded(value: Tensor | None, dim: int | None, size: int, rows: int = 0) -> Tensor | None:
+    """What a vmap over so many elements has batched in `dim`, as part of its dimension `rows`."""
+    if value is None:
+        return None
+    value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+    return value.movedim(0, rows).flatten(rows, rows + 1)
+
+
 def one_by_one(op: Callable[..., Any]) -> Callable[..., Any]:
     """A rule for vmap: the op for every element, where they can't be folded into the rows."""
 

@@ -327,18 +327,10 @@ def _(info: Any, in_dims: Any, *args: Any) -> Any:
         raise ValueError("reverse_diffusion: vmap over the schedule isn't supported")
     if seed is not None or any(d is not None for d in parameter_dims):
         return _native.one_by_one(chain)(info, in_dims, *args)
-
-    def fold(value: Tensor | None, dim: int | None, rows: int) -> Tensor | None:
-        """The batch of the vmap as part of dimension `rows`."""
-        if value is None:
-            return None
-        value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
-        return value.movedim(0, rows).flatten(rows, rows + 1)
-
     actions, trajectory = chain(
-        fold(state, state_dim, 0),
-        fold(x_init, x_dim, 0),
-        fold(noise, noise_dim, 1),
+        _native.folded(state, state_dim, size),
+        _native.folded(x_init, x_dim, size),
+        _native.folded(noise, noise_dim, size, rows=1),
         None,
         parameters,
         *fixed,

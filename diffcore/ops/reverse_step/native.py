@@ -64,21 +64,19 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 def _(info: Any, in_dims: Any, *args: Any) -> Any:
     """The step is elementwise: a batch of steps is one step of more rows."""
     x, eps, coefficients, noise, x0_previous, *settings = args
-    if in_dims[2] is not None:
+    x_dim, eps_dim, coefficients_dim, noise_dim, x0_dim, *_ = in_dims
+    size = info.batch_size
+    if coefficients_dim is not None:
         raise ValueError("reverse_step: vmap over the coefficients isn't supported")
-
-    def rows(value: Tensor | None, dim: int | None) -> Tensor | None:
-        if value is None:
-            return None
-        if dim is None:
-            value, dim = value.expand(info.batch_size, *value.shape), 0
-        return value.movedim(dim, 0).flatten(0, 1)
-
-    tensors = [
-        rows(value, in_dims[i]) for i, value in ((0, x), (1, eps), (3, noise), (4, x0_previous))
-    ]
-    results = step(tensors[0], tensors[1], coefficients, *tensors[2:], *settings)
-    return tuple(r.unflatten(0, (info.batch_size, -1)) for r in results), (0, 0)
+    results = step(
+        _native.folded(x, x_dim, size),
+        _native.folded(eps, eps_dim, size),
+        coefficients,
+        _native.folded(noise, noise_dim, size),
+        _native.folded(x0_previous, x0_dim, size),
+        *settings,
+    )
+    return tuple(r.unflatten(0, (size, -1)) for r in results), (0, 0)
 
 
 class ReverseStep(torch.autograd.Function):
