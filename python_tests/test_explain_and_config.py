@@ -100,11 +100,34 @@ def test_explain_takes_what_the_op_takes(op: str) -> None:
         diffcore.explain(op, *arguments()[op], backend="gpu")
 
 
-def test_explain_draws_nothing() -> None:
-    generator = torch.Generator().manual_seed(0)
-    before = generator.get_state()
-    diffcore.explain("reverse_diffusion", *arguments()["reverse_diffusion"], generator=generator)
-    assert torch.equal(generator.get_state(), before)
+@pytest.mark.parametrize("op", ops.__all__)
+def test_explain_draws_nothing(op: str) -> None:
+    values = arguments()[op]
+    before = torch.get_rng_state()
+    diffcore.explain(op, *values)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_explain_steps_nothing() -> None:
+    psi, *rest, adam = arguments()["representation_step"]
+    before = [parameter.clone() for parameter in psi.parameters()]
+    diffcore.explain("representation_step", psi, *rest, adam)
+    assert not adam.state
+    assert all(map(torch.equal, psi.parameters(), before))
+
+
+def test_explain_knows_the_op_s_own_signature() -> None:
+    with pytest.raises(TypeError, match=r"q_sample\(\) missing 1 required .* 'schedule'"):
+        diffcore.explain("q_sample", *arguments()["q_sample"][:3])
+    with pytest.raises(TypeError, match=r"q_sample\(\) got an unexpected .* 'clip'"):
+        diffcore.explain("q_sample", *arguments()["q_sample"], clip=1.0)
+
+
+@pytest.mark.parametrize("op", ["critic_loss", "mlp", "mlp_ensemble", "rff_features"])
+def test_explain_takes_what_autocast_s_layers_hand_on(op: str) -> None:
+    x, *rest = arguments()[op]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert diffcore.explain(op, x.bfloat16(), *rest).backend == "cpu"
 
 
 def test_bad_input_of_explain() -> None:

@@ -95,6 +95,14 @@ def support(
     return Support([*first, "reference", *last], lacks)
 
 
+def no_gradient_in(*arguments: tuple[str, Tensor]) -> str | None:
+    """Why the kernels, which compute no gradient in these, can't take a call, or None."""
+    for name, value in arguments:
+        if _native.differentiates(value):
+            return f"{name} requires a gradient, which the kernels don't compute"
+    return None
+
+
 def _cannot_run(
     name: str,
     tensors: Sequence[Tensor],

@@ -6,7 +6,6 @@ runs it. `reference` takes everything, so no call fails for want of a kernel.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,14 +54,32 @@ class Explanation:
         return "\n".join(lines)
 
 
+#: The `backend` by which `explain` asks a call what it would tell `choose`.
+_QUESTION: Any = object()
+
+
+class _Answer(Exception):  # noqa: N818 - nothing went wrong
+    """Ends a call that was only asked which backends can take it."""
+
+    def __init__(self, support: Support) -> None:
+        super().__init__()
+        self.support = support
+
+
 def choose(op: str, support: Support, forced: str | None) -> str:
-    """The backend that runs: `forced` if given, else the first that can."""
+    """The backend that runs: `forced` if given, else the first that can.
+
+    Every op asks this before it draws, computes or changes anything, unless its call may go straight
+    to the kernel: see `_backends.may_go_straight`.
+    """
     if forced is None:
         for backend in support.backends:
             if support.why_not(backend) is None:
                 return backend
         raise AssertionError("the reference takes everything")
     if forced not in support.backends:
+        if forced is _QUESTION:
+            raise _Answer(support)
         expected = ", ".join(support.backends)
         raise ValueError(f"backend: expected one of {expected}, got {forced!r}")
     why = support.why_not(forced)
@@ -85,9 +102,18 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
 
     if op not in ops.__all__:
         raise ValueError(f"op: expected one of {', '.join(ops.__all__)}, got {op!r}")
-    module = importlib.import_module(f"diffcore.ops.{op}")
-    support: Support = module.support(*args, **kwargs)
-    backend = choose(op, support, kwargs.get("backend"))
+    forced = kwargs.pop("backend", None)
+    support = _ask(getattr(ops, op), *args, **kwargs)
+    backend = choose(op, support, forced)
     preferred = support.backends[: support.backends.index(backend)]
     passed_over = {name: why for name in preferred if (why := support.why_not(name)) is not None}
     return Explanation(op, backend, passed_over)
+
+
+def _ask(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Support:
+    """What the call tells `choose`, where it ends: its own checks, so that they can't differ."""
+    try:
+        op(*args, **kwargs, backend=_QUESTION)
+    except _Answer as answer:
+        return answer.support
+    raise AssertionError("every op asks choose")

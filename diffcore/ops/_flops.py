@@ -1,7 +1,8 @@
 """How many floating-point operations the ops stand for, for ``torch.utils.flop_counter``.
 
 As many as the reference's matrix products, which is all that torch counts there; what a kernel spares
-of them or does again is its own affair. Formulas take an op's arguments, with shapes for tensors.
+of them or does again is its own affair. Formulas name the arguments of the op that they take, and get
+shapes for tensors.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import TypeAlias
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from diffcore.ops._rules import by_name
+
 Shape: TypeAlias = Sequence[int]
 
 _FORMULAS: dict[str, Callable[..., int]] = {}
@@ -22,7 +25,7 @@ def flops(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Names the formula of the op ``torch.ops.diffcore.<name>``."""
 
     def keep(formula: Callable[..., int]) -> Callable[..., int]:
-        _FORMULAS[name] = formula
+        _FORMULAS[name] = by_name(name, formula)
         return formula
 
     return keep

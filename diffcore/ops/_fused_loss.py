@@ -42,6 +42,19 @@ def scaled(
     return _native.gradients(op, scale, grad_loss, *grads, *inputs)
 
 
+def without_rows(tensor: Tensor) -> Tensor:
+    """What stands for a gradient of this tensor that isn't wanted."""
+    return tensor.new_empty(0, *tensor.shape[1:])
+
+
+def fake_gradients(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+    """What the gradients of these look like, for the op's fake."""
+    return [
+        t.new_empty(t.shape) if want else without_rows(t)
+        for t, want in zip(tensors, wanted, strict=True)
+    ]
+
+
 def _is_last_use(grad_loss: Tensor) -> bool:
     """Whether nobody will read the gradients again, as after a plain ``loss.backward()``.
 

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from diffcore.ops import _flops
 from diffcore.ops._compile import GLOBAL_HOOKS
+from diffcore.ops._rules import by_name
 
 _core: Any
 unavailable: str | None = None
@@ -240,8 +241,13 @@ def requires_gradient(tensor: Tensor | None) -> bool:
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Registers what the op's results look like, for torch.compile."""
-    return torch.library.register_fake(f"diffcore::{name}", lib=_LIBRARY)
+    """Registers what the op's results look like, for torch.compile: a rule by names of arguments."""
+
+    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
+        torch.library.register_fake(f"diffcore::{name}", by_name(name, rule), lib=_LIBRARY)
+        return rule
+
+    return register
 
 
 def vmap(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -387,6 +393,11 @@ def layers(parameters: list[Tensor], backend: str) -> list[Tensor] | list[Layer]
     ]
 
 
+def widths(parameters: list[Tensor]) -> list[int]:
+    """Of the input and of every layer of a network [weight, bias, weight, bias, ...]."""
+    return [parameters[0].shape[1], *(weight.shape[0] for weight in parameters[::2])]
+
+
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -414,15 +425,38 @@ def seed_words(seed: Tensor | None) -> tuple[int, int]:
     return (int(seed) % 2**64, 0) if seed.is_cpu else (0, seed.data_ptr())
 
 
-def one_by_one(op: Any, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:
-    """Results of an op for every element of a vmap, where they can't be folded into the rows."""
+def folded(value: Tensor | None, dim: int | None, size: int, rows: int = 0) -> Tensor | None:
+    """What a vmap over so many elements has batched in `dim`, as part of its dimension `rows`."""
+    if value is None:
+        return None
+    value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+    return value.movedim(0, rows).flatten(rows, rows + 1)
+
+
+def one_by_one(op: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule for vmap: the op for every element, where they can't be folded into the rows."""
 
     def element(value: Any, dim: Any, i: int) -> Any:
         if isinstance(value, list):
             return [element(v, d, i) for v, d in zip(value, dim, strict=True)]
         return value if dim is None else value.select(dim, i)
 
-    return [
-        op(*(element(value, dim, i) for value, dim in zip(args, in_dims, strict=True)))
-        for i in range(size)
-    ]
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        if not info.batch_size:
+            raise ValueError("vmap: expected at least one element, got none")
+        results = [
+            op(*(element(value, dim, i) for value, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        return _stacked(results)
+
+    return rule
+
+
+def _stacked(results: Sequence[Any]) -> tuple[Any, Any]:
+    """(an op's results of every element stacked, the dimensions in which they are)."""
+    kind = type(results[0])
+    if issubclass(kind, Tensor):
+        return torch.stack([*results]), 0
+    columns = [_stacked(column) for column in zip(*results, strict=True)]
+    return kind(stack for stack, _ in columns), kind(dim for _, dim in columns)

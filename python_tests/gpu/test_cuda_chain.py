@@ -528,10 +528,23 @@ def test_the_tests_take_every_way(cuda_module: Any, monkeypatch: pytest.MonkeyPa
     assert {("all resident", True), ("all resident", False)} <= seen
 
 
-def test_too_wide_is_refused_with_a_reason(cuda: str) -> None:
-    denoiser = nn.Denoiser(3, 2, 1040, 1)
+@pytest.mark.parametrize("replaced", [False, True])
+def test_too_wide_is_refused_with_a_reason(cuda: str, replaced: bool) -> None:
+    denoiser = of_widths(8, 1040) if replaced else nn.Denoiser(5, 3, 1040, 2)
     with pytest.raises(ValueError, match="wider than 1024, which the CUDA kernel doesn't take"):
-        sample(cuda, denoiser, schedule=schedule("linear"), state=torch.randn(2, 3))
+        sample(cuda, denoiser, schedule=schedule("linear"), state=torch.randn(2, 5))
+
+
+def test_narrower_layers_than_the_denoiser_was_made_with(cuda: str) -> None:
+    denoiser = nn.Denoiser(5, 3, 1040, 2, activation="tanh")
+    narrow = of_widths(8, 16)
+    denoiser.time_mlp.layers, denoiser.trunk.layers = narrow.time_mlp.layers, narrow.trunk.layers
+    settings = {"schedule": schedule("linear"), "noise_scale": 0.0}
+    tensors = {"state": torch.randn(2, 5), "x_init": torch.randn(2, 3)}
+    with torch.no_grad():
+        expected = ops.reverse_diffusion(denoiser, **settings, **tensors, backend="reference")
+    ours = sample(cuda, denoiser, **settings, **tensors)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
 # -- one step --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ interpreter, where the programs of a launch run one after another."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -159,6 +160,17 @@ def test_critics_of_unequal_shapes_are_refused(
     critic, state, action = drawn(device, nn.TwinCritic(5, 3, 16, 2), 9)
     critic.q2 = nn.MLP(8, hidden_dim, 1, hidden_layers).to(device)
     with pytest.raises(ValueError, match="'triton' here: the critics' layers differ in number or"):
+        ops.action_gradient(critic, state, action, backend="triton")
+
+
+@pytest.mark.parametrize("hidden", [(12, 16), (16, 12)])
+def test_hidden_layers_of_unequal_widths_are_refused(device: str, hidden: tuple[int, int]) -> None:
+    critic, state, action = drawn(device, nn.TwinCritic(5, 3, 16, 2), 9)
+    for q in (critic.q1, critic.q2):
+        q.layers = torch.nn.ModuleList(
+            torch.nn.Linear(k, n, device=device) for k, n in itertools.pairwise([8, *hidden, 1])
+        )
+    with pytest.raises(ValueError, match="'triton' here: a critic's hidden layers differ in width"):
         ops.action_gradient(critic, state, action, backend="triton")
 
 

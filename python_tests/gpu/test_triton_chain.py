@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -148,6 +149,19 @@ def test_sizes(
     ]
     assert samples[0].shape == (rows, action_dim)
     torch.testing.assert_close(*samples, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hidden", [(12, 16), (16, 12)])
+def test_hidden_layers_of_unequal_widths_are_refused(device: str, hidden: tuple[int, int]) -> None:
+    denoiser = nn.Denoiser(5, 3, 16, 2)
+    widths = [denoiser.trunk.in_dim, *hidden, 3]
+    denoiser.trunk.layers = torch.nn.ModuleList(
+        torch.nn.Linear(k, n) for k, n in itertools.pairwise(widths)
+    )
+    denoiser, state = denoiser.to(device), torch.randn(4, 5, device=device)
+    with pytest.raises(ValueError, match="'triton' here: the trunk's hidden layers differ in width"):
+        ops.reverse_diffusion(denoiser, SCHEDULE, state, backend="triton")
 
 
 @torch.no_grad()

@@ -262,6 +262,9 @@ def test_torch_func() -> None:
     for gradient, whole in zip(per_row, expected[3:], strict=True):
         assert torch.allclose(gradient.mean(0), whole, atol=1e-5)
 
+    with pytest.raises(ValueError, match="^vmap: expected at least one element"):
+        torch.func.vmap(of_one_row, (None, 0, 0))(parameters, x[:0], target[:0])
+
 
 @needs_kernels
 def test_compiles_without_a_graph_break() -> None:

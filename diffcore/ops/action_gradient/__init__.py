@@ -87,7 +87,7 @@ def action_gradient(
         ours, q1, q2 = plain
     else:
         state, action = out_of_autocast(critic, state, action)
-        available, ours, q1, q2 = _support(critic, state, action, compute_dtype)
+        available, ours, q1, q2 = support(critic, state, action, compute_dtype)
         ascend, chosen = native.ascend, _dispatch.choose("action_gradient", available, backend)
     steps, lr, eps, low, high = int(steps), float(lr), float(eps), float(low), float(high)
     max_norm = None if max_norm is None else float(max_norm)
@@ -146,32 +146,11 @@ def support(
     critic: AnyCritic,
     state: Tensor,
     action: Tensor,
-    *,
-    steps: int = 20,
-    lr: float = 0.03,
-    max_norm: float | None = None,
-    optimizer: str = "adam",
-    eps: float = 1e-5,
-    low: float = -1.0,
-    high: float = 1.0,
-    clip_mode: str = "batch",
-    compute_dtype: torch.dtype | None = None,
-    backend: str | None = None,
-) -> _dispatch.Support:
-    """Checks the arguments and says which backends can take them."""
-    _check_settings(steps, lr, max_norm, optimizer, eps, low, high, clip_mode, compute_dtype)
-    state, action = out_of_autocast(critic, state, action)
-    return _support(critic, state, action, compute_dtype)[0]
-
-
-def _support(
-    critic: AnyCritic,
-    state: Tensor,
-    action: Tensor,
     compute_dtype: torch.dtype | None,
 ) -> tuple[_dispatch.Support, nn.TwinCritic | None, list[Tensor], list[Tensor]]:
-    """Which backends can take tensors out of autocast, which are checked; and the critic, where it is
-    one of ours, with both's parameters.
+    """Checks the arguments, but for settings, and says which backends can take them.
+
+    And the critic, where it is one of ours, with the parameters of both.
     """
     if not callable(critic):
         raise TypeError(f"critic: expected a TwinCritic or a callable, got {type(critic).__name__}")
@@ -233,16 +212,14 @@ def _cuda_lacks(
     compute_dtype: torch.dtype | None,
 ) -> str | None:
     precision = _backends.precision(compute_dtype, state)
-    widths = [_widths(q1), _widths(q2)]
+    widths = [_native.widths(q1), _native.widths(q2)]
     return native.why_not_cuda(widths, action_dim, precision, state.device.index or 0)
 
 
 def _triton_lacks(q1: list[Tensor], q2: list[Tensor]) -> str | None:
-    if _widths(q1) == _widths(q2):
-        return None
-    return "the critics' layers differ in number or width, the Triton kernel takes equal ones"
-
-
-def _widths(critic: list[Tensor]) -> list[int]:
-    """Of a network's input and of all its layers."""
-    return [critic[0].shape[1], *(weight.shape[0] for weight in critic[::2])]
+    _, *hidden, _ = widths = _native.widths(q1)
+    if widths != _native.widths(q2):
+        return "the critics' layers differ in number or width, the Triton kernel takes equal ones"
+    if len({*hidden}) > 1:
+        return "a critic's hidden layers differ in width, the Triton kernel takes equal ones"
+    return None

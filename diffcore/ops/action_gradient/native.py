@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffcore.ops import _native
 from diffcore.ops._compile import constant_under_compile
-from diffcore.ops._flops import flops, mlps, mlps_backward
+from diffcore.ops._flops import Shape, flops, mlps, mlps_backward
 
 
 @_native.op("action_gradient", differentiable=False)
@@ -107,27 +106,15 @@ def why_not_cuda(
 
 
 @_native.fake("action_gradient")
-def _(state: Tensor, action: Tensor, *rest: Any) -> Tensor:
+def _(action: Tensor) -> Tensor:
     return torch.empty_like(action, memory_format=torch.contiguous_format)
 
 
 @flops("action_gradient")
-def _(
-    state: Any,
-    action: Any,
-    q1: Any,
-    q2: Any,
-    activation: str,
-    precision: str,
-    steps: int,
-    *_: Any,
-    **out: Any,
-) -> int:
+def _(state: Shape, q1: list[Shape], q2: list[Shape], steps: int) -> int:
     forward = mlps(state[0], [*q1, *q2])
     return steps * (forward + mlps_backward(state[0], [*q1, *q2], 1, True, False))
 
 
-@_native.vmap("action_gradient")
-def _(info: Any, in_dims: Any, *args: Any) -> Any:
-    """One by one: the gradient's norm may be limited over each batch, not over all of them."""
-    return torch.stack(_native.one_by_one(ascend, info.batch_size, in_dims, args)), 0
+# The gradient's norm may be limited over each batch, not over all of them.
+_native.vmap("action_gradient")(_native.one_by_one(ascend))

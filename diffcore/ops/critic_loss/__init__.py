@@ -47,7 +47,7 @@ def critic_loss(
             forced backend that can't run this call.
     """
     x, target = out_of_autocast(networks[0][0] if networks and networks[0] else None, x, target)
-    available = support(x, networks, activations, target, compute_dtype=compute_dtype)
+    available = support(x, networks, activations, target, compute_dtype)
     chosen = _dispatch.choose("critic_loss", available, backend)
     if chosen == "reference":
         return reference.critic_loss(x, networks, activations, target)
@@ -69,21 +69,13 @@ def support(
     networks: Sequence[Sequence[Tensor]],
     activations: Sequence[str],
     target: Tensor,
-    *,
-    compute_dtype: torch.dtype | None = None,
-    backend: str | None = None,
+    compute_dtype: torch.dtype | None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
     check_tensor("x", x, ("B", "in"))
-    available = ensemble_support(x, networks, activations, compute_dtype=compute_dtype)
+    available = ensemble_support(x, networks, activations, compute_dtype)
     check_tensor("target", target, (x.shape[0], len(networks[0][-1])))
     check_like("target", target, "x", x)
     for name in ("cpu", "triton"):
-        available.restrict(name, lambda: _refused(target))
+        available.restrict(name, lambda: _backends.no_gradient_in(("target", target)))
     return available
-
-
-def _refused(target: Tensor) -> str | None:
-    if _native.differentiates(target):
-        return "target requires a gradient, which the kernels don't compute"
-    return None

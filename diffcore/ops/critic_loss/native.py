@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _fused_loss, _native
-from diffcore.ops._flops import flops, mlps, mlps_backward
+from diffcore.ops._flops import Shape, flops, mlps, mlps_backward
 from diffcore.ops.mlp import native as mlp
 
 
@@ -38,7 +38,7 @@ def loss_and_gradients(
     networks = len(parameters) // (2 * len(functions))
     q = x.new_empty(networks, batch, parameters[-1].shape[0])
     grads = [
-        torch.empty_like(t) if want else _without_rows(t)
+        torch.empty_like(t) if want else _fused_loss.without_rows(t)
         for t, want in zip([x, *parameters], _each(wanted, parameters), strict=True)
     ]
     core.critic_loss(
@@ -72,12 +72,14 @@ def _in_parts(
     q, saved = mlp.run_forward(x, parameters, activations, any(wanted), *settings)
     residual = q - target
     loss = residual.square().mean(dim=(1, 2)).sum()
-    grads = [_without_rows(x)]
+    grads = [_fused_loss.without_rows(x)]
     if any(wanted):
         grad_q = residual * (2 / max(target.numel(), 1))
         wants = (wants_x, wants_parameters)
         grads = mlp.run_backward(grad_q, x, saved, parameters, activations, *wants, *settings)
-    return loss, q, grads if wants_parameters else [grads[0], *map(_without_rows, parameters)]
+    if not wants_parameters:
+        grads = [grads[0], *map(_fused_loss.without_rows, parameters)]
+    return loss, q, grads
 
 
 def _each(wanted: list[bool], parameters: list[Tensor]) -> list[bool]:
@@ -85,43 +87,24 @@ def _each(wanted: list[bool], parameters: list[Tensor]) -> list[bool]:
     return [wanted[0], *[wanted[1]] * len(parameters)]
 
 
-def _without_rows(tensor: Tensor) -> Tensor:
-    return tensor.new_empty(0, *tensor.shape[1:])
-
-
 @_native.fake("critic_loss")
 def _(
-    x: Tensor,
-    target: Tensor,
-    parameters: list[Tensor],
-    activations: str,
-    wanted: list[bool],
-    precision: str,
-    backend: str,
+    x: Tensor, parameters: list[Tensor], activations: str, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     networks = len(parameters) // (2 * len(activations.split(",")))
-    grads = [
-        t.new_empty(t.shape) if want else _without_rows(t)
-        for t, want in zip([x, *parameters], _each(wanted, parameters), strict=True)
-    ]
-    return x.new_empty(()), x.new_empty(networks, x.shape[0], parameters[-1].shape[0]), grads
+    q = x.new_empty(networks, x.shape[0], parameters[-1].shape[0])
+    grads = _fused_loss.fake_gradients([x, *parameters], _each(wanted, parameters))
+    return x.new_empty(()), q, grads
 
 
 @flops("critic_loss")
-def _(
-    x: Any, target: Any, parameters: Any, activations: str, wanted: list[bool], *_: Any, **out: Any
-) -> int:
+def _(x: Shape, parameters: list[Shape], activations: str, wanted: list[bool]) -> int:
     layers = len(activations.split(","))
     return mlps(x[0], parameters) + mlps_backward(x[0], parameters, layers, *wanted)
 
 
-@_native.vmap("critic_loss")
-def _(info: Any, in_dims: Any, *args: Any) -> Any:
-    """One by one: every element has a loss of its own."""
-    results = _native.one_by_one(loss_and_gradients, info.batch_size, in_dims, args)
-    losses, values, grads = zip(*results, strict=True)
-    stacked = [torch.stack(column) for column in zip(*grads, strict=True)]
-    return (torch.stack(losses), torch.stack(values), stacked), (0, 0, [0] * len(stacked))
+# Every element has a loss of its own.
+_native.vmap("critic_loss")(_native.one_by_one(loss_and_gradients))
 
 
 class CriticLoss(torch.autograd.Function):

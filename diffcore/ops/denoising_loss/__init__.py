@@ -79,7 +79,7 @@ def denoising_loss(
     """
     state, action, noise, weight = out_of_autocast(denoiser, state, action, noise, weight)
     arguments = (denoiser, schedule, state, action, t, noise, weight, generator)
-    available, ours, parameters = _support(*arguments, compute_dtype)
+    available, ours, parameters = support(*arguments, compute_dtype)
     chosen = _dispatch.choose("denoising_loss", available, backend)
     if t is None:
         t = torch.randint(schedule.K, (action.shape[0],), generator=generator, device=action.device)
@@ -131,32 +131,16 @@ def support(
     schedule: DiffusionSchedule,
     state: Tensor,
     action: Tensor,
-    *,
-    t: Tensor | None = None,
-    noise: Tensor | None = None,
-    weight: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    compute_dtype: torch.dtype | None = None,
-    backend: str | None = None,
-) -> _dispatch.Support:
-    """Checks the arguments and says which backends can take them."""
-    state, action, noise, weight = out_of_autocast(denoiser, state, action, noise, weight)
-    arguments = (denoiser, schedule, state, action, t, noise, weight, generator)
-    return _support(*arguments, compute_dtype)[0]
-
-
-def _support(
-    denoiser: AnyDenoiser,
-    schedule: DiffusionSchedule,
-    state: Tensor,
-    action: Tensor,
     t: Tensor | None,
     noise: Tensor | None,
     weight: Tensor | None,
     generator: torch.Generator | None,
     compute_dtype: torch.dtype | None,
 ) -> tuple[_dispatch.Support, nn.Denoiser | None, list[Tensor]]:
-    """The same, out of autocast; and the denoiser, where it is one of ours, with its parameters."""
+    """Checks the arguments and says which backends can take them.
+
+    And the denoiser, where it is one of ours, with its parameters.
+    """
     if not isinstance(schedule, DiffusionSchedule):
         raise TypeError(f"schedule: expected a DiffusionSchedule, got {type(schedule).__name__}")
     if not callable(denoiser):

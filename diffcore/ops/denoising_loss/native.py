@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _fused_loss, _native
-from diffcore.ops._flops import flops, mlps, mlps_backward
+from diffcore.ops._flops import Shape, flops, mlps, mlps_backward
 
 
 @_native.op("denoising_loss")
@@ -73,31 +73,15 @@ def loss_and_gradients(
 
 @_native.fake("denoising_loss")
 def _(
-    state: Tensor,
-    action: Tensor,
-    noise: Tensor,
-    weight: Tensor | None,
-    t: Tensor,
-    levels: Tensor,
-    embedding: Tensor,
-    activation: str,
-    wanted: list[bool],
-    parameters: list[Tensor],
-    precision: str,
-    backend: str,
+    state: Tensor, action: Tensor, wanted: list[bool], parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     all_wanted = wanted[:2] + [any(wanted[2:])] * len(parameters)
-    return action.new_empty(()), [
-        torch.empty_like(x, memory_format=torch.contiguous_format)
-        if want
-        else x.new_empty(0, *x.shape[1:])
-        for x, want in zip([state, action, *parameters], all_wanted, strict=True)
-    ]
+    grads = _fused_loss.fake_gradients([state, action, *parameters], all_wanted)
+    return action.new_empty(()), grads
 
 
 @flops("denoising_loss")
-def _(state: Any, *rest: Any, **out: Any) -> int:
-    wanted, parameters = rest[7], rest[8]
+def _(state: Shape, wanted: list[bool], parameters: list[Shape]) -> int:
     time_mlp, trunk = parameters[:4], parameters[4:]
     wants_parameters = any(wanted[2:])
     return (
@@ -107,13 +91,8 @@ def _(state: Any, *rest: Any, **out: Any) -> int:
     )
 
 
-@_native.vmap("denoising_loss")
-def _(info: Any, in_dims: Any, *args: Any) -> Any:
-    """One by one: every element has a loss of its own."""
-    results = _native.one_by_one(loss_and_gradients, info.batch_size, in_dims, args)
-    losses, grads = zip(*results, strict=True)
-    stacked = [torch.stack(column) for column in zip(*grads, strict=True)]
-    return (torch.stack(losses), stacked), (0, [0] * len(stacked))
+# Every element has a loss of its own.
+_native.vmap("denoising_loss")(_native.one_by_one(loss_and_gradients))
 
 
 @_native.op("normals")
@@ -131,7 +110,7 @@ def normals(seed: Tensor, like: Tensor, backend: str) -> Tensor:
 
 
 @_native.fake("normals")
-def _(seed: Tensor, like: Tensor, backend: str) -> Tensor:
+def _(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 

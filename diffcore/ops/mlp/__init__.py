@@ -62,7 +62,7 @@ def mlp(
     forward, chosen = native.run_forward, "cpu"
     if not _is_plain(x, weights, biases, activations, compute_dtype, backend):
         [x] = out_of_autocast(weights[0] if weights else None, x)
-        available = support(x, weights, biases, activations, compute_dtype=compute_dtype)
+        available = support(x, weights, biases, activations, compute_dtype)
         forward, chosen = native.forward, _dispatch.choose("mlp", available, backend)
     if chosen == "reference":
         return reference.mlp(x, weights, biases, activations)
@@ -117,9 +117,7 @@ def support(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     activations: Sequence[str],
-    *,
-    compute_dtype: torch.dtype | None = None,
-    backend: str | None = None,
+    compute_dtype: torch.dtype | None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
     check_tensor("x", x, ("...", "in"))

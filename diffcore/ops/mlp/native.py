@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _native
-from diffcore.ops._flops import flops, mlps, mlps_backward
+from diffcore.ops._flops import Shape, flops, mlps, mlps_backward
 
 
 @functools.cache
@@ -56,6 +56,14 @@ def run_forward(
 forward = _native.op("mlp")(run_forward)
 
 
+def saved_width(parameters: list[Tensor], activations: str, precision: str) -> int:
+    """Floats a row of what the CPU's backward pass needs, from shapes alone."""
+    layers = [(0, 0, w.shape[1], w.shape[0]) for w in parameters[::2]]
+    core = _native._core
+    width: int = core.mlp_saved_width(layers, kinds(activations), getattr(core.Precision, precision))
+    return width
+
+
 @_native.fake("mlp")
 def _(
     x: Tensor, parameters: list[Tensor], activations: str, keep: bool, precision: str, backend: str
@@ -66,10 +74,7 @@ def _(
 
         width = triton.saved_width(parameters, activations, keep)
     else:
-        shapes = [(0, 0, w.shape[1], w.shape[0]) for w in parameters[::2]]
-        core = _native._core
-        settings = (kinds(activations), getattr(core.Precision, precision))
-        width = core.mlp_saved_width(shapes, *settings) if keep else 0
+        width = saved_width(parameters, activations, precision) if keep else 0
     return (
         x.new_empty(networks, x.shape[0], parameters[-1].shape[0]),
         x.new_empty(networks, x.shape[0] if keep else 0, width),
@@ -134,37 +139,21 @@ backward = _native.op("mlp_backward")(run_backward)
 
 
 @_native.fake("mlp_backward")
-def _(
-    grad_y: Tensor,
-    x: Tensor,
-    saved: Tensor,
-    parameters: list[Tensor],
-    activations: str,
-    wants_x: bool,
-    wants_parameters: bool,
-    precision: str,
-    backend: str,
+def fake_backward(
+    x: Tensor, parameters: list[Tensor], wants_x: bool, wants_parameters: bool
 ) -> list[Tensor]:
     grad_x = x.new_empty(x.shape[0] if wants_x else 0, x.shape[1])
     return [grad_x, *([p.new_empty(p.shape) for p in parameters] if wants_parameters else [])]
 
 
 @flops("mlp")
-def _(x: Any, parameters: Any, *_: Any, **out: Any) -> int:
+def _(x: Shape, parameters: list[Shape]) -> int:
     return mlps(x[0], parameters)
 
 
 @flops("mlp_backward")
 def _(
-    grad_y: Any,
-    x: Any,
-    saved: Any,
-    parameters: Any,
-    activations: str,
-    wants_x: bool,
-    wants_parameters: bool,
-    *_: Any,
-    **out: Any,
+    x: Shape, parameters: list[Shape], activations: str, wants_x: bool, wants_parameters: bool
 ) -> int:
     layers = len(activations.split(","))
     return mlps_backward(x[0], parameters, layers, wants_x, wants_parameters)
@@ -176,20 +165,14 @@ def _(info: Any, in_dims: Any, *args: Any) -> Any:
     x_dim, parameter_dims, *_ = in_dims
     x, parameters, activations, keep, *settings = args
     if keep or any(d is not None for d in parameter_dims):
-        results = _native.one_by_one(forward, info.batch_size, in_dims, args)
-        y, saved = (torch.stack(column) for column in zip(*results, strict=True))
-        return (y, saved), (0, 0)
+        return _native.one_by_one(forward)(info, in_dims, *args)
     rows = x.movedim(x_dim, 0).flatten(0, 1)
     y, saved = forward(rows, parameters, activations, False, *settings)
     return (y.unflatten(1, (info.batch_size, -1)), saved), (1, None)
 
 
-@_native.vmap("mlp_backward")
-def _(info: Any, in_dims: Any, *args: Any) -> Any:
-    """One by one: every element has parameter gradients of its own."""
-    results = _native.one_by_one(backward, info.batch_size, in_dims, args)
-    stacked = [torch.stack(column) for column in zip(*results, strict=True)]
-    return stacked, [0] * len(stacked)
+# Every element has parameter gradients of its own.
+_native.vmap("mlp_backward")(_native.one_by_one(backward))
 
 
 class MLP(torch.autograd.Function):
@@ -215,25 +198,14 @@ class MLP(torch.autograd.Function):
         x, saved, *parameters = ctx.saved_tensors
         wants_x, wants_parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
         settings = (ctx.activations, wants_x, wants_parameters, ctx.precision, ctx.backend)
-        grads = _native.gradients("mlp", _gradients, grad_y, x, saved, *settings, *parameters)
+
+        def compute(grad_y: Tensor, x: Tensor, saved: Tensor, *parameters: Tensor) -> Any:
+            return backward(grad_y, x, saved, list(parameters), *settings)
+
+        grads = _native.gradients("mlp", compute, grad_y, x, saved, *parameters)
         grad_x, *grad_parameters = grads
         return (
             grad_x if wants_x else None,
             *[None] * 3,
             *(grad_parameters if wants_parameters else [None] * len(parameters)),
         )
-
-
-def _gradients(
-    grad_y: Tensor,
-    x: Tensor,
-    saved: Tensor,
-    activations: str,
-    wants_x: bool,
-    wants_parameters: bool,
-    precision: str,
-    backend: str,
-    *parameters: Tensor,
-) -> list[Tensor]:
-    settings = (activations, wants_x, wants_parameters, precision, backend)
-    return backward(grad_y, x, saved, list(parameters), *settings)

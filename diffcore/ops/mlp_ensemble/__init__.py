@@ -42,7 +42,7 @@ def mlp_ensemble(
             forced backend that can't run this call.
     """
     [x] = out_of_autocast(networks[0][0] if networks and networks[0] else None, x)
-    available = support(x, networks, activations, compute_dtype=compute_dtype)
+    available = support(x, networks, activations, compute_dtype)
     chosen = _dispatch.choose("mlp_ensemble", available, backend)
     if chosen == "reference":
         return reference.mlp_ensemble(x, networks, activations)
@@ -55,15 +55,13 @@ def support(
     x: Tensor,
     networks: Sequence[Sequence[Tensor]],
     activations: Sequence[str],
-    *,
-    compute_dtype: torch.dtype | None = None,
-    backend: str | None = None,
+    compute_dtype: torch.dtype | None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
     if not networks:
         raise ValueError("networks: expected at least one network, got none")
     first = networks[0]
-    available = mlp_support(x, first[::2], first[1::2], activations, compute_dtype=compute_dtype)
+    available = mlp_support(x, first[::2], first[1::2], activations, compute_dtype)
     for i, network in enumerate(networks[1:], start=1):
         if len(network) != len(first):
             raise ValueError(

@@ -70,15 +70,9 @@ def cached_levels(schedule: DiffusionSchedule, device: torch.device) -> Tensor:
 
 
 def support(
-    x0: Tensor,
-    t: Tensor,
-    noise: Tensor,
-    schedule: DiffusionSchedule,
-    *,
-    backend: str | None = None,
+    x0: Tensor, t: Tensor, noise: Tensor, schedule: DiffusionSchedule
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
-    x0, noise = out_of_autocast(None, x0, noise)
     check_tensor("x0", x0, ("B", *x0.shape[1:]) if isinstance(x0, Tensor) else ("B",))
     check_tensor("noise", noise, tuple(x0.shape))
     check_like("noise", noise, "x0", x0)

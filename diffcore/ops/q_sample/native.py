@@ -23,7 +23,7 @@ def corrupt(x0: Tensor, t: Tensor, noise: Tensor, levels: Tensor, backend: str) 
 
 
 @_native.fake("q_sample")
-def _(x0: Tensor, *rest: Any) -> Tensor:
+def _(x0: Tensor) -> Tensor:
     return torch.empty_like(x0, memory_format=torch.contiguous_format)
 
 
@@ -31,17 +31,11 @@ def _(x0: Tensor, *rest: Any) -> Tensor:
 def _(info: Any, in_dims: Any, *args: Any) -> Any:
     """Rows are corrupted each by itself: a batch of calls is one call with more rows."""
     *tensors, levels, backend = args
+    size = info.batch_size
     if in_dims[3] is not None:
         raise ValueError("q_sample: vmap over the schedule isn't supported")
-
-    def rows(value: Tensor, dim: int | None) -> Tensor:
-        if dim is None:
-            value, dim = value.expand(info.batch_size, *value.shape), 0
-        return value.movedim(dim, 0).flatten(0, 1)
-
-    x0, t, noise = (rows(value, dim) for value, dim in zip(tensors, in_dims[:3], strict=True))
-    sample = corrupt(x0, t, noise, levels, backend)
-    return sample.unflatten(0, (info.batch_size, -1)), 0
+    rows = [_native.folded(t, dim, size) for t, dim in zip(tensors, in_dims[:3], strict=True)]
+    return corrupt(*rows, levels, backend).unflatten(0, (size, -1)), 0
 
 
 class QSample(torch.autograd.Function):
@@ -50,8 +44,8 @@ class QSample(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x0: Tensor, t: Tensor, noise: Tensor, levels: Tensor, backend: str) -> Tensor:
-        return corrupt(x0, t, noise, levels, backend)
+    def forward(*inputs: Any) -> Any:
+        return corrupt(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

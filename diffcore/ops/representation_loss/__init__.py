@@ -57,9 +57,9 @@ def representation_loss(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or a forced
             backend that can't run this call.
     """
-    psi, zeta = _networks(psi, zeta)
+    psi, zeta = require_own("psi", psi, nn.MLP), require_own("zeta", zeta, nn.MLP)
     inputs = out_of_autocast(psi, x, perturbed, offset, score_weight)
-    available = _support(psi, zeta, *inputs, compute_dtype=compute_dtype)
+    available = support(psi, zeta, *inputs, compute_dtype=compute_dtype)
     chosen = _dispatch.choose("representation_loss", available, backend)
     if chosen == "reference":
         return reference.representation_loss(psi, zeta, *inputs)
@@ -90,31 +90,9 @@ def support(
     offset: Tensor,
     score_weight: Tensor,
     *,
-    compute_dtype: torch.dtype | None = None,
-    backend: str | None = None,
-) -> _dispatch.Support:
-    """Checks the arguments and says which backends can take them."""
-    psi, zeta = _networks(psi, zeta)
-    inputs = out_of_autocast(psi, x, perturbed, offset, score_weight)
-    return _support(psi, zeta, *inputs, compute_dtype=compute_dtype)
-
-
-def _networks(psi: object, zeta: object) -> tuple[nn.MLP, nn.MLP]:
-    """Out of what may wrap them."""
-    return require_own("psi", psi, nn.MLP), require_own("zeta", zeta, nn.MLP)
-
-
-def _support(
-    psi: nn.MLP,
-    zeta: nn.MLP,
-    x: Tensor,
-    perturbed: Tensor,
-    offset: Tensor,
-    score_weight: Tensor,
-    *,
     compute_dtype: torch.dtype | None,
 ) -> _dispatch.Support:
-    """The same of networks out of wrappers and inputs out of autocast."""
+    """Checks the arguments and says which backends can take them."""
     check_tensor("x", x, ("B", psi.in_dim))
     batch = x.shape[0]
     check_tensor("perturbed", perturbed, (batch, zeta.in_dim))
@@ -145,13 +123,5 @@ def _support(
         [*psi.activations, *zeta.activations],
         max(psi.hidden_layers, zeta.hidden_layers) + 1,
         compute_dtype=compute_dtype,
-        refused=_refused(offset, score_weight),
+        refused=_backends.no_gradient_in(("offset", offset), ("score_weight", score_weight)),
     )
-
-
-def _refused(offset: Tensor, score_weight: Tensor) -> str | None:
-    """Why no kernel can take these, or None."""
-    for name, value in (("offset", offset), ("score_weight", score_weight)):
-        if _native.differentiates(value):
-            return f"{name} requires a gradient, which the kernels don't compute"
-    return None

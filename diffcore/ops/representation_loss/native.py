@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _fused_loss, _native
-from diffcore.ops._flops import flops, mlps, mlps_backward
+from diffcore.ops._flops import Shape, flops, mlps, mlps_backward
 from diffcore.ops.mlp import native as mlp
 from diffcore.ops.score_matching_loss import native as score_matching
 
@@ -48,7 +48,7 @@ def loss_and_gradients(
     offset, score_weight = offset.contiguous(), score_weight.contiguous()
     loss = x.new_empty(())
     grads = [
-        torch.empty_like(t) if want else _without_rows(t)
+        torch.empty_like(t) if want else _fused_loss.without_rows(t)
         for t, want in zip(tensors, _each(wanted, psi, zeta), strict=True)
     ]
     grad_psi, grad_zeta = grads[2 : 2 + len(psi)], grads[2 + len(psi) :]
@@ -114,11 +114,11 @@ def _in_parts(
         wants_x: bool,
         wants_layers: bool,
     ) -> list[Tensor]:
-        grads = [_without_rows(x)]
+        grads = [_fused_loss.without_rows(x)]
         if wants_x or wants_layers:
             wants = (wants_x, wants_layers)
             grads = mlp.run_backward(grad[None], x, saved, layers, names, *wants, *settings)
-        return grads if wants_layers else [grads[0], *map(_without_rows, layers)]
+        return grads if wants_layers else [grads[0], *map(_fused_loss.without_rows, layers)]
 
     of_psi = (grad_features, x, psi_saved, psi, psi_activations)
     of_zeta = (grad_hidden, perturbed, zeta_saved, hidden_layers, zeta_activations)
@@ -132,43 +132,17 @@ def _each(wanted: list[bool], psi: Sequence[Tensor], zeta: Sequence[Tensor]) -> 
     return [*wanted[:2], *[wanted[2]] * len(psi), *[wanted[3]] * len(zeta)]
 
 
-def _without_rows(tensor: Tensor) -> Tensor:
-    return tensor.new_empty(0, *tensor.shape[1:])
-
-
 @_native.fake("representation_loss")
 def _(
-    x: Tensor,
-    perturbed: Tensor,
-    offset: Tensor,
-    score_weight: Tensor,
-    psi: list[Tensor],
-    zeta: list[Tensor],
-    psi_activations: str,
-    zeta_activations: str,
-    wanted: list[bool],
-    precision: str,
-    backend: str,
+    x: Tensor, perturbed: Tensor, psi: list[Tensor], zeta: list[Tensor], wanted: list[bool]
 ) -> tuple[Tensor, list[Tensor]]:
-    return x.new_empty(()), [
-        t.new_empty(t.shape) if want else _without_rows(t)
-        for t, want in zip([x, perturbed, *psi, *zeta], _each(wanted, psi, zeta), strict=True)
-    ]
+    tensors = [x, perturbed, *psi, *zeta]
+    return x.new_empty(()), _fused_loss.fake_gradients(tensors, _each(wanted, psi, zeta))
 
 
 @flops("representation_loss")
 def _(
-    x: Any,
-    perturbed: Any,
-    offset: Any,
-    score_weight: Any,
-    psi: Any,
-    zeta: Any,
-    psi_activations: str,
-    zeta_activations: str,
-    wanted: list[bool],
-    *_: Any,
-    **out: Any,
+    x: Shape, offset: Shape, psi: list[Shape], zeta: list[Shape], wanted: list[bool]
 ) -> int:
     rows, hidden, last = x[0], zeta[:-2], zeta[-2]
     wants_x, wants_perturbed, wants_psi, wants_zeta = wanted
@@ -181,13 +155,8 @@ def _(
     )
 
 
-@_native.vmap("representation_loss")
-def _(info: Any, in_dims: Any, *args: Any) -> Any:
-    """One by one: every element has a loss of its own."""
-    results = _native.one_by_one(loss_and_gradients, info.batch_size, in_dims, args)
-    losses, grads = zip(*results, strict=True)
-    stacked = [torch.stack(column) for column in zip(*grads, strict=True)]
-    return (torch.stack(losses), stacked), (0, [0] * len(stacked))
+# Every element has a loss of its own.
+_native.vmap("representation_loss")(_native.one_by_one(loss_and_gradients))
 
 
 class RepresentationLoss(torch.autograd.Function):

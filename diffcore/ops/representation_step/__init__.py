@@ -61,7 +61,7 @@ def representation_step(
     psi, zeta = require_own("psi", psi, nn.MLP), require_own("zeta", zeta, nn.MLP)
     x, perturbed, offset, score_weight = out_of_autocast(psi, x, perturbed, offset, score_weight)
     arguments = (psi, zeta, x, perturbed, offset, score_weight, optimizer)
-    available = support(*arguments, compute_dtype=compute_dtype)
+    available = support(*arguments, compute_dtype)
     if _dispatch.choose("representation_step", available, backend) == "reference":
         return reference.representation_step(*arguments, compute_dtype)
     return native.step(
@@ -86,9 +86,7 @@ def support(
     offset: Tensor,
     score_weight: Tensor,
     optimizer: torch.optim.Adam,
-    *,
-    compute_dtype: torch.dtype | None = None,
-    backend: str | None = None,
+    compute_dtype: torch.dtype | None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
     if not isinstance(optimizer, torch.optim.Adam):
@@ -97,8 +95,7 @@ def support(
         )
     if not torch.is_grad_enabled():
         raise ValueError("representation_step: expected gradients to be on, got them off (no_grad)")
-    psi, zeta = require_own("psi", psi, nn.MLP), require_own("zeta", zeta, nn.MLP)
-    inputs = out_of_autocast(psi, x, perturbed, offset, score_weight)
+    inputs = [x, perturbed, offset, score_weight]
     minibatch = _first_minibatch(*inputs) if isinstance(x, Tensor) and x.ndim == 3 else inputs
     of_loss = loss_support(psi, zeta, *minibatch, compute_dtype=compute_dtype)
     backends = [name for name in of_loss.backends if name in (*KERNELS, "reference")]

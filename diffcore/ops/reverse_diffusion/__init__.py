@@ -78,64 +78,45 @@ def reverse_diffusion(
     """
     steps = _check_settings(schedule, noise_scale, clip, solver, generator, compute_dtype)
     ours: nn.Denoiser | None
-    run_chain, chosen = native.chain.kernel, "cpu"
+    chain, chosen = native.chain.kernel, "cpu"
     plain = _plain_parameters(denoiser, steps, state, x_init, noise, compute_dtype, backend)
     if plain is not None:
         ours, parameters = plain
     else:
         state, x_init, noise = out_of_autocast(denoiser, state, x_init, noise)
         arguments = (denoiser, steps, state, x_init, noise)
-        available, ours, parameters = _support(*arguments, compute_dtype)
-        chosen = _dispatch.choose("reverse_diffusion", available, backend)
-        run_chain = native.chain
+        available, ours, parameters = support(*arguments, compute_dtype)
+        chain, chosen = native.chain, _dispatch.choose("reverse_diffusion", available, backend)
     draws = x_init is None or (noise is None and noise_scale != 0)
     seed = _philox.draw_seed(generator, state.device) if draws else None
-    if chosen != "reference":
-        assert ours is not None
-        inputs = (state, x_init, noise, seed, parameters)
-        settings = (noise_scale, clip, _backends.precision(compute_dtype, state), chosen)
-        return _run_native(run_chain, ours, schedule, solver, *inputs, *settings)
-    eps: Callable[..., Tensor] = denoiser
-    if ours is not None:
-        action_dim = ours.action_dim
-        if ours.altered() is None:
-            eps = partial(eps, backend="reference")
-    else:
-        assert x_init is not None
-        action_dim = x_init.shape[1]
-    table = _table(schedule, solver)
-    return reference.reverse_diffusion(
-        eps, table, state, action_dim, x_init, noise, seed, float(noise_scale), float(clip)
-    )
+    noise_scale, clip = float(noise_scale), float(clip)
+    if chosen == "reference":
+        eps: Callable[..., Tensor] = denoiser
+        if ours is not None:
+            action_dim = ours.action_dim
+            if ours.altered() is None:
+                eps = partial(eps, backend="reference")
+        else:
+            assert x_init is not None
+            action_dim = x_init.shape[1]
+        table = _table(schedule, solver)
+        return reference.reverse_diffusion(
+            eps, table, state, action_dim, x_init, noise, seed, noise_scale, clip
+        )
 
-
-def _run_native(
-    run_chain: Callable[..., tuple[Tensor, Tensor]],
-    denoiser: nn.Denoiser,
-    schedule: DiffusionSchedule,
-    solver: str | SolverTable,
-    state: Tensor,
-    x_init: Tensor | None,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    parameters: list[Tensor],
-    noise_scale: float,
-    clip: float,
-    precision: str,
-    backend: str,
-) -> Tensor:
+    assert ours is not None
     settings = (
         _coefficients(schedule, solver, state.device),
-        _embedding(schedule, solver, denoiser.time_dim, state.device),
-        float(noise_scale),
-        float(clip),
-        denoiser.activation,
-        precision,
+        _embedding(schedule, solver, ours.time_dim, state.device),
+        noise_scale,
+        clip,
+        ours.activation,
+        _backends.precision(compute_dtype, state),
     )
+    inputs = (state, x_init, noise, seed)
     if _native.differentiates(state, x_init, noise, *parameters):
-        arguments = (state, x_init, noise, seed, *settings, backend, *parameters)
-        return _native.apply(native.Chain, *arguments)[0]
-    return run_chain(state, x_init, noise, seed, parameters, *settings, False, backend)[0]
+        return _native.apply(native.Chain, *inputs, *settings, chosen, *parameters)[0]
+    return chain(*inputs, parameters, *settings, False, chosen)[0]
 
 
 # What follows from schedule and solver alone is computed once, and is a constant under
@@ -194,26 +175,6 @@ def _cached_embedding(
     return nn.time_embedding(_table(schedule, solver).timesteps, dim).to(device, torch.float32)
 
 
-def support(
-    denoiser: AnyDenoiser,
-    schedule: DiffusionSchedule,
-    state: Tensor,
-    *,
-    x_init: Tensor | None = None,
-    noise: Tensor | None = None,
-    noise_scale: float = 1.0,
-    clip: float = 1.0,
-    solver: str | SolverTable = "ddpm",
-    generator: torch.Generator | None = None,
-    compute_dtype: torch.dtype | None = None,
-    backend: str | None = None,
-) -> _dispatch.Support:
-    """Checks the arguments and says which backends can take them."""
-    steps = _check_settings(schedule, noise_scale, clip, solver, generator, compute_dtype)
-    state, x_init, noise = out_of_autocast(denoiser, state, x_init, noise)
-    return _support(denoiser, steps, state, x_init, noise, compute_dtype)[0]
-
-
 def _check_settings(
     schedule: DiffusionSchedule,
     noise_scale: float,
@@ -269,7 +230,7 @@ def _plain_parameters(
     return None
 
 
-def _support(
+def support(
     denoiser: AnyDenoiser,
     steps: int,
     state: Tensor,
@@ -277,8 +238,9 @@ def _support(
     noise: Tensor | None,
     compute_dtype: torch.dtype | None,
 ) -> tuple[_dispatch.Support, nn.Denoiser | None, list[Tensor]]:
-    """Which backends can take tensors out of autocast, which are checked; and the denoiser, where it
-    is one of ours, with its parameters.
+    """Checks the arguments, but for settings, and says which backends can take them.
+
+    And the denoiser, where it is one of ours, with its parameters.
     """
     if not callable(denoiser):
         raise TypeError(
@@ -297,6 +259,7 @@ def _support(
     if noise is not None:
         check_tensor("noise", noise, (steps, state.shape[0], action_dim))
         check_like("noise", noise, "state", state)
+
     if ours is None:
         refused = f"the denoiser {not_own(denoiser, nn.Denoiser)}"
         return _backends.support(KERNELS, [state], refused=refused), None, []
@@ -312,18 +275,22 @@ def _support(
         len(parameters) // 2 - 2,  # without the time MLP's
         compute_dtype=compute_dtype,
     )
-    reasons.restrict("cuda", lambda: _too_large_for_cuda(ours, state, compute_dtype))
+    reasons.restrict("cuda", lambda: _cuda_lacks(parameters, state, compute_dtype))
+    reasons.restrict("triton", lambda: _triton_lacks(parameters))
     return reasons, ours, parameters
 
 
-def _too_large_for_cuda(
-    denoiser: nn.Denoiser, state: Tensor, compute_dtype: torch.dtype | None
+def _cuda_lacks(
+    parameters: list[Tensor], state: Tensor, compute_dtype: torch.dtype | None
 ) -> str | None:
-    hidden = [denoiser.trunk.hidden_dim] * denoiser.trunk.hidden_layers
-    first = denoiser.action_dim + denoiser.time_dim + denoiser.state_dim
-    widths = [
-        [denoiser.time_dim, denoiser.time_mlp.hidden_dim, denoiser.time_dim],
-        [first, *hidden, denoiser.action_dim],
-    ]
     precision = _backends.precision(compute_dtype, state)
-    return native.why_not_cuda(widths, denoiser.state_dim, precision, state.device.index or 0)
+    # Of the layers there are: they may be others than the module was made with.
+    widths = [_native.widths(parameters[:4]), _native.widths(parameters[4:])]
+    return native.why_not_cuda(widths, state.shape[1], precision, state.device.index or 0)
+
+
+def _triton_lacks(parameters: list[Tensor]) -> str | None:
+    _, *hidden, _ = _native.widths(parameters[4:])
+    if len({*hidden}) > 1:
+        return "the trunk's hidden layers differ in width, the Triton kernel takes equal ones"
+    return None

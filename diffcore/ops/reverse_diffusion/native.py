@@ -11,7 +11,7 @@ from torch import Tensor
 from diffcore.ops import _native
 from diffcore.ops._activations import ACTIVATIONS
 from diffcore.ops._compile import constant_under_compile
-from diffcore.ops._flops import flops, mlps, mlps_backward
+from diffcore.ops._flops import Shape, flops, mlps, mlps_backward
 from diffcore.ops.mlp import native as mlp
 
 
@@ -110,19 +110,7 @@ def why_not_cuda(
 
 @_native.fake("reverse_diffusion")
 def _(
-    state: Tensor,
-    x_init: Tensor | None,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    parameters: list[Tensor],
-    coefficients: Tensor,
-    embedding: Tensor,
-    noise_scale: float,
-    clip: float,
-    activation: str,
-    precision: str,
-    keep_trajectory: bool,
-    backend: str,
+    state: Tensor, parameters: list[Tensor], coefficients: Tensor, keep_trajectory: bool
 ) -> tuple[Tensor, Tensor]:
     action_dim = parameters[-1].shape[0]
     steps = coefficients.shape[0] + 1 if keep_trajectory else 0
@@ -242,16 +230,10 @@ class _MLP:
 @_native.fake("reverse_diffusion_backward")
 def _(
     grad_actions: Tensor,
-    trajectory: Tensor,
     state: Tensor,
     parameters: list[Tensor],
     coefficients: Tensor,
-    embedding: Tensor,
-    noise_scale: float,
-    clip: float,
-    activation: str,
     wants_noise: bool,
-    backend: str,
 ) -> list[Tensor]:
     steps = coefficients.shape[0] if wants_noise else 0
     return [
@@ -263,29 +245,12 @@ def _(
 
 
 @flops("reverse_diffusion")
-def _(
-    state: Any,
-    x_init: Any,
-    noise: Any,
-    seed: Any,
-    parameters: Any,
-    coefficients: Any,
-    *_: Any,
-    **out: Any,
-) -> int:
+def _(state: Shape, parameters: list[Shape], coefficients: Shape) -> int:
     return coefficients[0] * mlps(state[0], parameters)
 
 
 @flops("reverse_diffusion_backward")
-def _(
-    grad_actions: Any,
-    trajectory: Any,
-    state: Any,
-    parameters: Any,
-    coefficients: Any,
-    *_: Any,
-    **out: Any,
-) -> int:
+def _(state: Shape, parameters: list[Shape], coefficients: Shape) -> int:
     time_mlp, trunk = parameters[:4], parameters[4:]
     return coefficients[0] * (
         mlps_backward(state[0], time_mlp, 2, False, True)
@@ -293,12 +258,8 @@ def _(
     )
 
 
-@_native.vmap("reverse_diffusion_backward")
-def _(info: Any, in_dims: Any, *args: Any) -> Any:
-    """One by one: every element has parameter gradients of its own."""
-    results = _native.one_by_one(chain_backward, info.batch_size, in_dims, args)
-    stacked = [torch.stack(column) for column in zip(*results, strict=True)]
-    return stacked, [0] * len(stacked)
+# Every element has parameter gradients of its own.
+_native.vmap("reverse_diffusion_backward")(_native.one_by_one(chain_backward))
 
 
 class Chain(torch.autograd.Function):
@@ -335,13 +296,16 @@ class Chain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_actions: Tensor, _: Tensor) -> Any:
-        trajectory, state, x_init, noise, coefficients, embedding, *parameters = ctx.saved_tensors
         wants_noise = ctx.has_noise and ctx.needs_input_grad[2]
-        settings = (coefficients, embedding, ctx.noise_scale, ctx.clip, ctx.activation)
-        # x_init and noise: the gradients depend on them through the trajectory.
-        flags = (wants_noise, ctx.backend)
-        arguments = (grad_actions, trajectory, state, x_init, noise, *settings, *flags, *parameters)
-        grads = _native.gradients("reverse_diffusion", _gradients, *arguments)
+        settings = (ctx.noise_scale, ctx.clip, ctx.activation, wants_noise, ctx.backend)
+
+        def compute(grad_actions: Tensor, trajectory: Tensor, state: Tensor, *rest: Any) -> Any:
+            # The gradients depend on x_init and noise through the trajectory.
+            _x_init, _noise, coefficients, embedding, *parameters = rest
+            tables = (coefficients, embedding)
+            return chain_backward(grad_actions, trajectory, state, parameters, *tables, *settings)
+
+        grads = _native.gradients("reverse_diffusion", compute, grad_actions, *ctx.saved_tensors)
         grad_state, grad_x, grad_noise, *grad_parameters = grads
         return (
             grad_state,
@@ -350,25 +314,6 @@ class Chain(torch.autograd.Function):
             *[None] * 8,
             *grad_parameters,
         )
-
-
-def _gradients(
-    grad_actions: Tensor,
-    trajectory: Tensor,
-    state: Tensor,
-    x_init: Tensor | None,
-    noise: Tensor | None,
-    coefficients: Tensor,
-    embedding: Tensor,
-    noise_scale: float,
-    clip: float,
-    activation: str,
-    wants_noise: bool,
-    backend: str,
-    *parameters: Tensor,
-) -> list[Tensor]:
-    settings = (coefficients, embedding, noise_scale, clip, activation, wants_noise, backend)
-    return chain_backward(grad_actions, trajectory, state, list(parameters), *settings)
 
 
 @_native.vmap("reverse_diffusion")
@@ -381,21 +326,11 @@ def _(info: Any, in_dims: Any, *args: Any) -> Any:
     if any(d is not None for d in fixed_dims):
         raise ValueError("reverse_diffusion: vmap over the schedule isn't supported")
     if seed is not None or any(d is not None for d in parameter_dims):
-        results = _native.one_by_one(chain, size, in_dims, args)
-        actions, trajectory = (torch.stack(column) for column in zip(*results, strict=True))
-        return (actions, trajectory), (0, 0)
-
-    def fold(value: Tensor | None, dim: int | None, rows: int) -> Tensor | None:
-        """The batch of the vmap as part of dimension `rows`."""
-        if value is None:
-            return None
-        value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
-        return value.movedim(0, rows).flatten(rows, rows + 1)
-
+        return _native.one_by_one(chain)(info, in_dims, *args)
     actions, trajectory = chain(
-        fold(state, state_dim, 0),
-        fold(x_init, x_dim, 0),
-        fold(noise, noise_dim, 1),
+        _native.folded(state, state_dim, size),
+        _native.folded(x_init, x_dim, size),
+        _native.folded(noise, noise_dim, size, rows=1),
         None,
         parameters,
         *fixed,

@@ -43,15 +43,7 @@ def reverse_step(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device.
     """
     x, eps, noise, x0_previous = out_of_autocast(None, x, eps, noise, x0_previous)
-    available = support(
-        x,
-        eps,
-        coefficients,
-        noise=noise,
-        x0_previous=x0_previous,
-        noise_scale=noise_scale,
-        clip=clip,
-    )
+    available = support(x, eps, coefficients, noise, x0_previous, noise_scale, clip)
     chosen = _dispatch.choose("reverse_step", available, backend)
     noise_scale, clip = float(noise_scale), float(clip)
     if chosen != "reference":
@@ -67,15 +59,12 @@ def support(
     x: Tensor,
     eps: Tensor,
     coefficients: Tensor,
-    *,
-    noise: Tensor | None = None,
-    x0_previous: Tensor | None = None,
-    noise_scale: float = 1.0,
-    clip: float = 1.0,
-    backend: str | None = None,
+    noise: Tensor | None,
+    x0_previous: Tensor | None,
+    noise_scale: float,
+    clip: float,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
-    x, eps, noise, x0_previous = out_of_autocast(None, x, eps, noise, x0_previous)
     check_tensor("x", x, ("B", "A"))
     others = {"eps": eps}
     if noise is not None:

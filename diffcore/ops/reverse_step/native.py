@@ -55,7 +55,7 @@ def step(
 
 
 @_native.fake("reverse_step")
-def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
     like = torch.empty_like(x, memory_format=torch.contiguous_format)
     return like, torch.empty_like(like)
 
@@ -64,21 +64,19 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _(info: Any, in_dims: Any, *args: Any) -> Any:
     """The step is elementwise: a batch of steps is one step of more rows."""
     x, eps, coefficients, noise, x0_previous, *settings = args
-    if in_dims[2] is not None:
+    x_dim, eps_dim, coefficients_dim, noise_dim, x0_dim, *_ = in_dims
+    size = info.batch_size
+    if coefficients_dim is not None:
         raise ValueError("reverse_step: vmap over the coefficients isn't supported")
-
-    def rows(value: Tensor | None, dim: int | None) -> Tensor | None:
-        if value is None:
-            return None
-        if dim is None:
-            value, dim = value.expand(info.batch_size, *value.shape), 0
-        return value.movedim(dim, 0).flatten(0, 1)
-
-    tensors = [
-        rows(value, in_dims[i]) for i, value in ((0, x), (1, eps), (3, noise), (4, x0_previous))
-    ]
-    results = step(tensors[0], tensors[1], coefficients, *tensors[2:], *settings)
-    return tuple(r.unflatten(0, (info.batch_size, -1)) for r in results), (0, 0)
+    results = step(
+        _native.folded(x, x_dim, size),
+        _native.folded(eps, eps_dim, size),
+        coefficients,
+        _native.folded(noise, noise_dim, size),
+        _native.folded(x0_previous, x0_dim, size),
+        *settings,
+    )
+    return tuple(r.unflatten(0, (size, -1)) for r in results), (0, 0)
 
 
 class ReverseStep(torch.autograd.Function):
@@ -87,17 +85,8 @@ class ReverseStep(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        eps: Tensor,
-        coefficients: Tensor,
-        noise: Tensor | None,
-        x0_previous: Tensor | None,
-        noise_scale: float,
-        clip: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        return step(x, eps, coefficients, noise, x0_previous, noise_scale, clip, backend)
+    def forward(*inputs: Any) -> Any:
+        return step(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

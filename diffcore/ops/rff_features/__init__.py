@@ -58,8 +58,8 @@ def rff_features(
     forward, chosen = native.forward.kernel, "cpu"
     if not _is_plain(x, omega, bias, backend):
         [x] = out_of_autocast(omega, x)
-        available = support(x, omega, bias, kind=kind, scale=scale)
-        forward, chosen = native.forward, _dispatch.choose("rff_features", available, backend)
+        chosen = _dispatch.choose("rff_features", support(x, omega, bias), backend)
+        forward = native.forward
     scale = float(scale)
     if chosen == "reference":
         return reference.rff_features(x, omega, bias, kind=kind, scale=scale)
@@ -70,6 +70,12 @@ def rff_features(
     else:
         y = forward(rows, omega, bias, kind, scale, False, precision, chosen)[0]
     return y if rows is x else y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@checked_once
+def _check_settings(kind: str, scale: float) -> None:
+    check_choice("kind", kind, KINDS)
+    check_number("scale", scale)
 
 
 def _is_plain(x: Tensor, omega: Tensor, bias: Tensor | None, backend: str | None) -> bool:
@@ -84,27 +90,12 @@ def _is_plain(x: Tensor, omega: Tensor, bias: Tensor | None, backend: str | None
     )
 
 
-@checked_once
-def _check_settings(kind: str, scale: float) -> None:
-    check_choice("kind", kind, KINDS)
-    check_number("scale", scale)
-
-
-def support(
-    x: Tensor,
-    omega: Tensor,
-    bias: Tensor | None = None,
-    *,
-    kind: str = "sin",
-    scale: float = 1.0,
-    backend: str | None = None,
-) -> _dispatch.Support:
-    """Checks the arguments and says which backends can take them."""
+def support(x: Tensor, omega: Tensor, bias: Tensor | None) -> _dispatch.Support:
+    """Checks the tensors and says which backends can take them."""
     check_tensor("x", x, ("...", "in"))
     check_tensor("omega", omega, ("features", x.shape[-1]))
     check_like("omega", omega, "x", x)
     if bias is not None:
         check_tensor("bias", bias, (omega.shape[0],))
         check_like("bias", bias, "x", x)
-    _check_settings(kind, scale)
     return _backends.support(KERNELS, [x])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _native
-from diffcore.ops._flops import flops, products
+from diffcore.ops._flops import Shape, flops, products
 
 
 def _width(omega: Tensor, kind: str) -> int:
@@ -60,16 +60,7 @@ def forward(
 
 
 @_native.fake("rff_features")
-def _(
-    x: Tensor,
-    omega: Tensor,
-    bias: Tensor | None,
-    kind: str,
-    scale: float,
-    keep: bool,
-    precision: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, omega: Tensor, kind: str, keep: bool) -> tuple[Tensor, Tensor]:
     keep = keep and kind != "cos_sin"
     return (
         x.new_empty(x.shape[0], _width(omega, kind)),
@@ -130,16 +121,7 @@ def backward(
 
 @_native.fake("rff_features_backward")
 def _(
-    grad_y: Tensor,
-    x: Tensor,
-    omega: Tensor,
-    saved: Tensor,
-    kind: str,
-    wants_x: bool,
-    wants_omega: bool,
-    wants_bias: bool,
-    precision: str,
-    backend: str,
+    x: Tensor, omega: Tensor, wants_x: bool, wants_omega: bool, wants_bias: bool
 ) -> list[Tensor]:
     return [
         x.new_empty(x.shape[0] if wants_x else 0, x.shape[1]),
@@ -149,22 +131,12 @@ def _(
 
 
 @flops("rff_features")
-def _(x: Any, omega: Any, *_: Any, **out: Any) -> int:
+def _(x: Shape, omega: Shape) -> int:
     return products(x[0], [omega])
 
 
 @flops("rff_features_backward")
-def _(
-    grad_y: Any,
-    x: Any,
-    omega: Any,
-    saved: Any,
-    kind: str,
-    wants_x: bool,
-    wants_omega: bool,
-    *_: Any,
-    **out: Any,
-) -> int:
+def _(x: Shape, omega: Shape, wants_x: bool, wants_omega: bool) -> int:
     return (wants_x + wants_omega) * products(x[0], [omega])
 
 
@@ -173,21 +145,15 @@ def _(info: Any, in_dims: Any, *args: Any) -> Any:
     """A batched x is more rows; batched frequencies or phases run one by one."""
     x_dim, omega_dim, bias_dim, *_ = in_dims
     if omega_dim is not None or bias_dim is not None:
-        results = _native.one_by_one(forward, info.batch_size, in_dims, args)
-        y, slope = (torch.stack(column) for column in zip(*results, strict=True))
-        return (y, slope), (0, 0)
+        return _native.one_by_one(forward)(info, in_dims, *args)
     x, *rest = args
     results = forward(x.movedim(x_dim, 0).flatten(0, 1), *rest)
     y, slope = (t.reshape(info.batch_size, -1, t.shape[1]) for t in results)
     return (y, slope), (0, 0)
 
 
-@_native.vmap("rff_features_backward")
-def _(info: Any, in_dims: Any, *args: Any) -> Any:
-    """One by one: every element has parameter gradients of its own."""
-    results = _native.one_by_one(backward, info.batch_size, in_dims, args)
-    stacked = [torch.stack(column) for column in zip(*results, strict=True)]
-    return stacked, [0] * len(stacked)
+# Every element has parameter gradients of its own.
+_native.vmap("rff_features_backward")(_native.one_by_one(backward))
 
 
 class RffFeatures(torch.autograd.Function):

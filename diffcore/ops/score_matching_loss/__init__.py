@@ -64,8 +64,7 @@ def score_matching_loss(
     """
     psi, hidden, offset, score_weight = out_of_autocast(weight, psi, hidden, offset, score_weight)
     tensors = (psi, hidden, weight, bias, offset, score_weight)
-    available = support(*tensors, compute_dtype=compute_dtype)
-    chosen = _dispatch.choose("score_matching_loss", available, backend)
+    chosen = _dispatch.choose("score_matching_loss", support(*tensors, compute_dtype), backend)
     if chosen == "reference":
         return reference.score_matching_loss(*tensors)
     precision = _backends.precision(compute_dtype, psi)
@@ -82,12 +81,9 @@ def support(
     bias: Tensor,
     offset: Tensor,
     score_weight: Tensor,
-    *,
-    compute_dtype: torch.dtype | None = None,
-    backend: str | None = None,
+    compute_dtype: torch.dtype | None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
-    psi, hidden, offset, score_weight = out_of_autocast(weight, psi, hidden, offset, score_weight)
     check_tensor("psi", psi, ("B", "D"))
     batch, features = psi.shape
     check_tensor("hidden", hidden, (batch, "H"))
@@ -106,19 +102,8 @@ def support(
     for name, value in others.items():
         check_like(name, value, "psi", psi)
     check_compute_dtype(compute_dtype)
-    return _backends.support(
-        KERNELS,
-        [psi, *others.values()],
-        compute_dtype=compute_dtype,
-        refused=_refused(psi, hidden, offset, score_weight),
-    )
-
-
-def _refused(psi: Tensor, hidden: Tensor, offset: Tensor, score_weight: Tensor) -> str | None:
-    """Why no kernel can take these, or None."""
-    for name, value in (("offset", offset), ("score_weight", score_weight)):
-        if _native.differentiates(value):
-            return f"{name} requires a gradient, which the kernels don't compute"
-    if 0 in (psi.shape[1], hidden.shape[1], offset.shape[1]):
-        return "features, hidden activations or state have no columns"
-    return None
+    refused = _backends.no_gradient_in(("offset", offset), ("score_weight", score_weight))
+    if 0 in (features, hidden.shape[1], offset.shape[1]):
+        refused = "features, hidden activations or state have no columns"
+    tensors = [psi, *others.values()]
+    return _backends.support(KERNELS, tensors, compute_dtype=compute_dtype, refused=refused)

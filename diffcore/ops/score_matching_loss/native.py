@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _fused_loss, _native
-from diffcore.ops._flops import flops, products
+from diffcore.ops._flops import Shape, flops, products
 
 
 def run(
@@ -60,24 +60,13 @@ loss_and_gradients = _native.op("score_matching_loss")(run)
 
 @_native.fake("score_matching_loss")
 def _(
-    psi: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    offset: Tensor,
-    score_weight: Tensor,
-    precision: str,
-    wanted: list[bool],
-    backend: str,
+    psi: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
-    sources = (psi, hidden, weight, bias)
-    shapes = [
-        (t.shape[0] if want else 0, *t.shape[1:]) for t, want in zip(sources, wanted, strict=True)
-    ]
-    return psi.new_empty(()), *(psi.new_empty(shape) for shape in shapes)
+    grads = _fused_loss.fake_gradients([psi, hidden, weight, bias], wanted)
+    return psi.new_empty(()), *grads
 
 
-def score_flops(rows: int, weight: Any, columns: int, wanted: list[bool]) -> int:
+def score_flops(rows: int, weight: Shape, columns: int, wanted: list[bool]) -> int:
     """Of a loss of S columns, by the shape of zeta's last weight, with the gradients `wanted`."""
     wants_psi, wants_hidden, wants_weight, wants_bias = wanted
     score, last = products(rows, [(weight[0] // columns, columns)]), products(rows, [weight])
@@ -86,26 +75,12 @@ def score_flops(rows: int, weight: Any, columns: int, wanted: list[bool]) -> int
 
 
 @flops("score_matching_loss")
-def _(
-    psi: Any,
-    hidden: Any,
-    weight: Any,
-    bias: Any,
-    offset: Any,
-    score_weight: Any,
-    precision: str,
-    wanted: list[bool],
-    *_: Any,
-    **out: Any,
-) -> int:
+def _(psi: Shape, weight: Shape, offset: Shape, wanted: list[bool]) -> int:
     return score_flops(psi[0], weight, offset[1], wanted)
 
 
-@_native.vmap("score_matching_loss")
-def _(info: Any, in_dims: Any, *args: Any) -> Any:
-    """One by one: every element has a loss of its own."""
-    results = _native.one_by_one(loss_and_gradients, info.batch_size, in_dims, args)
-    return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * 5
+# Every element has a loss of its own.
+_native.vmap("score_matching_loss")(_native.one_by_one(loss_and_gradients))
 
 
 class ScoreMatchingLoss(torch.autograd.Function):

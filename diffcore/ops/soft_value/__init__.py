@@ -54,7 +54,7 @@ def soft_value(
     """
     inputs = out_of_autocast(policy, state, noise, temperature)
     networks = _networks(policy, psi, critics)
-    available, parameters, *judges = _support(*networks, *inputs)
+    available, parameters, *judges = support(*networks, *inputs)
     chosen = _dispatch.choose("soft_value", available, backend)
     if chosen == "reference":
         state, noise, temperature = inputs
@@ -71,21 +71,6 @@ def soft_value(
     return results[0], results[1], results[2]
 
 
-def support(
-    policy: SquashedGaussian,
-    psi: Psi,
-    critics: TwinRFFCritic,
-    state: Tensor,
-    noise: Tensor,
-    temperature: Tensor,
-    *,
-    backend: str | None = None,
-) -> _dispatch.Support:
-    """Checks the arguments and says which backends can take them."""
-    inputs = out_of_autocast(policy, state, noise, temperature)
-    return _support(*_networks(policy, psi, critics), *inputs)[0]
-
-
 def _networks(
     policy: object, psi: object, critics: object
 ) -> tuple[SquashedGaussian, Psi, TwinRFFCritic]:
@@ -99,7 +84,7 @@ def _networks(
     )
 
 
-def _support(
+def support(
     policy: SquashedGaussian,
     psi: Psi,
     critics: TwinRFFCritic,
@@ -107,8 +92,9 @@ def _support(
     noise: Tensor,
     temperature: Tensor,
 ) -> tuple[_dispatch.Support, list[Tensor], list[Tensor], list[Tensor]]:
-    """The same, out of wrappers and of autocast; and the parameters of the policy, of psi, and of one
-    critic after the other.
+    """Checks the arguments and says which backends can take them.
+
+    And the parameters of the policy, of psi, and of one critic after the other.
     """
     check_tensor("state", state, ("B", policy.state_dim))
     check_tensor("noise", noise, (state.shape[0], policy.action_dim))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _fused_loss, _native
-from diffcore.ops._flops import flops, mlps, mlps_backward
+from diffcore.ops._flops import Shape, flops, mlps, mlps_backward
 from diffcore.ops.mlp.native import kinds
 
 
@@ -56,14 +56,7 @@ def values_and_gradients(
 
 @_native.fake("soft_value")
 def _(
-    state: Tensor,
-    noise: Tensor,
-    temperature: Tensor,
-    psi: list[Tensor],
-    critics: list[Tensor],
-    policy: list[Tensor],
-    wanted: bool,
-    *settings: Any,
+    state: Tensor, policy: list[Tensor], wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     rows = state.shape[0]
     grads = [p.new_empty(p.shape) for p in policy] if wanted else []
@@ -72,15 +65,7 @@ def _(
 
 @flops("soft_value")
 def _(
-    state: Any,
-    noise: Any,
-    temperature: Any,
-    psi: Any,
-    critics: Any,
-    policy: Any,
-    wanted: bool,
-    *_: Any,
-    **out: Any,
+    state: Shape, psi: list[Shape], critics: list[Shape], policy: list[Shape], wanted: bool
 ) -> int:
     judges = [*psi, *critics]
     return (
@@ -90,13 +75,8 @@ def _(
     )
 
 
-@_native.vmap("soft_value")
-def _(info: Any, in_dims: Any, *args: Any) -> Any:
-    """One by one: every element has a loss of its own."""
-    results = _native.one_by_one(values_and_gradients, info.batch_size, in_dims, args)
-    *columns, grads = zip(*results, strict=True)
-    stacked = [torch.stack(column) for column in zip(*grads, strict=True)]
-    return (*map(torch.stack, columns), stacked), (0, 0, 0, [0] * len(stacked))
+# Every element has a loss of its own.
+_native.vmap("soft_value")(_native.one_by_one(values_and_gradients))
 
 
 class SoftValue(torch.autograd.Function):

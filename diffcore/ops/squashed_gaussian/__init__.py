@@ -51,7 +51,7 @@ def squashed_gaussian(
     """
     x, noise = out_of_autocast(weights[0] if weights else None, x, noise)
     arguments = (x, weights, biases, activations, noise)
-    available = support(*arguments, log_std_bounds=log_std_bounds, compute_dtype=compute_dtype)
+    available = support(*arguments, log_std_bounds, compute_dtype)
     log_std_bounds = float(log_std_bounds[0]), float(log_std_bounds[1])
     chosen = _dispatch.choose("squashed_gaussian", available, backend)
     if chosen == "reference":
@@ -74,14 +74,12 @@ def support(
     biases: Sequence[Tensor],
     activations: Sequence[str],
     noise: Tensor,
-    *,
-    log_std_bounds: tuple[float, float] = (-5.0, 2.0),
-    compute_dtype: torch.dtype | None = None,
-    backend: str | None = None,
+    log_std_bounds: tuple[float, float],
+    compute_dtype: torch.dtype | None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
     check_tensor("x", x, ("B", "in"))
-    available = mlp_support(x, weights, biases, activations, compute_dtype=compute_dtype)
+    available = mlp_support(x, weights, biases, activations, compute_dtype)
     outputs = weights[-1].shape[0]
     if outputs % 2:
         raise ValueError(f"weights[-1]: expected an even number of outputs, got {outputs}")
@@ -90,11 +88,5 @@ def support(
     low, high = log_std_bounds
     check_number("log_std_bounds[0]", low)
     check_number("log_std_bounds[1]", high, above=low)
-    available.restrict("cpu", lambda: _refused(noise))
+    available.restrict("cpu", lambda: _backends.no_gradient_in(("noise", noise)))
     return available
-
-
-def _refused(noise: Tensor) -> str | None:
-    if _native.differentiates(noise):
-        return "noise requires a gradient, which the kernel doesn't compute"
-    return None

@@ -8,16 +8,8 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _native
-from diffcore.ops._flops import flops, mlps, mlps_backward
-from diffcore.ops.mlp.native import kinds
-
-
-def _saved_width(parameters: list[Tensor], activations: str, precision: str) -> int:
-    """Floats a row of what the backward pass needs: of the network, then of the sample."""
-    layers = [(0, 0, w.shape[1], w.shape[0]) for w in parameters[::2]]
-    core = _native._core
-    width: int = core.mlp_saved_width(layers, kinds(activations), getattr(core.Precision, precision))
-    return width + parameters[-1].shape[0]
+from diffcore.ops._flops import Shape, flops, mlps, mlps_backward
+from diffcore.ops.mlp.native import fake_backward, kinds, saved_width
 
 
 @_native.op("squashed_gaussian")
@@ -31,12 +23,15 @@ def forward(
     high: float,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(action ``[B, A]``, log density ``[B, 1]``, what the backward pass needs if `keep`)."""
+    """(action ``[B, A]``, log density ``[B, 1]``, what the backward pass needs if `keep`).
+
+    That is what the network's needs, then as much as it has outputs.
+    """
     x, noise = x.contiguous(), noise.contiguous()
     parameters = [p.contiguous() for p in parameters]
     batch = x.shape[0]
     action, log_prob = torch.empty_like(noise), x.new_empty(batch, 1)
-    width = _saved_width(parameters, activations, precision) if keep else 0
+    width = saved_width(parameters, activations, precision) + parameters[-1].shape[0] if keep else 0
     saved = x.new_empty(batch if keep else 0, width)
     if batch:
         core = _native._core
@@ -65,11 +60,9 @@ def _(
     parameters: list[Tensor],
     keep: bool,
     activations: str,
-    low: float,
-    high: float,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    width = _saved_width(parameters, activations, precision) if keep else 0
+    width = saved_width(parameters, activations, precision) + parameters[-1].shape[0] if keep else 0
     return (
         x.new_empty(noise.shape),
         x.new_empty(x.shape[0], 1),
@@ -119,48 +112,22 @@ def backward(
     return [grad_x, *grads]
 
 
-@_native.fake("squashed_gaussian_backward")
-def _(
-    grad_action: Tensor | None,
-    grad_log_prob: Tensor | None,
-    x: Tensor,
-    action: Tensor,
-    saved: Tensor,
-    parameters: list[Tensor],
-    activations: str,
-    wants_x: bool,
-    wants_parameters: bool,
-    precision: str,
-) -> list[Tensor]:
-    grad_x = x.new_empty(x.shape[0] if wants_x else 0, x.shape[1])
-    return [grad_x, *([p.new_empty(p.shape) for p in parameters] if wants_parameters else [])]
+_native.fake("squashed_gaussian_backward")(fake_backward)
 
 
 @flops("squashed_gaussian")
-def _(x: Any, noise: Any, parameters: Any, *_: Any, **out: Any) -> int:
+def _(x: Shape, parameters: list[Shape]) -> int:
     return mlps(x[0], parameters)
 
 
 @flops("squashed_gaussian_backward")
-def _(grad_action: Any, grad_log_prob: Any, x: Any, *rest: Any, **out: Any) -> int:
-    parameters, wants_x, wants_parameters = rest[2], rest[4], rest[5]
+def _(x: Shape, parameters: list[Shape], wants_x: bool, wants_parameters: bool) -> int:
     return mlps_backward(x[0], parameters, len(parameters) // 2, wants_x, wants_parameters)
 
 
-@_native.vmap("squashed_gaussian")
-def _(info: Any, in_dims: Any, *args: Any) -> Any:
-    """One by one: what is saved lies layer by layer."""
-    results = _native.one_by_one(forward, info.batch_size, in_dims, args)
-    stacked = tuple(torch.stack(column) for column in zip(*results, strict=True))
-    return stacked, (0, 0, 0)
-
-
-@_native.vmap("squashed_gaussian_backward")
-def _(info: Any, in_dims: Any, *args: Any) -> Any:
-    """One by one: every element has parameter gradients of its own."""
-    results = _native.one_by_one(backward, info.batch_size, in_dims, args)
-    stacked = [torch.stack(column) for column in zip(*results, strict=True)]
-    return stacked, [0] * len(stacked)
+# What is saved lies layer by layer, and every element has parameter gradients of its own.
+_native.vmap("squashed_gaussian")(_native.one_by_one(forward))
+_native.vmap("squashed_gaussian_backward")(_native.one_by_one(backward))
 
 
 class SquashedGaussian(torch.autograd.Function):
@@ -195,26 +162,15 @@ class SquashedGaussian(torch.autograd.Function):
         x, action, saved, *parameters = ctx.saved_tensors
         wants_x, wants_parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[6:])
         settings = (ctx.activations, wants_x, wants_parameters, ctx.precision)
-        arguments = (grad_action, grad_log_prob, x, action, saved, *settings, *parameters)
-        grad_x, *grads = _native.gradients("squashed_gaussian", _gradients, *arguments)
+
+        def compute(*inputs: Any) -> Any:
+            tensors, parameters = inputs[:5], list(inputs[5:])
+            return backward(*tensors, parameters, *settings)
+
+        arguments = (grad_action, grad_log_prob, x, action, saved, *parameters)
+        grad_x, *grads = _native.gradients("squashed_gaussian", compute, *arguments)
         return (
             grad_x if wants_x else None,
             *[None] * 5,
             *(grads if wants_parameters else [None] * len(parameters)),
         )
-
-
-def _gradients(
-    grad_action: Tensor | None,
-    grad_log_prob: Tensor | None,
-    x: Tensor,
-    action: Tensor,
-    saved: Tensor,
-    activations: str,
-    wants_x: bool,
-    wants_parameters: bool,
-    precision: str,
-    *parameters: Tensor,
-) -> list[Tensor]:
-    settings = (activations, wants_x, wants_parameters, precision)
-    return backward(grad_action, grad_log_prob, x, action, saved, list(parameters), *settings)
