@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import gc
 import itertools
 import random
@@ -77,10 +78,13 @@ def chain_op(env: str) -> Op:
     def network(shape: Shape) -> nn.Module:
         return Denoiser(state_dim, action_dim, shape.width, shape.depth)
 
+    # Made once, as a user would: a schedule's solver table and time features are kept with it.
+    schedule_of = functools.cache(DiffusionSchedule.cosine)
+    states = functools.cache(lambda batch: torch.zeros(batch, state_dim))
+
     @torch.no_grad()
     def call(denoiser: nn.Module, shape: Shape) -> object:
-        schedule = DiffusionSchedule.cosine(shape.steps)
-        return ops.reverse_diffusion(denoiser, schedule, torch.zeros(shape.batch, state_dim))
+        return ops.reverse_diffusion(denoiser, schedule_of(shape.steps), states(shape.batch))
 
     def products(shape: Shape) -> int:
         return 2 * shape.width * action_dim + (shape.depth - 1) * shape.width**2
@@ -94,9 +98,13 @@ def ascent_op(env: str) -> Op:
     def network(shape: Shape) -> nn.Module:
         return TwinCritic(state_dim, action_dim, shape.width, shape.depth)
 
+    @functools.cache
+    def rows(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(batch, state_dim), torch.zeros(batch, action_dim)
+
     def call(critic: nn.Module, shape: Shape) -> object:
-        rows = torch.zeros(shape.batch, state_dim), torch.zeros(shape.batch, action_dim)
-        return ops.action_gradient(critic, *rows, steps=shape.steps, max_norm=0.1 * action_dim)
+        settings = {"steps": shape.steps, "max_norm": 0.1 * action_dim}
+        return ops.action_gradient(critic, *rows(shape.batch), **settings)
 
     def forward(shape: Shape) -> int:
         return shape.width * (action_dim + 1) + (shape.depth - 1) * shape.width**2
