@@ -219,6 +219,7 @@ struct CriticLossCall {
   int64_t batch;
   const float* x;              // [batch, in]
   const float* target;         // [batch, out]
+  const float* row_weight;     // [batch] or null: rows that all weigh 1
   float* loss;                 // one number
   float* q;                    // [networks, batch, out]
   float* grad_x;               // [batch, in] or null

@@ -274,9 +274,9 @@ void mlp_backward(const Layers& layers, const std::vector<Activation>& activatio
 }
 
 void critic_loss(const Layers& layers, const std::vector<Activation>& activations,
-                 Precision precision, int64_t batch, Address x, Address target, Address loss,
-                 Address q, Address grad_x, const std::vector<Address>& grad_parameters,
-                 int threads) {
+                 Precision precision, int64_t batch, Address x, Address target, Address row_weight,
+                 Address loss, Address q, Address grad_x,
+                 const std::vector<Address>& grad_parameters, int threads) {
   threads = threads_for(batch, threads);
   const GradientAddresses gradients(grad_parameters, layers);
   const std::vector<PackedMlp> networks =
@@ -287,6 +287,7 @@ void critic_loss(const Layers& layers, const std::vector<Activation>& activation
   call.batch = batch;
   call.x = pointer<const float>(x);
   call.target = pointer<const float>(target);
+  call.row_weight = pointer<const float>(row_weight);
   call.loss = pointer<float>(loss);
   call.q = pointer<float>(q);
   call.grad_x = pointer<float>(grad_x);

@@ -372,17 +372,38 @@ def test_representation_loss(device: str, wanted: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("wanted", [(0, 1), (0,), (1,), ()])
-def test_critic_loss(device: str, wanted: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_critic_loss(device: str, wanted: tuple[int, ...], weighted: bool) -> None:
     """Of x and the parameters those gradients that are wanted."""
     networks = [list(nn.MLP(5, 20, 2, 1).to(device).parameters()) for _ in range(2)]
     x = torch.randn(9, 5, device=device, requires_grad=0 in wanted)
     parameters = [p.requires_grad_(1 in wanted) for network in networks for p in network]
     leaves = [t for t in (x, *parameters) if t.requires_grad]
     arguments = x, networks, ["mish", "identity"], torch.randn(9, 2, device=device)
+    weights = torch.randn(9, device=device) if weighted else None
     results = []
     for backend in ("triton", "reference"):
-        loss, q = ops.critic_loss(*arguments, backend=backend)
+        loss, q = ops.critic_loss(*arguments, weights=weights, backend=backend)
         assert not q.requires_grad
         results.append([loss, q, *(torch.autograd.grad(loss, leaves) if leaves else ())])
     for ours, expected in zip(*results, strict=True):
         assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [torch.ones(9), torch.tensor([1, 1, 1, 1, 1, 0, 1, 1, 1.0])])
+def test_weights_of_one_change_no_bit_of_critic_loss(device: str, weights: Tensor) -> None:
+    """And one of zero no other row's."""
+    networks = [list(nn.MLP(5, 20, 2, 1).to(device).parameters()) for _ in range(2)]
+    rows = torch.randn(9, 5), torch.randn(9, 2)
+    x, target = (t.to(device) for t in rows)
+    results = []
+    for given in (None, weights.to(device)):
+        leaf, options = x.clone().requires_grad_(), {"weights": given, "backend": "triton"}
+        loss, _ = ops.critic_loss(leaf, networks, ["mish", "identity"], target, **options)
+        gradients = torch.autograd.grad(loss, [leaf, *networks[0], *networks[1]])
+        results.append([loss, *(t.cpu() for t in gradients)])
+    plain, weighted = results
+    kept = weights != 0
+    assert torch.equal(weighted[1][kept], plain[1][kept])
+    assert not weighted[1][~kept].any()
+    assert kept.all() == all(map(torch.equal, plain, weighted))

@@ -100,7 +100,7 @@ X, Y = torch.ones(3, 4), torch.ones(9, 3, 4)
             NETWORKS,
         ),
         (
-            lambda: CRITIC_LOSS(X, X, square(9), "relu", [True, True], "float32", "cpu"),
+            lambda: CRITIC_LOSS(X, X, None, square(9), "relu", [True, True], "float32", "cpu"),
             NETWORKS,
         ),
         (lambda: call_action_gradient(17), LAYERS),

@@ -16,6 +16,7 @@ from diffcore.ops.mlp import native as mlp
 def loss_and_gradients(
     x: Tensor,
     target: Tensor,
+    weights: Tensor | None,
     parameters: list[Tensor],
     activations: str,
     wanted: list[bool],
@@ -28,10 +29,11 @@ def loss_and_gradients(
     and of the parameters; the others come back without rows.
     """
     x, target = x.contiguous(), target.contiguous()
+    weights = None if weights is None else weights.contiguous()
     parameters = [p.contiguous() for p in parameters]
     batch = x.shape[0]
     if not batch or backend == "triton":
-        return _in_parts(x, target, parameters, activations, wanted, precision, backend)
+        return _in_parts(x, target, weights, parameters, activations, wanted, precision, backend)
     core = _native._core
     functions = mlp.kinds(activations)
     loss = x.new_empty(())
@@ -48,6 +50,7 @@ def loss_and_gradients(
         batch,
         x.data_ptr(),
         target.data_ptr(),
+        _native.address(weights),
         loss.data_ptr(),
         q.data_ptr(),
         grads[0].data_ptr() if wanted[0] else 0,
@@ -60,6 +63,7 @@ def loss_and_gradients(
 def _in_parts(
     x: Tensor,
     target: Tensor,
+    weights: Tensor | None,
     parameters: list[Tensor],
     activations: str,
     wanted: list[bool],
@@ -71,10 +75,11 @@ def _in_parts(
     settings = (precision, backend)
     q, saved = mlp.run_forward(x, parameters, activations, any(wanted), *settings)
     residual = q - target
-    loss = residual.square().mean(dim=(1, 2)).sum()
+    slope = residual if weights is None else weights[:, None] * residual
+    loss = (slope * residual).mean(dim=(1, 2)).sum()
     grads = [_without_rows(x)]
     if any(wanted):
-        grad_q = residual * (2 / max(target.numel(), 1))
+        grad_q = slope * (2 / max(target.numel(), 1))
         wants = (wants_x, wants_parameters)
         grads = mlp.run_backward(grad_q, x, saved, parameters, activations, *wants, *settings)
     return loss, q, grads if wants_parameters else [grads[0], *map(_without_rows, parameters)]
@@ -93,6 +98,7 @@ def _without_rows(tensor: Tensor) -> Tensor:
 def _(
     x: Tensor,
     target: Tensor,
+    weights: Tensor | None,
     parameters: list[Tensor],
     activations: str,
     wanted: list[bool],
@@ -109,7 +115,14 @@ def _(
 
 @flops("critic_loss")
 def _(
-    x: Any, target: Any, parameters: Any, activations: str, wanted: list[bool], *_: Any, **out: Any
+    x: Any,
+    target: Any,
+    weights: Any,
+    parameters: Any,
+    activations: str,
+    wanted: list[bool],
+    *_: Any,
+    **out: Any,
 ) -> int:
     layers = len(activations.split(","))
     return mlps(x[0], parameters) + mlps_backward(x[0], parameters, layers, *wanted)
@@ -133,6 +146,7 @@ class CriticLoss(torch.autograd.Function):
     def forward(
         x: Tensor,
         target: Tensor,
+        weights: Tensor | None,
         activations: str,
         wanted: list[bool],
         precision: str,
@@ -140,12 +154,12 @@ class CriticLoss(torch.autograd.Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         settings = (activations, wanted, precision, backend)
-        loss, q, grads = loss_and_gradients(x, target, list(parameters), *settings)
+        loss, q, grads = loss_and_gradients(x, target, weights, list(parameters), *settings)
         return loss, q, *grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, _target, _, wanted, _, _, *parameters = inputs
+        x, _target, _weights, _, wanted, _, _, *parameters = inputs
         ctx.wanted = _each(wanted, parameters)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # no zeros as large as what is kept
@@ -157,4 +171,4 @@ class CriticLoss(torch.autograd.Function):
         grads, inputs = saved[:count], saved[count:]
         scaled = _fused_loss.scaled("critic_loss", grad_loss, grads, inputs)
         grad_x, *rest = (g if want else None for g, want in zip(scaled, ctx.wanted, strict=True))
-        return grad_x, *[None] * 5, *rest
+        return grad_x, *[None] * 6, *rest
