@@ -298,9 +298,9 @@ void critic_loss(const Layers& layers, const std::vector<Activation>& activation
 }
 
 void denoising_loss(const Layers& layers, Activation activation, Precision precision, int64_t batch,
-                    int state_dim, int action_dim, Address weight, Address state, Address action,
-                    Address noise, Address t, Address levels, Address embedding, Address loss,
-                    Address grad_state, Address grad_action,
+                    int state_dim, int action_dim, bool per_row, Address weight, Address state,
+                    Address action, Address noise, Address t, Address levels, Address embedding,
+                    Address loss, Address grad_state, Address grad_action,
                     const std::vector<Address>& grad_parameters, int threads) {
   threads = threads_for(batch, threads);
   const GradientAddresses gradients(grad_parameters, layers);
@@ -332,6 +332,7 @@ void denoising_loss(const Layers& layers, Activation activation, Precision preci
   call.t = pointer<const int64_t>(t);
   call.levels = pointer<const float>(levels);
   call.embedding = pointer<const float>(embedding);
+  call.per_row = per_row;
   call.loss = pointer<float>(loss);
   call.grad_state = pointer<float>(grad_state);
   call.grad_action = pointer<float>(grad_action);

@@ -302,6 +302,7 @@ def _denoising_loss(batch: int, options: dict[str, Any]) -> None:
         "weight": torch.empty(batch),
     }
     ops.denoising_loss(denoiser, SCHEDULE, state, action, **given, **options)
+    ops.denoising_loss(denoiser, SCHEDULE, state, action, reduction="none", **given, **options)
     ops.denoising_loss(
         denoiser.requires_grad_(False), SCHEDULE, *map(torch.empty_like, (state, action)), **options
     )
