@@ -1,5 +1,6 @@
-// The loss that trains critics, the sum over networks of mean((q_n(x) - target)^2), together with its
-// gradients. As in denoising_loss.h a tile of rows goes forward and straight back again.
+// The loss that trains critics, the sum over networks of mean((q_n(x) - target)^2), each square times
+// its row's weight, together with its gradients. As in denoising_loss.h a tile of rows goes forward and
+// straight back again.
 #pragma once
 
 #include "mlp.h"
@@ -72,14 +73,16 @@ static void critic_loss_tile(const CriticLossCall& call, int n, Span span,
   const float scale = static_cast<float>(2.0 / (static_cast<double>(call.batch) * out));
   for (int i = 0; i < span.rows; ++i) {
     const int64_t row = span.first + i;
+    const float weight = call.row_weight ? call.row_weight[row] : 1.0f;
+    const float slope = scale * weight;
     double loss = 0.0;
     for (int c = 0; c < out; ++c) {
       float* q = tile.q.row(i) + c;
       const float residual = *q - call.target[row * out + c];
       loss += static_cast<double>(residual) * residual;
-      *q = scale * residual;  // the loss's slope at q takes its place
+      *q = slope * residual;  // the loss's slope at q takes its place
     }
-    row_loss[i] = loss;
+    row_loss[i] = weight * loss;
   }
   if (!backward) return;
 

@@ -2,7 +2,9 @@
 // x_t = sqrt(abar_t) a + sqrt(1 - abar_t) z, each times its row's weight, together with its gradients.
 //
 // The loss is a scalar, so its gradients are known up to a factor as soon as it is: a tile of rows
-// goes forward and straight back again, while its activations are in cache.
+// goes forward and straight back again, while its activations are in cache. Losses of rows are summed
+// up later, with factors that nobody knows yet: they are had without gradients first, and in a second
+// call, in which the factors are the rows' weights, with them.
 #pragma once
 
 #include "mlp.h"
@@ -62,6 +64,11 @@ struct DenoisingTile {
   }
 };
 
+// The number of entries whose squares' mean is a loss.
+static double entries_of_loss(const DenoisingLossCall& call) {
+  return static_cast<double>(call.per_row ? 1 : call.batch) * call.action_dim;
+}
+
 template <class Operand>
 static void denoising_loss_tile(const DenoisingLossCall& call, Span span,
                                 const DenoisingRows<Operand>& rows,
@@ -90,7 +97,7 @@ static void denoising_loss_tile(const DenoisingLossCall& call, Span span,
                         rows.trunk_input);
   mlp_forward_tile(trunk, span.rows, rows.trunk_saved, tile.eps, backward);
 
-  const float scale = static_cast<float>(2.0 / (static_cast<double>(call.batch) * A));
+  const float scale = static_cast<float>(2.0 / entries_of_loss(call));
   for (int i = 0; i < span.rows; ++i) {
     const int64_t row = span.first + i;
     const float weight = call.weight ? call.weight[row] : 1.0f;
@@ -159,9 +166,15 @@ static void denoising_loss(const DenoisingLossCall& call) {
     }
     if (call.grad_weights) weight_gradients(list, gradients, call.batch, tiles.threads, own);
   });
+  const double entries = entries_of_loss(call);
+  if (call.per_row) {
+    for (int64_t row = 0; row < call.batch; ++row)
+      call.loss[row] = static_cast<float>(row_loss[row] / entries);
+    return;
+  }
   double sum = 0.0;
   for (int64_t row = 0; row < call.batch; ++row) sum += row_loss[row];
-  *call.loss = static_cast<float>(sum / (static_cast<double>(call.batch) * call.action_dim));
+  *call.loss = static_cast<float>(sum / entries);
 }
 
 static void denoising_loss(const DenoisingLossCall& call) {

@@ -219,6 +219,7 @@ struct CriticLossCall {
   int64_t batch;
   const float* x;              // [batch, in]
   const float* target;         // [batch, out]
+  const float* row_weight;     // [batch] or null: rows that all weigh 1
   float* loss;                 // one number
   float* q;                    // [networks, batch, out]
   float* grad_x;               // [batch, in] or null
@@ -242,6 +243,7 @@ struct DenoisingLossCall {
   const int64_t* t;        // [batch]
   const float* levels;     // by t: sqrt(abar), sqrt(1 - abar)
   const float* embedding;  // by t: [time_dim]
+  bool per_row;            // losses [batch] and the gradients of their sum, in place of their mean
   float* loss;
   float* grad_state;           // [batch, state_dim] or null
   float* grad_action;          // [batch, action_dim] or null

@@ -274,9 +274,9 @@ void mlp_backward(const Layers& layers, const std::vector<Activation>& activatio
 }
 
 void critic_loss(const Layers& layers, const std::vector<Activation>& activations,
-                 Precision precision, int64_t batch, Address x, Address target, Address loss,
-                 Address q, Address grad_x, const std::vector<Address>& grad_parameters,
-                 int threads) {
+                 Precision precision, int64_t batch, Address x, Address target, Address row_weight,
+                 Address loss, Address q, Address grad_x,
+                 const std::vector<Address>& grad_parameters, int threads) {
   threads = threads_for(batch, threads);
   const GradientAddresses gradients(grad_parameters, layers);
   const std::vector<PackedMlp> networks =
@@ -287,6 +287,7 @@ void critic_loss(const Layers& layers, const std::vector<Activation>& activation
   call.batch = batch;
   call.x = pointer<const float>(x);
   call.target = pointer<const float>(target);
+  call.row_weight = pointer<const float>(row_weight);
   call.loss = pointer<float>(loss);
   call.q = pointer<float>(q);
   call.grad_x = pointer<float>(grad_x);
@@ -297,9 +298,9 @@ void critic_loss(const Layers& layers, const std::vector<Activation>& activation
 }
 
 void denoising_loss(const Layers& layers, Activation activation, Precision precision, int64_t batch,
-                    int state_dim, int action_dim, Address weight, Address state, Address action,
-                    Address noise, Address t, Address levels, Address embedding, Address loss,
-                    Address grad_state, Address grad_action,
+                    int state_dim, int action_dim, bool per_row, Address weight, Address state,
+                    Address action, Address noise, Address t, Address levels, Address embedding,
+                    Address loss, Address grad_state, Address grad_action,
                     const std::vector<Address>& grad_parameters, int threads) {
   threads = threads_for(batch, threads);
   const GradientAddresses gradients(grad_parameters, layers);
@@ -331,6 +332,7 @@ void denoising_loss(const Layers& layers, Activation activation, Precision preci
   call.t = pointer<const int64_t>(t);
   call.levels = pointer<const float>(levels);
   call.embedding = pointer<const float>(embedding);
+  call.per_row = per_row;
   call.loss = pointer<float>(loss);
   call.grad_state = pointer<float>(grad_state);
   call.grad_action = pointer<float>(grad_action);

@@ -22,9 +22,11 @@ from diffcore.ops._checks import (
     check_choice,
     check_compute_dtype,
     check_levels,
+    check_like,
     check_positive_int,
     check_tensor,
     checked_inputs,
+    out_of_autocast,
 )
 from diffcore.ops._compile import has_global_hooks, has_hooks
 from diffcore.ops._native import (
@@ -221,6 +223,25 @@ def each(q: Tensor) -> tuple[Tensor, Tensor]:
     return q1, q2
 
 
+def loss_of_values(
+    q1: Tensor, q2: Tensor, target: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What :meth:`TwinCritic.loss` returns, of critics that are more than their weights."""
+    check_tensor("target", target, tuple(q1.shape))
+    if weight is not None:
+        target, weight = out_of_autocast(None, target, weight)
+        check_tensor("weight", weight, tuple(q1.shape[:-1]))
+        check_like("weight", weight, "target", target)
+    loss = _mean_square(q1, target, weight) + _mean_square(q2, target, weight)
+    return loss, torch.stack([q1, q2]).detach()
+
+
+def _mean_square(q: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    if weight is None:
+        return mse_loss(q, target)
+    return (weight[..., None] * mse_loss(q, target, reduction="none")).mean()
+
+
 _INITS = ("truncated_normal", "uniform", "orthogonal")
 
 
@@ -402,14 +423,21 @@ class TwinCritic(nn.Module):
         return each(mlp_ensemble(x, self.networks(), kinds, compute_dtype=dtype, backend=backend))
 
     def loss(
-        self, state: Tensor, action: Tensor, target: Tensor, *, backend: str | None = None
+        self,
+        state: Tensor,
+        action: Tensor,
+        target: Tensor,
+        *,
+        weight: Tensor | None = None,
+        backend: str | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``mean((q1 - target)^2) + mean((q2 - target)^2)``, and q1 and q2 without a gradient.
+        """``mean(w (q1 - target)^2) + mean(w (q2 - target)^2)``, and q1, q2 without a gradient.
 
         Args:
             state: ``[B, S]``.
             action: ``[B, A]``.
             target: ``[B, 1]``.
+            weight: ``w``, ``[B]``; 1 if None. See :func:`diffcore.ops.critic_loss`.
             backend: one of :func:`diffcore.ops.critic_loss`.
 
         Returns:
@@ -419,10 +447,10 @@ class TwinCritic(nn.Module):
         networks = None if _differ(first, self.q2) else self.unaltered_networks()
         if networks is None:
             q1, q2 = self(state, action, **forced(backend))
-            check_tensor("target", target, tuple(q1.shape))
-            return mse_loss(q1, target) + mse_loss(q2, target), torch.stack([q1, q2]).detach()
+            return loss_of_values(q1, q2, target, weight)
         arguments = self._inputs(state, action), networks, first.activations, target
-        return critic_loss(*arguments, compute_dtype=first.compute_dtype, backend=backend)
+        dtype = first.compute_dtype
+        return critic_loss(*arguments, weight=weight, compute_dtype=dtype, backend=backend)
 
     def _inputs(self, state: Tensor, action: Tensor) -> Tensor:
         inputs, widths = [state, action], (self.state_dim, self.action_dim)

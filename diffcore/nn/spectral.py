@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
 
 from diffcore.nn.fourier import RandomFourierFeatures
-from diffcore.nn.modules import MLP, altered, each, forced, time_embedding
-from diffcore.ops._checks import check_choice, check_positive_int, check_tensor, checked_inputs
+from diffcore.nn.modules import MLP, altered, each, forced, loss_of_values, time_embedding
+from diffcore.ops._checks import check_choice, check_positive_int, checked_inputs
 from diffcore.ops._native import inputs_fit, same_sizes
 from diffcore.ops.critic_loss import critic_loss
 from diffcore.ops.mlp_ensemble import mlp_ensemble
@@ -255,13 +254,19 @@ class TwinRFFCritic(nn.Module):
         return each(mlp_ensemble(psi, *self._heads(), **self._settings(backend)))
 
     def loss(
-        self, psi: Tensor, target: Tensor, *, backend: str | None = None
+        self,
+        psi: Tensor,
+        target: Tensor,
+        *,
+        weight: Tensor | None = None,
+        backend: str | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``mean((q1 - target)^2) + mean((q2 - target)^2)``, and q1 and q2 without a gradient.
+        """``mean(w (q1 - target)^2) + mean(w (q2 - target)^2)``, and q1, q2 without a gradient.
 
         Args:
             psi: ``[B, feature_dim]``.
             target: ``[B, 1]``.
+            weight: ``w``, ``[B]``; 1 if None. See :func:`diffcore.ops.critic_loss`.
             backend: one of :func:`diffcore.ops.critic_loss` and :func:`diffcore.ops.mlp`.
 
         Returns:
@@ -269,10 +274,10 @@ class TwinRFFCritic(nn.Module):
         """
         if self.altered() is not None:
             q1, q2 = self(psi, **forced(backend))
-            check_tensor("target", target, tuple(q1.shape))
-            return mse_loss(q1, target) + mse_loss(q2, target), torch.stack([q1, q2]).detach()
+            return loss_of_values(q1, q2, target, weight)
         psi = self._checked(psi)
-        return critic_loss(psi, *self._heads(), target, **self._settings(backend))
+        settings = self._settings(backend)
+        return critic_loss(psi, *self._heads(), target, weight=weight, **settings)
 
     def _checked(self, psi: Tensor) -> Tensor:
         """psi as an input of the heads."""

@@ -95,7 +95,7 @@ def support(
     return Support([*first, "reference", *last], lacks)
 
 
-def no_gradient_in(*arguments: tuple[str, Tensor]) -> str | None:
+def no_gradient_in(*arguments: tuple[str, Tensor | None]) -> str | None:
     """Why the kernels, which compute no gradient in these, can't take a call, or None."""
     for name, value in arguments:
         if _native.differentiates(value):

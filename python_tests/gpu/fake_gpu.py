@@ -288,7 +288,9 @@ def _action_gradient(batch: int, options: dict[str, Any]) -> None:
 def _critic_loss(batch: int, options: dict[str, Any]) -> None:
     critics = [_network(23, 1) for _ in range(2)]
     networks, names = [c.weights_and_biases() for c in critics], list(critics[0].activations)
-    ops.critic_loss(_leaf(batch, 23), networks, names, torch.empty(batch, 1), **options)
+    arguments = _leaf(batch, 23), networks, names, torch.empty(batch, 1)
+    ops.critic_loss(*arguments, **options)
+    ops.critic_loss(*arguments, weight=torch.empty(batch), **options)
 
 
 def _denoising_loss(batch: int, options: dict[str, Any]) -> None:
@@ -300,6 +302,7 @@ def _denoising_loss(batch: int, options: dict[str, Any]) -> None:
         "weight": torch.empty(batch),
     }
     ops.denoising_loss(denoiser, SCHEDULE, state, action, **given, **options)
+    ops.denoising_loss(denoiser, SCHEDULE, state, action, reduction="none", **given, **options)
     ops.denoising_loss(
         denoiser.requires_grad_(False), SCHEDULE, *map(torch.empty_like, (state, action)), **options
     )

@@ -54,6 +54,11 @@ def calls(device: str = "cuda") -> dict[str, Call]:
         loss = ops.denoising_loss(trained, schedule, state, action, backend=backend, **given)
         return with_gradients(loss, trained)
 
+    def denoising_by_row(backend: str) -> Tensor:
+        given = {"t": t, "noise": noise[0], "reduction": "none"}
+        losses = ops.denoising_loss(trained, schedule, state, action, backend=backend, **given)
+        return with_gradients(losses.square().sum(), trained)
+
     def score_matching(backend: str) -> Tensor:
         sources = (*features, last.weight, last.bias)
         loss = ops.score_matching_loss(*sources, action, score_weight, backend=backend)
@@ -66,7 +71,8 @@ def calls(device: str = "cuda") -> dict[str, Call]:
 
     def of_critics(backend: str) -> Tensor:
         networks, names = [c.weights_and_biases() for c in critics], critics[0].activations
-        loss, _ = ops.critic_loss(state, networks, names, target, backend=backend)
+        given = {"weight": score_weight, "backend": backend}
+        loss, _ = ops.critic_loss(state, networks, names, target, **given)
         return with_gradients(loss, *critics)
 
     return {
@@ -81,6 +87,7 @@ def calls(device: str = "cuda") -> dict[str, Call]:
         "mlp": lambda backend: ops.mlp(state, weights, biases, mlp.activations, backend=backend),
         "q_sample": lambda backend: ops.q_sample(action, t, noise[0], schedule, backend=backend),
         "denoising_loss": denoising,
+        "denoising_loss, by row": denoising_by_row,
         "score_matching_loss": score_matching,
         "representation_loss": representation,
         "critic_loss": of_critics,
@@ -91,7 +98,8 @@ OPS_WITH_CUDA = ("reverse_diffusion", "reverse_step", "action_gradient", "rff_fe
 OPS = (
     *OPS_WITH_CUDA,
     *("mlp", "q_sample"),
-    *("denoising_loss", "score_matching_loss", "representation_loss", "critic_loss"),
+    *("denoising_loss", "denoising_loss, by row"),
+    *("score_matching_loss", "representation_loss", "critic_loss"),
 )
 CASES = [(op, "cuda") for op in OPS_WITH_CUDA] + [(op, "triton") for op in OPS]
 

@@ -44,9 +44,16 @@ class Data:
         self.weight = torch.randn(batch) if weighted else None
 
     def run(
-        self, backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        backend: str,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        grad_losses: Tensor | None = None,
     ) -> list[Tensor]:
-        """[loss, gradients of state, action and the parameters], everything in `dtype`."""
+        """[loss, gradients of state, action and the parameters], everything in `dtype`.
+
+        With `grad_losses` ``[B]`` of the losses of rows, each times its part of that.
+        """
         denoiser = nn.Denoiser(**self.options).to(device, dtype)
         denoiser.load_state_dict(self.denoiser.state_dict())
         state, action = (x.to(device, dtype).requires_grad_() for x in (self.state, self.action))
@@ -58,9 +65,11 @@ class Data:
             t=self.t.to(device),
             noise=self.noise.to(device, dtype),
             weight=None if self.weight is None else self.weight.to(device, dtype),
+            reduction="mean" if grad_losses is None else "none",
             backend=backend,
         )
-        grads = torch.autograd.grad(loss, [state, action, *denoiser.parameters()])
+        grad_losses = None if grad_losses is None else grad_losses.to(device, dtype)
+        grads = torch.autograd.grad(loss, [state, action, *denoiser.parameters()], grad_losses)
         return [t.detach().cpu() for t in (loss, *grads)]
 
 
@@ -74,10 +83,15 @@ class Data:
     ],
 )
 @pytest.mark.parametrize("weighted", [False, True])
-def test_denoising_loss(device: str, batch: int, sizes: dict[str, int], weighted: bool) -> None:
-    data = Data(batch, weighted=weighted, **sizes)
-    exact = data.run("reference", dtype=torch.float64)
-    for a, b in zip(data.run("triton", device), exact, strict=True):
+@pytest.mark.parametrize("by_row", [False, True])
+def test_denoising_loss(
+    device: str, batch: int, sizes: dict[str, int], weighted: bool, by_row: bool
+) -> None:
+    data, grad_losses = Data(batch, weighted=weighted, **sizes), None
+    if by_row:
+        grad_losses = torch.randn(batch)
+    exact = data.run("reference", dtype=torch.float64, grad_losses=grad_losses)
+    for a, b in zip(data.run("triton", device, grad_losses=grad_losses), exact, strict=True):
         assert a.shape == b.shape
         assert (a - b).abs().max() <= 2e-6 * max(1.0, b.abs().max().item())
 
@@ -94,6 +108,23 @@ def test_empty_batch_of_denoising(device: str) -> None:
     loss, _, _, *grads = Data(0).run("triton", device)
     assert torch.isnan(loss)
     assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+    losses, _, _, *grads = Data(0).run("triton", device, grad_losses=torch.empty(0))
+    assert losses.shape == (0,)
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+
+
+def test_losses_of_rows_do_not_know_their_batch(device: str) -> None:
+    data, grad_losses = Data(35, weighted=True), torch.randn(35)
+    whole = data.run("triton", device, grad_losses=grad_losses)
+    # A program's own rows: elsewhere among 16, the interpreter's products sum in another order.
+    rows = slice(16, 23)
+    part = Data(1)
+    part.denoiser = data.denoiser
+    for name in ("state", "action", "t", "noise", "weight"):
+        setattr(part, name, getattr(data, name)[rows])
+    alone = part.run("triton", device, grad_losses=grad_losses[rows])
+    for of_whole, own in zip(whole[:3], alone[:3], strict=True):
+        assert torch.equal(of_whole[rows], own)
 
 
 @pytest.mark.parametrize("level", [20, -1, 2**40, -(2**40)])
@@ -103,6 +134,9 @@ def test_a_level_that_does_not_exist_gives_nan(device: str, level: int) -> None:
     data.t[3] = level
     loss, grad_state, *_ = data.run("triton", device)
     assert torch.isnan(loss)
+    assert torch.isnan(grad_state).any(1).tolist() == [i == 3 for i in range(5)]
+    losses, grad_state, *_ = data.run("triton", device, grad_losses=torch.ones(5))
+    assert torch.isnan(losses).tolist() == [i == 3 for i in range(5)]
     assert torch.isnan(grad_state).any(1).tolist() == [i == 3 for i in range(5)]
 
 
@@ -150,7 +184,8 @@ def test_float16_denoising_is_within_a_percent(device: str, weighted: bool) -> N
     data = Data(40, weighted=weighted, hidden_dim=40)
     inputs, parameters = denoising_arguments(data, device)
     wanted = [True] * (2 + len(parameters))
-    loss, grads = denoising.loss_and_gradients(*inputs, wanted, parameters, "float16", "triton")
+    settings = ("mean", wanted, parameters, "float16", "triton")
+    loss, grads = denoising.loss_and_gradients(*inputs, *settings)
     for a, b in zip((loss, *grads), data.run("reference", dtype=torch.float64), strict=True):
         assert root_mean_square(a.cpu() - b) <= 0.01 * root_mean_square(b)
 
@@ -160,8 +195,9 @@ def test_opcheck_of_denoising(device: str, weighted: bool) -> None:
     data = Data(5, weighted=weighted, hidden_layers=1)
     inputs, parameters = denoising_arguments(data, device)
     wanted = [True] * (2 + len(parameters))
-    arguments = (*inputs, wanted, parameters, "float32", "triton")
-    torch.library.opcheck(denoising.loss_and_gradients.overload, arguments)
+    for reduction in ("mean", "none"):
+        arguments = (*inputs, reduction, wanted, parameters, "float32", "triton")
+        torch.library.opcheck(denoising.loss_and_gradients.overload, arguments)
 
 
 @pytest.mark.parametrize("seed", [3, 2**62 + 12345])
@@ -372,17 +408,38 @@ def test_representation_loss(device: str, wanted: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("wanted", [(0, 1), (0,), (1,), ()])
-def test_critic_loss(device: str, wanted: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_critic_loss(device: str, wanted: tuple[int, ...], weighted: bool) -> None:
     """Of x and the parameters those gradients that are wanted."""
     networks = [list(nn.MLP(5, 20, 2, 1).to(device).parameters()) for _ in range(2)]
     x = torch.randn(9, 5, device=device, requires_grad=0 in wanted)
     parameters = [p.requires_grad_(1 in wanted) for network in networks for p in network]
     leaves = [t for t in (x, *parameters) if t.requires_grad]
     arguments = x, networks, ["mish", "identity"], torch.randn(9, 2, device=device)
+    weights = torch.randn(9, device=device) if weighted else None
     results = []
     for backend in ("triton", "reference"):
-        loss, q = ops.critic_loss(*arguments, backend=backend)
+        loss, q = ops.critic_loss(*arguments, weight=weights, backend=backend)
         assert not q.requires_grad
         results.append([loss, q, *(torch.autograd.grad(loss, leaves) if leaves else ())])
     for ours, expected in zip(*results, strict=True):
         assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [torch.ones(9), torch.tensor([1, 1, 1, 1, 1, 0, 1, 1, 1.0])])
+def test_weights_of_one_change_no_bit_of_critic_loss(device: str, weights: Tensor) -> None:
+    """And one of zero no other row's."""
+    networks = [list(nn.MLP(5, 20, 2, 1).to(device).parameters()) for _ in range(2)]
+    rows = torch.randn(9, 5), torch.randn(9, 2)
+    x, target = (t.to(device) for t in rows)
+    results = []
+    for given in (None, weights.to(device)):
+        leaf, options = x.clone().requires_grad_(), {"weight": given, "backend": "triton"}
+        loss, _ = ops.critic_loss(leaf, networks, ["mish", "identity"], target, **options)
+        gradients = torch.autograd.grad(loss, [leaf, *networks[0], *networks[1]])
+        results.append([loss, *(t.cpu() for t in gradients)])
+    plain, weighted = results
+    kept = weights != 0
+    assert torch.equal(weighted[1][kept], plain[1][kept])
+    assert not weighted[1][~kept].any()
+    assert kept.all() == all(map(torch.equal, plain, weighted))

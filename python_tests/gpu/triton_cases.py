@@ -115,22 +115,25 @@ def denoising_cases() -> list[Case]:
 
     batch, state, action = 256, 17, 6
 
-    def launch(precision: str = "float32", weight: torch.Tensor | None = None) -> None:
+    def launch(
+        precision: str = "float32", weight: torch.Tensor | None = None, per_row: bool = False
+    ) -> None:
         denoiser = nn.Denoiser(state, action, hidden_layers=2)
         inputs = [torch.empty(batch, state), *(torch.empty(batch, action) for _ in range(2))]
         levels = torch.empty(batch, dtype=torch.int64), torch.empty(100, 2), torch.empty(100, 32)
         parameters = [p.detach() for p in denoiser.weights_and_biases()]
         grads = [torch.empty_like(t) for t in (*inputs[:2], *parameters)]
         wanted = [True] * len(grads)
-        settings = (grads, wanted, parameters, precision)
+        settings = (per_row, grads, wanted, parameters, precision)
         triton.loss_and_gradients(*inputs, weight, *levels, "mish", *settings)
         triton.normals(torch.tensor(1), inputs[1])
 
-    kernels = ("rows_kernel", "weight_gradient_kernel")
+    weights, kernels = torch.empty(batch), ("rows_kernel", "weight_gradient_kernel")
     lower = ("tf32", "bfloat16", "float16")
     return [
         Case("update", "float32", launch),
-        Case("update, weighted", "float32", functools.partial(launch, weight=torch.empty(batch))),
+        Case("update, weighted", "float32", functools.partial(launch, weight=weights)),
+        Case("update by row", "float32", functools.partial(launch, "float32", weights, True)),
         *(Case(f"update in {p}", p, functools.partial(launch, p), kernels) for p in lower),
     ]
 

@@ -80,8 +80,19 @@ def test_the_loss_of_critics_that_are_more_than_their_weights(make: Callable[[],
     q1, q2 = critics(*inputs)
     torch.testing.assert_close(q, torch.stack([q1, q2]).detach())
     torch.testing.assert_close(loss, (q1 - target).square().mean() + (q2 - target).square().mean())
+    weights, squares = torch.randn(7), (q1 - target).square() + (q2 - target).square()
+    weighted = (weights[:, None] * squares).mean()
+    torch.testing.assert_close(critics.loss(*inputs, target, weight=weights)[0], weighted)
     with critics.register_forward_hook(lambda module, inputs, q: (q[0] + 1, q[1])):
         moved, q_moved = critics.loss(*inputs, target)
+        ones, _ = critics.loss(*inputs, target, weight=torch.ones(7))
+        again, _ = critics.loss(*inputs, target, weight=weights)
+        with torch.autocast("cpu", torch.bfloat16):
+            lower, _ = critics.loss(*inputs, target, weight=weights.bfloat16())
+    assert torch.equal(ones, moved)
+    squares = (q1 + 1 - target).square() + (q2 - target).square()
+    torch.testing.assert_close(again, (weights[:, None] * squares).mean())
+    torch.testing.assert_close(lower, again, rtol=0.1, atol=0.1)
     torch.testing.assert_close(q_moved, torch.stack([q1 + 1, q2]).detach())
     assert moved.requires_grad
     assert not torch.equal(moved, loss)
@@ -258,10 +269,15 @@ def test_unequal_critics_are_refused() -> None:
 
 
 @pytest.mark.parametrize("frequencies", ["learned", "gaussian"])
-def test_a_target_of_another_shape_is_refused(frequencies: str) -> None:
+def test_targets_and_weights_of_another_kind_are_refused(frequencies: str) -> None:
     critics = nn.TwinRFFCritic(6, 8, frequencies)
+    psi, target = torch.ones(3, 6), torch.ones(3, 1)
     with pytest.raises(ValueError, match=r"^target: expected shape \[3, 1\], got \[3\]"):
-        critics.loss(torch.ones(3, 6), torch.ones(3))
+        critics.loss(psi, torch.ones(3))
+    with pytest.raises(ValueError, match=r"^weight: expected shape \[3\], got \[3, 1\]"):
+        critics.loss(psi, target, weight=torch.ones(3, 1))
+    with pytest.raises(TypeError, match="^weight: expected torch.float32 like .*float64"):
+        critics.loss(psi, target, weight=torch.ones(3).double())
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 4), (4,)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from helpers import ACTIVATIONS, assert_error_at_most_twice_eager, root_mean_squ
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffcore import DiffusionSchedule, explain, nn, ops
 from diffcore.ops.denoising_loss import _tables, native
@@ -42,15 +44,21 @@ class Data:
         backend: str | None,
         dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype | None = None,
+        grad_losses: Tensor | None = None,
     ) -> list[Tensor]:
-        """[loss, gradients of state, action and the parameters], everything in `dtype`."""
+        """[loss, gradients of state, action and the parameters], everything in `dtype`.
+
+        With `grad_losses` ``[B]`` of the losses of rows, each times its part of that.
+        """
         denoiser = self.denoiser.to(dtype)
         state, action = (x.to(dtype).requires_grad_() for x in (self.state, self.action))
         given = {"t": self.t, "noise": self.noise.to(dtype), "compute_dtype": compute_dtype}
         if self.weight is not None:
             given["weight"] = self.weight.to(dtype)
+        if grad_losses is not None:
+            given["reduction"], grad_losses = "none", grad_losses.to(dtype)
         loss = ops.denoising_loss(denoiser, SCHEDULE, state, action, **given, backend=backend)
-        grads = torch.autograd.grad(loss, [state, action, *denoiser.parameters()])
+        grads = torch.autograd.grad(loss, [state, action, *denoiser.parameters()], grad_losses)
         self.denoiser.to(torch.float32)
         return [loss.detach(), *grads]
 
@@ -113,9 +121,14 @@ def test_gradients_of_the_reference() -> None:
         given = {"t": t, "noise": noise, "weight": weight}
         return ops.denoising_loss(denoiser, SCHEDULE, state, action, **given)
 
+    def losses(state: Tensor, action: Tensor, weight: Tensor | None, *_: Tensor) -> Tensor:
+        given = {"t": t, "noise": noise, "weight": weight, "reduction": "none"}
+        return ops.denoising_loss(denoiser, SCHEDULE, state, action, **given)
+
     for w in (None, weight):
-        assert torch.autograd.gradcheck(loss, (state, action, w, *denoiser.parameters()))
-        assert torch.autograd.gradgradcheck(loss, (state, action, w))
+        for function in (loss, losses):
+            assert torch.autograd.gradcheck(function, (state, action, w, *denoiser.parameters()))
+            assert torch.autograd.gradgradcheck(function, (state, action, w))
 
 
 def test_is_the_loss_written_out() -> None:
@@ -321,16 +334,246 @@ def test_a_weight_that_requires_a_gradient_runs_on_the_reference() -> None:
     torch.testing.assert_close(weight.grad, squares.mean(1).detach() / 5)
 
 
+# -- losses of rows --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 8, 63, 65, 130, 257])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"state_dim": 1, "action_dim": 1, "hidden_dim": 1, "hidden_layers": 1, "time_dim": 2},
+        {"state_dim": 17, "action_dim": 6, "hidden_dim": 33, "time_dim": 10},
+        {"state_dim": 40, "action_dim": 17, "hidden_dim": 64, "hidden_layers": 2},
+    ],
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_losses_of_rows(isa: str, batch: int, sizes: dict[str, int], weighted: bool) -> None:
+    data, grad_losses = Data(batch, weighted=weighted, **sizes), torch.randn(batch)
+    ours = data.run("cpu", grad_losses=grad_losses)
+    exact = data.run("reference", torch.float64, grad_losses=grad_losses)
+    assert ours[0].shape == (batch,)
+    for a, b in zip(ours, exact, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= 2e-6 * max(1.0, b.abs().max().item())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_error_of_losses_of_rows_at_most_twice_eager(isa: str, activation: str) -> None:
+    data, grad_losses = Data(1000, activation=activation, hidden_dim=100), torch.randn(1000)
+    ours, eager = (data.run(backend, grad_losses=grad_losses) for backend in ("cpu", "reference"))
+    exact = data.run("reference", torch.float64, grad_losses=grad_losses)
+    for a, b, c in zip(ours, eager, exact, strict=True):
+        if c.numel() >= 1000:
+            assert_error_at_most_twice_eager(a, b, c)
+
+
+@pytest.mark.parametrize("batch", [300, 64])
+def test_bfloat16_losses_of_rows_are_within_their_bound(isa: str, batch: int) -> None:
+    data, grad_losses = Data(batch, hidden_dim=100), torch.rand(batch)
+    for module in data.denoiser.modules():  # weights as they are in training
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    ours = data.run("cpu", compute_dtype=torch.bfloat16, grad_losses=grad_losses)
+    exact = data.run("reference", torch.float64, grad_losses=grad_losses)
+    for a, b in zip(ours, exact, strict=True):
+        bound = 0.05 if b.ndim == 1 and len(b) != batch else 0.02  # as of the mean's gradients
+        assert root_mean_square(a - b) <= bound * root_mean_square(b)
+        assert root_mean_square(a - b) >= 1e-4 * root_mean_square(b)  # it isn't float32 after all
+
+
+@pytest.mark.parametrize("compute_dtype", PRECISIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_mean_of_the_losses_of_rows_is_the_loss(
+    isa: str, compute_dtype: torch.dtype, weighted: bool
+) -> None:
+    """With gradients of the same bits, where the number of rows is a power of two."""
+    data = Data(64, weighted=weighted)
+    losses, *grads = data.run(
+        "cpu", compute_dtype=compute_dtype, grad_losses=torch.full((64,), 1 / 64)
+    )
+    loss, *expected = data.run("cpu", compute_dtype=compute_dtype)
+    torch.testing.assert_close(losses.mean(), loss)
+    assert all(map(torch.equal, grads, expected))
+
+
+@pytest.mark.parametrize("compute_dtype", PRECISIONS)
+def test_weights_of_rows_before_and_after_are_the_same(
+    isa: str, compute_dtype: torch.dtype
+) -> None:
+    data, weight = Data(65), torch.randn(65)
+    plain, *after = data.run("cpu", compute_dtype=compute_dtype, grad_losses=weight)
+    data.weight = weight
+    weighted, *before = data.run("cpu", compute_dtype=compute_dtype, grad_losses=torch.ones(65))
+    assert all(map(torch.equal, before, after))
+    torch.testing.assert_close(weighted, weight * plain)
+
+
+@pytest.mark.parametrize("compute_dtype", PRECISIONS)
+def test_same_bits_of_losses_of_rows_for_any_number_of_threads(
+    isa: str, set_threads: Callable[[int], None], compute_dtype: torch.dtype
+) -> None:
+    data, grad_losses, results = Data(301), torch.randn(301), []
+    for threads in (1, 2, 2):
+        set_threads(threads)
+        results.append(data.run("cpu", compute_dtype=compute_dtype, grad_losses=grad_losses))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("compute_dtype", PRECISIONS)
+def test_a_row_s_loss_does_not_depend_on_its_batch(isa: str, compute_dtype: torch.dtype) -> None:
+    """Nor do its gradients, of however many rows."""
+    data, grad_losses = Data(256, weighted=True), torch.randn(256)
+    whole = data.run("cpu", compute_dtype=compute_dtype, grad_losses=grad_losses)
+    for rows in (slice(0, 1), slice(99, 112), slice(20, 153)):
+        part = Data(1)
+        part.denoiser = data.denoiser
+        for name in ("state", "action", "t", "noise", "weight"):
+            setattr(part, name, getattr(data, name)[rows])
+        alone = part.run("cpu", compute_dtype=compute_dtype, grad_losses=grad_losses[rows])
+        for of_whole, own in zip(whole[:3], alone[:3], strict=True):
+            assert torch.equal(of_whole[rows], own)
+
+
+@pytest.mark.parametrize("compute_dtype", PRECISIONS)
+@pytest.mark.parametrize("where", ["state", "weight", "grad_losses"])
+def test_nan_stays_in_its_row_s_loss(isa: str, compute_dtype: torch.dtype, where: str) -> None:
+    data, grad_losses = Data(9, weighted=True), torch.randn(9)
+    values = {"state": data.state, "weight": data.weight, "grad_losses": grad_losses}[where]
+    assert values is not None
+    values[5] = float("nan")
+    losses, *grads = data.run("cpu", compute_dtype=compute_dtype, grad_losses=grad_losses)[:3]
+    assert losses.isnan().tolist() == [i == 5 and where != "grad_losses" for i in range(9)]
+    for grad in grads:
+        assert grad.isnan().any(1).tolist() == [i == 5 for i in range(9)]
+
+
+def test_only_wanted_gradients_of_losses_of_rows() -> None:
+    data, grad_losses = Data(6), torch.randn(6)
+    full = data.run("cpu", grad_losses=grad_losses)
+    given = {"t": data.t, "noise": data.noise, "reduction": "none"}
+    arguments = (data.denoiser, SCHEDULE, data.state.detach())
+    assert explain("denoising_loss", *arguments, data.action, **given).backend == "cpu"
+    data.denoiser.requires_grad_(False)
+    ops.denoising_loss(*arguments, data.action, **given).backward(grad_losses)
+    assert torch.equal(data.action.grad, full[2])
+    data.denoiser.requires_grad_()
+    ops.denoising_loss(*arguments, data.action.detach(), **given).backward(grad_losses)
+    for parameter, expected in zip(data.denoiser.parameters(), full[3:], strict=True):
+        assert torch.equal(parameter.grad, expected)
+    with torch.no_grad():
+        losses = ops.denoising_loss(*arguments, data.action, **given)
+    assert not losses.requires_grad
+    assert torch.equal(losses, full[0])
+
+
+def test_gradients_of_losses_of_rows_can_be_taken_again() -> None:
+    """With other weights, which may depend on the losses; not of parameters changed meanwhile."""
+    data = Data(6)
+    given = {"t": data.t, "noise": data.noise, "reduction": "none"}
+    parameters = list(data.denoiser.parameters())
+    losses = ops.denoising_loss(data.denoiser, SCHEDULE, data.state, data.action, **given)
+    for scale in (1.0, 3.0):
+        softmax = torch.softmax(scale * losses.detach(), 0)
+        grads = torch.autograd.grad(softmax @ losses, parameters, retain_graph=True)
+        expected = data.run("cpu", grad_losses=softmax)[3:]
+        assert all(map(torch.equal, grads, expected))
+    grads = torch.autograd.grad(losses.square().sum(), parameters, retain_graph=True)
+    exact = data.run("reference", torch.float64, grad_losses=2 * losses.detach())[3:]
+    for ours, theirs in zip(grads, exact, strict=True):
+        assert (ours - theirs).abs().max() <= 2e-6 * max(1.0, theirs.abs().max().item())
+    with torch.no_grad():
+        parameters[0] += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses.sum().backward()
+
+
+def test_losses_of_rows_go_forward_once_more() -> None:
+    data, counts = Data(6), {}
+    arguments = (data.denoiser, SCHEDULE, data.state, data.action)
+    for reduction in ("mean", "none"):
+        with FlopCounterMode(display=False) as forward:
+            loss = ops.denoising_loss(*arguments, reduction=reduction, backend="cpu")
+        with FlopCounterMode(display=False) as backward:
+            loss.sum().backward()
+        counts[reduction] = (forward.get_total_flops(), backward.get_total_flops())
+    (of_mean, nothing), (once, again) = counts["mean"], counts["none"]
+    assert nothing == 0
+    assert once > 0
+    assert again == of_mean  # which is forward and back
+
+
+@pytest.mark.parametrize("compute_dtype", PRECISIONS)
+def test_losses_of_an_empty_batch(compute_dtype: torch.dtype) -> None:
+    for backend in ("cpu", "reference"):
+        losses, grad_state, grad_action, *grads = Data(0).run(
+            backend, compute_dtype=compute_dtype, grad_losses=torch.empty(0)
+        )
+        assert losses.shape == (0,)
+        assert (grad_state.shape, grad_action.shape) == ((0, 7), (0, 3))
+        assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("compute_dtype", PRECISIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_losses_of_rows_compile_whole(compute_dtype: torch.dtype, weighted: bool) -> None:
+    data, grad_losses = Data(16, weighted=weighted), torch.randn(16)
+    given = {"t": data.t, "noise": data.noise, "weight": data.weight, "compute_dtype": compute_dtype}
+    expected = data.run("cpu", compute_dtype=compute_dtype, grad_losses=grad_losses)
+
+    def losses(state: Tensor, action: Tensor) -> Tensor:
+        arguments = (data.denoiser, SCHEDULE, state, action)
+        return ops.denoising_loss(*arguments, **given, reduction="none")
+
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    result = compiled(data.state, data.action)
+    torch.testing.assert_close(result.detach(), expected[0])
+    result.backward(grad_losses)
+    for parameter, gradient in zip(data.denoiser.parameters(), expected[3:], strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_func_grad_and_vmap_of_losses_of_rows() -> None:
+    data, grad_losses = Data(12, weighted=True), torch.randn(3, 4)
+
+    def weighed(action: Tensor, weight: Tensor, grad_losses: Tensor) -> Tensor:
+        given = {"t": data.t[:4], "noise": data.noise[:4], "weight": weight, "reduction": "none"}
+        losses = ops.denoising_loss(data.denoiser, SCHEDULE, data.state[:4], action, **given)
+        return grad_losses @ losses
+
+    rows = (*(x.unflatten(0, (3, 4)) for x in (data.action, data.weight)), grad_losses)
+    grads = torch.func.vmap(torch.func.grad(weighed))(*rows)
+    for grad, action, weight, of_losses in zip(grads, *rows, strict=True):
+        expected = action.clone().requires_grad_()
+        weighed(expected, weight, of_losses).backward()
+        torch.testing.assert_close(grad, expected.grad)
+
+
+def test_losses_of_rows_of_any_callable() -> None:
+    data = Data(5)
+    given = {"t": data.t, "noise": data.noise, "reduction": "none"}
+    losses = ops.denoising_loss(lambda x, s, t: x, SCHEDULE, data.state, data.action, **given)
+    noisy = ops.q_sample(data.action, data.t, data.noise, SCHEDULE)
+    torch.testing.assert_close(losses, (noisy - data.noise).square().mean(1))
+
+
+# -- as a part of PyTorch --------------------------------------------------------------------------
+
+
 def test_opcheck() -> None:
     data = Data(5)
     levels, embedding = _tables(SCHEDULE, 32, torch.device("cpu"))
     parameters = [p.detach() for p in data.denoiser.parameters()]
     rows, tables = (data.state, data.action, data.noise), (data.t, levels, embedding, "mish")
-    for wanted, weight in ((True, None), (False, None), (True, torch.rand(5))):
+    cases = itertools.product(
+        ((True, None), (False, None), (True, torch.rand(5))),
+        ("mean", "none"),
+        ("float32", "bfloat16"),
+    )
+    for (wanted, weight), reduction, precision in cases:
         flags = [wanted] * (2 + len(parameters))
-        for precision in ("float32", "bfloat16"):
-            arguments = (*rows, weight, *tables, flags, parameters, precision, "cpu")
-            torch.library.opcheck(native.loss_and_gradients.overload, arguments)
+        arguments = (*rows, weight, *tables, reduction, flags, parameters, precision, "cpu")
+        torch.library.opcheck(native.loss_and_gradients.overload, arguments)
     torch.library.opcheck(native.normals.overload, (torch.tensor(3), data.action, "cpu"))
 
 
@@ -408,6 +651,8 @@ def test_func_grad_of_the_weight() -> None:
         ({"weight": 0.5}, "weight: expected a tensor, got float"),
         ({"weight": torch.ones(5, 1)}, r"weight: expected shape \[5\], got \[5, 1\]"),
         ({"weight": torch.ones(5).double()}, "weight: expected torch.float32 like action"),
+        ({"reduction": "sum"}, "reduction: expected one of mean, none, got 'sum'"),
+        ({"reduction": None}, "reduction: expected one of mean, none, got None"),
         ({"generator": 3}, "generator: expected a torch.Generator, got int"),
         ({"compute_dtype": torch.float64}, "compute_dtype: expected None"),
         ({"backend": "gpu"}, "backend: expected one of cpu, reference"),

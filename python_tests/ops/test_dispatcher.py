@@ -308,6 +308,9 @@ def _vmapped_calls() -> dict[str, Call]:
         "mlp_ensemble": lambda x, w: ops.mlp_ensemble(x, [[w, bias, w, bias]] * 2, kinds).sum(),
         "critic_loss": lambda x, w: ops.critic_loss(x, [[w, bias, w, bias]], kinds, target)[0],
         "critic_loss, target": lambda x, w: ops.critic_loss(x, [[w, bias, w, bias]], kinds, x)[0],
+        "critic_loss, weights": lambda x, w: (
+            ops.critic_loss(x, [[w, bias, w, bias]], kinds, target, weight=x[:, 0])[0]
+        ),
         "squashed_gaussian": lambda x, w: (
             ops.squashed_gaussian(x, [w, w], [bias, bias], kinds, noise)[0].sum()
         ),

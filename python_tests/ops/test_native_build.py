@@ -77,7 +77,8 @@ def call_reverse_diffusion(layers: int) -> None:
 
 def call_denoising_loss(layers: int) -> None:
     rows, t, levels = torch.randn(3, 1), torch.zeros(3, dtype=torch.int64), torch.randn(2, 2)
-    settings = (levels, torch.randn(2, 4), "relu", [True] * 3, square(layers), "float32", "cpu")
+    tables = (levels, torch.randn(2, 4), "relu", "mean")
+    settings = (*tables, [True] * 3, square(layers), "float32", "cpu")
     torch.ops.diffcore.denoising_loss(rows, rows, rows, None, t, *settings)
 
 
@@ -100,7 +101,7 @@ X, Y = torch.ones(3, 4), torch.ones(9, 3, 4)
             NETWORKS,
         ),
         (
-            lambda: CRITIC_LOSS(X, X, square(9), "relu", [True, True], "float32", "cpu"),
+            lambda: CRITIC_LOSS(X, X, None, square(9), "relu", [True, True], "float32", "cpu"),
             NETWORKS,
         ),
         (lambda: call_action_gradient(17), LAYERS),

@@ -16,6 +16,7 @@ from diffcore.ops.mlp import native as mlp
 def loss_and_gradients(
     x: Tensor,
     target: Tensor,
+    weight: Tensor | None,
     parameters: list[Tensor],
     activations: str,
     wanted: list[bool],
@@ -28,10 +29,11 @@ def loss_and_gradients(
     and of the parameters; the others come back without rows.
     """
     x, target = x.contiguous(), target.contiguous()
+    weight = None if weight is None else weight.contiguous()
     parameters = [p.contiguous() for p in parameters]
     batch = x.shape[0]
     if not batch or backend == "triton":
-        return _in_parts(x, target, parameters, activations, wanted, precision, backend)
+        return _in_parts(x, target, weight, parameters, activations, wanted, precision, backend)
     core = _native._core
     functions = mlp.kinds(activations)
     loss = x.new_empty(())
@@ -48,6 +50,7 @@ def loss_and_gradients(
         batch,
         x.data_ptr(),
         target.data_ptr(),
+        _native.address(weight),
         loss.data_ptr(),
         q.data_ptr(),
         grads[0].data_ptr() if wanted[0] else 0,
@@ -60,6 +63,7 @@ def loss_and_gradients(
 def _in_parts(
     x: Tensor,
     target: Tensor,
+    weight: Tensor | None,
     parameters: list[Tensor],
     activations: str,
     wanted: list[bool],
@@ -71,10 +75,11 @@ def _in_parts(
     settings = (precision, backend)
     q, saved = mlp.run_forward(x, parameters, activations, any(wanted), *settings)
     residual = q - target
-    loss = residual.square().mean(dim=(1, 2)).sum()
+    slope = residual if weight is None else weight[:, None] * residual
+    loss = (slope * residual).mean(dim=(1, 2)).sum()
     grads = [_fused_loss.without_rows(x)]
     if any(wanted):
-        grad_q = residual * (2 / max(target.numel(), 1))
+        grad_q = slope * (2 / max(target.numel(), 1))
         wants = (wants_x, wants_parameters)
         grads = mlp.run_backward(grad_q, x, saved, parameters, activations, *wants, *settings)
     if not wants_parameters:
@@ -116,6 +121,7 @@ class CriticLoss(torch.autograd.Function):
     def forward(
         x: Tensor,
         target: Tensor,
+        weight: Tensor | None,
         activations: str,
         wanted: list[bool],
         precision: str,
@@ -123,12 +129,12 @@ class CriticLoss(torch.autograd.Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         settings = (activations, wanted, precision, backend)
-        loss, q, grads = loss_and_gradients(x, target, list(parameters), *settings)
+        loss, q, grads = loss_and_gradients(x, target, weight, list(parameters), *settings)
         return loss, q, *grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, _target, _, wanted, _, _, *parameters = inputs
+        x, _target, _weight, _, wanted, _, _, *parameters = inputs
         ctx.wanted = _each(wanted, parameters)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # no zeros as large as what is kept
@@ -140,4 +146,4 @@ class CriticLoss(torch.autograd.Function):
         grads, inputs = saved[:count], saved[count:]
         scaled = _fused_loss.scaled("critic_loss", grad_loss, grads, inputs)
         grad_x, *rest = (g if want else None for g, want in zip(scaled, ctx.wanted, strict=True))
-        return grad_x, *[None] * 5, *rest
+        return grad_x, *[None] * 6, *rest

@@ -10,8 +10,14 @@ from diffcore.ops.mlp_ensemble import reference
 
 
 def critic_loss(
-    x: Tensor, networks: Sequence[Sequence[Tensor]], activations: Sequence[str], target: Tensor
+    x: Tensor,
+    networks: Sequence[Sequence[Tensor]],
+    activations: Sequence[str],
+    target: Tensor,
+    weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     q = reference.mlp_ensemble(x, networks, activations)
-    loss = (q - target).square().mean(dim=(1, 2)).sum()
-    return loss, q.detach()
+    squares = (q - target).square()
+    if weight is not None:
+        squares = weight[:, None] * squares
+    return squares.mean(dim=(1, 2)).sum(), q.detach()

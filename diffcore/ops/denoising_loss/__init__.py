@@ -13,6 +13,7 @@ from diffcore import nn  # which imports ops: its modules are there when an op i
 from diffcore._kept import kept
 from diffcore.ops import _backends, _dispatch, _native, _philox
 from diffcore.ops._checks import (
+    check_choice,
     check_compute_dtype,
     check_levels,
     check_like,
@@ -27,6 +28,7 @@ from diffcore.schedule import DiffusionSchedule
 AnyDenoiser: TypeAlias = "nn.Denoiser | Callable[[Tensor, Tensor, Tensor], Tensor]"
 
 KERNELS = ("triton", "cpu")
+REDUCTIONS = ("mean", "none")
 
 
 def denoising_loss(
@@ -38,6 +40,7 @@ def denoising_loss(
     t: Tensor | None = None,
     noise: Tensor | None = None,
     weight: Tensor | None = None,
+    reduction: str = "mean",
     generator: torch.Generator | None = None,
     compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
@@ -47,9 +50,14 @@ def denoising_loss(
     DDPM's loss (Ho et al. 2020, Eq. 14), conditioned on a state; with a weight ``w`` for every row it
     is that of policies weighted by Q or advantage, such as EDP's (Kang et al. 2023) and QVPO's (Ding
     et al. 2024). Differentiable in the denoiser's parameters, ``state`` and ``action``; in ``noise``
-    and ``weight`` too on the reference. The kernels compute the gradients in the forward pass. They
-    can't be differentiated twice and say so; the reference can. As a mean over nothing, the loss of
-    an empty batch is NaN.
+    and ``weight`` too on the reference. The kernels compute the gradients of the mean in the forward
+    pass. They can't be differentiated twice and say so; the reference can. As a mean over nothing,
+    the loss of an empty batch is NaN.
+
+    With ``reduction="none"`` every row has a loss of its own, for weights that depend on it. What its
+    gradients are to count is known in the backward pass alone: the kernels keep the inputs till then
+    and go forward again, a third more work in all. Weights known before are better given as
+    ``weight``.
 
     Args:
         denoiser: a :class:`diffcore.nn.Denoiser`, also one within ``torch.compile`` or
@@ -64,6 +72,7 @@ def denoising_loss(
             backend.
         weight: ``w``, ``[B]``, of any sign; 1 if None. The mean is over the number of rows, whatever
             their weights add up to. One that requires a gradient takes the call to the reference.
+        reduction: "mean" over all entries, or "none": over those of every row.
         generator: source of ``t`` and ``noise``. The default generator if None.
         compute_dtype: of the denoiser's products, as in :func:`diffcore.ops.mlp`: with
             ``torch.bfloat16`` the loss is within 1%, the root mean square of a gradient's error
@@ -71,14 +80,14 @@ def denoising_loss(
         backend: "triton", "cpu" or "reference"; the fastest that can run the call if None.
 
     Returns:
-        A scalar.
+        A scalar; ``[B]`` with reduction "none".
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or a forced
             backend that can't run this call.
     """
     state, action, noise, weight = out_of_autocast(denoiser, state, action, noise, weight)
-    arguments = (denoiser, schedule, state, action, t, noise, weight, generator)
+    arguments = (denoiser, schedule, state, action, t, noise, weight, reduction, generator)
     available, ours, parameters = support(*arguments, compute_dtype)
     chosen = _dispatch.choose("denoising_loss", available, backend)
     if t is None:
@@ -93,7 +102,7 @@ def denoising_loss(
         eps: Callable[..., Tensor] = denoiser
         if ours is not None and ours.altered() is None:
             eps = partial(eps, backend="reference")
-        return reference.denoising_loss(eps, schedule, state, action, t, noise, weight)
+        return reference.denoising_loss(eps, schedule, state, action, t, noise, weight, reduction)
 
     assert ours is not None
     levels, embedding = _tables(schedule, ours.time_dim, action.device)
@@ -101,9 +110,11 @@ def denoising_loss(
     differentiable = (state, action, *parameters)
     wanted = [_native.differentiates(tensor) for tensor in differentiable]
     settings = (_backends.precision(compute_dtype, action), chosen)
-    if any(wanted):
-        return _native.apply(native.DenoisingLoss, *inputs, wanted, *settings, *parameters)[0]
-    return native.loss_and_gradients(*inputs, wanted, parameters, *settings)[0]
+    if not any(wanted):
+        return native.loss_and_gradients(*inputs, reduction, wanted, parameters, *settings)[0]
+    if reduction == "none":
+        return _native.apply(native.LossesOfRows, *inputs, wanted, *settings, *parameters)
+    return _native.apply(native.DenoisingLoss, *inputs, wanted, *settings, *parameters)[0]
 
 
 def _reference_noise(seed: Tensor, action: Tensor) -> Tensor:
@@ -134,6 +145,7 @@ def support(
     t: Tensor | None,
     noise: Tensor | None,
     weight: Tensor | None,
+    reduction: str,
     generator: torch.Generator | None,
     compute_dtype: torch.dtype | None,
 ) -> tuple[_dispatch.Support, nn.Denoiser | None, list[Tensor]]:
@@ -157,6 +169,7 @@ def support(
     if weight is not None:
         check_tensor("weight", weight, (action.shape[0],))
         check_like("weight", weight, "action", action)
+    check_choice("reduction", reduction, REDUCTIONS)
     if t is not None:
         check_levels(t, "action", action)
     if generator is not None and not isinstance(generator, torch.Generator):

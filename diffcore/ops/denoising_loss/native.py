@@ -21,6 +21,7 @@ def loss_and_gradients(
     levels: Tensor,
     embedding: Tensor,
     activation: str,
+    reduction: str,
     wanted: list[bool],
     parameters: list[Tensor],
     precision: str,
@@ -28,15 +29,18 @@ def loss_and_gradients(
 ) -> tuple[Tensor, list[Tensor]]:
     """(loss, its gradients with respect to [state, action, *parameters]).
 
-    `wanted`: which of them to compute; the others come back without rows. Parameter gradients are
-    computed all or none.
+    `reduction` "none": every row's loss ``[B]``, and the gradients of their sum. `wanted`: which
+    gradients to compute; the others come back without rows. Parameter gradients are computed all or
+    none.
     """
     state, action, noise = state.contiguous(), action.contiguous(), noise.contiguous()
     weight = None if weight is None else weight.contiguous()
     t = t.to(torch.int64).contiguous()
     parameters = [p.contiguous() for p in parameters]
     batch = action.shape[0]
-    loss = action.new_full((), float("nan"))  # the mean of an empty batch
+    per_row = reduction == "none"
+    # A number: the mean of an empty batch, where there is nothing to compute.
+    loss = action.new_empty(batch) if per_row else action.new_full((), float("nan"))
     make = torch.empty_like if batch else torch.zeros_like
     all_wanted = wanted[:2] + [any(wanted[2:])] * len(parameters)
     tensors = [state, action, *parameters]
@@ -47,7 +51,7 @@ def loss_and_gradients(
     if batch and backend == "triton":
         from diffcore.ops.denoising_loss import triton
 
-        arguments = (state, action, noise, weight, t, levels, embedding, activation)
+        arguments = (state, action, noise, weight, t, levels, embedding, activation, per_row)
         loss = triton.loss_and_gradients(*arguments, grads, wanted, parameters, precision)
     elif batch:
         core = _native._core
@@ -61,6 +65,7 @@ def loss_and_gradients(
             batch,
             state.shape[1],
             action.shape[1],
+            per_row,
             _native.address(weight),
             *[x.data_ptr() for x in (state, action, noise, t, levels, embedding, loss)],
             grads[0].data_ptr() if wanted[0] else 0,
@@ -73,11 +78,11 @@ def loss_and_gradients(
 
 @_native.fake("denoising_loss")
 def _(
-    state: Tensor, action: Tensor, wanted: list[bool], parameters: list[Tensor]
+    state: Tensor, action: Tensor, reduction: str, wanted: list[bool], parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     all_wanted = wanted[:2] + [any(wanted[2:])] * len(parameters)
     grads = _fused_loss.fake_gradients([state, action, *parameters], all_wanted)
-    return action.new_empty(()), grads
+    return action.new_empty(action.shape[:1] if reduction == "none" else ()), grads
 
 
 @flops("denoising_loss")
@@ -134,7 +139,7 @@ class DenoisingLoss(torch.autograd.Function):
         backend: str,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
-        tables = (t, levels, embedding, activation, wanted)
+        tables = (t, levels, embedding, activation, "mean", wanted)
         loss, grads = loss_and_gradients(
             state, action, noise, weight, *tables, list(parameters), precision, backend
         )
@@ -155,3 +160,67 @@ class DenoisingLoss(torch.autograd.Function):
         scaled = _fused_loss.scaled("denoising_loss", grad_loss, grads, inputs)
         wanted = [g if want else None for g, want in zip(scaled, ctx.wanted, strict=True)]
         return *wanted[:2], *[None] * 9, *wanted[2:]
+
+
+class LossesOfRows(torch.autograd.Function):
+    """The op with a loss for every row, and its gradient.
+
+    What a row counts in the parameters' gradients is known in the backward pass alone. There it
+    becomes the row's weight, in a call that goes forward once more.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        state: Tensor,
+        action: Tensor,
+        noise: Tensor,
+        weight: Tensor | None,
+        t: Tensor,
+        levels: Tensor,
+        embedding: Tensor,
+        activation: str,
+        wanted: list[bool],
+        precision: str,
+        backend: str,
+        *parameters: Tensor,
+    ) -> Tensor:
+        settings = (activation, "none", [False] * len(wanted), list(parameters), precision, backend)
+        losses, _ = loss_and_gradients(
+            state, action, noise, weight, t, levels, embedding, *settings
+        )
+        return losses
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.settings = inputs[7:11]
+        ctx.save_for_backward(*inputs[:7], *inputs[11:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor) -> Any:
+        arguments = (grad_losses, *ctx.settings, *ctx.saved_tensors)
+        grads = _native.gradients("denoising_loss", _gradients_of_rows, *arguments)
+        wanted = [g if want else None for g, want in zip(grads, ctx.settings[1], strict=True)]
+        return *wanted[:2], *[None] * 9, *wanted[2:]
+
+
+def _gradients_of_rows(
+    grad_losses: Tensor,
+    activation: str,
+    wanted: list[bool],
+    precision: str,
+    backend: str,
+    state: Tensor,
+    action: Tensor,
+    noise: Tensor,
+    weight: Tensor | None,
+    t: Tensor,
+    levels: Tensor,
+    embedding: Tensor,
+    *parameters: Tensor,
+) -> list[Tensor]:
+    row_weight = grad_losses if weight is None else grad_losses * weight
+    settings = (activation, "none", wanted, list(parameters), precision, backend)
+    _, grads = loss_and_gradients(state, action, noise, row_weight, t, levels, embedding, *settings)
+    return grads

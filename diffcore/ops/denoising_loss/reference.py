@@ -19,9 +19,12 @@ def denoising_loss(
     t: Tensor,
     noise: Tensor,
     weight: Tensor | None,
+    reduction: str,
 ) -> Tensor:
     noisy_action = q_sample(action, t, noise, schedule)
     eps = denoiser(noisy_action, state, t)
     check_denoised(eps, noisy_action)
     squares = (eps - noise).square()
-    return squares.mean() if weight is None else (weight[:, None] * squares).mean()
+    if weight is not None:
+        squares = weight[:, None] * squares
+    return squares.mean() if reduction == "mean" else squares.mean(dim=1)

@@ -57,6 +57,7 @@ def rows_kernel(
     batch,
     level_count,
     scale,
+    PER_ROW: tl.constexpr,
     BACKWARD: tl.constexpr,
     WANTS_STATE: tl.constexpr,
     WANTS_ACTION: tl.constexpr,
@@ -158,7 +159,10 @@ def rows_kernel(
         tl.store(eps[:, None] + column, slope * residual, mask=inside)
     if weight is not None:
         loss *= row_weight
-    tl.store(losses + tl.program_id(0), scale * tl.sum(loss))
+    if PER_ROW:
+        tl.store(losses + row, scale * loss, mask=present)
+    else:
+        tl.store(losses + tl.program_id(0), scale * tl.sum(loss))
 
     if BACKWARD:
         backward_layers(
@@ -238,15 +242,17 @@ def loss_and_gradients(
     levels: Tensor,
     embedding: Tensor,
     activation: str,
+    per_row: bool,
     grads: list[Tensor],
     wanted: list[bool],
     parameters: list[Tensor],
     precision: str,
 ) -> Tensor:
-    """The loss; fills `grads`, those of [state, action, *parameters] that are wanted.
+    """The loss, a row's each if `per_row`; fills `grads` with those of it or their sum.
 
-    A row whose level doesn't exist can't raise an error without waiting for the device: it makes
-    the loss, its own gradients and the parameters' NaN.
+    Of [state, action, *parameters] those that are wanted. A row whose level doesn't exist can't raise
+    an error without waiting for the device: it makes the loss, its own gradients and the parameters'
+    NaN.
     """
     (batch, state_dim), action_dim = state.shape, action.shape[1]
     backward, wants_parameters = any(wanted), any(wanted[2:])
@@ -264,7 +270,7 @@ def loss_and_gradients(
     grad_input = state.new_empty(batch if backward else 0, round_up(widths[1][0], 16))
     settings = row_settings(1, batch, precision)
     programs = triton.cdiv(batch, settings["ROWS"])
-    losses = state.new_empty(programs)
+    losses = state.new_empty(batch if per_row else programs)
     launch(
         rows_kernel,
         programs,
@@ -278,7 +284,8 @@ def loss_and_gradients(
         *grads[:2],
         batch,
         len(levels),
-        1 / (batch * action_dim),
+        1 / ((1 if per_row else batch) * action_dim),
+        per_row,
         backward,
         *wanted[:2],
         *(state_dim, action_dim, embedding.shape[1], grad_input.shape[1]),
@@ -290,4 +297,4 @@ def loss_and_gradients(
     if wants_parameters:
         weight_gradients(deltas[0], saved[0], grads[2:6], widths[0], kept[0], precision)
         weight_gradients(deltas[1], saved[1], grads[6:], widths[1], kept[1], precision)
-    return losses.sum()
+    return losses if per_row else losses.sum()
