@@ -737,6 +737,68 @@ class Call(nn.Module):
         return [*by_row, *of_all]
 
 
+# A step of an optimiser changes its parameters in place.
+VMAPPED = [(n, "rows") for n in OPS if n != "representation_step"]
+VMAPPED += [(n, "parameters") for n, _ in VMAPPED if OPS[n].make(Sizes()).state_dict()]
+
+
+@pytest.mark.parametrize(("name", "batched"), VMAPPED)
+@pytest.mark.parametrize("backend", ["kernel", "reference"])
+@pytest.mark.parametrize("around", [(), (2,)])
+def test_vmap_over_an_empty_batch(
+    name: str, batched: str, backend: str, around: tuple[int, ...]
+) -> None:
+    """Gives results and gradients like those over one element, but for their number."""
+    op = OPS[name]
+    network, rows = op.make(Sizes()), op.rows(Sizes(), 3)
+    call = Call(op, network, list(rows), op.backend if backend == "kernel" else backend)
+    weights = {k: p.detach() for k, p in call.named_parameters() if p.requires_grad}
+    batch = weights if batched == "parameters" else rows
+    leaves = [k for k in batch if k in weights or k in op.differentiable]
+
+    def results(tensors: Rows) -> Any:
+        given_ = {k: tensors[k] for k in weights}, tuple(tensors[k] for k in rows)
+        return torch.func.functional_call(call, *given_)
+
+    def gradients(tensors: Rows) -> Any:
+        def total(of: Rows) -> Any:
+            return torch.stack([*map(weighted_sum, results(tensors | of))]).sum()
+
+        return [*torch.func.grad(total)({k: tensors[k] for k in leaves}).values()]
+
+    def shapes(function: Callable[[Rows], Any], size: int) -> list[tuple[int, ...]]:
+        sizes = (*around, size)
+        dims = {k: 0 if k in batch else None for k in rows | weights}
+        tensors = {k: v.expand(*sizes, *v.shape) for k, v in batch.items()}
+        for _ in sizes:
+            function = torch.func.vmap(function, (dims,))
+        return [tuple(r.shape) for r in function(rows | weights | tensors)]
+
+    differentiates = name in DIFFERENTIABLE and leaves
+    for function in (results, gradients) if differentiates else (results,):
+        one = shapes(function, 1)
+        at = len(around)
+        assert one
+        assert shapes(function, 0) == [(*s[:at], 0, *s[at + 1 :]) for s in one]
+
+
+@pytest.mark.parametrize("name", ["mlp", "mlp_ensemble", "rff_features"])
+@pytest.mark.parametrize("leading", [(), (2, 3)])
+def test_vmap_over_an_empty_batch_of_other_than_rows(name: str, leading: tuple[int, ...]) -> None:
+    op = OPS[name]
+    network = op.make(Sizes())
+
+    def call(x: Tensor) -> Tensor:
+        if name == "mlp":
+            return ops.mlp(x, *layers(network), backend="cpu")
+        if name == "mlp_ensemble":
+            return ops.mlp_ensemble(x, *ensemble(network), backend="cpu")
+        return ops.rff_features(x, *network.parameters(), backend="cpu")
+
+    x = torch.randn(4, *leading, 5)
+    assert torch.func.vmap(call)(x[:0]).shape == (0, *call(x[0]).shape)
+
+
 # Not action_gradient's reference: torch doesn't export gradients that are taken inside.
 EXPORTED = [(n, op.backend) for n, op in OPS.items() if n != "representation_step"]
 EXPORTED += [(n, "reference") for n, backend in EXPORTED if backend == "cpu"]
