@@ -286,6 +286,7 @@ def _(
     *_: Any,
     **out: Any,
 ) -> int:
+    # The op computes the gradients of all parameters, frozen ones too.
     time_mlp, trunk = parameters[:4], parameters[4:]
     return coefficients[0] * (
         mlps_backward(state[0], time_mlp, 2, False, True)
