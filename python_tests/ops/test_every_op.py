@@ -562,6 +562,38 @@ def test_memory_of_large_batches() -> None:
     assert left_to_weights < 64 + 24
 
 
+WIDE_LAYER = """
+import torch
+from diffcore import ops
+from diffcore.ops import _native
+
+def resident():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
+
+def call(width):
+    weights = [torch.zeros(width, 1), torch.zeros(1, width)]
+    biases, kinds = [torch.zeros(width), torch.zeros(1)], ["relu", "identity"]
+    for _ in range(3):
+        ops.mlp(torch.zeros(1024, 1), weights, biases, kinds, backend="cpu")
+
+torch.set_num_threads(2)
+_native._core.set_pack_budget(0)
+call(16)
+before = resident()
+call(300_000)  # 64 rows of it are 73 MiB
+call(16)  # and drops the large pack
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_no_thread_keeps_large_memory() -> None:
+    result = run_script(WIDE_LAYER)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 24
+
+
 @pytest.mark.parametrize(("name", "precision"), [c for c in CALLS if c[0] not in WITHOUT_TILES])
 @pytest.mark.parametrize("batch", [3, 20])
 @pytest.mark.parametrize("one_has_memory", [False, True])
