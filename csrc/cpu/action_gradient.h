@@ -5,6 +5,7 @@
 // parameter gradient is ever formed. The state's part of each first layer is computed once.
 #pragma once
 
+#include "operand.h"
 #include "team.h"
 
 namespace diffcore {
@@ -41,11 +42,9 @@ static void carve_critic(const CriticParameters& p, Carver* memory, CriticPack* 
 static void carve_twin_critic(const TwinCriticParameters& p, Carver* memory, TwinCriticPack* pack,
                               Packer packer) {
   for (int q = 0; q < 2; ++q) {
-    if (p.critics[q].precision == Precision::bfloat16) {
-      carve_critic<Bfloat16Operand>(p.critics[q], memory, &pack->critics[q], packer);
-    } else {
-      carve_critic<Float32Operand>(p.critics[q], memory, &pack->critics[q], packer);
-    }
+    with_operand(p.critics[q].precision, [&](auto operand) {
+      carve_critic<decltype(operand)>(p.critics[q], memory, &pack->critics[q], packer);
+    });
   }
 }
 
@@ -405,11 +404,8 @@ static void action_gradient(const ActionGradientCall& call) {
 }
 
 static void action_gradient(const ActionGradientCall& call) {
-  if (call.critics[0]->precision == Precision::bfloat16) {
-    action_gradient<Bfloat16Operand>(call);
-  } else {
-    action_gradient<Float32Operand>(call);
-  }
+  with_operand(call.critics[0]->precision,
+               [&](auto operand) { action_gradient<decltype(operand)>(call); });
 }
 
 }  // namespace DIFFCORE_ISA

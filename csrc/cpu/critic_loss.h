@@ -4,6 +4,7 @@
 #pragma once
 
 #include "mlp.h"
+#include "operand.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
@@ -155,11 +156,8 @@ static void critic_loss(const CriticLossCall& call) {
 }
 
 static void critic_loss(const CriticLossCall& call) {
-  if (call.networks[0]->precision == Precision::bfloat16) {
-    critic_loss<Bfloat16Operand>(call);
-  } else {
-    critic_loss<Float32Operand>(call);
-  }
+  with_operand(call.networks[0]->precision,
+               [&](auto operand) { critic_loss<decltype(operand)>(call); });
 }
 
 }  // namespace DIFFCORE_ISA

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "mlp.h"
+#include "operand.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
@@ -178,11 +179,8 @@ static void denoising_loss(const DenoisingLossCall& call) {
 }
 
 static void denoising_loss(const DenoisingLossCall& call) {
-  if (call.trunk->precision == Precision::bfloat16) {
-    denoising_loss<Bfloat16Operand>(call);
-  } else {
-    denoising_loss<Float32Operand>(call);
-  }
+  with_operand(call.trunk->precision,
+               [&](auto operand) { denoising_loss<decltype(operand)>(call); });
 }
 
 }  // namespace DIFFCORE_ISA

@@ -140,8 +140,6 @@ struct ThreadBuffer {
 };
 thread_local ThreadBuffer buffers[scratch_slots];
 
-constexpr int64_t large_scratch = int64_t{64} << 20;
-
 }  // namespace
 
 int usable_threads(int wanted) {
@@ -222,6 +220,8 @@ char* thread_scratch(Scratch slot, int64_t bytes) {
   if (!memory) throw_out_of_memory();
   return memory;
 }
+
+void release_scratch(Scratch slot) { buffers[static_cast<int>(slot)].release(); }
 
 void release_large_scratch() {
   for (ThreadBuffer& buffer : buffers)

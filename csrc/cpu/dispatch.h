@@ -41,7 +41,8 @@ void always_use_teams(bool always);
 int64_t teams_run();
 
 // Gives back what the calling thread has of more than 64 MiB: at the end of a call, for which fresh memory
-// of that size is a small part of its work, and which may have been the only one so large.
+// of that size is a small part of its work, and which may have been the only one so large. The other
+// threads do so at the end of each parallel region.
 void release_large_scratch();
 
 // Lets every thread that needs more memory for its tiles than it has find none, for tests.

@@ -406,14 +406,16 @@ struct Kernels {
 };
 
 // Memory of the calling thread that grows and stays, 64-byte aligned; valid until the thread asks for the
-// same slot again or release_large_scratch() is called. A call keeps what all its threads share in one slot and
-// every thread the buffers of its tile in another; the third is for what goes from call to call of an
-// op that makes several, the last for gradients that such an op uses up itself.
+// same slot again or it is released, as slots with more than `large_scratch` are. A call keeps what all its
+// threads share in one slot and every thread the buffers of its tile in another; the third is for what goes
+// from call to call of an op that makes several, the last for gradients that such an op uses up itself.
 enum class Scratch : int { call, tile, between_calls, gradients };
 constexpr int scratch_slots = 4;
+constexpr int64_t large_scratch = int64_t{64} << 20;
 // Throws std::bad_alloc where there isn't any, or, for regions that no exception may leave, gives null.
 char* thread_scratch(Scratch slot, int64_t bytes);
 char* thread_scratch_or_null(Scratch slot, int64_t bytes);
+void release_scratch(Scratch slot);
 [[noreturn]] void throw_out_of_memory();
 
 }  // namespace diffcore

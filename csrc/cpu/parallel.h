@@ -28,6 +28,10 @@ class ThreadMemory {
     if (!memory) __atomic_store_n(&complete_, false, __ATOMIC_RELAXED);
     return {memory};
   }
+  // Large memory lies with its thread until that thread gives it back, which other calls may never reach.
+  void give_back() const {
+    if (bytes_ > large_scratch) release_scratch(Scratch::tile);
+  }
   // Whether all have theirs. To be asked behind a barrier, to which each has come by way of ask(): then
   // all see the same.
   bool complete() const { return __atomic_load_n(&complete_, __ATOMIC_RELAXED); }
@@ -52,6 +56,7 @@ static void run_threads(int threads, int64_t bytes, Body body) {
 #pragma omp barrier
     }
     if (memory.complete()) body(own);
+    memory.give_back();
   }
   memory.throw_unless_complete();
 }

@@ -11,6 +11,7 @@
 // instructions on the same numbers, so that all threads agree on x without communicating.
 #pragma once
 
+#include "operand.h"
 #include "philox.h"
 #include "reverse_step.h"
 #include "team.h"
@@ -84,11 +85,9 @@ static void carve_denoiser(const DenoiserParameters& p, Carver* memory, Denoiser
 
 static void carve_denoiser(const DenoiserParameters& p, Carver* memory, DenoiserPack* pack,
                            Team* team, Carver own) {
-  if (p.precision == Precision::bfloat16) {
-    carve_denoiser<Bfloat16Operand>(p, memory, pack, team, own);
-  } else {
-    carve_denoiser<Float32Operand>(p, memory, pack, team, own);
-  }
+  with_operand(p.precision, [&](auto operand) {
+    carve_denoiser<decltype(operand)>(p, memory, pack, team, own);
+  });
 }
 
 static int64_t denoiser_pack_bytes(const DenoiserParameters& p) {
@@ -267,11 +266,8 @@ static void reverse_diffusion(const ReverseDiffusionCall& call) {
 }
 
 static void reverse_diffusion(const ReverseDiffusionCall& call) {
-  if (call.denoiser->precision == Precision::bfloat16) {
-    reverse_diffusion<Bfloat16Operand>(call);
-  } else {
-    reverse_diffusion<Float32Operand>(call);
-  }
+  with_operand(call.denoiser->precision,
+               [&](auto operand) { reverse_diffusion<decltype(operand)>(call); });
 }
 
 }  // namespace DIFFCORE_ISA

@@ -19,6 +19,7 @@
 #pragma once
 
 #include "adam.h"
+#include "operand.h"
 #include "weight_gradient.h"
 
 namespace diffcore {
@@ -778,11 +779,7 @@ static void score_matching_loss(const ScoreMatchingLossCall& call) {
 }
 
 static void score_matching_loss(const ScoreMatchingLossCall& call) {
-  if (call.precision == Precision::bfloat16) {
-    score_matching_loss<Bfloat16Operand>(call);
-  } else {
-    score_matching_loss<Float32Operand>(call);
-  }
+  with_operand(call.precision, [&](auto operand) { score_matching_loss<decltype(operand)>(call); });
 }
 
 }  // namespace DIFFCORE_ISA

@@ -525,11 +525,6 @@ DIFFCORE_INLINE Vec zero() { return broadcast(0.0f); }
 DIFFCORE_INLINE Vec clamp(Vec x, Vec lower, Vec upper) {
   return at_most(upper, at_least(lower, x));
 }
-DIFFCORE_INLINE float as_float(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
 DIFFCORE_INLINE uint32_t as_bits(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);

@@ -134,6 +134,7 @@ static void run_team(int threads, int64_t shared_bytes, int64_t own_bytes, TeamW
     const Carver own = memory.ask();
     team.wait();
     if (memory.complete()) body(&team, shared, own);
+    memory.give_back();
     if (team.kept_waiting()) {
 #pragma omp atomic write
       late = true;

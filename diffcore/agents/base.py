@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcore.agents.checks import check_integer, check_rows
-from diffcore.agents.optimization import load_moments
+from diffcore.agents.optimization import learning, load_moments
 from diffcore.agents.replay_protocol import Batch, Replay
 
 ComputeDtype = Literal["float32", "bfloat16"]
@@ -30,7 +30,8 @@ class Saved(Protocol):
 class BaseAgent(ABC):
     """An agent of networks and optimisers that draws from one generator.
 
-    Its networks are float32 and live on ``device``, whatever torch's default dtype and device are.
+    Its networks are float32 and live on ``device``, whatever torch's default dtype and device are,
+    and learn whatever mode, torch.no_grad() or torch.inference_mode(), is on.
 
     Args:
         observation_dim: size of an observation vector.
@@ -100,6 +101,7 @@ class BaseAgent(ABC):
             "updates": self.updates,
         }
 
+    @learning()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a :meth:`state_dict` of an agent of the same sizes and kind.
 

@@ -56,6 +56,7 @@ from diffcore.agents.optimization import (
     ema_update_,
     frozen,
     gradient_step,
+    learning,
     make_adam,
     measured_step,
 )
@@ -282,6 +283,7 @@ class DiffSR(BaseAgent):
     config_type: ClassVar[type[DiffSRConfig]] = DiffSRConfig
     config: DiffSRConfig
 
+    @learning()
     def __init__(
         self,
         observation_dim: int,
@@ -396,8 +398,9 @@ class DiffSR(BaseAgent):
         action, _ = self.actor.sample(observation, noise)
         return torch.where(chance < self.config.random_action_rate, uniform, action)
 
+    @learning()
     def update(self, replay: Replay) -> dict[str, float | Tensor]:
-        """One whole update on batches drawn from ``replay``.
+        """One whole update on batches drawn from ``replay``, also under torch.no_grad().
 
         Returns:
             Metrics, as 0-d tensors on the agent's device: nothing here waits for the device.

@@ -45,7 +45,7 @@ from diffcore.agents.base import (
 )
 from diffcore.agents.checks import check_choice, check_integer, check_real
 from diffcore.agents.environment_names import environment_base_name
-from diffcore.agents.optimization import ema_update_, make_adam, measured_step
+from diffcore.agents.optimization import ema_update_, learning, make_adam, measured_step
 from diffcore.agents.policies import DiffusionPolicy, MLPPolicy, Policy, VAEPolicy
 from diffcore.agents.replay_protocol import Batch, Replay
 from diffcore.nn import TwinCritic
@@ -229,6 +229,7 @@ class DIPO(BaseAgent):
     config_type: ClassVar[type[DIPOConfig]] = DIPOConfig
     config: DIPOConfig
 
+    @learning()
     def __init__(
         self,
         observation_dim: int,
@@ -316,8 +317,9 @@ class DIPO(BaseAgent):
             generator=self.generator if generator is None else generator,
         )
 
+    @learning()
     def update(self, replay: Replay) -> dict[str, float | Tensor]:
-        """One whole update on batches drawn from ``replay``.
+        """One whole update on batches drawn from ``replay``, also under torch.no_grad().
 
         Returns:
             Metrics, as 0-d tensors on the agent's device: nothing here waits for the device.

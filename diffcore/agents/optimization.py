@@ -13,6 +13,16 @@ from diffcore.ops import _native
 from diffcore.ops._adam import FusedAdam
 
 
+@contextmanager
+def learning() -> Iterator[None]:
+    """What is computed in this block can be differentiated, and what is made in it be trained.
+
+    Whether or not torch.no_grad() or torch.inference_mode() is on around it.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
 def make_adam(parameters: Iterable[nn.Parameter], *, lr: float, eps: float) -> torch.optim.Adam:
     """Adam, as one fused kernel where torch has one for the parameters' device."""
     parameters = list(parameters)
@@ -52,6 +62,11 @@ def measured_step(
 
 
 def _differentiate(loss: Tensor, optimizer: torch.optim.Adam) -> list[nn.Parameter]:
+    if not loss.requires_grad:
+        raise ValueError(
+            "loss: expected one that can be differentiated in a parameter, got one that can't "
+            "(from under torch.no_grad(), for instance)"
+        )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     _forget_gradients(parameters)
     _backward(loss, parameters)

@@ -106,7 +106,7 @@ class SquashedGaussian(nn.Module):
         )
         if state.ndim == 2:
             return action, log_prob
-        return action.reshape(*rows, -1), log_prob.reshape(*rows, 1)
+        return action.reshape(*rows, self.action_dim), log_prob.reshape(*rows, 1)
 
     def _checked(self, state: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """As inputs of a sample, with noise for every row."""

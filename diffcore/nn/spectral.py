@@ -161,7 +161,7 @@ class Zeta(nn.Module):
         """zeta, ``[B, d, S]``; arguments as for :meth:`inputs`."""
         hidden = self.hidden(perturbed, alpha_bar, level, backend=backend)
         flat: Tensor = self.last(hidden)
-        return flat.reshape(-1, self.feature_dim, self.state_dim)
+        return flat.unflatten(-1, (self.feature_dim, self.state_dim))
 
 
 class RFFCritic(nn.Module):

@@ -113,7 +113,9 @@ def check_denoised(eps: Any, x: Tensor) -> None:
 
 def as_rows(x: Tensor) -> Tensor:
     """``[..., in]`` -> ``[rows, in]``: x itself where it is that, without a view in the graph."""
-    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    if x.ndim == 2:
+        return x
+    return x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
 
 
 def checked_inputs(

@@ -37,7 +37,8 @@ def scaled(
     count = len(grads)
 
     def scale(grad_loss: Tensor, *tensors: Tensor) -> list[Tensor]:
-        return [grad_loss * grad for grad in tensors[:count]]
+        # Expanded: torch has no product of numbers and tensors under a vmap over an empty batch.
+        return [grad_loss.expand_as(grad) * grad for grad in tensors[:count]]
 
     return _native.gradients(op, scale, grad_loss, *grads, *inputs)
 

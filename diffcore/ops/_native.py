@@ -14,6 +14,7 @@ from typing import Any, List, NamedTuple, get_args, get_origin, get_type_hints  
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
 
 from diffcore.ops import _flops
 from diffcore.ops._compile import GLOBAL_HOOKS
@@ -240,11 +241,17 @@ def requires_gradient(tensor: Tensor | None) -> bool:
     return _is_wrapped(tensor) and requires_gradient(torch._C._functorch.get_unwrapped(tensor))
 
 
+_FAKES: dict[str, Callable[..., Any]] = {}
+
+
 def fake(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Registers what the op's results look like, for torch.compile: a rule by names of arguments."""
+    """What the op's results look like, for torch.compile and a vmap over nothing: a rule by names of
+    arguments.
+    """
 
     def register(rule: Callable[..., Any]) -> Callable[..., Any]:
-        torch.library.register_fake(f"diffcore::{name}", by_name(name, rule), lib=_LIBRARY)
+        _FAKES[name] = by_name(name, rule)
+        torch.library.register_fake(f"diffcore::{name}", _FAKES[name], lib=_LIBRARY)
         return rule
 
     return register
@@ -253,15 +260,32 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Any]:
 def vmap(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Registers the op's rule for torch.func.vmap, and for the older vmap that torch still has.
 
-    That one is behind ``torch.autograd.grad(..., is_grads_batched=True)``.
+    That one is behind ``torch.autograd.grad(..., is_grads_batched=True)``. The rule is for a batch of
+    at least one.
     """
 
     def register(rule: Callable[..., Any]) -> Callable[..., Any]:
-        torch.library.register_vmap(f"diffcore::{name}", rule, lib=_LIBRARY)
+        def of_any_size(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+            if info.batch_size == 0:
+                return _over_nothing(_FAKES[name], in_dims, args)
+            return rule(info, in_dims, *args)
+
+        torch.library.register_vmap(f"diffcore::{name}", of_any_size, lib=_LIBRARY)
         _LIBRARY.impl(name, functools.partial(_in_older_vmap, rule), "Batched")
         return rule
 
     return register
+
+
+def _over_nothing(looks: Callable[..., Any], in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+    """Results of a vmap over an empty batch. `looks`: the op's fake, which says it of one element."""
+
+    def element(value: Tensor, dim: int) -> Tensor:
+        return value.new_empty(value.movedim(dim, 0).shape[1:])
+
+    results = looks(*_elements(in_dims, args, element))
+    empty = tree_map(lambda result: result.new_empty(0, *result.shape), results)
+    return empty, tree_map(lambda _: 0, results)
 
 
 def is_batch_of_gradients(value: Any) -> bool:
@@ -436,21 +460,28 @@ def folded(value: Tensor | None, dim: int | None, size: int, rows: int = 0) -> T
 def one_by_one(op: Callable[..., Any]) -> Callable[..., Any]:
     """A rule for vmap: the op for every element, where they can't be folded into the rows."""
 
-    def element(value: Any, dim: Any, i: int) -> Any:
-        if isinstance(value, list):
-            return [element(v, d, i) for v, d in zip(value, dim, strict=True)]
-        return value if dim is None else value.select(dim, i)
-
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        if not info.batch_size:
-            raise ValueError("vmap: expected at least one element, got none")
-        results = [
-            op(*(element(value, dim, i) for value, dim in zip(args, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
-        return _stacked(results)
+        return _stacked(
+            [
+                op(*_elements(in_dims, args, functools.partial(torch.select, index=i)))
+                for i in range(info.batch_size)
+            ]
+        )
 
     return rule
+
+
+def _elements(
+    in_dims: Sequence[Any], args: Sequence[Any], element: Callable[[Tensor, int], Tensor]
+) -> list[Any]:
+    """The arguments with ``element(tensor, dim)`` for those that a vmap has batched."""
+
+    def of_argument(value: Any, dim: Any) -> Any:
+        if isinstance(value, list):
+            return _elements(dim, value, element)
+        return value if dim is None else element(value, dim)
+
+    return [of_argument(value, dim) for value, dim in zip(args, in_dims, strict=True)]
 
 
 def _stacked(results: Sequence[Any]) -> tuple[Any, Any]:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from diffcore.agents.baselines import BaselineConfig, stable_baselines3
+from diffcore.agents.optimization import learning
 from diffcore.training.checkpoint import copy_tensors, load_checkpoint, save_checkpoint
 from diffcore.training.config import TrainConfig, from_dict, to_dict
 from diffcore.training.environment_state import (
@@ -162,16 +163,20 @@ def resume(
 
 @contextmanager
 def _open_trainer(config: TrainConfig, agent_config: AgentConfig) -> Iterator[BaseTrainer]:
-    """A trainer, on the threads asked for until the block ends; its environments are closed then."""
+    """A trainer, on the threads asked for until the block ends; its environments are closed then.
+
+    Gradients are on in the block, whatever mode of torch's the caller is in.
+    """
     threads = torch.get_num_threads()
     try:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        trainer = make_trainer(config, agent_config)
-        try:
-            yield trainer
-        finally:
-            trainer.close()
+        with learning():
+            trainer = make_trainer(config, agent_config)
+            try:
+                yield trainer
+            finally:
+                trainer.close()
     finally:
         if config.threads is not None:
             torch.set_num_threads(threads)

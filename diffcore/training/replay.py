@@ -29,6 +29,7 @@ class ReplayBuffer:
         ValueError: if a size is below 1.
     """
 
+    @torch.inference_mode(False)  # or the columns could be written in that mode alone
     def __init__(
         self,
         capacity: int,

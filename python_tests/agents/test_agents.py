@@ -14,7 +14,7 @@ from helpers import OTHER_DEFAULTS, torch_defaults
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffcore.ops import _dispatch, _native
+from diffcore.ops import _backends, _dispatch, _native
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 one_of_each = pytest.mark.parametrize("kind", ["dipo", "diffsr"])
@@ -63,6 +63,8 @@ def test_an_action_and_an_update_run_on_the_kernels(
         return backend
 
     monkeypatch.setattr(_dispatch, "choose", remember)
+    # Calls that don't ask go to the kernels; here all do.
+    monkeypatch.setattr(_backends, "may_go_straight", lambda *_: False)
     agent = make_kind(kind)
     agent.act(torch.randn(3, OBSERVATION_DIM), explore=True)
     agent.update(TensorReplay.random())
@@ -110,25 +112,53 @@ def test_deterministic_action_depends_on_its_observation_alone(kind: str) -> Non
     assert together.unique(dim=0).shape[0] > 1
 
 
+def some_life(kind: str, replay: TensorReplay) -> list[Tensor]:
+    """Actions, metrics and weights of an agent."""
+    agent = make_kind(kind)
+    observation = torch.ones(3, OBSERVATION_DIM, dtype=torch.float32, device="cpu")
+    action = agent.act(observation, explore=True)
+    metrics = agent.update(replay)
+    return [action, *metrics.values(), *agent.weights().values()]
+
+
 @pytest.mark.parametrize("defaults", OTHER_DEFAULTS, ids=str)
 @every_kind
 def test_torchs_defaults_for_dtype_and_device_change_nothing(
     kind: str, defaults: tuple[torch.dtype, str | None]
 ) -> None:
-    observation = torch.randn(3, OBSERVATION_DIM)
-
-    def some_life(replay: TensorReplay) -> list[Tensor]:
-        agent = make_kind(kind)
-        action = agent.act(observation, explore=True)
-        metrics = agent.update(replay)
-        return [action, *metrics.values(), *agent.weights().values()]
-
-    expected, replay = some_life(TensorReplay.random()), TensorReplay.random()
+    expected, replay = some_life(kind, TensorReplay.random()), TensorReplay.random()
     with torch_defaults(*defaults):
-        results = some_life(replay)
+        results = some_life(kind, replay)
     for result, usual in zip(results, expected, strict=True):
         assert result.dtype == usual.dtype
         assert torch.equal(result, usual)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@every_kind
+def test_torchs_modes_without_gradients_change_nothing(kind: str, mode: Any) -> None:
+    """Neither an agent's life in one, nor how one that was made or loaded there goes on outside."""
+    expected, replay = some_life(kind, TensorReplay.random()), TensorReplay.random()
+    with mode():
+        results = some_life(kind, replay)
+        assert not torch.is_grad_enabled()
+        agent, loaded = make_kind(kind), make_kind(kind, seed=1)
+        agent.update(replay)
+        loaded.load_state_dict(saved_and_loaded(agent.state_dict()))
+    for result, usual in zip(results, expected, strict=True):
+        assert torch.equal(result, usual)
+    for other in (agent, loaded):
+        other.update(TensorReplay.random(seed=2))
+    assert_equal_states(agent.state_dict(), loaded.state_dict())
+
+
+@one_of_each
+def test_a_step_by_itself_without_gradients_is_refused_by_name(kind: str) -> None:
+    agent, replay = make_kind(kind), TensorReplay.random()
+    batch = agent.sample(replay)
+    arguments = (batch, batch.action) if kind == "dipo" else (batch,)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"^loss: expected.*torch\.no_grad"):
+        agent.update_critic(*arguments)
 
 
 @every_kind

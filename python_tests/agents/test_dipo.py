@@ -25,7 +25,7 @@ from diffcore.agents import (
     VAEPolicy,
 )
 from diffcore.nn import MLP
-from diffcore.ops import _dispatch, _native
+from diffcore.ops import _backends, _dispatch, _native
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SWITCHES = [field.name for field in dataclasses.fields(ModeSwitches)]
@@ -175,6 +175,7 @@ def prefer(backend: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
         return choose(op, support, backend)
 
     monkeypatch.setattr(_dispatch, "choose", preferred_first)
+    monkeypatch.setattr(_backends, "may_go_straight", lambda *_: False)  # every call asks
     return ran
 
 

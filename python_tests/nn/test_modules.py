@@ -219,6 +219,30 @@ def test_ensemble_with_vmap() -> None:
         torch.testing.assert_close(q2[i], critic(state, action)[1])
 
 
+LEVELS = torch.zeros(2, dtype=torch.int64)
+CALLS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
+    "MLP": (nn.MLP(5, 8, 3), (torch.ones(5),)),
+    "TwinCritic": (nn.TwinCritic(5, 3, 8), (torch.ones(5), torch.ones(3))),
+    "Psi": (nn.Psi(5, 3, 4, 8), (torch.ones(5), torch.ones(3))),
+    "TwinRFFCritic": (nn.TwinRFFCritic(4, 8), (torch.ones(4),)),
+    "SquashedGaussian": (nn.SquashedGaussian(5, 3, 8).sample, (torch.ones(5), torch.ones(3))),
+    "Denoiser": (nn.Denoiser(5, 3, 8), (torch.ones(2, 3), torch.ones(2, 5), LEVELS)),
+    "Zeta": (nn.Zeta(5, 4, 8), (torch.ones(2, 5), torch.ones(2, 1), LEVELS)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_vmap_over_an_empty_batch(name: str) -> None:
+    call, inputs = CALLS[name]
+
+    def results(elements: int) -> tuple[Tensor, ...]:
+        mapped = torch.func.vmap(call)(*(x.expand(elements, *x.shape) for x in inputs))
+        return mapped if isinstance(mapped, tuple) else (mapped,)
+
+    for one, none in zip(results(1), results(0), strict=True):
+        assert none.shape == (0, *one.shape[1:])
+
+
 def test_compile() -> None:
     denoiser = nn.Denoiser(5, 3, 8)
     inputs = torch.randn(9, 3), torch.randn(9, 5), torch.arange(9)

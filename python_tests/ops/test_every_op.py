@@ -588,6 +588,38 @@ def test_memory_of_large_batches() -> None:
     assert left_to_weights < 64 + 24
 
 
+WIDE_LAYER = """
+import torch
+from diffcore import ops
+from diffcore.ops import _native
+
+def resident():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
+
+def call(width):
+    weights = [torch.zeros(width, 1), torch.zeros(1, width)]
+    biases, kinds = [torch.zeros(width), torch.zeros(1)], ["relu", "identity"]
+    for _ in range(3):
+        ops.mlp(torch.zeros(1024, 1), weights, biases, kinds, backend="cpu")
+
+torch.set_num_threads(2)
+_native._core.set_pack_budget(0)
+call(16)
+before = resident()
+call(300_000)  # 64 rows of it are 73 MiB
+call(16)  # and drops the large pack
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_no_thread_keeps_large_memory() -> None:
+    result = run_script(WIDE_LAYER)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 24
+
+
 @pytest.mark.parametrize(("name", "precision"), [c for c in CALLS if c[0] not in WITHOUT_TILES])
 @pytest.mark.parametrize("batch", [3, 20])
 @pytest.mark.parametrize("one_has_memory", [False, True])
@@ -761,6 +793,68 @@ class Call(nn.Module):
         rows = dict(zip(self.names, tensors, strict=True))
         by_row, of_all = self.op.call(self.network, rows, backend=self.backend)
         return [*by_row, *of_all]
+
+
+# A step of an optimiser changes its parameters in place.
+VMAPPED = [(n, "rows") for n in OPS if n != "representation_step"]
+VMAPPED += [(n, "parameters") for n, _ in VMAPPED if OPS[n].make(Sizes()).state_dict()]
+
+
+@pytest.mark.parametrize(("name", "batched"), VMAPPED)
+@pytest.mark.parametrize("backend", ["kernel", "reference"])
+@pytest.mark.parametrize("around", [(), (2,)])
+def test_vmap_over_an_empty_batch(
+    name: str, batched: str, backend: str, around: tuple[int, ...]
+) -> None:
+    """Gives results and gradients like those over one element, but for their number."""
+    op = OPS[name]
+    network, rows = op.make(Sizes()), op.rows(Sizes(), 3)
+    call = Call(op, network, list(rows), op.backend if backend == "kernel" else backend)
+    weights = {k: p.detach() for k, p in call.named_parameters() if p.requires_grad}
+    batch = weights if batched == "parameters" else rows
+    leaves = [k for k in batch if k in weights or k in op.differentiable]
+
+    def results(tensors: Rows) -> Any:
+        given_ = {k: tensors[k] for k in weights}, tuple(tensors[k] for k in rows)
+        return torch.func.functional_call(call, *given_)
+
+    def gradients(tensors: Rows) -> Any:
+        def total(of: Rows) -> Any:
+            return torch.stack([*map(weighted_sum, results(tensors | of))]).sum()
+
+        return [*torch.func.grad(total)({k: tensors[k] for k in leaves}).values()]
+
+    def shapes(function: Callable[[Rows], Any], size: int) -> list[tuple[int, ...]]:
+        sizes = (*around, size)
+        dims = {k: 0 if k in batch else None for k in rows | weights}
+        tensors = {k: v.expand(*sizes, *v.shape) for k, v in batch.items()}
+        for _ in sizes:
+            function = torch.func.vmap(function, (dims,))
+        return [tuple(r.shape) for r in function(rows | weights | tensors)]
+
+    differentiates = name in DIFFERENTIABLE and leaves
+    for function in (results, gradients) if differentiates else (results,):
+        one = shapes(function, 1)
+        at = len(around)
+        assert one
+        assert shapes(function, 0) == [(*s[:at], 0, *s[at + 1 :]) for s in one]
+
+
+@pytest.mark.parametrize("name", ["mlp", "mlp_ensemble", "rff_features"])
+@pytest.mark.parametrize("leading", [(), (2, 3)])
+def test_vmap_over_an_empty_batch_of_other_than_rows(name: str, leading: tuple[int, ...]) -> None:
+    op = OPS[name]
+    network = op.make(Sizes())
+
+    def call(x: Tensor) -> Tensor:
+        if name == "mlp":
+            return ops.mlp(x, *layers(network), backend="cpu")
+        if name == "mlp_ensemble":
+            return ops.mlp_ensemble(x, *ensemble(network), backend="cpu")
+        return ops.rff_features(x, *network.parameters(), backend="cpu")
+
+    x = torch.randn(4, *leading, 5)
+    assert torch.func.vmap(call)(x[:0]).shape == (0, *call(x[0]).shape)
 
 
 # Not action_gradient's reference: torch doesn't export gradients that are taken inside.

@@ -174,6 +174,21 @@ def test_torchs_default_dtype_changes_nothing(
     assert_equal_runs(usual, run)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@both_agents
+def test_torchs_modes_without_gradients_change_nothing(
+    tiny_run: MakeConfig, console: Console, signal_at: SignalAt, agent_config: Any, mode: Any
+) -> None:
+    usual = train(tiny_run("usual"), agent_config, console=console).run
+    signal_at(33)
+    with mode():
+        run = train(tiny_run("without"), agent_config, console=console).run
+        load_agent(run)
+        resume(run, console=console)
+        assert not torch.is_grad_enabled()
+    assert_equal_runs(usual, run)
+
+
 @both_agents
 def test_a_default_device_is_not_the_runs(
     tiny_run: MakeConfig, console: Console, agent_config: Any

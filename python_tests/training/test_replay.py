@@ -37,6 +37,14 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def test_one_made_in_inference_mode_is_written_outside() -> None:
+    with torch.inference_mode():
+        buffer = make()
+    buffer.add(*rows(0, 3))
+    buffer.set_best_action(torch.tensor([1]), torch.tensor([[0.5]]))
+    assert buffer.sample(64, generator()).best_action.max() == 0.5
+
+
 @settings(deadline=None, max_examples=50)
 @given(capacity=st.integers(1, 12), counts=st.lists(st.integers(1, 12), max_size=12))
 def test_keeps_the_last_transitions(capacity: int, counts: list[int]) -> None:

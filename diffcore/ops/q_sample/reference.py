@@ -9,7 +9,7 @@ from diffcore.schedule import DiffusionSchedule
 
 def q_sample(x0: Tensor, t: Tensor, noise: Tensor, schedule: DiffusionSchedule) -> Tensor:
     abar = schedule.alphas_cumprod.to(t.device).index_select(0, t)  # negative levels are refused
-    shape = [-1] + [1] * (x0.ndim - 1)
+    shape = (*t.shape, *[1] * (x0.ndim - 1))
     signal = abar.sqrt().to(x0.dtype).reshape(shape)
     spread = (1 - abar).sqrt().to(x0.dtype).reshape(shape)
     return signal * x0 + spread * noise

@@ -251,6 +251,7 @@ def _(state: Shape, parameters: list[Shape], coefficients: Shape) -> int:
 
 @flops("reverse_diffusion_backward")
 def _(state: Shape, parameters: list[Shape], coefficients: Shape) -> int:
+    # The op computes the gradients of all parameters, frozen ones too.
     time_mlp, trunk = parameters[:4], parameters[4:]
     return coefficients[0] * (
         mlps_backward(state[0], time_mlp, 2, False, True)
