@@ -101,7 +101,8 @@ def train(
     with _open_trainer(config, agent_config) as trainer:
         trainer.start()
         run = RunDirectory.create(config, agent_config)
-        return trainer.run(run, console or Console())
+        with run.lock():
+            return trainer.run(run, console or Console())
 
 
 def resume(
@@ -129,12 +130,10 @@ def resume(
         console: where to show progress; None is standard output.
 
     Raises:
-        TrainingError: if there is no whole checkpoint, or it doesn't fit, or config.json doesn't fit
-            it; if the run is complete already; and as :func:`train` does.
+        TrainingError: if another process is training in it; if there is no whole checkpoint, or it
+            doesn't fit, or config.json doesn't fit it; if the run is complete already; and as
+            :func:`train` does.
     """
-    run = RunDirectory.open(path)
-    checkpoint = load_checkpoint(run.checkpoint)
-    config, agent_config = configs_of(checkpoint, run.checkpoint)
     given = {
         "total_steps": total_steps,
         "device": device,
@@ -145,19 +144,28 @@ def resume(
         "tensorboard": tensorboard,
     }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    run = RunDirectory.open(path)
+    with run.lock():  # before anything is read, which a process that trains in it may be writing
+        return _resume_locked(run, changes, console or Console())
+
+
+def _resume_locked(run: RunDirectory, changes: dict[str, Any], console: Console) -> TrainResult:
+    """What :func:`resume` does in a run that is this process's."""
+    checkpoint = load_checkpoint(run.checkpoint)
+    config, agent_config = configs_of(checkpoint, run.checkpoint)
     config = dataclasses.replace(run.resumed_config(config, agent_config), **changes)
     with _open_trainer(config, agent_config) as trainer:
         trainer.load_state_dict(checkpoint)
         if trainer.complete:
             raise ConfigError(
-                f"{path} has done {trainer.step:,} of {config.total_steps:,} steps; "
+                f"{run.path} has done {trainer.step:,} of {config.total_steps:,} steps; "
                 "to train it longer set total_steps (--total-steps) above that"
             )
         rows = checkpoint["rows"]
         del checkpoint  # gives back the old file's place on the disk once it is replaced
         if changes:
             run.write_config(config, agent_config)
-        return trainer.run(run, console or Console(), rows=rows)
+        return trainer.run(run, console, rows=rows)
 
 
 @contextmanager
@@ -362,13 +370,12 @@ class BaseTrainer(ABC):
         """Train from the present step to the last, or until a signal.
 
         Args:
-            directory: where the run writes.
+            directory: where the run writes; locked by the caller.
             console: where it shows progress.
             rows: lengths of the CSV files at the present step, as :meth:`state_dict` had them;
                 later rows are cut off.
         """
         with (
-            directory.lock(),
             ProgressDisplay(console, self.step, self.config.total_steps) as display,
             Interruption() as interruption,
         ):

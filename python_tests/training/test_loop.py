@@ -637,10 +637,28 @@ def test_an_environment_that_cannot_be_saved_restarts_with_a_warning(
     assert set(lengths) == {7.0}
 
 
-def test_running_in_one_directory_twice_is_refused(tiny_run: MakeConfig, console: Console) -> None:
-    run = train(tiny_run(total_steps=40), TinyConfig(), console=console).run
-    with RunDirectory.open(run).lock(), pytest.raises(RunError, match="another process is"):
-        resume(run, total_steps=60, console=console)
+def test_running_in_one_directory_twice_is_refused(
+    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = 0
+    advance = Trainer.advance
+
+    def advance_and_resume(trainer: Trainer) -> list[float]:
+        nonlocal refused
+        if trainer.step == 30:  # with a checkpoint and its config.json, which a resumption may change
+            path = trainer.config.run_dir
+            assert path is not None
+            before = (path / "config.json").read_bytes()
+            with pytest.raises(RunError, match="another process is training in"):
+                resume(path, total_steps=777, console=console)
+            assert (path / "config.json").read_bytes() == before
+            refused += 1
+        return advance(trainer)
+
+    monkeypatch.setattr(Trainer, "advance", advance_and_resume)
+    run = train(tiny_run(total_steps=40, checkpoint_minutes=0.0), TinyConfig(), console=console).run
+    assert refused == 1
+    assert resume(run, total_steps=60, console=console).step == 60
 
 
 # Full disks
