@@ -29,11 +29,12 @@ from diffcore.training.config import RESUMABLE
 from diffcore.training.evaluation import Evaluator, VideoFile
 from diffcore.training.loop import load_agent
 from diffcore.training.plotting import plot_runs
+from diffcore.training.progress import say
 from diffcore.training.registry import AgentConfig, agent_type
 from diffcore.training.run_directory import RunDirectory, directory_name
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C or SIGTERM, by the shells' convention for SIGINT."""
+"""Exit code after Ctrl-C, SIGTERM or SIGHUP, by the shells' convention for SIGINT."""
 
 USAGE = f"""\
 usage: diffcore COMMAND ...
@@ -340,22 +341,19 @@ def parse_comparison(arguments: list[str]) -> tuple[CompareArguments, Path, list
 
 
 def _report(result: TrainResult, console: Console) -> int:
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     run = RunDirectory(result.run)
     if result.interrupted:
-        say(f"interrupted at step {result.step:,}, saved; to go on:")
-        say(f"  diffcore train --resume {result.run}")
+        say(console, f"interrupted at step {result.step:,}, saved; to go on:")
+        say(console, f"  diffcore train --resume {result.run}")
         return INTERRUPTED
     if result.evaluation is not None:
         mean, std = result.evaluation.mean_return, result.evaluation.std_return
-        say(f"return {mean:.2f} ± {std:.2f} over {len(result.evaluation.returns)} episodes")
-    say(f"{result.step:,} steps, {result.steps_per_second:,.1f} steps/s")
-    say(f"run:        {run.path}")
-    say(f"logs:       {run.progress}, {run.evaluations}")
-    say(f"checkpoint: {run.checkpoint}")
-    say(f"weights:    {run.weights}")
+        say(console, f"return {mean:.2f} ± {std:.2f} over {len(result.evaluation.returns)} episodes")
+    say(console, f"{result.step:,} steps, {result.steps_per_second:,.1f} steps/s")
+    say(console, f"run:        {run.path}")
+    say(console, f"logs:       {run.progress}, {run.evaluations}")
+    say(console, f"checkpoint: {run.checkpoint}")
+    say(console, f"weights:    {run.weights}")
     return 0
 
 

@@ -34,6 +34,7 @@ from diffcore.training.interruption import Interruption
 from diffcore.training.logging import read_series
 from diffcore.training.loop import resume, train
 from diffcore.training.plotting import Array, Band, plot_learning_curves
+from diffcore.training.progress import printing, say
 from diffcore.training.registry import AgentConfig, agent_name
 from diffcore.training.run_directory import RunDirectory
 from diffcore.training.statistics import bootstrap_interval
@@ -97,7 +98,7 @@ def compare(
             _check_settings(job)
     waiting = [job for job in jobs if not _is_complete(job)]
     if len(waiting) < len(jobs):
-        _say(console, f"{len(jobs) - len(waiting)} of {len(jobs)} runs are complete already")
+        say(console, f"{len(jobs) - len(waiting)} of {len(jobs)} runs are complete already")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -119,7 +120,8 @@ def compare(
         rows = summarize([(job.agent, value) for job, _, value in finals])
         _write_csv(comparison.summary, rows)
         plot_learning_curves([job.run.path for job in jobs], comparison.curves, band=INTERVAL)
-        console.print(_table(jobs[0].config.env, rows))
+        with printing(console):
+            console.print(_table(jobs[0].config.env, rows))
     return comparison
 
 
@@ -184,7 +186,7 @@ def run_or_resume(job: Job, console: Console) -> bool:
 
 def _run_in_turn(jobs: list[Job], output: Path, parallel: int, console: Console) -> bool:
     for i, job in enumerate(jobs):
-        _say(console, f"[{i + 1}/{len(jobs)}] {job}")
+        say(console, f"[{i + 1}/{len(jobs)}] {job}")
         if not run_or_resume(job, console):
             return False
     return True
@@ -210,7 +212,7 @@ def _run_in_parallel(jobs: list[Job], output: Path, parallel: int, console: Cons
                 process: BaseProcess = context.Process(target=_run_in_process, args=(job, log))
                 process.start()
                 running[log] = (job, process)
-                _say(console, f"{job}: started, log in {log}")
+                say(console, f"{job}: started, log in {log}")
             wait([process.sentinel for _, process in running.values()], timeout=0.2)
             if interruption.requested and not stopped:
                 stopped = True
@@ -223,7 +225,7 @@ def _run_in_parallel(jobs: list[Job], output: Path, parallel: int, console: Cons
                 complete = complete and ended.exitcode == 0
                 if ended.exitcode != 0 and not interruption.requested:
                     failed.append(log)
-                _say(console, f"{job}: {'complete' if ended.exitcode == 0 else 'not complete'}")
+                say(console, f"{job}: {'complete' if ended.exitcode == 0 else 'not complete'}")
     if failed:
         last = [text for text in failed[0].read_text().splitlines() if text] or ["it left no word"]
         logs = ", ".join(map(str, failed))
@@ -239,7 +241,7 @@ def _run_in_process(job: Job, log: Path) -> None:
         try:
             sys.exit(0 if run_or_resume(job, console) else 1)
         except TrainingError as error:
-            _say(console, f"error: {error}")
+            say(console, f"error: {error}")
             sys.exit(1)
 
 
@@ -318,7 +320,3 @@ def _table(env: str, rows: list[dict[str, Any]]) -> Table:
             f"{row['max']:.1f}",
         )
     return table
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

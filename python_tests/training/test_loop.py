@@ -493,6 +493,22 @@ def test_a_second_ctrl_c_does_not_wait(
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_hangup_ends_a_run_unless_it_is_ignored(
+    tiny_run: MakeConfig, console: Console, signal_at: SignalAt
+) -> None:
+    signal_at(33, signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert not train(tiny_run("ignored"), TinyConfig(), console=console).interrupted
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        result = train(tiny_run(), TinyConfig(), console=console)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (result.step, result.interrupted) == (33, True)
+    assert load_checkpoint(result.run / "checkpoint.pt")["step"] == 33
+
+
 def test_a_complete_run_can_be_extended(tiny_run: MakeConfig, console: Console) -> None:
     run = train(tiny_run(total_steps=40), TinyConfig(), console=console).run
     with pytest.raises(ConfigError, match="has done 40 of 40 steps"):
@@ -645,7 +661,7 @@ def test_running_in_one_directory_twice_is_refused(
 
     def advance_and_resume(trainer: Trainer) -> list[float]:
         nonlocal refused
-        if trainer.step == 30:  # with a checkpoint and its config.json, which a resumption may change
+        if trainer.step == 30:  # its checkpoint is written
             path = trainer.config.run_dir
             assert path is not None
             before = (path / "config.json").read_bytes()
