@@ -40,7 +40,7 @@ from diffcore.training.environments import (
     FloatArray,
     make_environment,
 )
-from diffcore.training.errors import CheckpointError, ConfigError, TrainingError
+from diffcore.training.errors import CheckpointError, ConfigError, TrainingError, WriteError
 from diffcore.training.evaluation import Evaluation, Evaluator
 from diffcore.training.files import write_atomically
 from diffcore.training.interruption import Interruption
@@ -655,9 +655,7 @@ class _Session:
             self.display.step(trainer.step)
             if trainer.step >= min(trainer.next_log, config.total_steps):
                 self.log()
-        self.save()
-        if trainer.complete:
-            self.export_weights()
+        self.end()
         return TrainResult(
             run=self.directory.path,
             step=trainer.step,
@@ -708,6 +706,27 @@ class _Session:
         self.logs[name].write(row)
         if self.tensorboard is not None:
             self.tensorboard.write(name, row)
+
+    def end(self) -> None:
+        """Write the last checkpoint, then the weights if the run is complete.
+
+        Weights are small and may find place where the checkpoint doesn't: then too they are written.
+
+        Raises:
+            CheckpointError, WriteError: if one of the two can't be written.
+        """
+        try:
+            self.save()
+        except CheckpointError as error:
+            try:
+                self.export_weights()
+            except WriteError:
+                raise error from None
+            raise CheckpointError(
+                f"{error}; the policy of step {self.trainer.step:,} is in {self.directory.weights}"
+            ) from error
+        if self.trainer.complete:
+            self.export_weights()
 
     def save(self) -> None:
         """Write the checkpoint.

@@ -1,14 +1,14 @@
 """Where a run keeps its files.
 
-==================  =====================================================================
+==================  ==============================================================================
 config.json         what was set, and the versions of everything; see ``resumed_config``
 progress.csv        training: one row per ``log_interval``
 evaluations.csv     one row per evaluation
 timing.csv          clock readings; kept apart, so that equal runs have equal CSV files
 tensorboard/        all of that for TensorBoard
 checkpoint.pt       everything needed to continue
-weights.safetensors the policy's weights, written at the end
-==================  =====================================================================
+weights.safetensors the policy's weights: at the end, or if the last checkpoint can't be written
+==================  ==============================================================================
 """
 
 from __future__ import annotations

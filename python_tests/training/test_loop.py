@@ -704,16 +704,42 @@ def test_training_survives_a_checkpoint_that_cannot_be_written(
     assert load_checkpoint(result.run / "checkpoint.pt")["step"] == 60
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_an_error(
-    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error_but_the_weights_are_there(
+    tiny_run: MakeConfig,
+    console: Console,
+    signal_at: SignalAt,
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted: bool,
 ) -> None:
     from diffcore.training import checkpoint as module
 
     def full(path: Path, fill: Any) -> None:
         raise module.WriteError(f"can't write {path}: {os.strerror(errno.ENOSPC)}")
 
+    if interrupted:
+        signal_at(33)
+    whole = train(tiny_run("whole"), TinyConfig(), console=console).run
     monkeypatch.setattr(module, "write_atomically", full)
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: No space left on device"):
+    step = 33 if interrupted else 60
+    message = rf"checkpoint\.pt: No space left on device; the policy of step {step} is in .*weights\."
+    with pytest.raises(CheckpointError, match=message):
+        train(tiny_run(), TinyConfig(), console=console)
+    weights = tiny_run().run_dir / "weights.safetensors"  # type: ignore[operator]
+    assert_equal_trees(safetensors.torch.load_file(weights), load_agent(whole).agent.weights())
+
+
+def test_the_error_is_the_checkpoints_if_the_weights_find_no_place_either(
+    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffcore.training import checkpoint, loop
+
+    def full(path: Path, fill: Any) -> None:
+        raise checkpoint.WriteError(f"can't write {path}: {os.strerror(errno.ENOSPC)}")
+
+    for module in (checkpoint, loop):
+        monkeypatch.setattr(module, "write_atomically", full)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: No space left on device$"):
         train(tiny_run(), TinyConfig(), console=console)
 
 
