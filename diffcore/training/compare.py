@@ -27,6 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from diffcore.training.checkpoint import load_checkpoint
 from diffcore.training.config import TrainConfig, to_dict
 from diffcore.training.errors import RunError, TrainingError
 from diffcore.training.files import write_atomically
@@ -285,10 +286,14 @@ def _check_settings(job: Job) -> None:
 
 
 def _is_complete(job: Job) -> bool:
-    if not job.run.evaluations.is_file():
+    """Whether all steps are done, evaluated and saved. The weights are what a run writes last."""
+    run = job.run
+    if not (run.evaluations.is_file() and run.checkpoint.is_file()):
         return False
-    steps, _ = read_series(job.run.evaluations, "mean_return")
-    return bool(steps) and steps[-1] >= job.config.total_steps and job.run.weights.is_file()
+    steps, _ = read_series(run.evaluations, "mean_return")
+    saved = load_checkpoint(run.checkpoint, verify=False)["step"]
+    ends = bool(steps) and steps[-1] == saved == run.weights_step()
+    return ends and saved >= job.config.total_steps
 
 
 def _final_return(job: Job) -> tuple[int, float]:

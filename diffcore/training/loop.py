@@ -156,7 +156,7 @@ def _resume_locked(run: RunDirectory, changes: dict[str, Any], console: Console)
     config = dataclasses.replace(run.resumed_config(config, agent_config), **changes)
     with _open_trainer(config, agent_config) as trainer:
         trainer.load_state_dict(checkpoint)
-        if trainer.complete:
+        if trainer.complete and run.weights_step() == trainer.step:
             raise ConfigError(
                 f"{run.path} has done {trainer.step:,} of {config.total_steps:,} steps; "
                 "to train it longer set total_steps (--total-steps) above that"

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 
 from diffcore.training.config import RESUMABLE, TrainConfig, to_dict
 from diffcore.training.errors import ConfigError, RunError
@@ -154,6 +155,14 @@ class RunDirectory:
             return dataclasses.replace(saved, **changed)
         except ConfigError as error:
             raise RunError(f"{self.config}: {error}") from error
+
+    def weights_step(self) -> int | None:
+        """The step whose weights are exported; None if there are none that can be read."""
+        try:
+            with safe_open(self.weights, "pt") as file:
+                return int(json.loads(file.metadata()["diffcore"])["step"])
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+            return None
 
     def lock(self) -> FileLock:
         """Take the run for this process, until the lock is released.

@@ -13,10 +13,12 @@ import matplotlib.image
 import pytest
 
 from diffcore.cli import main, parse_comparison
-from diffcore.training import TrainConfig, Trainer, resume
+from diffcore.training import TrainConfig, Trainer, WriteError, checkpoint, loop, resume
 from diffcore.training import compare as comparison
+from diffcore.training.checkpoint import load_checkpoint
 from diffcore.training.compare import summarize
 from diffcore.training.logging import read_csv
+from diffcore.training.run_directory import RunDirectory
 
 COMMON = [
     "--env", "Pendulum-v1", "--total-steps", "40", "--max-episode-steps", "10",
@@ -143,6 +145,29 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(
     assert run("--seeds", "0") == 0
     assert (killed / "evaluations.csv").read_bytes() == whole
     assert (killed / "checkpoint.pt").is_file()
+
+
+@pytest.mark.parametrize("lost", ["checkpoint", "weights"])
+def test_a_run_whose_end_was_not_saved_is_not_complete(
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """As a full disk leaves it or, between two files, a kill."""
+    assert run("--seeds", "0") == 0
+
+    def fail(*arguments: object) -> None:
+        raise WriteError("no space left")
+
+    module, write = (checkpoint, "write_atomically"), (loop._Session, "export_weights")
+    with monkeypatch.context() as patch:
+        patch.setattr(*(module if lost == "checkpoint" else write), fail)
+        assert run("--seeds", "0", "--total-steps", "60") == 1
+    path = tmp_path / "out" / "dipo" / "s0"
+    assert read_csv(path / "evaluations.csv")[1][-1]["step"] == "60"
+    saved = load_checkpoint(path / "checkpoint.pt")["step"], RunDirectory(path).weights_step()
+    assert saved == ((40, 60) if lost == "checkpoint" else (60, 40))
+    assert run("--seeds", "0", "--total-steps", "60") == 0
+    assert load_checkpoint(path / "checkpoint.pt")["step"] == RunDirectory(path).weights_step() == 60
+    assert [row["step"] for row in read_csv(path / "evaluations.csv")[1]] == ["20", "40", "60"]
 
 
 def test_runs_that_were_set_differently_are_not_taken_for_these(

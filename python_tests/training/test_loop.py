@@ -521,6 +521,19 @@ def test_a_complete_run_can_be_extended(tiny_run: MakeConfig, console: Console) 
     assert_equal_trees(*weights)
 
 
+@pytest.mark.parametrize("damage", ["missing", "torn"])
+def test_weights_that_a_complete_run_lacks_are_written_by_resuming_it(
+    tiny_run: MakeConfig, console: Console, damage: str
+) -> None:
+    run = RunDirectory(train(tiny_run(), TinyConfig(), console=console).run)
+    weights = run.weights.read_bytes()
+    assert run.weights_step() == 60
+    run.weights.unlink() if damage == "missing" else run.weights.write_bytes(weights[:50])
+    assert run.weights_step() is None
+    assert resume(run.path, console=console).step == 60
+    assert run.weights.read_bytes() == weights
+
+
 def edit_config(run: Path, section: str, **changes: Any) -> None:
     path = run / "config.json"
     contents = json.loads(path.read_text())
