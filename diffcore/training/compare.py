@@ -112,13 +112,9 @@ def compare(
         summary=output / "summary.csv",
     )
     if comparison.complete:
-        finals = [(job, *_final_return(job)) for job in jobs]
-        runs = [
-            {"agent": job.agent, "seed": job.config.seed, "step": step, "return": value}
-            for job, step, value in finals
-        ]
+        runs = [_final_row(job) for job in jobs]
         _write_csv(comparison.final_returns, runs)
-        rows = summarize([(job.agent, value) for job, _, value in finals])
+        rows = summarize(runs)
         _write_csv(comparison.summary, rows)
         plot_learning_curves([job.run.path for job in jobs], comparison.curves, band=INTERVAL)
         with printing(console):
@@ -126,22 +122,24 @@ def compare(
     return comparison
 
 
-def summarize(finals: list[tuple[str, float]]) -> list[dict[str, Any]]:
+def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per agent: interquartile mean with its 95% interval, mean, deviation, extremes.
 
     Args:
-        finals: agent and final return of each run.
+        runs: ``agent``, ``updates`` and final ``return`` of each.
     """
-    by_agent: dict[str, list[float]] = defaultdict(list)
-    for agent, value in finals:
-        by_agent[agent].append(value)
+    by_agent: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        by_agent[run["agent"]].append(run)
     rows = []
-    for agent, values in by_agent.items():
+    for agent, its_runs in by_agent.items():
+        values = [run["return"] for run in its_runs]
         iqm, low, high = bootstrap_interval(np.array(values)[:, None])
         rows.append(
             {
                 "agent": agent,
                 "seeds": len(values),
+                "updates": round(statistics.fmean(run["updates"] for run in its_runs)),
                 "iqm": float(iqm),
                 "ci_low": float(low),
                 "ci_high": float(high),
@@ -296,10 +294,17 @@ def _is_complete(job: Job) -> bool:
     return ends and saved >= job.config.total_steps
 
 
-def _final_return(job: Job) -> tuple[int, float]:
-    """Step and mean return of a run's last evaluation."""
+def _final_row(job: Job) -> dict[str, Any]:
+    """Mean return of a run's last evaluation, and the updates that it took."""
     steps, returns = read_series(job.run.evaluations, "mean_return")
-    return steps[-1], returns[-1]
+    _, updates = read_series(job.run.progress, "updates")
+    return {
+        "agent": job.agent,
+        "seed": job.config.seed,
+        "step": steps[-1],
+        "updates": int(updates[-1]),
+        "return": returns[-1],
+    }
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -312,12 +317,13 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _table(env: str, rows: list[dict[str, Any]]) -> Table:
     table = Table(title=f"Final return on {env}: mean of the last evaluation of each run")
-    for name in ("agent", "seeds", "IQM", "95% interval", "mean ± std", "min", "max"):
+    for name in ("agent", "seeds", "updates", "IQM", "95% interval", "mean ± std", "min", "max"):
         table.add_column(name, justify="left" if name == "agent" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["agent"],
             str(row["seeds"]),
+            f"{row['updates']:,}",
             f"{row['iqm']:.1f}",
             f"{row['ci_low']:.1f} .. {row['ci_high']:.1f}",
             f"{row['mean']:.1f} ± {row['std']:.1f}",

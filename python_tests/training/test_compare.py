@@ -70,7 +70,10 @@ def test_end_to_end_and_again_and_with_more(
     for row in finals:
         log = output / row["agent"] / f"s{row['seed']}" / "evaluations.csv"
         assert (row["step"], row["return"]) == ("40", read_csv(log)[1][-1]["mean_return"])
-    rows = [(row["agent"], float(row["return"])) for row in finals]
+        assert row["updates"] == ("20" if row["agent"] == "dipo" else "40")  # PPO: 4 rollouts x 10
+    rows = [
+        {**row, "updates": int(row["updates"]), "return": float(row["return"])} for row in finals
+    ]
     expected = [{name: str(value) for name, value in row.items()} for row in summarize(rows)]
     assert table(output / "summary.csv") == expected
 
@@ -227,9 +230,10 @@ def test_where_it_goes_by_default_and_what_each_run_is_told() -> None:
 
 
 def test_summary() -> None:
-    rows = summarize([("a", 1.0), ("b", 5.0), ("a", 2.0), ("a", 6.0)])
+    finals = [("a", 10, 1.0), ("b", 7, 5.0), ("a", 20, 2.0), ("a", 30, 6.0)]
+    rows = summarize([{"agent": a, "updates": n, "return": value} for a, n, value in finals])
     assert rows[0] == {
-        "agent": "a", "seeds": 3, "iqm": 3.0, "ci_low": 1.0, "ci_high": 6.0,
+        "agent": "a", "seeds": 3, "updates": 20, "iqm": 3.0, "ci_low": 1.0, "ci_high": 6.0,
         "mean": 3.0, "std": pytest.approx(2.1602469), "min": 1.0, "max": 6.0,
     }  # fmt: skip
     assert (rows[1]["agent"], rows[1]["iqm"], rows[1]["ci_low"], rows[1]["std"]) == ("b", 5, 5, 0)
