@@ -54,19 +54,11 @@ class RunDirectory:
         """Make a new directory, named after the run, and write config.json into it.
 
         Raises:
-            RunError: if the directory exists already or can't be made.
+            RunError: if ``config.run_dir`` exists already, or the directory can't be made.
+            WriteError: if config.json can't be written.
         """
         path = config.run_dir or config.runs_dir / _relative_path(config, agent_config)
-        try:
-            path.mkdir(parents=True, exist_ok=False)
-        except FileExistsError as error:
-            raise RunError(
-                f"{path} exists already and is never overwritten; "
-                f"to go on with that run: diffcore train --resume {path}"
-            ) from error
-        except OSError as error:
-            raise RunError(f"can't make the run directory {path}: {error}") from error
-        run = cls(path)
+        run = cls(_make_directory(path, numbered=config.run_dir is None))
         run.write_config(config, agent_config)
         return run
 
@@ -178,6 +170,29 @@ class RunDirectory:
         except OSError as error:
             raise RunError(f"can't write to the run directory {self.path}: {error}") from error
         return lock
+
+
+def _make_directory(path: Path, *, numbered: bool) -> Path:
+    """Make a new directory, at the first of ``path``, ``path``-2, ``path``-3, ... if ``numbered``.
+
+    Raises:
+        RunError: if it exists already, unless ``numbered``, or can't be made.
+    """
+    candidate, number = path, 1
+    while True:
+        try:
+            candidate.mkdir(parents=True, exist_ok=False)
+            return candidate
+        except FileExistsError as error:
+            if not numbered:
+                raise RunError(
+                    f"{path} exists already and is never overwritten; "
+                    f"to go on with that run: diffcore train --resume {path}"
+                ) from error
+        except OSError as error:
+            raise RunError(f"can't make the run directory {candidate}: {error}") from error
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
 
 
 def _relative_path(config: TrainConfig, agent_config: AgentConfig) -> Path:

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,22 @@ def test_directories_are_named_and_never_overwritten(
     again = tiny_run(run_dir=result.run)
     with pytest.raises(RunError, match=r"exists already .*diffcore train --resume"):
         train(again, TinyConfig(), console=console)
+
+
+def test_runs_that_start_in_one_second_have_a_directory_each(
+    tmp_path: Path, tiny_run: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Noon(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Noon:
+            return cls(2026, 1, 2, 12)
+
+    monkeypatch.setattr("diffcore.training.run_directory.datetime", Noon)
+    config = tiny_run(run_dir=None, runs_dir=tmp_path)
+    runs = [RunDirectory.create(config, TinyConfig(lr=lr)) for lr in (0.1, 0.2, 0.3)]
+    name = "tiny-s0-20260102-120000"
+    assert [run.path.name for run in runs] == [name, f"{name}-2", f"{name}-3"]
+    assert [run.read_config()["agent_config"]["lr"] for run in runs] == [0.1, 0.2, 0.3]
 
 
 def test_namespaced_ids_make_one_directory(tmp_path: Path, tiny_run: MakeConfig) -> None:
