@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from diffcore.training.config import RESUMABLE, TrainConfig, to_dict
-from diffcore.training.errors import ConfigError, RunError
+from diffcore.training.errors import ConfigError, RunError, WriteError
 from diffcore.training.files import write_atomically
 from diffcore.training.registry import AgentConfig, agent_name
 
@@ -55,11 +55,15 @@ class RunDirectory:
 
         Raises:
             RunError: if ``config.run_dir`` exists already, or the directory can't be made.
-            WriteError: if config.json can't be written.
+            WriteError: if config.json can't be written; then there is no directory either.
         """
         path = config.run_dir or config.runs_dir / _relative_path(config, agent_config)
         run = cls(_make_directory(path, numbered=config.run_dir is None))
-        run.write_config(config, agent_config)
+        try:
+            run.write_config(config, agent_config)
+        except WriteError:
+            run.path.rmdir()
+            raise
         return run
 
     @classmethod
@@ -185,14 +189,22 @@ def _make_directory(path: Path, *, numbered: bool) -> Path:
             return candidate
         except FileExistsError as error:
             if not numbered:
-                raise RunError(
-                    f"{path} exists already and is never overwritten; "
-                    f"to go on with that run: diffcore train --resume {path}"
-                ) from error
+                raise _in_the_way(path) from error
         except OSError as error:
             raise RunError(f"can't make the run directory {candidate}: {error}") from error
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")
+
+
+def _in_the_way(path: Path) -> RunError:
+    if RunDirectory(path).checkpoint.is_file():
+        way_out = f"to go on with that run: diffcore train --resume {path}"
+    else:
+        way_out = (
+            "it holds no checkpoint that could be gone on from: choose another directory or, if no "
+            "run is at work in it, remove it"
+        )
+    return RunError(f"{path} exists already and is never overwritten; {way_out}")
 
 
 def _relative_path(config: TrainConfig, agent_config: AgentConfig) -> Path:

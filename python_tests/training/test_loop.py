@@ -31,6 +31,7 @@ from diffcore.training import (
     TrainConfig,
     Trainer,
     TrainingError,
+    WriteError,
     load_agent,
     resume,
     train,
@@ -158,6 +159,28 @@ def test_runs_that_start_in_one_second_have_a_directory_each(
     name = "tiny-s0-20260102-120000"
     assert [run.path.name for run in runs] == [name, f"{name}-2", f"{name}-3"]
     assert [run.read_config()["agent_config"]["lr"] for run in runs] == [0.1, 0.2, 0.3]
+
+
+def test_who_has_no_checkpoint_is_not_sent_to_resume_it(tiny_run: MakeConfig) -> None:
+    config = tiny_run()
+    RunDirectory.create(config, TinyConfig())
+    with pytest.raises(RunError, match="it holds no checkpoint .* remove it") as caught:
+        RunDirectory.create(config, TinyConfig())
+    assert "--resume" not in str(caught.value)
+
+
+def test_a_run_that_finds_the_disk_full_at_its_start_leaves_no_directory(
+    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, fill: Any) -> None:
+        raise WriteError(f"can't write {path}: {os.strerror(errno.ENOSPC)}")
+
+    config = tiny_run()
+    with monkeypatch.context() as patch:
+        patch.setattr("diffcore.training.run_directory.write_atomically", full)
+        with pytest.raises(WriteError, match=r"config\.json: No space left on device"):
+            train(config, TinyConfig(), console=console)
+    assert train(config, TinyConfig(), console=console).step == 60
 
 
 def test_namespaced_ids_make_one_directory(tmp_path: Path, tiny_run: MakeConfig) -> None:
