@@ -327,17 +327,27 @@ def parse_comparison(arguments: list[str]) -> tuple[CompareArguments, Path, list
         CompareArguments, prog="diffcore compare", args=arguments, return_unknown_args=True
     )
     output = parsed.output or Path("runs") / "compare" / directory_name(parsed.env)
-    for option in ("seed", "run-dir", "runs-dir"):
-        if _value_of(f"--{option}", common) is not None:
-            raise ConfigError(f"--{option} can't be given: compare sets it for every run")
     jobs = []
     for seed in parsed.seeds:  # so that all agents have results early
         for agent in parsed.agents:
             run_dir = output / agent / f"s{seed}"
             own = ["--env", parsed.env, "--seed", str(seed), "--run-dir", str(run_dir)]
             train = parse_training(agent, [*own, *common, *parsed.options_of(agent)])
+            _check_what_compare_sets(train[0], TrainConfig(parsed.env, seed, run_dir=run_dir))
             jobs.append(Job(*train))
     return parsed, output, jobs
+
+
+def _check_what_compare_sets(config: TrainConfig, ours: TrainConfig) -> None:
+    """Refuse options, however they are spelled, that say otherwise than compare.
+
+    Raises:
+        ConfigError: if there are any.
+    """
+    for name in ("env", "seed", "run_dir", "runs_dir"):
+        if getattr(config, name) != getattr(ours, name):
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} can't be given: compare sets it for every run")
 
 
 def _report(result: TrainResult, console: Console) -> int:
