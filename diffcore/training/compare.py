@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffcore.training.checkpoint import load_checkpoint
-from diffcore.training.config import TrainConfig, to_dict
+from diffcore.training.config import RESUMABLE, TrainConfig, to_dict
 from diffcore.training.errors import RunError, TrainingError
 from diffcore.training.files import write_atomically
 from diffcore.training.interruption import Interruption
@@ -244,16 +244,9 @@ def _run_in_process(job: Job, log: Path) -> None:
             sys.exit(1)
 
 
-UNIMPORTANT = (
-    "total_steps",
-    "run_dir",
-    "runs_dir",
-    "device",
-    "threads",
-    "tensorboard",
-    "checkpoint_minutes",
-)
-"""The settings in which a run may differ from the one that is asked for."""
+UNIMPORTANT = ({*RESUMABLE} - {"eval_interval"}) | {"run_dir", "runs_dir"}
+"""The settings in which a run may differ from the one that is asked for. Curves need common steps, or
+else it would be all that a run can be resumed with other values of."""
 
 
 def _check_settings(job: Job) -> None:

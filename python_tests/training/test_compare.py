@@ -188,6 +188,17 @@ def test_runs_that_were_set_differently_are_not_taken_for_these(
     assert "with hidden_dim 16, asked for is 8; choose another" in capsys.readouterr().err
 
 
+def test_settings_that_change_no_return_may_differ(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--seeds", "0") == 0
+    before = modified(tmp_path / "out")
+    assert run("--seeds", "0", "--log-interval", "5", "--checkpoint-minutes", "1") == 0
+    assert modified(tmp_path / "out") == before
+    assert run("--seeds", "0", "--eval-interval", "10") == 1
+    assert "with eval_interval 20, asked for is 10" in capsys.readouterr().err
+
+
 def test_a_run_from_before_there_was_a_setting_has_its_default(
     run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
