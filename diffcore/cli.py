@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ usage: diffcore COMMAND ...
   diffcore train --resume RUN [options]     continue a run exactly where it was saved
   diffcore evaluate RUN [options]           returns of a trained agent, and a video
   diffcore plot RUN... [options]            learning curves
-  diffcore compare --agents AGENT... --env ID [options]
+  diffcore compare --agents [NAME=]AGENT... --env ID [options]
                                             train several agents on several seeds; curves, table
   diffcore --version                        the version of diffcore
 
@@ -130,13 +131,15 @@ class CompareArguments:
     """Train several agents on several seeds of one task, then draw and tabulate their returns.
 
     Any option of diffcore train that all of the agents have can be given too, for all of them, such
-    as --total-steps or --eval-interval; --set is for one agent's own. Asked for again, the same
-    comparison goes on where it was: complete runs are kept, interrupted ones resumed, and what is
-    missing is added, more seeds, more agents or more steps.
+    as --total-steps or --eval-interval; --set is for one agent's own. Under names one agent can take
+    part with several settings: --agents dipo short=dipo --set short.diffusion-steps=20.
+
+    Asked for again, the same comparison goes on where it was: complete runs are kept, interrupted
+    ones resumed, and what is missing is added, more seeds, more agents or more steps.
     """
 
     agents: tuple[str, ...]
-    """The agents."""
+    """The agents, each as AGENT or NAME=AGENT."""
     env: str
     """Gymnasium id, or "module:Id"."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -146,32 +149,41 @@ class CompareArguments:
     output: Path | None = None
     """Directory for the runs, the picture and the tables. Default: runs/compare/ENV."""
     set: tuple[str, ...] = ()
-    """Options of single agents, as AGENT.OPTION=VALUE: --set dipo.diffusion-steps=20"""
+    """Options of single agents, as NAME.OPTION=VALUE: --set dipo.diffusion-steps=20"""
 
     def __post_init__(self) -> None:
-        for name in ("agents", "seeds"):
-            values = getattr(self, name)
-            if not values or len({*values}) < len(values):
-                raise ValueError(f"{name} must be one or more different ones, got {[*values]}")
-        for agent in self.agents:
+        for field, given, different in (
+            ("agents", self.agents, [*self.by_name]),
+            ("seeds", self.seeds, {*self.seeds}),
+        ):
+            if not given or len(different) < len(given):
+                raise ValueError(f"{field} must be one or more different ones, got {[*given]}")
+        for name, agent in self.by_name.items():
             agent_type(agent)
+            if not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(f"a name must be of letters, digits, - and _, got {name!r}")
         if self.jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {self.jobs}")
         for text in self.set:
             self._split(text)
 
-    def options_of(self, agent: str) -> list[str]:
-        """What --set says of an agent, as arguments of ``diffcore train``."""
+    @property
+    def by_name(self) -> dict[str, str]:
+        """The agents, by their names."""
+        split = [text.rpartition("=") for text in self.agents]
+        return {name if equals else agent: agent for name, equals, agent in split}
+
+    def options_of(self, name: str) -> list[str]:
+        """What --set says of the agent of that name, as arguments of ``diffcore train``."""
         split = [self._split(text) for text in self.set]
-        return [word for name, words in split if name == agent for word in words]
+        return [word for whose, words in split if whose == name for word in words]
 
     def _split(self, text: str) -> tuple[str, list[str]]:
         name, dot, option = text.partition(".")
         option, _, value = option.partition("=")
-        if not dot or not option or name not in self.agents:
+        if not dot or not option or name not in self.by_name:
             raise ValueError(
-                "set must be AGENT.OPTION=VALUE with one of the agents "
-                f"{[*self.agents]}, got {text!r}"
+                f"set must be NAME.OPTION=VALUE with one of {[*self.by_name]}, got {text!r}"
             )
         return name, [f"--{option}", *shlex.split(value)]
 
@@ -329,12 +341,12 @@ def parse_comparison(arguments: list[str]) -> tuple[CompareArguments, Path, list
     output = parsed.output or Path("runs") / "compare" / directory_name(parsed.env)
     jobs = []
     for seed in parsed.seeds:  # so that all agents have results early
-        for agent in parsed.agents:
-            run_dir = output / agent / f"s{seed}"
+        for name, agent in parsed.by_name.items():
+            run_dir = output / name / f"s{seed}"
             own = ["--env", parsed.env, "--seed", str(seed), "--run-dir", str(run_dir)]
-            train = parse_training(agent, [*own, *common, *parsed.options_of(agent)])
+            train = parse_training(agent, [*own, *common, *parsed.options_of(name)])
             _check_what_compare_sets(train[0], TrainConfig(parsed.env, seed, run_dir=run_dir))
-            jobs.append(Job(*train))
+            jobs.append(Job(name, *train))
     return parsed, output, jobs
 
 

@@ -45,14 +45,11 @@ from diffcore.training.statistics import bootstrap_interval
 class Job:
     """One run of a comparison."""
 
+    name: str
+    """What the comparison calls the agent with these settings; one for all seeds."""
     config: TrainConfig
     """With ``run_dir`` set."""
     agent_config: AgentConfig
-
-    @property
-    def agent(self) -> str:
-        """The agent's name."""
-        return agent_name(self.agent_config)
 
     @property
     def run(self) -> RunDirectory:
@@ -61,7 +58,7 @@ class Job:
         return RunDirectory(self.config.run_dir)
 
     def __str__(self) -> str:
-        return f"{self.agent}, seed {self.config.seed}"
+        return f"{self.name}, seed {self.config.seed}"
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,12 @@ def compare(
         _write_csv(comparison.final_returns, runs)
         rows = summarize(runs)
         _write_csv(comparison.summary, rows)
-        plot_learning_curves([job.run.path for job in jobs], comparison.curves, band=INTERVAL)
+        plot_learning_curves(
+            [job.run.path for job in jobs],
+            comparison.curves,
+            band=INTERVAL,
+            names=[job.name for job in jobs],
+        )
         with printing(console):
             console.print(_table(jobs[0].config.env, rows))
     return comparison
@@ -207,7 +209,7 @@ def _run_in_parallel(jobs: list[Job], output: Path, parallel: int, console: Cons
                     job = dataclasses.replace(
                         job, config=dataclasses.replace(job.config, threads=threads)
                     )
-                log = output / f"{job.agent}-s{job.config.seed}.log"
+                log = output / f"{job.name}-s{job.config.seed}.log"
                 process: BaseProcess = context.Process(target=_run_in_process, args=(job, log))
                 process.start()
                 running[log] = (job, process)
@@ -258,8 +260,9 @@ def _check_settings(job: Job) -> None:
     there = RunDirectory.open(job.run.path).read_config()
     asked = {"train": to_dict(job.config), "agent": to_dict(job.agent_config)}
     asked = json.loads(json.dumps(asked))  # tuples become lists, as in config.json
-    if there["agent"] != job.agent:
-        raise RunError(f"{job.run.path} is a run of {there['agent']}, not of {job.agent}")
+    agent = agent_name(job.agent_config)
+    if there["agent"] != agent:
+        raise RunError(f"{job.run.path} is a run of {there['agent']}, not of {agent}")
     # A run from before there was a setting was made as the setting's default has it.
     settings = {**to_dict(TrainConfig(job.config.env)), **there["train"]}
     for old, new in ((settings, asked["train"]), (there["agent_config"], asked["agent"])):
@@ -292,7 +295,7 @@ def _final_row(job: Job) -> dict[str, Any]:
     steps, returns = read_series(job.run.evaluations, "mean_return")
     _, updates = read_series(job.run.progress, "updates")
     return {
-        "agent": job.agent,
+        "agent": job.name,
         "seed": job.config.seed,
         "step": steps[-1],
         "updates": int(updates[-1]),

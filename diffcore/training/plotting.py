@@ -6,8 +6,9 @@ import dataclasses
 import io
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,11 @@ LABEL_WIDTH = 48
 
 
 def plot_learning_curves(
-    runs: list[Path], output: Path, *, band: Band = STANDARD_DEVIATION
+    runs: list[Path],
+    output: Path,
+    *,
+    band: Band = STANDARD_DEVIATION,
+    names: list[str] | None = None,
 ) -> None:
     """Evaluation return over environment steps, one panel per environment.
 
@@ -96,19 +101,22 @@ def plot_learning_curves(
         runs: run directories; at least one.
         output: a picture file whose kind matplotlib knows, such as .png or .pdf.
         band: what curve and band are.
+        names: what each run's curve is called; None calls it by its agent and mode.
 
     Raises:
         RunError: if a directory isn't a run, or has no evaluations yet.
         WriteError: if the picture can't be written.
     """
     panels: dict[str, dict[str, list[_Curve]]] = defaultdict(dict)
-    for curve in _labelled([_read_curve(path) for path in runs]):
+    labels: Iterable[str | None] = repeat(None, len(runs)) if names is None else names
+    curves = [_read_curve(path, label) for path, label in zip(runs, labels, strict=True)]
+    for curve in _labelled(curves):
         panels[curve.environment].setdefault(curve.label, []).append(curve)
 
     figure = Figure(figsize=(6.0 * len(panels), 4.0), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (environment, curves) in zip(all_axes, sorted(panels.items()), strict=True):
-        for label, seeds in sorted(curves.items()):
+    for axes, (environment, groups) in zip(all_axes, sorted(panels.items()), strict=True):
+        for label, seeds in sorted(groups.items()):
             steps, returns = common_steps([curve.series for curve in seeds])
             middle, low, high = band.of(returns)
             name = label if len(seeds) == 1 else f"{label} ({len(seeds)} seeds)"
@@ -116,7 +124,7 @@ def plot_learning_curves(
             (line,) = axes.plot(steps, middle, label=name, marker="." if len(steps) == 1 else None)
             if len(seeds) > 1:
                 axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.25, lw=0)
-        several = any(len(seeds) > 1 for seeds in curves.values())
+        several = any(len(seeds) > 1 for seeds in groups.values())
         ylabel = f"evaluation return\n({band.name})" if several else "evaluation return"
         axes.set(title=environment, xlabel="environment steps", ylabel=ylabel)
         axes.grid(alpha=0.3)
@@ -160,7 +168,7 @@ _SHAPING = ("env_kwargs", "max_episode_steps", "num_envs", "updates_per_step", "
 """The settings of a run that its learning curve depends on, beside the agent's own."""
 
 
-def _read_curve(path: Path) -> _Curve:
+def _read_curve(path: Path, label: str | None) -> _Curve:
     run = RunDirectory.open(path)
     config = run.read_config()
     if not run.evaluations.is_file():
@@ -170,7 +178,8 @@ def _read_curve(path: Path) -> _Curve:
     settings = dict(config["agent_config"])
     mode = settings.pop("mode", None)
     settings |= {name: train[name] for name in _SHAPING}
-    label = f"{config['agent']} ({mode})" if mode else str(config["agent"])
+    if label is None:
+        label = f"{config['agent']} ({mode})" if mode else str(config["agent"])
     series = read_series(run.evaluations, "mean_return")
     return _Curve(str(train["env"]), label, settings, series)
 

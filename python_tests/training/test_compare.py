@@ -8,12 +8,13 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import pytest
 
 from diffcore.cli import main, parse_comparison
-from diffcore.training import TrainConfig, Trainer, WriteError, checkpoint, loop, resume
+from diffcore.training import TrainConfig, Trainer, WriteError, checkpoint, loop, plotting, resume
 from diffcore.training import compare as comparison
 from diffcore.training.checkpoint import load_checkpoint
 from diffcore.training.compare import summarize
@@ -96,6 +97,29 @@ def test_end_to_end_and_again_and_with_more(
     unchanged = [output / agent / "s0" / "evaluations.csv" for agent in ("dipo", "sb3-ppo")]
     after = modified(output)
     assert [after[path] for path in unchanged] == [before[path] for path in unchanged]
+
+
+def test_one_agent_takes_part_with_several_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plotting, "_save", lambda figure, path: figures.append(figure))
+    output = tmp_path / "out"
+    own = [option for option in OWN if "ppo" not in option]
+    also = [option.replace("dipo.", "short-chain.") for option in own[1:]]
+    arguments = ["--agents", "dipo", "short-chain=dipo", "--seeds", "0", "1", *COMMON, *own, *also]
+    arguments += ["short-chain.diffusion-steps=2", "--output", str(output)]
+    assert main(["compare", *arguments]) == 0
+    assert "short-chain, seed 1" in capsys.readouterr().out
+    assert [row["agent"] for row in table(output / "summary.csv")] == ["dipo", "short-chain"]
+    steps = [
+        RunDirectory(output / name / "s1").read_config()["agent_config"]["diffusion_steps"]
+        for name in ("dipo", "short-chain")
+    ]
+    assert steps == [3, 2]
+    (axes,) = figures[0].axes
+    labels = [line.get_label() for line in axes.get_lines()]
+    assert labels == ["dipo (2 seeds)", "short-chain (2 seeds)"]
 
 
 def test_a_run_equals_one_that_was_trained_by_itself(run: Callable[..., int], tmp_path: Path) -> None:
@@ -229,7 +253,7 @@ def test_where_it_goes_by_default_and_what_each_run_is_told() -> None:
     parsed, output, jobs = parse_comparison(arguments)
     assert output == Path("runs/compare/diffcore-MultiGoal-v0")
     assert parsed.seeds == (0, 1, 2)
-    assert [(job.agent, job.config.seed) for job in jobs] == [
+    assert [(job.name, job.config.seed) for job in jobs] == [
         (agent, seed) for seed in (0, 1, 2) for agent in ("dipo", "sb3-ppo")
     ]
     dipo, ppo = jobs[0], jobs[1]
