@@ -33,7 +33,7 @@ def plot_runs(runs: list[Path], output: Path) -> list[Path]:
     """Draw all there is to draw of some runs.
 
     Args:
-        runs: run directories; at least one.
+        runs: run directories; at least one. One that is named twice counts once.
         output: the picture of learning curves. For runs on the multi-goal toy those of actions and,
             if the agent has a critic, of Q are written beside it.
 
@@ -43,6 +43,7 @@ def plot_runs(runs: list[Path], output: Path) -> list[Path]:
     Raises:
         TrainingError: if a run can't be read or a picture can't be written.
     """
+    runs = list({path.resolve(): path for path in runs}.values())
     plot_learning_curves(runs, output)
     written = [output]
     multigoal = [path for path in runs if _is_multigoal(RunDirectory.open(path))]
@@ -95,7 +96,7 @@ def plot_learning_curves(
     """Evaluation return over environment steps, one panel per environment.
 
     Runs that differ only in their seed make one curve, over the steps that all of them have
-    evaluated; where there are several, a band shows how far they lie apart.
+    evaluated; where there are several seeds, a band shows how far they lie apart.
 
     Args:
         runs: run directories; at least one.
@@ -116,15 +117,14 @@ def plot_learning_curves(
     figure = Figure(figsize=(6.0 * len(panels), 4.0), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (environment, groups) in zip(all_axes, sorted(panels.items()), strict=True):
-        for label, seeds in sorted(groups.items()):
-            steps, returns = common_steps([curve.series for curve in seeds])
+        for label, group in sorted(groups.items()):
+            steps, returns = common_steps([curve.series for curve in group])
             middle, low, high = band.of(returns)
-            name = label if len(seeds) == 1 else f"{label} ({len(seeds)} seeds)"
-            name = "\n".join(textwrap.wrap(name, LABEL_WIDTH))
+            name = "\n".join(textwrap.wrap(label + _count(group), LABEL_WIDTH))
             (line,) = axes.plot(steps, middle, label=name, marker="." if len(steps) == 1 else None)
-            if len(seeds) > 1:
+            if _seeds(group) > 1:
                 axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.25, lw=0)
-        several = any(len(seeds) > 1 for seeds in groups.values())
+        several = any(_seeds(group) > 1 for group in groups.values())
         ylabel = f"evaluation return\n({band.name})" if several else "evaluation return"
         axes.set(title=environment, xlabel="environment steps", ylabel=ylabel)
         axes.grid(alpha=0.3)
@@ -158,6 +158,7 @@ class _Curve:
     """A run's learning curve."""
 
     environment: str
+    seed: int
     label: str
     settings: dict[str, Any]
     """What makes two runs more than two seeds of one thing."""
@@ -181,7 +182,19 @@ def _read_curve(path: Path, label: str | None) -> _Curve:
     if label is None:
         label = f"{config['agent']} ({mode})" if mode else str(config["agent"])
     series = read_series(run.evaluations, "mean_return")
-    return _Curve(str(train["env"]), label, settings, series)
+    return _Curve(str(train["env"]), train["seed"], label, settings, series)
+
+
+def _seeds(curves: list[_Curve]) -> int:
+    return len({curve.seed for curve in curves})
+
+
+def _count(curves: list[_Curve]) -> str:
+    """What a label says of how many runs it stands for. Two runs of one seed are no two seeds."""
+    seeds = _seeds(curves)
+    if seeds < len(curves):
+        return f" ({len(curves)} runs of {seeds} seed{'s' if seeds > 1 else ''})"
+    return f" ({seeds} seeds)" if seeds > 1 else ""
 
 
 def _labelled(curves: list[_Curve]) -> list[_Curve]:
