@@ -131,8 +131,8 @@ def resume(
 
     Raises:
         TrainingError: if another process is training in it; if there is no whole checkpoint, or it
-            doesn't fit, or config.json doesn't fit it; if the run is complete already; and as
-            :func:`train` does.
+            doesn't fit, or config.json doesn't fit it; if the run is complete already, its weights
+            included; and as :func:`train` does.
     """
     given = {
         "total_steps": total_steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import signal
@@ -12,12 +13,13 @@ from typing import Any
 
 import matplotlib.image
 import pytest
+from rich.console import Console
 
 from diffcore.cli import main, parse_comparison
 from diffcore.training import TrainConfig, Trainer, WriteError, checkpoint, loop, plotting, resume
 from diffcore.training import compare as comparison
 from diffcore.training.checkpoint import load_checkpoint
-from diffcore.training.compare import summarize
+from diffcore.training.compare import _table, summarize
 from diffcore.training.logging import read_csv
 from diffcore.training.run_directory import RunDirectory
 
@@ -272,3 +274,14 @@ def test_summary() -> None:
         "mean": 3.0, "std": pytest.approx(2.1602469), "min": 1.0, "max": 6.0,
     }  # fmt: skip
     assert (rows[1]["agent"], rows[1]["iqm"], rows[1]["ci_low"], rows[1]["std"]) == ("b", 5, 5, 0)
+
+
+def test_the_table_fits_a_narrow_terminal() -> None:
+    returns = (11234.5, 12345.5, 10234.5)
+    rows = summarize([{"agent": "sb3-sac", "updates": 9_990_000, "return": r} for r in returns])
+    output = io.StringIO()
+    Console(file=output, width=80).print(_table("HalfCheetah-v5", rows))
+    (row,) = [line for line in output.getvalue().splitlines() if "sb3-sac" in line]
+    assert row.split() == [
+        "sb3-sac", "3", "9,990,000", "11271.5", "10234.5", "..", "12345.5", "11271.5", "±", "862.2",
+    ]  # fmt: skip
