@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -29,11 +30,12 @@ from diffcore.training.config import RESUMABLE
 from diffcore.training.evaluation import Evaluator, VideoFile
 from diffcore.training.loop import load_agent
 from diffcore.training.plotting import plot_runs
+from diffcore.training.progress import say
 from diffcore.training.registry import AgentConfig, agent_type
 from diffcore.training.run_directory import RunDirectory, directory_name
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C or SIGTERM, by the shells' convention for SIGINT."""
+"""Exit code after Ctrl-C, SIGTERM or SIGHUP, by the shells' convention for SIGINT."""
 
 USAGE = f"""\
 usage: diffcore COMMAND ...
@@ -42,7 +44,7 @@ usage: diffcore COMMAND ...
   diffcore train --resume RUN [options]     continue a run exactly where it was saved
   diffcore evaluate RUN [options]           returns of a trained agent, and a video
   diffcore plot RUN... [options]            learning curves
-  diffcore compare --agents AGENT... --env ID [options]
+  diffcore compare --agents [NAME=]AGENT... --env ID [options]
                                             train several agents on several seeds; curves, table
   diffcore --version                        the version of diffcore
 
@@ -129,13 +131,15 @@ class CompareArguments:
     """Train several agents on several seeds of one task, then draw and tabulate their returns.
 
     Any option of diffcore train that all of the agents have can be given too, for all of them, such
-    as --total-steps or --eval-interval; --set is for one agent's own. Asked for again, the same
-    comparison goes on where it was: complete runs are kept, interrupted ones resumed, and what is
-    missing is added, more seeds, more agents or more steps.
+    as --total-steps or --eval-interval; --set is for one agent's own. Under names one agent can take
+    part with several settings: --agents dipo short=dipo --set short.diffusion-steps=20.
+
+    Asked for again, the same comparison goes on where it was: complete runs are kept, interrupted
+    ones resumed, and what is missing is added, more seeds, more agents or more steps.
     """
 
     agents: tuple[str, ...]
-    """The agents."""
+    """The agents, each as AGENT or NAME=AGENT."""
     env: str
     """Gymnasium id, or "module:Id"."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -145,32 +149,41 @@ class CompareArguments:
     output: Path | None = None
     """Directory for the runs, the picture and the tables. Default: runs/compare/ENV."""
     set: tuple[str, ...] = ()
-    """Options of single agents, as AGENT.OPTION=VALUE: --set dipo.diffusion-steps=20"""
+    """Options of single agents, as NAME.OPTION=VALUE: --set dipo.diffusion-steps=20"""
 
     def __post_init__(self) -> None:
-        for name in ("agents", "seeds"):
-            values = getattr(self, name)
-            if not values or len({*values}) < len(values):
-                raise ValueError(f"{name} must be one or more different ones, got {[*values]}")
-        for agent in self.agents:
+        for field, given, different in (
+            ("agents", self.agents, [*self.by_name]),
+            ("seeds", self.seeds, {*self.seeds}),
+        ):
+            if not given or len(different) < len(given):
+                raise ValueError(f"{field} must be one or more different ones, got {[*given]}")
+        for name, agent in self.by_name.items():
             agent_type(agent)
+            if not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(f"a name must be of letters, digits, - and _, got {name!r}")
         if self.jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {self.jobs}")
         for text in self.set:
             self._split(text)
 
-    def options_of(self, agent: str) -> list[str]:
-        """What --set says of an agent, as arguments of ``diffcore train``."""
+    @property
+    def by_name(self) -> dict[str, str]:
+        """The agents, by their names."""
+        split = [text.rpartition("=") for text in self.agents]
+        return {name if equals else agent: agent for name, equals, agent in split}
+
+    def options_of(self, name: str) -> list[str]:
+        """What --set says of the agent of that name, as arguments of ``diffcore train``."""
         split = [self._split(text) for text in self.set]
-        return [word for name, words in split if name == agent for word in words]
+        return [word for whose, words in split if whose == name for word in words]
 
     def _split(self, text: str) -> tuple[str, list[str]]:
         name, dot, option = text.partition(".")
         option, _, value = option.partition("=")
-        if not dot or not option or name not in self.agents:
+        if not dot or not option or name not in self.by_name:
             raise ValueError(
-                "set must be AGENT.OPTION=VALUE with one of the agents "
-                f"{[*self.agents]}, got {text!r}"
+                f"set must be NAME.OPTION=VALUE with one of {[*self.by_name]}, got {text!r}"
             )
         return name, [f"--{option}", *shlex.split(value)]
 
@@ -326,36 +339,43 @@ def parse_comparison(arguments: list[str]) -> tuple[CompareArguments, Path, list
         CompareArguments, prog="diffcore compare", args=arguments, return_unknown_args=True
     )
     output = parsed.output or Path("runs") / "compare" / directory_name(parsed.env)
-    for option in ("seed", "run-dir", "runs-dir"):
-        if _value_of(f"--{option}", common) is not None:
-            raise ConfigError(f"--{option} can't be given: compare sets it for every run")
     jobs = []
     for seed in parsed.seeds:  # so that all agents have results early
-        for agent in parsed.agents:
-            run_dir = output / agent / f"s{seed}"
+        for name, agent in parsed.by_name.items():
+            run_dir = output / name / f"s{seed}"
             own = ["--env", parsed.env, "--seed", str(seed), "--run-dir", str(run_dir)]
-            train = parse_training(agent, [*own, *common, *parsed.options_of(agent)])
-            jobs.append(Job(*train))
+            train = parse_training(agent, [*own, *common, *parsed.options_of(name)])
+            _check_what_compare_sets(train[0], TrainConfig(parsed.env, seed, run_dir=run_dir))
+            jobs.append(Job(name, *train))
     return parsed, output, jobs
 
 
-def _report(result: TrainResult, console: Console) -> int:
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+def _check_what_compare_sets(config: TrainConfig, ours: TrainConfig) -> None:
+    """Refuse options, however they are spelled, that say otherwise than compare.
 
+    Raises:
+        ConfigError: if there are any.
+    """
+    for name in ("env", "seed", "run_dir", "runs_dir"):
+        if getattr(config, name) != getattr(ours, name):
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} can't be given: compare sets it for every run")
+
+
+def _report(result: TrainResult, console: Console) -> int:
     run = RunDirectory(result.run)
     if result.interrupted:
-        say(f"interrupted at step {result.step:,}, saved; to go on:")
-        say(f"  diffcore train --resume {result.run}")
+        say(console, f"interrupted at step {result.step:,}, saved; to go on:")
+        say(console, f"  diffcore train --resume {result.run}")
         return INTERRUPTED
     if result.evaluation is not None:
         mean, std = result.evaluation.mean_return, result.evaluation.std_return
-        say(f"return {mean:.2f} ± {std:.2f} over {len(result.evaluation.returns)} episodes")
-    say(f"{result.step:,} steps, {result.steps_per_second:,.1f} steps/s")
-    say(f"run:        {run.path}")
-    say(f"logs:       {run.progress}, {run.evaluations}")
-    say(f"checkpoint: {run.checkpoint}")
-    say(f"weights:    {run.weights}")
+        say(console, f"return {mean:.2f} ± {std:.2f} over {len(result.evaluation.returns)} episodes")
+    say(console, f"{result.step:,} steps, {result.steps_per_second:,.1f} steps/s")
+    say(console, f"run:        {run.path}")
+    say(console, f"logs:       {run.progress}, {run.evaluations}")
+    say(console, f"checkpoint: {run.checkpoint}")
+    say(console, f"weights:    {run.weights}")
     return 0
 
 

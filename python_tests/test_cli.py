@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import diffcore.cli
 from diffcore.agents import DiffSRConfig, DIPOConfig
 from diffcore.cli import main, parse_training
 from diffcore.training import TrainConfig, TrainResult
+from diffcore.training.checkpoint import load_checkpoint
 from diffcore.training.config import RESUMABLE
 from diffcore.training.logging import read_csv
 
@@ -173,14 +175,22 @@ def test_plot(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["compare"], 2, "--agents"),
         (["compare", "--agents", "dipo"], 2, "--env"),
         (["compare", "--agents", "dipo", "dipo", "--env", "Pendulum-v1"], 2, "agents must be one"),
+        (["compare", "--agents", "a=dipo", "a=diffsr", "--env", "X"], 2, "agents must be one"),
+        (["compare", "--agents", "a=me", "--env", "Pendulum-v1"], 2, "unknown agent 'me'"),
+        (["compare", "--agents", "../a=dipo", "--env", "X"], 2, "a name must be of letters,"),
         (["compare", "--agents", "me", "--env", "Pendulum-v1"], 2, "unknown agent 'me'"),
         (["compare", *COMPARED, "--seeds", "1", "1"], 2, "seeds must be one or more different"),
         (["compare", *COMPARED, "--jobs", "0"], 2, "jobs must be at least 1"),
-        (["compare", *COMPARED, "--set", "dipo"], 2, "set must be AGENT.OPTION=VALUE"),
-        (["compare", *COMPARED, "--set", "sb3-sac.tau=1"], 2, "set must be AGENT.OPTION"),
+        (["compare", *COMPARED, "--set", "dipo"], 2, "set must be NAME.OPTION=VALUE"),
+        (["compare", *COMPARED, "--set", "sb3-sac.tau=1"], 2, "set must be NAME.OPTION"),
         (["compare", *COMPARED, "--set", "dipo.speed=9"], 2, "--speed"),
         (["compare", *COMPARED, "--lr", "fast"], 2, "--lr"),
         (["compare", *COMPARED, "--seed", "1"], 1, "--seed can't be given"),
+        (["compare", *COMPARED, "--run-dir", "r"], 1, "--run-dir can't be given"),
+        (["compare", *COMPARED, "--run_dir=r"], 1, "--run-dir can't be given"),
+        (["compare", *COMPARED, "--runs_dir", "r"], 1, "--runs-dir can't be given"),
+        (["compare", *COMPARED, "--set", "dipo.run-dir=r"], 1, "--run-dir can't be given"),
+        (["compare", *COMPARED, "--set", "dipo.env=Hopper-v5"], 1, "--env can't be given"),
         (["plot"], 2, "at least one run directory"),
         (["plot", "gone"], 1, "error: there is no run directory gone"),
     ],
@@ -226,24 +236,35 @@ def test_every_setting_that_may_change_is_an_option_of_resume(
     assert {name: str(value) for name, value in asked.items()} == options
 
 
+TRAIN = [sys.executable, "-m", "diffcore", "train"]
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(Path(diffcore.__file__).parents[1]),
+}
+
+
+def start_training(
+    path: Path, prefix: Sequence[str] = (), more: Sequence[str] = (), **how: Any
+) -> subprocess.Popen[Any]:
+    """A process that trains in ``path``, unless ``more`` says otherwise without an end."""
+    arguments = ["dipo", *TINY, "--total-steps", "1000000", "--run-dir", str(path), *more]
+    return subprocess.Popen([*prefix, *TRAIN, *arguments], env=ENVIRONMENT, cwd=path.parent, **how)
+
+
+def wait_for_evaluation(process: subprocess.Popen[Any], path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not (path / "evaluations.csv").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_ctrl_c_saves_and_the_message_says_how_to_go_on(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(diffcore.__file__).parents[1]),
-    }
-    command = [sys.executable, "-m", "diffcore", "train"]
-    endless = ["dipo", *TINY, "--total-steps", "1000000", "--run-dir", str(path)]
-    process = subprocess.Popen(
-        [*command, *endless], stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
-    )
+    process = start_training(path, stdout=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 60
-        while not (path / "evaluations.csv").exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for_evaluation(process, path)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
     finally:
@@ -256,8 +277,8 @@ def test_ctrl_c_saves_and_the_message_says_how_to_go_on(tmp_path: Path) -> None:
     # In another process the run goes on as if it had never stopped.
     total = str(int(interrupted[1].replace(",", "")) + 40)
     resumed = subprocess.run(
-        [*command, "--resume", str(path), "--total-steps", total],
-        env=environment,
+        [*TRAIN, "--resume", str(path), "--total-steps", total],
+        env=ENVIRONMENT,
         cwd=tmp_path,
         check=False,
     )
@@ -268,3 +289,53 @@ def test_ctrl_c_saves_and_the_message_says_how_to_go_on(tmp_path: Path) -> None:
         assert read_csv(path / name) == read_csv(whole / name)
     weights = [(each / "weights.safetensors").read_bytes() for each in (path, whole)]
     assert weights[0] == weights[1]
+
+
+def test_a_run_whose_terminal_closes_saves(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    ours, terminal = os.openpty()
+    name = os.ttyname(terminal)
+    # A session's leader that opens a terminal is who is told that it closes.
+    shell = ["sh", "-c", f'exec "$@" <{name} >{name} 2>&1', "sh"]
+    process = start_training(path, shell, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        seen = b""
+        while b"/1,000,000" not in seen or not (path / "evaluations.csv").exists():
+            assert time.monotonic() < deadline
+            seen += os.read(ours, 4096)
+        os.close(ours)
+        process.wait(timeout=60)
+    finally:
+        process.kill()
+        os.close(terminal)
+    rows = read_csv(path / "progress.csv")[1]
+    step = load_checkpoint(path / "checkpoint.pt")["step"]
+    assert int(rows[-1]["step"]) <= step < int(rows[-1]["step"]) + 7
+
+
+def test_a_run_goes_on_if_nobody_reads_what_it_prints(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    finite = ["--total-steps", "60"]
+    process = start_training(path, more=finite, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("run: ")
+        process.stdout.close()  # as | head -1 does
+        process.wait(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert load_checkpoint(path / "checkpoint.pt")["step"] == 60
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_run_goes_on_if_its_output_finds_no_place(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with Path("/dev/full").open("w") as full:
+        process = start_training(path, more=["--total-steps", "60"], stdout=full)
+        try:
+            process.wait(timeout=60)
+        finally:
+            process.kill()
+    assert load_checkpoint(path / "checkpoint.pt")["step"] == 60

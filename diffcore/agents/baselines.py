@@ -2,7 +2,8 @@
 
 They are there to be compared with, so nothing of theirs is written again: networks, losses, replay
 and the loop that collects and learns are stable-baselines3's (SB3). Hyper-parameters carry its names
-and its defaults. The package is an optional one, imported when an agent is made.
+and its defaults, but where one says why not. The package is an optional one, imported when an agent
+is made.
 
 What they do at a time limit is right without a switch: SB3 bootstraps the value there.
 """
@@ -80,8 +81,9 @@ class OffPolicyBaselineConfig(BaselineConfig):
     """How far a target network moves towards its network in one update."""
     train_freq: int = 1
     """Steps of every environment between two rounds of updates."""
-    gradient_steps: int = 1
-    """Updates per round; -1: as many as there were environment steps since the last one."""
+    gradient_steps: int = -1
+    """Updates per round; -1: as many as there were environment steps since the last one. SB3's own
+    default, 1, means the same for one environment, but fewer updates than steps for several."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,7 +96,7 @@ class OffPolicyBaselineConfig(BaselineConfig):
 
 @dataclass(frozen=True)
 class SACConfig(OffPolicyBaselineConfig):
-    """Hyper-parameters of SB3's SAC, by default its own."""
+    """Hyper-parameters of SB3's SAC, by default its own but for ``gradient_steps``."""
 
     hidden_dims: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers of actor and critic."""
@@ -118,7 +120,8 @@ class SACConfig(OffPolicyBaselineConfig):
 
 @dataclass(frozen=True)
 class TD3Config(OffPolicyBaselineConfig):
-    """Hyper-parameters of SB3's TD3, by default its own but for the exploration noise."""
+    """Hyper-parameters of SB3's TD3, by default its own but for ``gradient_steps`` and the noise
+    that explores."""
 
     learning_rate: float = 1e-3
     """Learning rate of all networks."""

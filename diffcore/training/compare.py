@@ -24,16 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from diffcore.training.config import TrainConfig, to_dict
+from diffcore.training.checkpoint import load_checkpoint
+from diffcore.training.config import RESUMABLE, TrainConfig, to_dict
 from diffcore.training.errors import RunError, TrainingError
 from diffcore.training.files import write_atomically
 from diffcore.training.interruption import Interruption
 from diffcore.training.logging import read_series
 from diffcore.training.loop import resume, train
 from diffcore.training.plotting import Array, Band, plot_learning_curves
+from diffcore.training.progress import printing, say
 from diffcore.training.registry import AgentConfig, agent_name
 from diffcore.training.run_directory import RunDirectory
 from diffcore.training.statistics import bootstrap_interval
@@ -43,14 +46,11 @@ from diffcore.training.statistics import bootstrap_interval
 class Job:
     """One run of a comparison."""
 
+    name: str
+    """What the comparison calls the agent with these settings; one for all seeds."""
     config: TrainConfig
     """With ``run_dir`` set."""
     agent_config: AgentConfig
-
-    @property
-    def agent(self) -> str:
-        """The agent's name."""
-        return agent_name(self.agent_config)
 
     @property
     def run(self) -> RunDirectory:
@@ -59,7 +59,7 @@ class Job:
         return RunDirectory(self.config.run_dir)
 
     def __str__(self) -> str:
-        return f"{self.agent}, seed {self.config.seed}"
+        return f"{self.name}, seed {self.config.seed}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def compare(
             _check_settings(job)
     waiting = [job for job in jobs if not _is_complete(job)]
     if len(waiting) < len(jobs):
-        _say(console, f"{len(jobs) - len(waiting)} of {len(jobs)} runs are complete already")
+        say(console, f"{len(jobs) - len(waiting)} of {len(jobs)} runs are complete already")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -110,35 +110,39 @@ def compare(
         summary=output / "summary.csv",
     )
     if comparison.complete:
-        finals = [(job, *_final_return(job)) for job in jobs]
-        runs = [
-            {"agent": job.agent, "seed": job.config.seed, "step": step, "return": value}
-            for job, step, value in finals
-        ]
+        runs = [_final_row(job) for job in jobs]
         _write_csv(comparison.final_returns, runs)
-        rows = summarize([(job.agent, value) for job, _, value in finals])
+        rows = summarize(runs)
         _write_csv(comparison.summary, rows)
-        plot_learning_curves([job.run.path for job in jobs], comparison.curves, band=INTERVAL)
-        console.print(_table(jobs[0].config.env, rows))
+        plot_learning_curves(
+            [job.run.path for job in jobs],
+            comparison.curves,
+            band=INTERVAL,
+            names=[job.name for job in jobs],
+        )
+        with printing(console):
+            console.print(_table(jobs[0].config.env, rows))
     return comparison
 
 
-def summarize(finals: list[tuple[str, float]]) -> list[dict[str, Any]]:
+def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per agent: interquartile mean with its 95% interval, mean, deviation, extremes.
 
     Args:
-        finals: agent and final return of each run.
+        runs: ``agent``, ``updates`` and final ``return`` of each.
     """
-    by_agent: dict[str, list[float]] = defaultdict(list)
-    for agent, value in finals:
-        by_agent[agent].append(value)
+    by_agent: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        by_agent[run["agent"]].append(run)
     rows = []
-    for agent, values in by_agent.items():
+    for agent, its_runs in by_agent.items():
+        values = [run["return"] for run in its_runs]
         iqm, low, high = bootstrap_interval(np.array(values)[:, None])
         rows.append(
             {
                 "agent": agent,
                 "seeds": len(values),
+                "updates": round(statistics.fmean(run["updates"] for run in its_runs)),
                 "iqm": float(iqm),
                 "ci_low": float(low),
                 "ci_high": float(high),
@@ -184,7 +188,7 @@ def run_or_resume(job: Job, console: Console) -> bool:
 
 def _run_in_turn(jobs: list[Job], output: Path, parallel: int, console: Console) -> bool:
     for i, job in enumerate(jobs):
-        _say(console, f"[{i + 1}/{len(jobs)}] {job}")
+        say(console, f"[{i + 1}/{len(jobs)}] {job}")
         if not run_or_resume(job, console):
             return False
     return True
@@ -206,11 +210,11 @@ def _run_in_parallel(jobs: list[Job], output: Path, parallel: int, console: Cons
                     job = dataclasses.replace(
                         job, config=dataclasses.replace(job.config, threads=threads)
                     )
-                log = output / f"{job.agent}-s{job.config.seed}.log"
+                log = output / f"{job.name}-s{job.config.seed}.log"
                 process: BaseProcess = context.Process(target=_run_in_process, args=(job, log))
                 process.start()
                 running[log] = (job, process)
-                _say(console, f"{job}: started, log in {log}")
+                say(console, f"{job}: started, log in {log}")
             wait([process.sentinel for _, process in running.values()], timeout=0.2)
             if interruption.requested and not stopped:
                 stopped = True
@@ -223,7 +227,7 @@ def _run_in_parallel(jobs: list[Job], output: Path, parallel: int, console: Cons
                 complete = complete and ended.exitcode == 0
                 if ended.exitcode != 0 and not interruption.requested:
                     failed.append(log)
-                _say(console, f"{job}: {'complete' if ended.exitcode == 0 else 'not complete'}")
+                say(console, f"{job}: {'complete' if ended.exitcode == 0 else 'not complete'}")
     if failed:
         last = [text for text in failed[0].read_text().splitlines() if text] or ["it left no word"]
         logs = ", ".join(map(str, failed))
@@ -239,20 +243,13 @@ def _run_in_process(job: Job, log: Path) -> None:
         try:
             sys.exit(0 if run_or_resume(job, console) else 1)
         except TrainingError as error:
-            _say(console, f"error: {error}")
+            say(console, f"error: {error}")
             sys.exit(1)
 
 
-UNIMPORTANT = (
-    "total_steps",
-    "run_dir",
-    "runs_dir",
-    "device",
-    "threads",
-    "tensorboard",
-    "checkpoint_minutes",
-)
-"""The settings in which a run may differ from the one that is asked for."""
+UNIMPORTANT = ({*RESUMABLE} - {"eval_interval"}) | {"run_dir", "runs_dir"}
+"""The settings in which a run may differ from the one that is asked for. Curves need common steps, or
+else it would be all that a run can be resumed with other values of."""
 
 
 def _check_settings(job: Job) -> None:
@@ -264,8 +261,9 @@ def _check_settings(job: Job) -> None:
     there = RunDirectory.open(job.run.path).read_config()
     asked = {"train": to_dict(job.config), "agent": to_dict(job.agent_config)}
     asked = json.loads(json.dumps(asked))  # tuples become lists, as in config.json
-    if there["agent"] != job.agent:
-        raise RunError(f"{job.run.path} is a run of {there['agent']}, not of {job.agent}")
+    agent = agent_name(job.agent_config)
+    if there["agent"] != agent:
+        raise RunError(f"{job.run.path} is a run of {there['agent']}, not of {agent}")
     # A run from before there was a setting was made as the setting's default has it.
     settings = {**to_dict(TrainConfig(job.config.env)), **there["train"]}
     for old, new in ((settings, asked["train"]), (there["agent_config"], asked["agent"])):
@@ -283,16 +281,27 @@ def _check_settings(job: Job) -> None:
 
 
 def _is_complete(job: Job) -> bool:
-    if not job.run.evaluations.is_file():
+    """Whether all steps are done, evaluated and saved. The weights are what a run writes last."""
+    run = job.run
+    if not (run.evaluations.is_file() and run.checkpoint.is_file()):
         return False
-    steps, _ = read_series(job.run.evaluations, "mean_return")
-    return bool(steps) and steps[-1] >= job.config.total_steps and job.run.weights.is_file()
+    steps, _ = read_series(run.evaluations, "mean_return")
+    saved = load_checkpoint(run.checkpoint, verify=False)["step"]
+    ends = bool(steps) and steps[-1] == saved == run.weights_step()
+    return ends and saved >= job.config.total_steps
 
 
-def _final_return(job: Job) -> tuple[int, float]:
-    """Step and mean return of a run's last evaluation."""
+def _final_row(job: Job) -> dict[str, Any]:
+    """Mean return of a run's last evaluation, and the updates that it took."""
     steps, returns = read_series(job.run.evaluations, "mean_return")
-    return steps[-1], returns[-1]
+    _, updates = read_series(job.run.progress, "updates")
+    return {
+        "agent": job.name,
+        "seed": job.config.seed,
+        "step": steps[-1],
+        "updates": int(updates[-1]),
+        "return": returns[-1],
+    }
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -304,21 +313,18 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _table(env: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"Final return on {env}: mean of the last evaluation of each run")
-    for name in ("agent", "seeds", "IQM", "95% interval", "mean ± std", "min", "max"):
-        table.add_column(name, justify="left" if name == "agent" else "right", no_wrap=True)
+    """The part of the summary that fits a terminal of 80 columns."""
+    title = f"Final return on {env}: mean of the last evaluation of each run"
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("agent", "seeds", "updates", "IQM", "95% interval", "mean ± std"):
+        table.add_column(name, justify="left" if name == "agent" else "right")
     for row in rows:
         table.add_row(
             row["agent"],
             str(row["seeds"]),
+            f"{row['updates']:,}",
             f"{row['iqm']:.1f}",
             f"{row['ci_low']:.1f} .. {row['ci_high']:.1f}",
             f"{row['mean']:.1f} ± {row['std']:.1f}",
-            f"{row['min']:.1f}",
-            f"{row['max']:.1f}",
         )
     return table
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -60,7 +60,7 @@ class TrainConfig:
     log_interval: int = 1_000
     """Environment steps between rows of progress.csv."""
     checkpoint_minutes: float = 10.0
-    """Minutes between checkpoints. One is always written at the end and at Ctrl-C."""
+    """Minutes between checkpoints. One is always written at the end, at Ctrl-C and at a hangup."""
     tensorboard: bool = True
     """Write TensorBoard logs too."""
     runs_dir: Path = Path("runs")

@@ -1,4 +1,4 @@
-"""Ctrl-C that lets the current step finish."""
+"""Ctrl-C, and other requests to end, that let the current step finish."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 
 class Interruption:
-    """Inside this context SIGINT and SIGTERM only set :attr:`requested`.
+    """Inside this context SIGINT, SIGTERM and SIGHUP only set :attr:`requested`.
+
+    SIGHUP says that the terminal is gone; where it is ignored, as under nohup, it stays so.
 
     A second SIGINT raises KeyboardInterrupt at once, for whoever doesn't want to wait. Outside the
     main thread, where Python doesn't let signals be handled, nothing is changed.
@@ -21,7 +23,11 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+            if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+                numbers.append(hangup)
+            for number in numbers:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 

@@ -41,7 +41,7 @@ from diffcore.training.environments import (
     FloatArray,
     make_environment,
 )
-from diffcore.training.errors import CheckpointError, ConfigError, TrainingError
+from diffcore.training.errors import CheckpointError, ConfigError, TrainingError, WriteError
 from diffcore.training.evaluation import Evaluation, Evaluator
 from diffcore.training.files import write_atomically
 from diffcore.training.interruption import Interruption
@@ -102,7 +102,8 @@ def train(
     with _open_trainer(config, agent_config) as trainer:
         trainer.start()
         run = RunDirectory.create(config, agent_config)
-        return trainer.run(run, console or Console())
+        with run.lock():
+            return trainer.run(run, console or Console())
 
 
 def resume(
@@ -130,12 +131,10 @@ def resume(
         console: where to show progress; None is standard output.
 
     Raises:
-        TrainingError: if there is no whole checkpoint, or it doesn't fit, or config.json doesn't fit
-            it; if the run is complete already; and as :func:`train` does.
+        TrainingError: if another process is training in it; if there is no whole checkpoint, or it
+            doesn't fit, or config.json doesn't fit it; if the run is complete already, its weights
+            included; and as :func:`train` does.
     """
-    run = RunDirectory.open(path)
-    checkpoint = load_checkpoint(run.checkpoint)
-    config, agent_config = configs_of(checkpoint, run.checkpoint)
     given = {
         "total_steps": total_steps,
         "device": device,
@@ -146,19 +145,28 @@ def resume(
         "tensorboard": tensorboard,
     }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    run = RunDirectory.open(path)
+    with run.lock():  # before anything is read, which a process that trains in it may be writing
+        return _resume_locked(run, changes, console or Console())
+
+
+def _resume_locked(run: RunDirectory, changes: dict[str, Any], console: Console) -> TrainResult:
+    """What :func:`resume` does in a run that is this process's."""
+    checkpoint = load_checkpoint(run.checkpoint)
+    config, agent_config = configs_of(checkpoint, run.checkpoint)
     config = dataclasses.replace(run.resumed_config(config, agent_config), **changes)
     with _open_trainer(config, agent_config) as trainer:
         trainer.load_state_dict(checkpoint)
-        if trainer.complete:
+        if trainer.complete and run.weights_step() == trainer.step:
             raise ConfigError(
-                f"{path} has done {trainer.step:,} of {config.total_steps:,} steps; "
+                f"{run.path} has done {trainer.step:,} of {config.total_steps:,} steps; "
                 "to train it longer set total_steps (--total-steps) above that"
             )
         rows = checkpoint["rows"]
         del checkpoint  # gives back the old file's place on the disk once it is replaced
         if changes:
             run.write_config(config, agent_config)
-        return trainer.run(run, console or Console(), rows=rows)
+        return trainer.run(run, console, rows=rows)
 
 
 @contextmanager
@@ -367,13 +375,12 @@ class BaseTrainer(ABC):
         """Train from the present step to the last, or until a signal.
 
         Args:
-            directory: where the run writes.
+            directory: where the run writes; locked by the caller.
             console: where it shows progress.
             rows: lengths of the CSV files at the present step, as :meth:`state_dict` had them;
                 later rows are cut off.
         """
         with (
-            directory.lock(),
             ProgressDisplay(console, self.step, self.config.total_steps) as display,
             Interruption() as interruption,
         ):
@@ -653,9 +660,7 @@ class _Session:
             self.display.step(trainer.step)
             if trainer.step >= min(trainer.next_log, config.total_steps):
                 self.log()
-        self.save()
-        if trainer.complete:
-            self.export_weights()
+        self.end()
         return TrainResult(
             run=self.directory.path,
             step=trainer.step,
@@ -706,6 +711,27 @@ class _Session:
         self.logs[name].write(row)
         if self.tensorboard is not None:
             self.tensorboard.write(name, row)
+
+    def end(self) -> None:
+        """Write the last checkpoint, then the weights if the run is complete.
+
+        Weights are small and may find place where the checkpoint doesn't: then too they are written.
+
+        Raises:
+            CheckpointError, WriteError: if one of the two can't be written.
+        """
+        try:
+            self.save()
+        except CheckpointError as error:
+            try:
+                self.export_weights()
+            except WriteError:
+                raise error from None
+            raise CheckpointError(
+                f"{error}; the policy of step {self.trainer.step:,} is in {self.directory.weights}"
+            ) from error
+        if self.trainer.complete:
+            self.export_weights()
 
     def save(self) -> None:
         """Write the checkpoint.

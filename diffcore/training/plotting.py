@@ -6,8 +6,9 @@ import dataclasses
 import io
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def plot_runs(runs: list[Path], output: Path) -> list[Path]:
     """Draw all there is to draw of some runs.
 
     Args:
-        runs: run directories; at least one.
+        runs: run directories; at least one. One that is named twice counts once.
         output: the picture of learning curves. For runs on the multi-goal toy those of actions and,
             if the agent has a critic, of Q are written beside it.
 
@@ -42,6 +43,7 @@ def plot_runs(runs: list[Path], output: Path) -> list[Path]:
     Raises:
         TrainingError: if a run can't be read or a picture can't be written.
     """
+    runs = list({path.resolve(): path for path in runs}.values())
     plot_learning_curves(runs, output)
     written = [output]
     multigoal = [path for path in runs if _is_multigoal(RunDirectory.open(path))]
@@ -85,38 +87,44 @@ LABEL_WIDTH = 48
 
 
 def plot_learning_curves(
-    runs: list[Path], output: Path, *, band: Band = STANDARD_DEVIATION
+    runs: list[Path],
+    output: Path,
+    *,
+    band: Band = STANDARD_DEVIATION,
+    names: list[str] | None = None,
 ) -> None:
     """Evaluation return over environment steps, one panel per environment.
 
     Runs that differ only in their seed make one curve, over the steps that all of them have
-    evaluated; where there are several, a band shows how far they lie apart.
+    evaluated; where there are several seeds, a band shows how far they lie apart.
 
     Args:
         runs: run directories; at least one.
         output: a picture file whose kind matplotlib knows, such as .png or .pdf.
         band: what curve and band are.
+        names: what each run's curve is called; None calls it by its agent and mode.
 
     Raises:
         RunError: if a directory isn't a run, or has no evaluations yet.
         WriteError: if the picture can't be written.
     """
     panels: dict[str, dict[str, list[_Curve]]] = defaultdict(dict)
-    for curve in _labelled([_read_curve(path) for path in runs]):
+    labels: Iterable[str | None] = repeat(None, len(runs)) if names is None else names
+    curves = [_read_curve(path, label) for path, label in zip(runs, labels, strict=True)]
+    for curve in _labelled(curves):
         panels[curve.environment].setdefault(curve.label, []).append(curve)
 
     figure = Figure(figsize=(6.0 * len(panels), 4.0), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (environment, curves) in zip(all_axes, sorted(panels.items()), strict=True):
-        for label, seeds in sorted(curves.items()):
-            steps, returns = common_steps([curve.series for curve in seeds])
+    for axes, (environment, groups) in zip(all_axes, sorted(panels.items()), strict=True):
+        for label, group in sorted(groups.items()):
+            steps, returns = common_steps([curve.series for curve in group])
             middle, low, high = band.of(returns)
-            name = label if len(seeds) == 1 else f"{label} ({len(seeds)} seeds)"
-            name = "\n".join(textwrap.wrap(name, LABEL_WIDTH))
+            name = "\n".join(textwrap.wrap(label + _count(group), LABEL_WIDTH))
             (line,) = axes.plot(steps, middle, label=name, marker="." if len(steps) == 1 else None)
-            if len(seeds) > 1:
+            if _seeds(group) > 1:
                 axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.25, lw=0)
-        several = any(len(seeds) > 1 for seeds in curves.values())
+        several = any(_seeds(group) > 1 for group in groups.values())
         ylabel = f"evaluation return\n({band.name})" if several else "evaluation return"
         axes.set(title=environment, xlabel="environment steps", ylabel=ylabel)
         axes.grid(alpha=0.3)
@@ -150,6 +158,7 @@ class _Curve:
     """A run's learning curve."""
 
     environment: str
+    seed: int
     label: str
     settings: dict[str, Any]
     """What makes two runs more than two seeds of one thing."""
@@ -160,7 +169,7 @@ _SHAPING = ("env_kwargs", "max_episode_steps", "num_envs", "updates_per_step", "
 """The settings of a run that its learning curve depends on, beside the agent's own."""
 
 
-def _read_curve(path: Path) -> _Curve:
+def _read_curve(path: Path, label: str | None) -> _Curve:
     run = RunDirectory.open(path)
     config = run.read_config()
     if not run.evaluations.is_file():
@@ -170,9 +179,22 @@ def _read_curve(path: Path) -> _Curve:
     settings = dict(config["agent_config"])
     mode = settings.pop("mode", None)
     settings |= {name: train[name] for name in _SHAPING}
-    label = f"{config['agent']} ({mode})" if mode else str(config["agent"])
+    if label is None:
+        label = f"{config['agent']} ({mode})" if mode else str(config["agent"])
     series = read_series(run.evaluations, "mean_return")
-    return _Curve(str(train["env"]), label, settings, series)
+    return _Curve(str(train["env"]), train["seed"], label, settings, series)
+
+
+def _seeds(curves: list[_Curve]) -> int:
+    return len({curve.seed for curve in curves})
+
+
+def _count(curves: list[_Curve]) -> str:
+    """What a label says of how many runs it stands for. Two runs of one seed are no two seeds."""
+    seeds = _seeds(curves)
+    if seeds < len(curves):
+        return f" ({len(curves)} runs of {seeds} seed{'s' if seeds > 1 else ''})"
+    return f" ({seeds} seeds)" if seeds > 1 else ""
 
 
 def _labelled(curves: list[_Curve]) -> list[_Curve]:

@@ -3,11 +3,36 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+REFRESH_SECONDS = 0.25
+"""Between two states of the live line."""
+
+
+@contextmanager
+def printing(console: Console) -> Iterator[None]:
+    """Print to ``console`` inside. What can't be printed is dropped.
+
+    Whoever read it may be gone, or the disk full that it goes to: no reason to lose a run.
+    """
+    try:
+        yield
+    except (OSError, SystemExit):  # rich raises the latter on a broken pipe
+        quiet, console.quiet = console.quiet, True
+        console.print()  # empties rich's buffer, which would go before the next line
+        console.quiet = quiet
+
+
+def say(console: Console, text: str) -> None:
+    """Print ``text`` as it is."""
+    with printing(console):
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class ProgressDisplay:
@@ -26,6 +51,8 @@ class ProgressDisplay:
         self._started = time.monotonic()
         self._last_return: float | None = None
         self._evaluation: float | None = None
+        self._step = first_step
+        self._next_refresh = 0.0
         self._progress: Progress | None = None
         self._task = TaskID(0)
         if console.is_terminal:
@@ -34,7 +61,7 @@ class ProgressDisplay:
                 BarColumn(bar_width=20),
                 TextColumn("{task.description}"),
                 console=console,
-                refresh_per_second=4,
+                auto_refresh=False,  # that would be a thread, in which nobody catches errors
             )
             self._task = self._progress.add_task("", total=total_steps, completed=first_step)
 
@@ -50,7 +77,9 @@ class ProgressDisplay:
         traceback: TracebackType | None,
     ) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with printing(self._console):
+                self._update(self._progress)
+                self._progress.stop()
 
     def episode(self, episode_return: float) -> None:
         """An episode of training ended."""
@@ -60,25 +89,31 @@ class ProgressDisplay:
         """An evaluation ended."""
         self._evaluation = mean_return
         if self._progress is None:
-            self._print(f"step {step:,}: evaluation return {mean_return:.1f} ± {std_return:.1f}")
+            self.message(f"step {step:,}: evaluation return {mean_return:.1f} ± {std_return:.1f}")
 
     def step(self, step: int) -> None:
         """Training reached ``step``. Cheap enough to call at every one."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, description=self._status(step))
+        self._step = step
+        if self._progress is not None and time.monotonic() >= self._next_refresh:
+            with printing(self._console):
+                self._update(self._progress)
+                self._progress.refresh()
+            self._next_refresh = time.monotonic() + REFRESH_SECONDS
 
     def line(self, step: int) -> None:
         """Print a plain line, unless there is a live one."""
         if self._progress is None:
-            self._print(f"step {step:,}/{self._total_steps:,}  {self._status(step)}")
+            self.message(f"step {step:,}/{self._total_steps:,}  {self._status(step)}")
 
     def message(self, text: str) -> None:
         """Print something that stays."""
-        self._print(text)
+        say(self._console, text)
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        self._print(f"[bold yellow]warning:[/] {escape(text)}", markup=True)
+        with printing(self._console):
+            warning = f"[bold yellow]warning:[/] {escape(text)}"
+            self._console.print(warning, markup=True, highlight=False, soft_wrap=True)
 
     def steps_per_second(self, step: int) -> float:
         """Mean speed of this process so far."""
@@ -101,8 +136,8 @@ class ProgressDisplay:
             ]
         )
 
-    def _print(self, text: str, *, markup: bool = False) -> None:
-        self._console.print(text, markup=markup, highlight=False, soft_wrap=True)
+    def _update(self, progress: Progress) -> None:
+        progress.update(self._task, completed=self._step, description=self._status(self._step))
 
 
 def _number(value: float | None) -> str:

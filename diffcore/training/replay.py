@@ -94,25 +94,26 @@ class ReplayBuffer:
         rows = state.shape[0]
         if rows > self.capacity:
             raise ValueError(f"can't store {rows} transitions in a buffer of {self.capacity}")
-        values = {
+        given = {
             "state": state,
             "action": action,
-            "best_action": action,
-            "reward": reward.unsqueeze(-1),
+            "reward": reward,
             "next_state": next_state,
-            "terminated": terminated.unsqueeze(-1),
-            "truncated": truncated.unsqueeze(-1),
+            "terminated": terminated,
+            "truncated": truncated,
         }
-        for name, value in values.items():
-            expected = (rows, self._columns[name].shape[1])
+        for name, value in given.items():
+            is_number = name in ("reward", "terminated", "truncated")
+            expected = (rows,) if is_number else (rows, self._columns[name].shape[1])
             if value.shape != expected:
                 raise ValueError(f"{name} has shape {list(value.shape)}, not {list(expected)}")
         # A batch that runs past the end is stored in two pieces.
         before_end = min(rows, self.capacity - self.position)
-        for name, value in values.items():
+        for name, value in {**given, "best_action": action}.items():
             column = self._columns[name]
-            column[self.position : self.position + before_end] = value[:before_end]
-            column[: rows - before_end] = value[before_end:]
+            values = value.reshape(rows, column.shape[1])
+            column[self.position : self.position + before_end] = values[:before_end]
+            column[: rows - before_end] = values[before_end:]
         self.position = (self.position + rows) % self.capacity
         self.size = min(self.size + rows, self.capacity)
 

@@ -1,14 +1,14 @@
 """Where a run keeps its files.
 
-==================  =====================================================================
+==================  ==============================================================================
 config.json         what was set, and the versions of everything; see ``resumed_config``
 progress.csv        training: one row per ``log_interval``
 evaluations.csv     one row per evaluation
 timing.csv          clock readings; kept apart, so that equal runs have equal CSV files
 tensorboard/        all of that for TensorBoard
 checkpoint.pt       everything needed to continue
-weights.safetensors the policy's weights, written at the end
-==================  =====================================================================
+weights.safetensors the policy's weights: at the end, or if the last checkpoint can't be written
+==================  ==============================================================================
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 
 from diffcore.training.config import RESUMABLE, TrainConfig, to_dict
-from diffcore.training.errors import ConfigError, RunError
+from diffcore.training.errors import ConfigError, RunError, WriteError
 from diffcore.training.files import write_atomically
 from diffcore.training.registry import AgentConfig, agent_name
 
@@ -53,20 +54,16 @@ class RunDirectory:
         """Make a new directory, named after the run, and write config.json into it.
 
         Raises:
-            RunError: if the directory exists already or can't be made.
+            RunError: if ``config.run_dir`` exists already, or the directory can't be made.
+            WriteError: if config.json can't be written; then there is no directory either.
         """
         path = config.run_dir or config.runs_dir / _relative_path(config, agent_config)
+        run = cls(_make_directory(path, numbered=config.run_dir is None))
         try:
-            path.mkdir(parents=True, exist_ok=False)
-        except FileExistsError as error:
-            raise RunError(
-                f"{path} exists already and is never overwritten; "
-                f"to go on with that run: diffcore train --resume {path}"
-            ) from error
-        except OSError as error:
-            raise RunError(f"can't make the run directory {path}: {error}") from error
-        run = cls(path)
-        run.write_config(config, agent_config)
+            run.write_config(config, agent_config)
+        except WriteError:
+            run.path.rmdir()
+            raise
         return run
 
     @classmethod
@@ -155,6 +152,14 @@ class RunDirectory:
         except ConfigError as error:
             raise RunError(f"{self.config}: {error}") from error
 
+    def weights_step(self) -> int | None:
+        """The step whose weights are exported; None if there are none that can be read."""
+        try:
+            with safe_open(self.weights, "pt") as file:
+                return int(json.loads(file.metadata()["diffcore"])["step"])
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+            return None
+
     def lock(self) -> FileLock:
         """Take the run for this process, until the lock is released.
 
@@ -169,6 +174,37 @@ class RunDirectory:
         except OSError as error:
             raise RunError(f"can't write to the run directory {self.path}: {error}") from error
         return lock
+
+
+def _make_directory(path: Path, *, numbered: bool) -> Path:
+    """Make a new directory, at the first of ``path``, ``path``-2, ``path``-3, ... if ``numbered``.
+
+    Raises:
+        RunError: if it exists already, unless ``numbered``, or can't be made.
+    """
+    candidate, number = path, 1
+    while True:
+        try:
+            candidate.mkdir(parents=True, exist_ok=False)
+            return candidate
+        except FileExistsError as error:
+            if not numbered:
+                raise _in_the_way(path) from error
+        except OSError as error:
+            raise RunError(f"can't make the run directory {candidate}: {error}") from error
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+
+
+def _in_the_way(path: Path) -> RunError:
+    if RunDirectory(path).checkpoint.is_file():
+        way_out = f"to go on with that run: diffcore train --resume {path}"
+    else:
+        way_out = (
+            "it holds no checkpoint that could be gone on from: choose another directory or, if no "
+            "run is at work in it, remove it"
+        )
+    return RunError(f"{path} exists already and is never overwritten; {way_out}")
 
 
 def _relative_path(config: TrainConfig, agent_config: AgentConfig) -> Path:

@@ -267,11 +267,11 @@ def test_the_weights_are_those_that_act(tiny_run: MakeConfig, console: Console) 
 def test_hyper_parameters_reach_sb3() -> None:
     config = dataclasses.replace(
         SACConfig(), learning_rate=0.1, gamma=0.5, buffer_size=70, learning_starts=7, batch_size=6,
-        tau=0.2, train_freq=3, gradient_steps=-1, hidden_dims=(5, 4), ent_coef="auto_0.25",
+        tau=0.2, train_freq=3, gradient_steps=2, hidden_dims=(5, 4), ent_coef="auto_0.25",
     )  # fmt: skip
     model = SB3SAC(3, 2, config, seed=0, num_envs=2).model
     assert (model.learning_rate, model.gamma, model.tau) == (0.1, 0.5, 0.2)
-    assert (model.learning_starts, model.batch_size, model.gradient_steps) == (7, 6, -1)
+    assert (model.learning_starts, model.batch_size, model.gradient_steps) == (7, 6, 2)
     assert (model.train_freq.frequency, model.replay_buffer.buffer_size) == (3, 35)
     assert model.log_ent_coef.exp().item() == pytest.approx(0.25)
     widths = [layer.out_features for layer in model.actor.latent_pi if hasattr(layer, "weight")]
@@ -289,15 +289,26 @@ def test_hyper_parameters_reach_sb3() -> None:
     assert (model.vf_coef, model.max_grad_norm) == (0.3, 0.7)
 
 
+@pytest.mark.parametrize("num_envs", [1, 4])
+@pytest.mark.parametrize("name", ["sb3-sac", "sb3-td3"])
+def test_there_are_as_many_updates_as_steps_after_the_random_start(
+    name: str, num_envs: int, tiny_run: MakeConfig, console: Console
+) -> None:
+    config = dataclasses.replace(SMALL[name], learning_starts=20)
+    run = train(tiny_run(num_envs=num_envs), config, console=console).run
+    assert read_csv(run / "progress.csv")[1][-1]["updates"] == "40"
+
+
 def test_defaults_are_sb3s() -> None:
     import inspect
 
     import stable_baselines3 as sb3
 
+    ours_alone = ("hidden_dims", "exploration_noise", "gradient_steps")
     for config, algorithm in ((SACConfig(), sb3.SAC), (TD3Config(), sb3.TD3), (PPOConfig(), sb3.PPO)):
         parameters = inspect.signature(algorithm.__init__).parameters
         for field in dataclasses.fields(config):
-            if field.name not in ("hidden_dims", "exploration_noise"):
+            if field.name not in ours_alone:
                 assert getattr(config, field.name) == parameters[field.name].default, field.name
     for config, agent in ((SACConfig(), SB3SAC), (TD3Config(), SB3TD3), (PPOConfig(), SB3PPO)):
         own = {"sb3-sac": sb3.SAC, "sb3-td3": sb3.TD3, "sb3-ppo": sb3.PPO}

@@ -64,6 +64,16 @@ def test_a_flipped_bit_is_refused_or_harmless(path: Path) -> None:
     assert refused > len(data) // 61 // 2
 
 
+def test_unverified_reading_looks_at_no_tensor(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    at = data.index(CONTENTS["tensor"].numpy().tobytes())
+    data[at + 100] ^= 0x10
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is damaged"):
+        load_checkpoint(path)
+    assert load_checkpoint(path, verify=False)["step"] == 7
+
+
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "foreign.pt"
     with pytest.raises(CheckpointError, match=r"there is no checkpoint .*foreign\.pt"):

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import pytest
+from rich.console import Console
 
 from diffcore.cli import main, parse_comparison
-from diffcore.training import TrainConfig, Trainer, resume
+from diffcore.training import TrainConfig, Trainer, WriteError, checkpoint, loop, plotting, resume
 from diffcore.training import compare as comparison
-from diffcore.training.compare import summarize
+from diffcore.training.checkpoint import load_checkpoint
+from diffcore.training.compare import _table, summarize
 from diffcore.training.logging import read_csv
+from diffcore.training.run_directory import RunDirectory
 
 COMMON = [
     "--env", "Pendulum-v1", "--total-steps", "40", "--max-episode-steps", "10",
@@ -68,7 +73,10 @@ def test_end_to_end_and_again_and_with_more(
     for row in finals:
         log = output / row["agent"] / f"s{row['seed']}" / "evaluations.csv"
         assert (row["step"], row["return"]) == ("40", read_csv(log)[1][-1]["mean_return"])
-    rows = [(row["agent"], float(row["return"])) for row in finals]
+        assert row["updates"] == ("20" if row["agent"] == "dipo" else "40")  # PPO: 4 rollouts x 10
+    rows = [
+        {**row, "updates": int(row["updates"]), "return": float(row["return"])} for row in finals
+    ]
     expected = [{name: str(value) for name, value in row.items()} for row in summarize(rows)]
     assert table(output / "summary.csv") == expected
 
@@ -91,6 +99,29 @@ def test_end_to_end_and_again_and_with_more(
     unchanged = [output / agent / "s0" / "evaluations.csv" for agent in ("dipo", "sb3-ppo")]
     after = modified(output)
     assert [after[path] for path in unchanged] == [before[path] for path in unchanged]
+
+
+def test_one_agent_takes_part_with_several_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plotting, "_save", lambda figure, path: figures.append(figure))
+    output = tmp_path / "out"
+    own = [option for option in OWN if "ppo" not in option]
+    also = [option.replace("dipo.", "short-chain.") for option in own[1:]]
+    arguments = ["--agents", "dipo", "short-chain=dipo", "--seeds", "0", "1", *COMMON, *own, *also]
+    arguments += ["short-chain.diffusion-steps=2", "--output", str(output)]
+    assert main(["compare", *arguments]) == 0
+    assert "short-chain, seed 1" in capsys.readouterr().out
+    assert [row["agent"] for row in table(output / "summary.csv")] == ["dipo", "short-chain"]
+    steps = [
+        RunDirectory(output / name / "s1").read_config()["agent_config"]["diffusion_steps"]
+        for name in ("dipo", "short-chain")
+    ]
+    assert steps == [3, 2]
+    (axes,) = figures[0].axes
+    labels = [line.get_label() for line in axes.get_lines()]
+    assert labels == ["dipo (2 seeds)", "short-chain (2 seeds)"]
 
 
 def test_a_run_equals_one_that_was_trained_by_itself(run: Callable[..., int], tmp_path: Path) -> None:
@@ -145,6 +176,29 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(
     assert (killed / "checkpoint.pt").is_file()
 
 
+@pytest.mark.parametrize("lost", ["checkpoint", "weights"])
+def test_a_run_whose_end_was_not_saved_is_not_complete(
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """As a full disk leaves it or, between two files, a kill."""
+    assert run("--seeds", "0") == 0
+
+    def fail(*arguments: object) -> None:
+        raise WriteError("no space left")
+
+    module, write = (checkpoint, "write_atomically"), (loop._Session, "export_weights")
+    with monkeypatch.context() as patch:
+        patch.setattr(*(module if lost == "checkpoint" else write), fail)
+        assert run("--seeds", "0", "--total-steps", "60") == 1
+    path = tmp_path / "out" / "dipo" / "s0"
+    assert read_csv(path / "evaluations.csv")[1][-1]["step"] == "60"
+    saved = load_checkpoint(path / "checkpoint.pt")["step"], RunDirectory(path).weights_step()
+    assert saved == ((40, 60) if lost == "checkpoint" else (60, 40))
+    assert run("--seeds", "0", "--total-steps", "60") == 0
+    assert load_checkpoint(path / "checkpoint.pt")["step"] == RunDirectory(path).weights_step() == 60
+    assert [row["step"] for row in read_csv(path / "evaluations.csv")[1]] == ["20", "40", "60"]
+
+
 def test_runs_that_were_set_differently_are_not_taken_for_these(
     run: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +212,17 @@ def test_runs_that_were_set_differently_are_not_taken_for_these(
     other = [option.replace("hidden-dim=16", "hidden-dim=8") for option in OWN]
     assert run("--seeds", "0", own=other) == 1
     assert "with hidden_dim 16, asked for is 8; choose another" in capsys.readouterr().err
+
+
+def test_settings_that_change_no_return_may_differ(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--seeds", "0") == 0
+    before = modified(tmp_path / "out")
+    assert run("--seeds", "0", "--log-interval", "5", "--checkpoint-minutes", "1") == 0
+    assert modified(tmp_path / "out") == before
+    assert run("--seeds", "0", "--eval-interval", "10") == 1
+    assert "with eval_interval 20, asked for is 10" in capsys.readouterr().err
 
 
 def test_a_run_from_before_there_was_a_setting_has_its_default(
@@ -190,7 +255,7 @@ def test_where_it_goes_by_default_and_what_each_run_is_told() -> None:
     parsed, output, jobs = parse_comparison(arguments)
     assert output == Path("runs/compare/diffcore-MultiGoal-v0")
     assert parsed.seeds == (0, 1, 2)
-    assert [(job.agent, job.config.seed) for job in jobs] == [
+    assert [(job.name, job.config.seed) for job in jobs] == [
         (agent, seed) for seed in (0, 1, 2) for agent in ("dipo", "sb3-ppo")
     ]
     dipo, ppo = jobs[0], jobs[1]
@@ -202,9 +267,21 @@ def test_where_it_goes_by_default_and_what_each_run_is_told() -> None:
 
 
 def test_summary() -> None:
-    rows = summarize([("a", 1.0), ("b", 5.0), ("a", 2.0), ("a", 6.0)])
+    finals = [("a", 10, 1.0), ("b", 7, 5.0), ("a", 20, 2.0), ("a", 30, 6.0)]
+    rows = summarize([{"agent": a, "updates": n, "return": value} for a, n, value in finals])
     assert rows[0] == {
-        "agent": "a", "seeds": 3, "iqm": 3.0, "ci_low": 1.0, "ci_high": 6.0,
+        "agent": "a", "seeds": 3, "updates": 20, "iqm": 3.0, "ci_low": 1.0, "ci_high": 6.0,
         "mean": 3.0, "std": pytest.approx(2.1602469), "min": 1.0, "max": 6.0,
     }  # fmt: skip
     assert (rows[1]["agent"], rows[1]["iqm"], rows[1]["ci_low"], rows[1]["std"]) == ("b", 5, 5, 0)
+
+
+def test_the_table_fits_a_narrow_terminal() -> None:
+    returns = (11234.5, 12345.5, 10234.5)
+    rows = summarize([{"agent": "sb3-sac", "updates": 9_990_000, "return": r} for r in returns])
+    output = io.StringIO()
+    Console(file=output, width=80).print(_table("HalfCheetah-v5", rows))
+    (row,) = [line for line in output.getvalue().splitlines() if "sb3-sac" in line]
+    assert row.split() == [
+        "sb3-sac", "3", "9,990,000", "11271.5", "10234.5", "..", "12345.5", "11271.5", "±", "862.2",
+    ]  # fmt: skip

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from diffcore.training import (
     TrainConfig,
     Trainer,
     TrainingError,
+    WriteError,
     load_agent,
     resume,
     train,
@@ -141,6 +143,44 @@ def test_directories_are_named_and_never_overwritten(
     again = tiny_run(run_dir=result.run)
     with pytest.raises(RunError, match=r"exists already .*diffcore train --resume"):
         train(again, TinyConfig(), console=console)
+
+
+def test_runs_that_start_in_one_second_have_a_directory_each(
+    tmp_path: Path, tiny_run: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Noon(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Noon:
+            return cls(2026, 1, 2, 12)
+
+    monkeypatch.setattr("diffcore.training.run_directory.datetime", Noon)
+    config = tiny_run(run_dir=None, runs_dir=tmp_path)
+    runs = [RunDirectory.create(config, TinyConfig(lr=lr)) for lr in (0.1, 0.2, 0.3)]
+    name = "tiny-s0-20260102-120000"
+    assert [run.path.name for run in runs] == [name, f"{name}-2", f"{name}-3"]
+    assert [run.read_config()["agent_config"]["lr"] for run in runs] == [0.1, 0.2, 0.3]
+
+
+def test_who_has_no_checkpoint_is_not_sent_to_resume_it(tiny_run: MakeConfig) -> None:
+    config = tiny_run()
+    RunDirectory.create(config, TinyConfig())
+    with pytest.raises(RunError, match="it holds no checkpoint .* remove it") as caught:
+        RunDirectory.create(config, TinyConfig())
+    assert "--resume" not in str(caught.value)
+
+
+def test_a_run_that_finds_the_disk_full_at_its_start_leaves_no_directory(
+    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, fill: Any) -> None:
+        raise WriteError(f"can't write {path}: {os.strerror(errno.ENOSPC)}")
+
+    config = tiny_run()
+    with monkeypatch.context() as patch:
+        patch.setattr("diffcore.training.run_directory.write_atomically", full)
+        with pytest.raises(WriteError, match=r"config\.json: No space left on device"):
+            train(config, TinyConfig(), console=console)
+    assert train(config, TinyConfig(), console=console).step == 60
 
 
 def test_namespaced_ids_make_one_directory(tmp_path: Path, tiny_run: MakeConfig) -> None:
@@ -508,6 +548,22 @@ def test_a_second_ctrl_c_does_not_wait(
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_hangup_ends_a_run_unless_it_is_ignored(
+    tiny_run: MakeConfig, console: Console, signal_at: SignalAt
+) -> None:
+    signal_at(33, signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert not train(tiny_run("ignored"), TinyConfig(), console=console).interrupted
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        result = train(tiny_run(), TinyConfig(), console=console)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (result.step, result.interrupted) == (33, True)
+    assert load_checkpoint(result.run / "checkpoint.pt")["step"] == 33
+
+
 def test_a_complete_run_can_be_extended(tiny_run: MakeConfig, console: Console) -> None:
     run = train(tiny_run(total_steps=40), TinyConfig(), console=console).run
     with pytest.raises(ConfigError, match="has done 40 of 40 steps"):
@@ -518,6 +574,19 @@ def test_a_complete_run_can_be_extended(tiny_run: MakeConfig, console: Console) 
     whole = train(tiny_run("whole"), TinyConfig(), console=console).run
     weights = [safetensors.torch.load_file(r / "weights.safetensors") for r in (run, whole)]
     assert_equal_trees(*weights)
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn"])
+def test_weights_that_a_complete_run_lacks_are_written_by_resuming_it(
+    tiny_run: MakeConfig, console: Console, damage: str
+) -> None:
+    run = RunDirectory(train(tiny_run(), TinyConfig(), console=console).run)
+    weights = run.weights.read_bytes()
+    assert run.weights_step() == 60
+    run.weights.unlink() if damage == "missing" else run.weights.write_bytes(weights[:50])
+    assert run.weights_step() is None
+    assert resume(run.path, console=console).step == 60
+    assert run.weights.read_bytes() == weights
 
 
 def edit_config(run: Path, section: str, **changes: Any) -> None:
@@ -652,10 +721,28 @@ def test_an_environment_that_cannot_be_saved_restarts_with_a_warning(
     assert set(lengths) == {7.0}
 
 
-def test_running_in_one_directory_twice_is_refused(tiny_run: MakeConfig, console: Console) -> None:
-    run = train(tiny_run(total_steps=40), TinyConfig(), console=console).run
-    with RunDirectory.open(run).lock(), pytest.raises(RunError, match="another process is"):
-        resume(run, total_steps=60, console=console)
+def test_running_in_one_directory_twice_is_refused(
+    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = 0
+    advance = Trainer.advance
+
+    def advance_and_resume(trainer: Trainer) -> list[float]:
+        nonlocal refused
+        if trainer.step == 30:  # its checkpoint is written
+            path = trainer.config.run_dir
+            assert path is not None
+            before = (path / "config.json").read_bytes()
+            with pytest.raises(RunError, match="another process is training in"):
+                resume(path, total_steps=777, console=console)
+            assert (path / "config.json").read_bytes() == before
+            refused += 1
+        return advance(trainer)
+
+    monkeypatch.setattr(Trainer, "advance", advance_and_resume)
+    run = train(tiny_run(total_steps=40, checkpoint_minutes=0.0), TinyConfig(), console=console).run
+    assert refused == 1
+    assert resume(run, total_steps=60, console=console).step == 60
 
 
 # Full disks
@@ -685,16 +772,42 @@ def test_training_survives_a_checkpoint_that_cannot_be_written(
     assert load_checkpoint(result.run / "checkpoint.pt")["step"] == 60
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_an_error(
-    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error_but_the_weights_are_there(
+    tiny_run: MakeConfig,
+    console: Console,
+    signal_at: SignalAt,
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted: bool,
 ) -> None:
     from diffcore.training import checkpoint as module
 
     def full(path: Path, fill: Any) -> None:
         raise module.WriteError(f"can't write {path}: {os.strerror(errno.ENOSPC)}")
 
+    if interrupted:
+        signal_at(33)
+    whole = train(tiny_run("whole"), TinyConfig(), console=console).run
     monkeypatch.setattr(module, "write_atomically", full)
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: No space left on device"):
+    step = 33 if interrupted else 60
+    message = rf"checkpoint\.pt: No space left on device; the policy of step {step} is in .*weights\."
+    with pytest.raises(CheckpointError, match=message):
+        train(tiny_run(), TinyConfig(), console=console)
+    weights = tiny_run().run_dir / "weights.safetensors"  # type: ignore[operator]
+    assert_equal_trees(safetensors.torch.load_file(weights), load_agent(whole).agent.weights())
+
+
+def test_the_error_is_the_checkpoints_if_the_weights_find_no_place_either(
+    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffcore.training import checkpoint, loop
+
+    def full(path: Path, fill: Any) -> None:
+        raise checkpoint.WriteError(f"can't write {path}: {os.strerror(errno.ENOSPC)}")
+
+    for module in (checkpoint, loop):
+        monkeypatch.setattr(module, "write_atomically", full)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: No space left on device$"):
         train(tiny_run(), TinyConfig(), console=console)
 
 

@@ -20,7 +20,6 @@ from diffcore.training import RunError, TrainConfig, WriteError, train
 from diffcore.training.plotting import (
     common_steps,
     multigoal_q,
-    plot_learning_curves,
     plot_runs,
     sample_grid_actions,
 )
@@ -51,9 +50,9 @@ def draw(runs: list[Path], output: Path, monkeypatch: pytest.MonkeyPatch) -> Any
     monkeypatch.setattr(
         plotting, "_save", lambda figure, path: (figures.append(figure), save(figure, path))
     )
-    plot_learning_curves(runs, output)
+    plot_runs(runs, output)
     assert matplotlib.image.imread(output).std() > 0
-    return figures[0]
+    return figures[-1]
 
 
 def test_seeds_share_a_curve_and_everything_else_does_not(
@@ -97,13 +96,39 @@ def test_runs_with_other_settings_are_no_seeds_of_one_curve(
     ]
 
 
+def test_a_run_named_twice_counts_once(
+    fake_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fake_run("a", {10: 1.0, 20: 2.0}, DIPOConfig())
+    again = run.parent / "b" / ".." / "a"
+    (run.parent / "b").mkdir()
+    (axes,) = draw([run, run, again], tmp_path / "plot.png", monkeypatch).axes
+    (line,) = axes.get_lines()
+    assert line.get_label() == "dipo (fixed)"
+    assert not axes.collections
+    assert axes.get_ylabel() == "evaluation return"
+
+
+def test_two_runs_of_one_seed_are_no_two_seeds(
+    fake_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [fake_run(name, {10: 1.0, 20: 2.0}, DIPOConfig()) for name in ("a", "b")]
+    (axes,) = draw(runs, tmp_path / "plot.png", monkeypatch).axes
+    assert [line.get_label() for line in axes.get_lines()] == ["dipo (fixed) (2 runs of 1 seed)"]
+    assert not axes.collections
+    runs.append(fake_run("c", {10: 4.0, 20: 5.0}, DIPOConfig(), seed=1))
+    (axes,) = draw(runs, tmp_path / "plot.png", monkeypatch).axes
+    assert [line.get_label() for line in axes.get_lines()] == ["dipo (fixed) (3 runs of 2 seeds)"]
+    assert len(axes.collections) == 1
+
+
 def test_a_run_from_before_a_setting_has_its_default(
     fake_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = [
         fake_run("a", {10: 1.0}, DIPOConfig()),
         fake_run("b", {10: 3.0}, DIPOConfig(), env_kwargs={"g": 9.0}),
-        fake_run("old", {10: 5.0}, DIPOConfig()),
+        fake_run("old", {10: 5.0}, DIPOConfig(), seed=1),
     ]
     config = runs[-1] / "config.json"
     contents = json.loads(config.read_text())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 
+import pytest
 from rich.console import Console
 
 from diffcore.training.progress import ProgressDisplay, _duration
@@ -39,6 +42,48 @@ def test_a_live_line_on_a_terminal() -> None:
     assert "return -12.3  eval 5.0" in text
     assert "step 200/1,000" not in text
     assert "the [disk] is full" in text
+
+
+class FullForAWhile(io.StringIO):
+    """What rich writes to fails, as a file on a full disk does, while ``full`` is set."""
+
+    full = False
+
+    def flush(self) -> None:
+        if self.full:
+            self.seek(0)
+            self.truncate()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_cannot_be_printed_is_dropped(terminal: bool) -> None:
+    output = FullForAWhile()
+    console = Console(file=output, force_terminal=terminal, width=120)
+    with ProgressDisplay(console, first_step=100, total_steps=1000) as display:
+        output.full = True
+        display.step(200)
+        display.line(200)
+        display.evaluated(200, 5.0, 1.0)
+        display.message("unseen")
+        display.warn("unseen")
+        output.full = False
+        display.message("seen")
+        output.full = terminal  # in the end too
+    assert output.getvalue().count("unseen") == 0
+    assert terminal or output.getvalue() == "seen\n"
+    output.full = False
+    console.print("later")
+    assert output.getvalue().endswith("later\n")
+
+
+def test_the_live_line_ends_with_the_last_step() -> None:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=120)
+    with ProgressDisplay(console, first_step=0, total_steps=400) as display:
+        for step in range(1, 401):  # in less time than between two of its states
+            display.step(step)
+    assert "400/400" in output.getvalue()
 
 
 def test_durations() -> None:

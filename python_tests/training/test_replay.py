@@ -151,8 +151,10 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="can't store 9 transitions in a buffer of 8"):
         make().add(*rows(0, 9))
     state, action, reward, *rest = rows(0, 2)
-    with pytest.raises(ValueError, match=r"reward has shape \[2, 1, 1\]"):
+    with pytest.raises(ValueError, match=r"reward has shape \[2, 1\], not \[2\]$"):
         make().add(state, action, reward[:, None], *rest)
+    with pytest.raises(ValueError, match=r"action has shape \[2\], not \[2, 1\]$"):
+        make().add(state, action[:, 0], reward, *rest)
     with pytest.raises(CheckpointError, match="holds 8 transitions, this one 4"):
         make(4).load_state_dict(make(8).state_dict())
     wider = ReplayBuffer(8, 3, 1, bootstrap_truncated=True)
