@@ -78,6 +78,15 @@ def test_linear_and_vp_end_points() -> None:
     assert level.item() == pytest.approx(math.exp(-(0.2 + 8.0) / 2), rel=1e-12)
 
 
+def test_which_schedules_end_in_noise() -> None:
+    for K in (1, 5, 20, 100, 1000):
+        assert DiffusionSchedule.cosine(K).ends_in_noise
+        assert DiffusionSchedule.vp(K).ends_in_noise
+        assert DiffusionSchedule.linear(K).ends_in_noise is (K == 1000)
+        if K >= 3:
+            assert not DiffusionSchedule.beta_cdf(K).ends_in_noise
+
+
 def test_beta_cdf_levels_follow_the_distribution() -> None:
     """(a, b) = (1, 1) is the uniform distribution; (2, 1) and (1, 2) have quadratic CDFs."""
     x = torch.linspace(0, 1, 11, dtype=torch.float64)

@@ -56,7 +56,8 @@ def reverse_diffusion(
             one runs on the reference).
         schedule: the noise levels it was trained with.
         state: ``[B, S]``, what the actions are conditioned on.
-        x_init: ``[B, A]``, where the chain starts; drawn from N(0, I) if None.
+        x_init: ``[B, A]``, where the chain starts; drawn from N(0, I) if None, which is right for a
+            schedule that :attr:`~diffcore.DiffusionSchedule.ends_in_noise`.
         noise: ``[steps, B, A]``; ``noise[i]`` is used at the i-th executed step; drawn if None.
         noise_scale: factor on every step's noise; 0 gives the chain without noise.
         clip: bound on the predicted x0 at every step and on the result; ``math.inf`` for none.
