@@ -101,7 +101,7 @@ class BaseAgent(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a :meth:`state_dict` of an agent of the same sizes and kind.
+        """Copy in a :meth:`state_dict` of an agent of the same sizes and kind.
 
         The config stays this agent's own. On another type of device the weights are taken over but
         not the random state, which has another meaning there; a warning says so.
