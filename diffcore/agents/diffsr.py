@@ -554,7 +554,7 @@ class DiffSR(BaseAgent):
         solver: str = "ddpm",
         steps: int | None = None,
         clip: float = math.inf,
-        corrector_steps: int = 0,
+        corrector_steps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draw next states ``[B, observation_dim]`` from the learned model of the transition.
@@ -566,7 +566,9 @@ class DiffSR(BaseAgent):
             action: ``[B, action_dim]`` likewise.
             solver, steps: see :meth:`diffcore.DiffusionSchedule.solver`.
             clip: bound on the next state's entries, kept at every step of the chain.
-            corrector_steps: Langevin steps before the chain, for levels that end far from noise.
+            corrector_steps: Langevin steps before the chain, without which levels that end far from
+                noise (such as those of modes ``fixed`` and ``official``) draw next states that lean
+                towards ``state``. None: 200 for such levels, else none.
             generator: source of all randomness; None is the agent's own.
 
         Raises:
@@ -578,7 +580,8 @@ class DiffSR(BaseAgent):
             raise ValueError(
                 f"action must have {state.shape[0]} rows like state, got {action.shape[0]}"
             )
-        check_integer("corrector_steps", corrector_steps, at_least=0)
+        if corrector_steps is not None:
+            check_integer("corrector_steps", corrector_steps, at_least=0)
         if not clip > 0:
             raise ValueError(f"clip must be above 0, got {clip}")
         return self.representation.sample_next_state(
