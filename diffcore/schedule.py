@@ -35,10 +35,12 @@ class SolverTable:
     Attributes:
         timesteps: int64 ``[steps]``, the noise level each step starts from, falling.
         coefficients: float64 ``[steps, 7]``.
+        schedule: whose levels the steps run through; None, of a table made by hand, isn't checked.
     """
 
     timesteps: Tensor
     coefficients: Tensor
+    schedule: DiffusionSchedule | None = None
 
     def __post_init__(self) -> None:
         t, c = self.timesteps, self.coefficients
@@ -59,6 +61,10 @@ class SolverTable:
             raise ValueError("coefficients: expected finite numbers, got NaN or Inf")
         if int(t.min()) < 0:
             raise ValueError(f"timesteps: expected values >= 0, got {int(t.min())}")
+        if not isinstance(self.schedule, (DiffusionSchedule, type(None))):
+            raise TypeError(
+                f"schedule: expected a DiffusionSchedule or None, got {type(self.schedule).__name__}"
+            )
 
     @property
     def steps(self) -> int:
@@ -320,7 +326,7 @@ def _solver_table(schedule: DiffusionSchedule, name: str, steps: int, eta: float
         "exponential_integrator": _exponential_integrator,
         "dpmpp_2m": _dpmpp_2m,
     }
-    return SolverTable(t, builders[name](schedule, t))
+    return SolverTable(t, builders[name](schedule, t), schedule)
 
 
 def _predict_x0(abar: Tensor) -> tuple[Tensor, Tensor]:

@@ -162,8 +162,8 @@ def test_equal_schedules_share_what_follows_from_them() -> None:
     assert cached_levels(schedule, cpu) is cached_levels(same, cpu)
 
 
-def pickled(schedule: DiffusionSchedule) -> Any:
-    return pickle.loads(pickle.dumps(schedule))
+def pickled(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
@@ -233,6 +233,23 @@ def chain_inputs() -> tuple[Callable[[Tensor, int], Tensor], Tensor, Tensor]:
         torch.randn(5, 3).double(),
         torch.randn(64, 5, 3).double(),
     )
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
+def test_copied_tables_know_their_schedule(copied: Callable[[Any], Any]) -> None:
+    table = DiffusionSchedule.cosine(9).solver("ddim", steps=4)
+    other = copied(table)
+    assert torch.equal(other.timesteps, table.timesteps)
+    assert torch.equal(other.coefficients, table.coefficients)
+    assert other.schedule == table.schedule == DiffusionSchedule.cosine(9)
+    assert table != other  # tables are compared by identity
+
+
+def test_a_table_pickled_before_tables_knew_their_schedule_has_none() -> None:
+    table = DiffusionSchedule.cosine(9).solver("ddim", steps=4)
+    old = object.__new__(SolverTable)
+    old.__dict__.update(timesteps=table.timesteps, coefficients=table.coefficients)
+    assert pickled(old).schedule is None
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -502,3 +519,8 @@ def test_bad_tables(
 ) -> None:
     with pytest.raises(error, match=message):
         SolverTable(timesteps, coefficients)
+
+
+def test_a_table_of_no_schedule_is_refused() -> None:
+    with pytest.raises(TypeError, match="^schedule: expected a DiffusionSchedule or None, got int"):
+        SolverTable(torch.tensor([1]), torch.zeros(1, 7).double(), 2)

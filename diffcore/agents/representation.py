@@ -274,5 +274,7 @@ def _after_langevin_steps(
     langevin = torch.tensor([[0, 0, 0, 1, c4, c5, 0]] * steps, dtype=torch.float64)
     levels = torch.full((steps,), schedule.K - 1)
     return SolverTable(
-        torch.cat([levels, table.timesteps]), torch.cat([langevin, table.coefficients])
+        torch.cat([levels, table.timesteps]),
+        torch.cat([langevin, table.coefficients]),
+        schedule,
     )
