@@ -102,8 +102,10 @@ class DiffusionSchedule:
     def __post_init__(self) -> None:
         _check_vector("betas", self.betas)
         betas = self.betas.detach().to("cpu", torch.float64).clone()
-        if not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError(f"betas: expected values in (0, 1), got {betas.tolist()}")
+        if (bad := _first_not((betas > 0) & (betas < 1))) is not None:
+            raise ValueError(
+                f"betas: expected values in (0, 1), got {float(betas[bad])} at index {bad}"
+            )
         alphas = 1 - betas
         alphas_cumprod = torch.cumprod(alphas, 0)
         before = torch.cat([betas.new_ones(1), alphas_cumprod[:-1]])
@@ -197,9 +199,11 @@ class DiffusionSchedule:
         _check_vector("alphas_cumprod", alphas_cumprod)
         abar = alphas_cumprod.detach().to("cpu", torch.float64)
         before = torch.cat([abar.new_ones(1), abar[:-1]])
-        if not bool(((abar > 0) & (abar < 1) & (abar <= before)).all()):
+        if (bad := _first_not((abar > 0) & (abar < 1) & (abar <= before))) is not None:
+            after = f" after {float(abar[bad - 1])}" if bad else ""
             raise ValueError(
-                f"alphas_cumprod: expected falling values in (0, 1), got {abar.tolist()}"
+                "alphas_cumprod: expected falling values in (0, 1), got "
+                f"{float(abar[bad])}{after} at index {bad}"
             )
         # Equal neighbours (a repeated level) need a beta above 0 to stay a schedule.
         return DiffusionSchedule((1 - abar / before).clamp(min=torch.finfo(torch.float64).tiny))
@@ -264,6 +268,11 @@ def _check_vector(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: expected a floating-point tensor, got {kind}")
     if value.ndim != 1 or len(value) == 0:
         raise ValueError(f"{name}: expected a non-empty vector, got shape {list(value.shape)}")
+
+
+def _first_not(holds: Tensor) -> int | None:
+    """The first index at which it doesn't hold."""
+    return None if bool(holds.all()) else holds.tolist().index(False)
 
 
 def _check_steps(K: int, least: int = 1) -> int:

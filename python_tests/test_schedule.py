@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -475,6 +476,28 @@ def test_samples_of_a_gaussian_have_its_mean_and_variance(name: str) -> None:
 )
 def test_bad_schedules(build: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: DiffusionSchedule.linear(1001, 0.1, 1.1),
+            "betas: expected values in (0, 1), got 1.0 at index 900",
+        ),
+        (
+            lambda: DiffusionSchedule.from_alphas_cumprod(torch.tensor([0.75, 0.25] * 500)),
+            "alphas_cumprod: expected falling values in (0, 1), got 0.75 after 0.25 at index 2",
+        ),
+        (
+            lambda: DiffusionSchedule.from_alphas_cumprod(torch.ones(1000)),
+            "alphas_cumprod: expected falling values in (0, 1), got 1.0 at index 0",
+        ),
+    ],
+)
+def test_messages_name_the_first_bad_value_alone(build: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         build()
 
 
