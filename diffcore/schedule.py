@@ -81,7 +81,7 @@ class DiffusionSchedule:
     them: make a new one instead of changing its tensors in place.
 
     Args:
-        betas: ``[K]``, each in (0, 1).
+        betas: ``[K]``, each in (0, 1), with a product of 1 - betas in (0, 1) as float64 has it.
 
     Attributes, all float64 ``[K]`` on the CPU:
         betas: as given.
@@ -91,7 +91,8 @@ class DiffusionSchedule:
 
     Raises:
         TypeError: ``betas`` isn't a floating-point tensor.
-        ValueError: ``betas`` is empty, not a vector, or has a value outside (0, 1) or a NaN.
+        ValueError: ``betas`` is empty, not a vector, or has a value outside (0, 1) or a NaN; or
+            alphas_cumprod rounds to 1 or 0.
     """
 
     betas: Tensor
@@ -108,6 +109,13 @@ class DiffusionSchedule:
             )
         alphas = 1 - betas
         alphas_cumprod = torch.cumprod(alphas, 0)
+        # No noise or no signal at all would be a division by zero in every sampler.
+        least = torch.finfo(torch.float64).tiny
+        if (bad := _first_not((alphas_cumprod >= least) & (alphas_cumprod < 1))) is not None:
+            raise ValueError(
+                "betas: expected alphas_cumprod, the running product of 1 - betas, to stay in "
+                f"[{least:.2g}, 1), got {float(alphas_cumprod[bad]):.2g} at index {bad}"
+            )
         before = torch.cat([betas.new_ones(1), alphas_cumprod[:-1]])
         # Not from NumPy: within torch.func's transforms a tensor may have no memory to look at.
         content = array("d", map(float, betas)).tobytes()

@@ -458,6 +458,16 @@ def test_samples_of_a_gaussian_have_its_mean_and_variance(name: str) -> None:
         (lambda: DiffusionSchedule(torch.tensor([0.0, 0.5])), ValueError, "^betas: "),
         (lambda: DiffusionSchedule(torch.tensor([0.5, 1.0])), ValueError, "^betas: "),
         (
+            lambda: DiffusionSchedule(torch.tensor([1e-17, 0.1])),
+            ValueError,
+            "^betas: expected alphas_cumprod, .* got 1 at index 0$",
+        ),
+        (
+            lambda: DiffusionSchedule(torch.full((200,), 0.999)),
+            ValueError,
+            "^betas: expected alphas_cumprod, .* got .* at index 102$",
+        ),
+        (
             lambda: DiffusionSchedule.from_alphas_cumprod([0.5]),
             TypeError,
             "^alphas_cumprod: .* got list",
@@ -499,6 +509,14 @@ def test_bad_schedules(build: Callable[[], Any], error: type[Exception], message
 def test_messages_name_the_first_bad_value_alone(build: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         build()
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("betas", [[2e-16, 0.1, 0.9], [0.999] * 102])
+def test_every_schedule_has_every_solver(name: str, betas: list[float]) -> None:
+    """At either end of what a schedule may have."""
+    table = DiffusionSchedule(torch.tensor(betas, dtype=torch.float64)).solver(name)
+    assert torch.isfinite(table.coefficients).all()
 
 
 @pytest.mark.parametrize(
