@@ -231,6 +231,10 @@ class DiffSRConfig:
         for name in ("gamma", "random_action_rate"):
             check_real(name, getattr(self, name), at_least=0.0, at_most=1.0)
         check_real("tau", self.tau, above=0.0, at_most=1.0)
+        if self.gram_weight > 0:  # it compares rows with each other, as the kernel's bandwidth does
+            check_integer("batch_size (with gram_weight above 0)", self.batch_size, at_least=2)
+        if self.bonus == "kernel":
+            check_integer("bonus_samples (with bonus 'kernel')", self.bonus_samples, at_least=2)
         twice = MODES[self.mode].gram_of_second_layer_twice
         if twice and self.gram_weight > 0 and self.fourier_kind == "cos_sin":
             raise ValueError(
@@ -622,8 +626,13 @@ def gram_distance(phi: Tensor) -> Tensor:
 
     Args:
         phi: ``[B, F]``, B at least 2.
+
+    Raises:
+        ValueError: if there is one row, or none.
     """
     rows, width = phi.shape
+    if rows < 2:
+        raise ValueError(f"phi must have at least 2 rows to compare, got {rows}")
     gram = phi @ phi.T
     squared_norms = gram.diagonal()
     pairs = (gram.square().sum() - squared_norms.square().sum()) / (rows * (rows - 1))
