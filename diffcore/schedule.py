@@ -35,10 +35,12 @@ class SolverTable:
     Attributes:
         timesteps: int64 ``[steps]``, the noise level each step starts from, falling.
         coefficients: float64 ``[steps, 7]``.
+        schedule: whose levels the steps run through; None, of a table made by hand, isn't checked.
     """
 
     timesteps: Tensor
     coefficients: Tensor
+    schedule: DiffusionSchedule | None = None
 
     def __post_init__(self) -> None:
         t, c = self.timesteps, self.coefficients
@@ -59,6 +61,10 @@ class SolverTable:
             raise ValueError("coefficients: expected finite numbers, got NaN or Inf")
         if int(t.min()) < 0:
             raise ValueError(f"timesteps: expected values >= 0, got {int(t.min())}")
+        if not isinstance(self.schedule, (DiffusionSchedule, type(None))):
+            raise TypeError(
+                f"schedule: expected a DiffusionSchedule or None, got {type(self.schedule).__name__}"
+            )
 
     @property
     def steps(self) -> int:
@@ -75,7 +81,7 @@ class DiffusionSchedule:
     them: make a new one instead of changing its tensors in place.
 
     Args:
-        betas: ``[K]``, each in (0, 1).
+        betas: ``[K]``, each in (0, 1), with a product of 1 - betas in (0, 1) as float64 has it.
 
     Attributes, all float64 ``[K]`` on the CPU:
         betas: as given.
@@ -85,7 +91,8 @@ class DiffusionSchedule:
 
     Raises:
         TypeError: ``betas`` isn't a floating-point tensor.
-        ValueError: ``betas`` is empty, not a vector, or has a value outside (0, 1) or a NaN.
+        ValueError: ``betas`` is empty, not a vector, or has a value outside (0, 1) or a NaN; or
+            alphas_cumprod rounds to 1 or 0.
     """
 
     betas: Tensor
@@ -96,10 +103,19 @@ class DiffusionSchedule:
     def __post_init__(self) -> None:
         _check_vector("betas", self.betas)
         betas = self.betas.detach().to("cpu", torch.float64).clone()
-        if not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError(f"betas: expected values in (0, 1), got {betas.tolist()}")
+        if (bad := _first_not((betas > 0) & (betas < 1))) is not None:
+            raise ValueError(
+                f"betas: expected values in (0, 1), got {float(betas[bad])} at index {bad}"
+            )
         alphas = 1 - betas
         alphas_cumprod = torch.cumprod(alphas, 0)
+        # No noise or no signal at all would be a division by zero in every sampler.
+        least = torch.finfo(torch.float64).tiny
+        if (bad := _first_not((alphas_cumprod >= least) & (alphas_cumprod < 1))) is not None:
+            raise ValueError(
+                "betas: expected alphas_cumprod, the running product of 1 - betas, to stay in "
+                f"[{least:.2g}, 1), got {float(alphas_cumprod[bad]):.2g} at index {bad}"
+            )
         before = torch.cat([betas.new_ones(1), alphas_cumprod[:-1]])
         # Not from NumPy: within torch.func's transforms a tensor may have no memory to look at.
         content = array("d", map(float, betas)).tobytes()
@@ -145,7 +161,13 @@ class DiffusionSchedule:
 
     @staticmethod
     def linear(K: int, beta_min: float = 1e-4, beta_max: float = 2e-2) -> DiffusionSchedule:
-        """Ho et al. 2020: betas evenly spaced from ``beta_min`` to ``beta_max``."""
+        """Ho et al. 2020: betas evenly spaced from ``beta_min`` to ``beta_max``, whatever K is.
+
+        The default ends are meant for K = 1000. Fewer steps of them end far from noise: abar_K is
+        4e-5 for K = 1000, 0.36 for 100 and 0.82 for 20 (see :attr:`ends_in_noise`). The same
+        diffusion in any number of steps is ``vp(K, 0.1, 20)``, of which DDPM's 1000 are a
+        discretisation (Song et al. 2021, Appendix C).
+        """
         K = _check_steps(K)
         return DiffusionSchedule(
             torch.linspace(beta_min, beta_max, K, dtype=torch.float64, device="cpu")
@@ -185,9 +207,11 @@ class DiffusionSchedule:
         _check_vector("alphas_cumprod", alphas_cumprod)
         abar = alphas_cumprod.detach().to("cpu", torch.float64)
         before = torch.cat([abar.new_ones(1), abar[:-1]])
-        if not bool(((abar > 0) & (abar < 1) & (abar <= before)).all()):
+        if (bad := _first_not((abar > 0) & (abar < 1) & (abar <= before))) is not None:
+            after = f" after {float(abar[bad - 1])}" if bad else ""
             raise ValueError(
-                f"alphas_cumprod: expected falling values in (0, 1), got {abar.tolist()}"
+                "alphas_cumprod: expected falling values in (0, 1), got "
+                f"{float(abar[bad])}{after} at index {bad}"
             )
         # Equal neighbours (a repeated level) need a beta above 0 to stay a schedule.
         return DiffusionSchedule((1 - abar / before).clamp(min=torch.finfo(torch.float64).tiny))
@@ -196,6 +220,16 @@ class DiffusionSchedule:
     def K(self) -> int:
         """Number of steps."""
         return len(self.betas)
+
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether a chain may start from N(0, I): abar_K is at most 0.02.
+
+        What x_K still has of x_0, such a start leaves out. Of two modes at -0.8 and 0.8, of which the
+        second has a share of 0.9, samples then give it 0.88 at abar_K = 0.02, 0.85 at 0.1 and 0.76 at
+        0.36.
+        """
+        return bool(self.alphas_cumprod[-1] <= 0.02)
 
     # -- samplers -------------------------------------------------------------------------------
 
@@ -242,6 +276,11 @@ def _check_vector(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: expected a floating-point tensor, got {kind}")
     if value.ndim != 1 or len(value) == 0:
         raise ValueError(f"{name}: expected a non-empty vector, got shape {list(value.shape)}")
+
+
+def _first_not(holds: Tensor) -> int | None:
+    """The first index at which it doesn't hold."""
+    return None if bool(holds.all()) else holds.tolist().index(False)
 
 
 def _check_steps(K: int, least: int = 1) -> int:
@@ -304,7 +343,7 @@ def _solver_table(schedule: DiffusionSchedule, name: str, steps: int, eta: float
         "exponential_integrator": _exponential_integrator,
         "dpmpp_2m": _dpmpp_2m,
     }
-    return SolverTable(t, builders[name](schedule, t))
+    return SolverTable(t, builders[name](schedule, t), schedule)
 
 
 def _predict_x0(abar: Tensor) -> tuple[Tensor, Tensor]:

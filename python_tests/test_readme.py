@@ -44,7 +44,7 @@ def run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("run_directory")
-@pytest.mark.parametrize(("page", "least"), [(README, 7), (TRAINING, 7)], ids=["README", "training"])
+@pytest.mark.parametrize(("page", "least"), [(README, 7), (TRAINING, 8)], ids=["README", "training"])
 def test_examples_run_in_order(page: Path, least: int) -> None:
     examples = blocks(page, "python")
     assert len(examples) >= least

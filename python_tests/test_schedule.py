@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,15 @@ def test_linear_and_vp_end_points() -> None:
     # The exponents of the variance preserving SDE add up to (b_min + b_max) / 2 over its unit time.
     level = DiffusionSchedule.vp(50, b_min=0.2, b_max=8.0).alphas_cumprod[-1]
     assert level.item() == pytest.approx(math.exp(-(0.2 + 8.0) / 2), rel=1e-12)
+
+
+def test_which_schedules_end_in_noise() -> None:
+    for K in (1, 5, 20, 100, 1000):
+        assert DiffusionSchedule.cosine(K).ends_in_noise
+        assert DiffusionSchedule.vp(K).ends_in_noise
+        assert DiffusionSchedule.linear(K).ends_in_noise is (K == 1000)
+        if K >= 3:
+            assert not DiffusionSchedule.beta_cdf(K).ends_in_noise
 
 
 def test_beta_cdf_levels_follow_the_distribution() -> None:
@@ -153,8 +163,8 @@ def test_equal_schedules_share_what_follows_from_them() -> None:
     assert cached_levels(schedule, cpu) is cached_levels(same, cpu)
 
 
-def pickled(schedule: DiffusionSchedule) -> Any:
-    return pickle.loads(pickle.dumps(schedule))
+def pickled(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
@@ -224,6 +234,23 @@ def chain_inputs() -> tuple[Callable[[Tensor, int], Tensor], Tensor, Tensor]:
         torch.randn(5, 3).double(),
         torch.randn(64, 5, 3).double(),
     )
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
+def test_copied_tables_know_their_schedule(copied: Callable[[Any], Any]) -> None:
+    table = DiffusionSchedule.cosine(9).solver("ddim", steps=4)
+    other = copied(table)
+    assert torch.equal(other.timesteps, table.timesteps)
+    assert torch.equal(other.coefficients, table.coefficients)
+    assert other.schedule == table.schedule == DiffusionSchedule.cosine(9)
+    assert table != other  # tables are compared by identity
+
+
+def test_a_table_pickled_before_tables_knew_their_schedule_has_none() -> None:
+    table = DiffusionSchedule.cosine(9).solver("ddim", steps=4)
+    old = object.__new__(SolverTable)
+    old.__dict__.update(timesteps=table.timesteps, coefficients=table.coefficients)
+    assert pickled(old).schedule is None
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -431,6 +458,16 @@ def test_samples_of_a_gaussian_have_its_mean_and_variance(name: str) -> None:
         (lambda: DiffusionSchedule(torch.tensor([0.0, 0.5])), ValueError, "^betas: "),
         (lambda: DiffusionSchedule(torch.tensor([0.5, 1.0])), ValueError, "^betas: "),
         (
+            lambda: DiffusionSchedule(torch.tensor([1e-17, 0.1])),
+            ValueError,
+            "^betas: expected alphas_cumprod, .* got 1 at index 0$",
+        ),
+        (
+            lambda: DiffusionSchedule(torch.full((200,), 0.999)),
+            ValueError,
+            "^betas: expected alphas_cumprod, .* got .* at index 102$",
+        ),
+        (
             lambda: DiffusionSchedule.from_alphas_cumprod([0.5]),
             TypeError,
             "^alphas_cumprod: .* got list",
@@ -450,6 +487,36 @@ def test_samples_of_a_gaussian_have_its_mean_and_variance(name: str) -> None:
 def test_bad_schedules(build: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: DiffusionSchedule.linear(1001, 0.1, 1.1),
+            "betas: expected values in (0, 1), got 1.0 at index 900",
+        ),
+        (
+            lambda: DiffusionSchedule.from_alphas_cumprod(torch.tensor([0.75, 0.25] * 500)),
+            "alphas_cumprod: expected falling values in (0, 1), got 0.75 after 0.25 at index 2",
+        ),
+        (
+            lambda: DiffusionSchedule.from_alphas_cumprod(torch.ones(1000)),
+            "alphas_cumprod: expected falling values in (0, 1), got 1.0 at index 0",
+        ),
+    ],
+)
+def test_messages_name_the_first_bad_value_alone(build: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        build()
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("betas", [[2e-16, 0.1, 0.9], [0.999] * 102])
+def test_every_schedule_has_every_solver(name: str, betas: list[float]) -> None:
+    """At either end of what a schedule may have."""
+    table = DiffusionSchedule(torch.tensor(betas, dtype=torch.float64)).solver(name)
+    assert torch.isfinite(table.coefficients).all()
 
 
 @pytest.mark.parametrize(
@@ -493,3 +560,8 @@ def test_bad_tables(
 ) -> None:
     with pytest.raises(error, match=message):
         SolverTable(timesteps, coefficients)
+
+
+def test_a_table_of_no_schedule_is_refused() -> None:
+    with pytest.raises(TypeError, match="^schedule: expected a DiffusionSchedule or None, got int"):
+        SolverTable(torch.tensor([1]), torch.zeros(1, 7).double(), 2)

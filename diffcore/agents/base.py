@@ -103,7 +103,7 @@ class BaseAgent(ABC):
 
     @learning()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a :meth:`state_dict` of an agent of the same sizes and kind.
+        """Copy in a :meth:`state_dict` of an agent of the same sizes and kind.
 
         The config stays this agent's own. On another type of device the weights are taken over but
         not the random state, which has another meaning there; a warning says so.
@@ -122,10 +122,7 @@ class BaseAgent(ABC):
         for name, expected in ours.items():
             if state[name] != expected:
                 raise ValueError(f"state has {name}={state[name]!r}, this agent {expected!r}")
-        for name in self.shaped_by:
-            saved, expected = state["config"].get(name), getattr(self.config, name)
-            if saved != expected:
-                raise ValueError(f"state has {name}={saved!r}, this agent's config {expected!r}")
+        self.check_saved_config(state["config"])
 
         for name, part in self.parts().items():
             if isinstance(part, torch.optim.Adam):
@@ -141,6 +138,15 @@ class BaseAgent(ABC):
                 f"{self.device.type!r}; the agent keeps the one it has",
                 stacklevel=2,
             )
+
+    def check_saved_config(self, saved: dict[str, Any]) -> None:
+        """Raises ValueError unless weights saved under this configuration mean the same here."""
+        for name in self.shaped_by:
+            expected = getattr(self.config, name)
+            if saved.get(name) != expected:
+                raise ValueError(
+                    f"state has {name}={saved.get(name)!r}, this agent's config {expected!r}"
+                )
 
     def weights(self) -> dict[str, Tensor]:
         """The policy's weights, all that acting needs: detached contiguous copies on the CPU."""

@@ -232,6 +232,10 @@ class DiffSRConfig:
         for name in ("gamma", "random_action_rate"):
             check_real(name, getattr(self, name), at_least=0.0, at_most=1.0)
         check_real("tau", self.tau, above=0.0, at_most=1.0)
+        if self.gram_weight > 0:  # it compares rows with each other, as the kernel's bandwidth does
+            check_integer("batch_size (with gram_weight above 0)", self.batch_size, at_least=2)
+        if self.bonus == "kernel":
+            check_integer("bonus_samples (with bonus 'kernel')", self.bonus_samples, at_least=2)
         twice = MODES[self.mode].gram_of_second_layer_twice
         if twice and self.gram_weight > 0 and self.fourier_kind == "cos_sin":
             raise ValueError(
@@ -557,7 +561,7 @@ class DiffSR(BaseAgent):
         solver: str = "ddpm",
         steps: int | None = None,
         clip: float = math.inf,
-        corrector_steps: int = 0,
+        corrector_steps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draw next states ``[B, observation_dim]`` from the learned model of the transition.
@@ -569,7 +573,9 @@ class DiffSR(BaseAgent):
             action: ``[B, action_dim]`` likewise.
             solver, steps: see :meth:`diffcore.DiffusionSchedule.solver`.
             clip: bound on the next state's entries, kept at every step of the chain.
-            corrector_steps: Langevin steps before the chain, for levels that end far from noise.
+            corrector_steps: Langevin steps before the chain, without which levels that end far from
+                noise (such as those of modes ``fixed`` and ``official``) draw next states that lean
+                towards ``state``. None: 200 for such levels, else none.
             generator: source of all randomness; None is the agent's own.
 
         Raises:
@@ -581,7 +587,8 @@ class DiffSR(BaseAgent):
             raise ValueError(
                 f"action must have {state.shape[0]} rows like state, got {action.shape[0]}"
             )
-        check_integer("corrector_steps", corrector_steps, at_least=0)
+        if corrector_steps is not None:
+            check_integer("corrector_steps", corrector_steps, at_least=0)
         if not clip > 0:
             raise ValueError(f"clip must be above 0, got {clip}")
         return self.representation.sample_next_state(
@@ -622,8 +629,13 @@ def gram_distance(phi: Tensor) -> Tensor:
 
     Args:
         phi: ``[B, F]``, B at least 2.
+
+    Raises:
+        ValueError: if there is one row, or none.
     """
     rows, width = phi.shape
+    if rows < 2:
+        raise ValueError(f"phi must have at least 2 rows to compare, got {rows}")
     gram = phi @ phi.T
     squared_norms = gram.diagonal()
     pairs = (gram.square().sum() - squared_norms.square().sum()) / (rows * (rows - 1))

@@ -18,10 +18,13 @@ improved actions    kept beside the actions   thrown away after use      overwri
 action step         Adam, norm cut            Adam, norm cut             plain gradient ascent
 actor's batch       the one just improved     the one just improved      drawn again
 time limit          value bootstrapped        treated as an end          value bootstrapped
+schedule "linear"   to noise in any K         betas of 1000 steps        to noise in any K
 ==================  ========================  =========================  =======================
 
-``official`` is a fault kept for comparison: the released code means to store the improved actions,
-but ``numpy.copyto(buffer[index], new)`` writes into a copy. ``fixed`` is what it means to do.
+``official`` has faults kept for comparison. The released code means to store the improved actions,
+but ``numpy.copyto(buffer[index], new)`` writes into a copy. And its linear schedule has the betas of
+DDPM's 1000 steps whatever K is: after 100 of them abar is 0.36, and a chain from pure noise doesn't
+draw from what was fitted. ``fixed`` is what it means to do.
 ``paper`` has a price of its own: an overwritten action keeps the reward and the next state that the
 action really taken had earned, and the critic learns from that.
 """
@@ -71,6 +74,9 @@ class ModeSwitches:
     """Fit the actor to a batch drawn after the improvement; else to the one just improved."""
     bootstrap_truncated: bool
     """Bootstrap the value of a state at which the time limit cut the episode."""
+    rescale_linear_schedule: bool
+    """Schedule "linear" is DDPM's diffusion in K steps; else K betas from 1e-4 to 0.02, as its 1000
+    are, which end far from the noise that chains start from."""
 
     def __post_init__(self) -> None:
         if self.overwrite_replay and not self.store_improved_actions:
@@ -84,6 +90,7 @@ MODES: dict[Mode, ModeSwitches] = {
         action_optimizer="adam",
         resample_actor_batch=False,
         bootstrap_truncated=True,
+        rescale_linear_schedule=True,
     ),
     "official": ModeSwitches(
         store_improved_actions=False,
@@ -91,6 +98,7 @@ MODES: dict[Mode, ModeSwitches] = {
         action_optimizer="adam",
         resample_actor_batch=False,
         bootstrap_truncated=False,
+        rescale_linear_schedule=False,
     ),
     "paper": ModeSwitches(
         store_improved_actions=True,
@@ -98,6 +106,7 @@ MODES: dict[Mode, ModeSwitches] = {
         action_optimizer="ascent",
         resample_actor_batch=True,
         bootstrap_truncated=True,
+        rescale_linear_schedule=True,
     ),
 }
 
@@ -138,7 +147,7 @@ class DIPOConfig:
     diffusion_steps: int = 100
     """K, the number of noise levels."""
     schedule: ScheduleName = "cosine"
-    """Noise schedule."""
+    """Noise schedule. linear is DDPM's in K steps or, in mode official, its betas for 1000 in K."""
     solver: SolverName = "ddpm"
     """Solver of the reverse chain."""
     noise_ratio: float = 1.0
@@ -269,6 +278,17 @@ class DIPO(BaseAgent):
             "critic_target": self.critic_target,
             "critic_optimizer": self.critic_optimizer,
         }
+
+    def check_saved_config(self, saved: dict[str, Any]) -> None:
+        """Raises ValueError unless weights saved under this configuration mean the same here."""
+        super().check_saved_config(saved)
+        if self.config.policy == "diffusion" and self.config.schedule == "linear":
+            rescaled = MODES[saved["mode"]].rescale_linear_schedule
+            if rescaled != self.switches.rescale_linear_schedule:
+                raise ValueError(
+                    f"state has mode={saved['mode']!r}, whose schedule 'linear' is another than that "
+                    f"of this agent's mode {self.config.mode!r}"
+                )
 
     @property
     def policy(self) -> Policy:
@@ -418,11 +438,20 @@ class DIPO(BaseAgent):
         return DiffusionPolicy(
             *sizes,
             **network,
-            schedule=getattr(DiffusionSchedule, config.schedule)(config.diffusion_steps),
+            schedule=self._make_schedule(),
             solver=config.solver,
             noise_ratio=config.noise_ratio,
             deterministic_seed=deterministic_seed,
         )
+
+    def _make_schedule(self) -> DiffusionSchedule:
+        config = self.config
+        if config.schedule == "linear" and self.switches.rescale_linear_schedule:
+            return DiffusionSchedule.vp(config.diffusion_steps, 0.1, 20.0)
+        schedule: DiffusionSchedule = getattr(DiffusionSchedule, config.schedule)(
+            config.diffusion_steps
+        )
+        return schedule
 
     def _actions_to_improve(self, batch: Batch) -> Tensor:
         return batch.action if self.switches.overwrite_replay else batch.best_action

@@ -97,23 +97,28 @@ class EllipticalBonus:
 def kernel_bonus(x: Tensor, seen: Tensor, ridge: float) -> Tensor:
     """``b = 1 - k(x)^T (K + lambda I)^-1 k(x)`` (Diff-SR, Eq. 22), of a Gaussian kernel.
 
-    Its bandwidth is the median distance between two rows of ``seen``.
+    Its bandwidth is the median distance between two rows of ``seen``, over all pairs of different
+    rows (the lower one of two in the middle).
 
     Args:
         x: ``[B, d]``, features to be judged.
         seen: ``[M, d]``, features that were seen; k(x) has their kernels with x, K among each other.
+            M is at least 2.
         ridge: lambda, above 0.
 
     Returns:
         ``[B, 1]`` of x's dtype, in [0, 1].
 
     Raises:
-        TypeError, ValueError: if lambda isn't a positive number.
+        TypeError, ValueError: if lambda isn't a positive number, or ``seen`` has fewer rows.
     """
     check_real("ridge", ridge, above=0.0)
+    if len(seen) < 2:
+        raise ValueError(f"seen must have at least 2 rows, for a bandwidth, got {len(seen)}")
     x64, seen64 = x.double(), seen.double()
+    bandwidth = torch.pdist(seen64).median()  # without the distances of rows from themselves
+    two_h2 = 2 * bandwidth.square().clamp(min=torch.finfo(torch.float64).tiny)
     among = torch.cdist(seen64, seen64, compute_mode=_EXACT)
-    two_h2 = 2 * among.median().square().clamp(min=torch.finfo(torch.float64).tiny)
     kernel = torch.exp(-among.square() / two_h2)
     kernel.diagonal().add_(ridge)
     factor = torch.linalg.cholesky_ex(kernel).L

@@ -31,8 +31,11 @@ def make_adam(parameters: Iterable[nn.Parameter], *, lr: float, eps: float) -> t
 
 
 def load_moments(optimizer: torch.optim.Adam, state: dict[str, Any]) -> None:
-    """Take over moments and step counts of a ``state_dict``, but keep the own hyper-parameters."""
+    """Copy in moments and step counts of a ``state_dict``, but keep the own hyper-parameters."""
     optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+    # torch takes the tensors themselves, which another optimiser may go on stepping.
+    for moments in optimizer.state.values():
+        moments.update({name: value.clone() for name, value in moments.items()})
 
 
 def gradient_step(loss: Tensor, optimizer: torch.optim.Adam) -> None:

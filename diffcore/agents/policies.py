@@ -7,6 +7,7 @@ paper's (arXiv 2305.13122); the other two are its ablations.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 
 import torch
@@ -54,6 +55,9 @@ class Policy(nn.Module, ABC):
 class DiffusionPolicy(Policy):
     """A diffusion model over actions, conditioned on the observation.
 
+    Chains start from N(0, I): a schedule that ends elsewhere, so that samples are of another
+    distribution than the one fitted, is warned of.
+
     Args:
         observation_dim: size of an observation.
         action_dim: size of an action.
@@ -80,6 +84,13 @@ class DiffusionPolicy(Policy):
         deterministic_seed: int = 0,
     ) -> None:
         super().__init__()
+        if not schedule.ends_in_noise:
+            warnings.warn(
+                f"schedule: abar_K is {float(schedule.alphas_cumprod[-1]):.2g} after {schedule.K} "
+                "steps, so a chain from N(0, I) doesn't draw from the fitted distribution; cosine "
+                "and vp end in noise after any number of steps",
+                stacklevel=2,
+            )
         self.action_dim = action_dim
         self.schedule = schedule
         self.solver = solver

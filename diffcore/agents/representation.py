@@ -12,6 +12,8 @@ from diffcore import DiffusionSchedule, ops
 from diffcore.nn import MLP, Psi, Zeta
 from diffcore.schedule import SolverTable
 
+DEFAULT_CORRECTOR_STEPS = 200
+
 
 class PerturbedState(NamedTuple):
     """Next states with noise, and what zeta and the loss must know of it, row by row."""
@@ -208,15 +210,16 @@ class DiffusionRepresentation(nn.Module):
         solver: str = "ddpm",
         steps: int | None = None,
         clip: float = math.inf,
-        corrector_steps: int = 0,
+        corrector_steps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draw next states from the learned model: the reverse chain of ``s~ / sigma``.
 
         The chain starts from the state itself, perturbed at the noisiest level. Where that level
-        is noise almost alone (DDPM's), the start doesn't matter. Where it isn't (the beta-CDF's
-        lowest abar is 0.39), Langevin steps at that level bring the start closer to the model's own
-        distribution there (the corrector of Song et al. 2021, Algorithm 4).
+        is noise almost alone (cosine, and DDPM's 1000), the start doesn't matter. Elsewhere (the
+        beta-CDF's lowest abar is 0.39, that of 50 linear steps 0.60) what is drawn would lean towards
+        the state; Langevin steps at that level bring the start to the model's own distribution there
+        (the corrector of Song et al. 2021, Algorithm 4).
 
         Args:
             state: ``[B, S]``.
@@ -225,13 +228,19 @@ class DiffusionRepresentation(nn.Module):
             clip: bound on the next state's entries, kept at every step of the chain. Levels that end
                 in noise alone need one (cosine's most of all): there an error in the predicted
                 noise is an error many times as large in the predicted state.
-            corrector_steps: Langevin steps before the chain.
+            corrector_steps: Langevin steps before the chain. None: 200 where the schedule doesn't
+                end in noise (:attr:`diffcore.DiffusionSchedule.ends_in_noise`), else none. 200 forget
+                the start where the next states of one state and action spread about as far as that
+                level's noise, ``sigma sqrt(1 - abar)``; the time it takes grows with the square of
+                their spread.
             generator: source of all randomness.
 
         Returns:
             ``[B, S]``.
         """
         table = self.schedule.solver(solver, steps=steps)
+        if corrector_steps is None:
+            corrector_steps = 0 if self.schedule.ends_in_noise else DEFAULT_CORRECTOR_STEPS
         if corrector_steps:
             table = _after_langevin_steps(table, self.schedule, corrector_steps)
         sigma, alpha_bar = self.noise_scale, self.alpha_bar[-1]
@@ -265,5 +274,7 @@ def _after_langevin_steps(
     langevin = torch.tensor([[0, 0, 0, 1, c4, c5, 0]] * steps, dtype=torch.float64)
     levels = torch.full((steps,), schedule.K - 1)
     return SolverTable(
-        torch.cat([levels, table.timesteps]), torch.cat([langevin, table.coefficients])
+        torch.cat([levels, table.timesteps]),
+        torch.cat([langevin, table.coefficients]),
+        schedule,
     )

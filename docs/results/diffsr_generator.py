@@ -90,8 +90,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(arguments.seed + 1)
     samples = arguments.samples
     models = {
-        "cosine": (train("cosine", arguments.steps, arguments.seed), 0),
-        "beta_cdf": (train("beta_cdf", arguments.steps, arguments.seed), 200),
+        levels: train(levels, arguments.steps, arguments.seed) for levels in ("cosine", "beta_cdf")
     }
     figure, axes = pyplot.subplots(
         3, len(PLACES), figsize=(3 * len(PLACES), 9), sharex=True, sharey=True, layout="constrained"
@@ -104,10 +103,8 @@ def main() -> None:
         centred = torch.linalg.cholesky(truth.T.cov())
         gaussian = truth.mean(0) + torch.randn(samples, 2, generator=generator) @ centred.T
         drawn = {
-            levels: agent.sample_next_state(
-                state, action, clip=2.5, corrector_steps=corrector, generator=generator
-            )
-            for levels, (agent, corrector) in models.items()
+            levels: agent.sample_next_state(state, action, clip=2.5, generator=generator)
+            for levels, agent in models.items()
         }
         distances = [
             energy_distance(rows, fresh) for rows in (*drawn.values(), truth, gaussian)

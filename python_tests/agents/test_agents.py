@@ -229,6 +229,28 @@ def test_resuming_from_a_state_is_bitwise_the_same_run(kind: str) -> None:
     )
 
 
+def storages(value: Any) -> set[int]:
+    """Where the tensors in nested dicts and lists lie."""
+    if isinstance(value, Tensor):
+        return {value.untyped_storage().data_ptr()}
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return set().union(*map(storages, inner))
+
+
+@every_kind
+def test_an_agent_loaded_from_another_shares_nothing_with_it(kind: str) -> None:
+    agent, clone = make_kind(kind), make_kind(kind, seed=99)
+    agent.update(TensorReplay.random())
+    clone.load_state_dict(agent.state_dict())
+    assert not storages(agent.state_dict()) & storages(clone.state_dict())
+
+    frozen = copy.deepcopy(clone.state_dict())
+    agent.update(TensorReplay.random())
+    assert_equal_states(clone.state_dict(), frozen)
+    clone.update(TensorReplay.random())
+    assert_equal_states(clone.state_dict(), agent.state_dict())
+
+
 @one_of_each
 def test_loading_keeps_the_configs_own_learning_rate(kind: str) -> None:
     agent = make_kind(kind, lr=1e-2)

@@ -607,3 +607,30 @@ def test_defaults_are_the_released_codes() -> None:
 def test_bad_hyper_parameters_are_refused(field: str, value: object, error: type) -> None:
     with pytest.raises(error, match=field):
         small_diffsr_config(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"batch_size": 1, "gram_weight": 0.1},
+            r"batch_size \(with gram_weight above 0\) must be at least 2, got 1",
+        ),
+        (
+            {"bonus": "kernel", "bonus_samples": 1},
+            r"bonus_samples \(with bonus 'kernel'\) must be at least 2, got 1",
+        ),
+    ],
+)
+def test_what_compares_rows_with_each_other_needs_two(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_diffsr_config(**changes)
+
+
+def test_one_row_alone_has_no_gram_regulariser_and_needs_none() -> None:
+    with pytest.raises(ValueError, match="phi must have at least 2 rows to compare, got 1"):
+        gram_distance(torch.ones(1, 3))
+    metrics = make_agent(batch_size=1, bonus_samples=1).update(TensorReplay.random())
+    assert all(torch.isfinite(value) for value in metrics.values())

@@ -13,7 +13,7 @@ import torch
 from doubles import ACTION_DIM, OBSERVATION_DIM, TensorReplay, make_kind, small_dipo_config
 from torch import Tensor, nn
 
-from diffcore import ops
+from diffcore import DiffusionSchedule, ops
 from diffcore.agents import (
     DIPO,
     MODES,
@@ -241,19 +241,25 @@ def test_the_recorded_updates_tell_other_settings_apart(
 
 
 @pytest.mark.parametrize(
-    ("mode", "store", "overwrite", "optimizer", "resample", "bootstrap"),
+    ("mode", "store", "overwrite", "optimizer", "resample", "bootstrap", "rescale"),
     [
-        ("fixed", True, False, "adam", False, True),
-        ("official", False, False, "adam", False, False),
-        ("paper", True, True, "ascent", True, True),
+        ("fixed", True, False, "adam", False, True, True),
+        ("official", False, False, "adam", False, False, False),
+        ("paper", True, True, "ascent", True, True, True),
     ],
 )
 def test_mode_table(
-    mode: str, store: bool, overwrite: bool, optimizer: str, resample: bool, bootstrap: bool
+    mode: str,
+    store: bool,
+    overwrite: bool,
+    optimizer: str,
+    resample: bool,
+    bootstrap: bool,
+    rescale: bool,
 ) -> None:
     agent = make_agent(mode=mode)
-    values = dict(zip(SWITCHES, (store, overwrite, optimizer, resample, bootstrap), strict=True))
-    assert dataclasses.asdict(agent.switches) == values
+    values = (store, overwrite, optimizer, resample, bootstrap, rescale)
+    assert dataclasses.asdict(agent.switches) == dict(zip(SWITCHES, values, strict=True))
     assert agent.bootstrap_truncated is bootstrap
 
 
@@ -356,6 +362,55 @@ def test_switch_resample_actor_batch(
     # The third batch is drawn after the write, so it can hold improved actions as well.
     expected = replay.columns[column][replay.drawn[-1].index] if resample else improved
     assert torch.equal(action, expected)
+
+
+@pytest.mark.parametrize("K", [1, 20, 100, 1000])
+def test_rescaled_linear_levels_are_those_of_ddpms_1000_steps(K: int) -> None:
+    schedule = make_agent(schedule="linear", diffusion_steps=K).actor.schedule
+    ddpm = DiffusionSchedule.linear(1000).alphas_cumprod[1000 // K - 1 :: 1000 // K]
+    # With betas of up to 0.02, the sum of ln(1 - beta) is off from the integral by a hundredth.
+    torch.testing.assert_close(schedule.alphas_cumprod, ddpm, rtol=0, atol=0.005)
+    assert schedule.ends_in_noise
+
+
+def test_official_linear_betas_are_the_released_codes() -> None:
+    with pytest.warns(UserWarning, match=r"abar_K is 0\.82 after 20 steps"):
+        agent = make_agent(mode="official", schedule="linear", diffusion_steps=20)
+    assert agent.actor.schedule == DiffusionSchedule.linear(20)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:schedule. abar_K is")
+@pytest.mark.parametrize(
+    ("mode", "least", "most"), [("fixed", 0.88, 0.92), ("official", 0.55, 0.65)]
+)
+def test_what_a_chain_with_linear_betas_draws(mode: str, least: float, most: float) -> None:
+    """With the exact denoiser of actions at -0.8 (a share of 0.1) and 0.8 (0.9)."""
+    schedule = make_agent(mode=mode, schedule="linear", diffusion_steps=20).actor.schedule
+    places, shares = torch.tensor([-0.8, 0.8]), torch.tensor([0.1, 0.9])
+
+    def eps(x: Tensor, state: Tensor, t: Tensor) -> Tensor:
+        abar = schedule.alphas_cumprod[t].float()[:, None]
+        variance = abar * 0.05**2 + 1 - abar
+        residual = x - abar.sqrt() * places
+        weights = (shares.log() - 0.5 * residual**2 / variance).softmax(1)
+        return (weights * residual).sum(1, keepdim=True) * (1 - abar).sqrt() / variance
+
+    start = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0))
+    drawn = ops.reverse_diffusion(
+        eps, schedule, torch.zeros(20_000, 1), x_init=start, solver="dpmpp_2m"
+    )
+    assert least < float((drawn > 0).float().mean()) < most
+
+
+@pytest.mark.filterwarnings("ignore:schedule. abar_K is")
+def test_a_policy_of_other_linear_levels_is_refused() -> None:
+    official = make_agent(mode="official", schedule="linear").state_dict()
+    make_agent(mode="official", schedule="linear").load_state_dict(official)
+    make_agent(mode="fixed").load_state_dict(make_agent(mode="official").state_dict())
+    for mode in ("fixed", "paper"):
+        with pytest.raises(ValueError, match="state has mode='official', whose schedule 'linear'"):
+            make_agent(mode=mode, schedule="linear").load_state_dict(official)
 
 
 def test_overwriting_without_storing_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -123,18 +125,19 @@ def test_nan_in_one_row_stays_in_that_row() -> None:
         assert torch.isnan(values).flatten().tolist() == [False, False, True, False]
 
 
+@pytest.mark.parametrize("rows", [2, 3, 4, 7])
 @pytest.mark.parametrize("ridge", [1e-3, 1.0])
-def test_kernel_is_equation_22(ridge: float) -> None:
-    x, seen = torch.randn(5, 3).double(), torch.randn(7, 3).double()
-    distances = [(a - b).norm() for a in seen for b in seen]
-    bandwidth = torch.stack(distances).median()
+def test_kernel_is_equation_22(ridge: float, rows: int) -> None:
+    x, seen = torch.randn(5, 3).double(), torch.randn(rows, 3).double()
+    distances = sorted(float((a - b).norm()) for a, b in itertools.combinations(seen, 2))
+    bandwidth = distances[(len(distances) - 1) // 2]
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return torch.exp(-(a - b).square().sum() / (2 * bandwidth**2))
 
     k = torch.stack([torch.stack([kernel(a, b) for b in seen]) for a in x])
     matrix = torch.stack([torch.stack([kernel(a, b) for b in seen]) for a in seen])
-    inverse = torch.linalg.inv(matrix + ridge * torch.eye(7).double())
+    inverse = torch.linalg.inv(matrix + ridge * torch.eye(rows).double())
     expected = 1 - torch.einsum("bi,ij,bj->b", k, inverse, k)
     torch.testing.assert_close(kernel_bonus(x, seen, ridge).squeeze(-1), expected)
 
@@ -173,3 +176,8 @@ def test_a_bad_decay_or_ridge_is_refused() -> None:
         EllipticalBonus(3, 1.0, decay=1.5)
     with pytest.raises(ValueError, match="ridge must be above 0, got 0"):
         kernel_bonus(torch.ones(2, 3), torch.ones(2, 3), 0)
+
+
+def test_a_kernel_of_one_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="seen must have at least 2 rows, .* got 1"):
+        kernel_bonus(torch.ones(2, 3), torch.ones(1, 3), 1.0)

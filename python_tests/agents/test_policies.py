@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
@@ -35,6 +37,20 @@ def make_diffusion_policy(noise_ratio: float = 1.0) -> DiffusionPolicy:
         schedule=DiffusionSchedule.cosine(K),
         noise_ratio=noise_ratio,
     )
+
+
+def test_a_schedule_that_ends_far_from_the_start_of_chains_is_warned_of() -> None:
+    sizes = {"observation_dim": OBSERVATION_DIM, "action_dim": ACTION_DIM, "hidden_dim": 4}
+    with pytest.warns(UserWarning, match=r"^schedule: abar_K is 0\.36 after 100 steps"):
+        DiffusionPolicy(**sizes, schedule=DiffusionSchedule.linear(100))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for schedule in (
+            DiffusionSchedule.linear(1000),
+            DiffusionSchedule.cosine(5),
+            DiffusionSchedule.vp(5),
+        ):
+            DiffusionPolicy(**sizes, schedule=schedule)
 
 
 def test_diffusion_loss_is_the_denoising_loss(

@@ -35,20 +35,22 @@ class KnownScore(DiffusionRepresentation):
 
 
 @pytest.mark.parametrize(
-    ("levels", "noise_scale", "options"),
+    ("levels", "K", "noise_scale", "options"),
     [
-        ("linear", 1.0, {}),
-        ("linear", 1.0, {"solver": "ddim", "steps": 100}),
-        ("cosine", 0.449, {}),
-        ("beta_cdf", 0.449, {"corrector_steps": 300}),
+        ("linear", 1000, 1.0, {}),
+        ("linear", 1000, 1.0, {"solver": "ddim", "steps": 100}),
+        ("linear", 100, 1.0, {}),
+        ("cosine", 1000, 0.449, {}),
+        ("beta_cdf", 1000, 0.449, {}),
+        ("beta_cdf", 1000, 0.449, {"solver": "ddim", "steps": 100}),
+        ("beta_cdf", 1000, 0.449, {"corrector_steps": 300}),
     ],
 )
 def test_the_chain_draws_from_the_distribution_whose_score_it_is_given(
-    levels: str, noise_scale: float, options: dict[str, Any]
+    levels: str, K: int, noise_scale: float, options: dict[str, Any]
 ) -> None:
-    schedule: DiffusionSchedule = getattr(DiffusionSchedule, levels)(1000)
-    model = KnownScore(1, 1, schedule=schedule, noise_scale=noise_scale, feature_dim=2)
-    state = torch.zeros(2000, 1)
+    model = known_score(levels, K, noise_scale)
+    state = torch.full((2000, 1), -2.0)  # far from the next states
     generator = torch.Generator().manual_seed(0)
     drawn = model.sample_next_state(state, state, generator=generator, **options).squeeze(-1)
     right = drawn > 0
@@ -57,6 +59,29 @@ def test_the_chain_draws_from_the_distribution_whose_score_it_is_given(
         assert float(rows.mean()) == pytest.approx(mode, abs=0.03)
         # The last step of a chain of finite levels returns a mean: a little is missing.
         assert 0.13 < float(rows.std()) < 0.22
+
+
+def known_score(levels: str, K: int, noise_scale: float) -> KnownScore:
+    schedule: DiffusionSchedule = getattr(DiffusionSchedule, levels)(K)
+    return KnownScore(1, 1, schedule=schedule, noise_scale=noise_scale, feature_dim=2)
+
+
+def test_without_a_corrector_what_is_drawn_leans_towards_the_state() -> None:
+    model, state = known_score("beta_cdf", 1000, 0.449), torch.full((500, 1), -2.0)
+    drawn = model.sample_next_state(state, state, corrector_steps=0)
+    assert float((drawn > 0).float().mean()) < 0.1  # of 0.7
+
+
+@pytest.mark.parametrize(("levels", "steps"), [("beta_cdf", 200), ("cosine", 0)])
+def test_the_corrector_runs_where_the_levels_end_far_from_noise(levels: str, steps: int) -> None:
+    model, state = known_score(levels, 10, 0.449), torch.zeros(3, 1)
+    by_default, stated = (
+        model.sample_next_state(
+            state, state, generator=torch.Generator().manual_seed(0), **options
+        )
+        for options in ({}, {"corrector_steps": steps})
+    )
+    assert torch.equal(by_default, stated)
 
 
 def test_what_is_drawn_follows_the_generator_and_keeps_gradients_out() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -721,7 +723,7 @@ def test_meta_tensors() -> None:
         ),
         ({"denoiser": lambda x, s, t: None}, TypeError, "^denoiser: .* a tensor, got NoneType"),
         (
-            {"solver": DiffusionSchedule.linear(9).solver("ddim", steps=4)},
+            {"solver": rounded(DiffusionSchedule.linear(9).solver("ddim", steps=4))},
             ValueError,
             "^solver: expected levels of the schedule, 0 to 3, got a table of another .* to 8",
         ),
@@ -740,6 +742,29 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
     }
     with pytest.raises(error, match=message):
         ops.reverse_diffusion(**{**arguments, **change})
+
+
+@torch.no_grad()
+def test_a_table_of_another_schedule_is_refused(backend: str) -> None:
+    schedule, denoiser, state = DiffusionSchedule.cosine(8), nn.Denoiser(5, 3, 8), torch.ones(2, 5)
+
+    def act(table: SolverTable) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return ops.reverse_diffusion(
+            denoiser, schedule, state, solver=table, generator=generator, backend=backend
+        )
+
+    for other in (DiffusionSchedule.vp(8), DiffusionSchedule.cosine(4)):
+        message = f"solver: expected a table of {schedule}, got one of {other}"
+        for _ in range(2):  # what is known of a table is kept, an error too
+            with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+                act(other.solver("ddim"))
+    # The same levels made anew, come through float32, or copied with their table.
+    expected = act(schedule.solver("ddim", steps=4))
+    again = DiffusionSchedule.cosine(8).solver("ddim", steps=4)
+    rounded = DiffusionSchedule(schedule.betas.float()).solver("ddim", steps=4)
+    for table in (again, rounded, copy.deepcopy(again)):
+        torch.testing.assert_close(act(table), expected, rtol=0, atol=1e-3)
 
 
 def test_a_callable_needs_a_start() -> None:

@@ -56,11 +56,13 @@ def reverse_diffusion(
             one runs on the reference).
         schedule: the noise levels it was trained with.
         state: ``[B, S]``, what the actions are conditioned on.
-        x_init: ``[B, A]``, where the chain starts; drawn from N(0, I) if None.
+        x_init: ``[B, A]``, where the chain starts; drawn from N(0, I) if None, which is right for a
+            schedule that :attr:`~diffcore.DiffusionSchedule.ends_in_noise`.
         noise: ``[steps, B, A]``; ``noise[i]`` is used at the i-th executed step; drawn if None.
         noise_scale: factor on every step's noise; 0 gives the chain without noise.
         clip: bound on the predicted x0 at every step and on the result; ``math.inf`` for none.
-        solver: a name that :meth:`diffcore.DiffusionSchedule.solver` knows, or a table from it.
+        solver: a name that :meth:`diffcore.DiffusionSchedule.solver` knows, or a table that it made
+            of this schedule.
         generator: source of ``x_init`` and ``noise``: one draw keys a counter-based generator, so
             row r gets the same noise in any batch and on any backend. The default generator if None.
         compute_dtype: ``torch.bfloat16`` multiplies hidden layers in bfloat16 with float32 sums
@@ -74,7 +76,7 @@ def reverse_diffusion(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, an unknown
-            solver, or a forced backend that can't run this call.
+            solver or a table of another schedule, or a forced backend that can't run this call.
     """
     steps = _check_settings(schedule, noise_scale, clip, solver, generator, compute_dtype)
     ours: nn.Denoiser | None
@@ -142,23 +144,35 @@ def _embedding(
 def _table(schedule: DiffusionSchedule, solver: str | SolverTable) -> SolverTable:
     if isinstance(solver, str):
         return schedule.solver(solver)
-    highest = _highest_level(solver)
-    if highest >= schedule.K:
-        raise ValueError(
-            f"solver: expected levels of the schedule, 0 to {schedule.K - 1}, got a table of another "
-            f"that goes up to {highest}"
-        )
+    refused = _why_not_on(schedule, solver)
+    if refused is not None:
+        raise ValueError(f"solver: {refused}")
     return solver
 
 
 @constant_under_compile
-def _highest_level(solver: SolverTable) -> int:
-    return _cached_highest_level(solver)
+def _why_not_on(schedule: DiffusionSchedule, solver: SolverTable) -> str | None:
+    return _cached_why_not_on(schedule, solver)
 
 
 @kept
-def _cached_highest_level(solver: SolverTable) -> int:
-    return int(solver.timesteps.max())
+def _cached_why_not_on(schedule: DiffusionSchedule, solver: SolverTable) -> str | None:
+    """Why a chain on this schedule can't run the table; None if it can."""
+    if solver.schedule is not None and not _same_levels(solver.schedule, schedule):
+        return f"expected a table of {schedule}, got one of {solver.schedule}"
+    highest = int(solver.timesteps.max())
+    if highest >= schedule.K:
+        return (
+            f"expected levels of the schedule, 0 to {schedule.K - 1}, got a table of another "
+            f"that goes up to {highest}"
+        )
+    return None
+
+
+def _same_levels(schedule: DiffusionSchedule, other: DiffusionSchedule) -> bool:
+    """Whether they agree to float32's rounding, which betas may have come through."""
+    levels, others = schedule.alphas_cumprod, other.alphas_cumprod
+    return levels.shape == others.shape and torch.allclose(levels, others, rtol=1e-4, atol=1e-6)
 
 
 @kept
