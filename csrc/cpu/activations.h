@@ -1,5 +1,7 @@
 // Elementwise functions on vectors: exp, log, sin/cos, and the activations with their derivatives.
 //
+// V is a Vec, or Vecs to be taken side by side.
+//
 // Polynomials are those of the Cephes library (S. Moshier), whose float versions stay within about
 // 2 ulp, where nothing else is said; NaN in gives NaN out everywhere.
 #pragma once
@@ -14,21 +16,22 @@ namespace DIFFCORE_ISA {
 constexpr float integer_in_low_bits = 12582912.0f;  // 1.5 * 2^23
 
 // exp(x) = 2^(n / 2^bits) (1 + expm1), n the integer in i's lowest bits.
+template <class V>
 struct ReducedExp {
-  Vec i, n, expm1;
+  V i, n, expm1;
 };
 
 // For x in [-87, 88], where exp(x) is finite and normal. The more bits of the fraction are taken out, the
 // fewer terms has the rest.
-template <int bits>
-DIFFCORE_INLINE ReducedExp reduce_exp(Vec x) {
+template <int bits, class V>
+DIFFCORE_INLINE ReducedExp<V> reduce_exp(V x) {
   constexpr float parts = 1 << bits;
-  const Vec i = fma(x, broadcast(1.44269504f * parts), broadcast(integer_in_low_bits));
-  const Vec n = i - broadcast(integer_in_low_bits);
+  const V i = fma(x, broadcast(1.44269504f * parts), broadcast(integer_in_low_bits));
+  const V n = i - broadcast(integer_in_low_bits);
   // ln 2 in two parts, the first exact in few bits, so that n * ln 2 is subtracted without loss.
-  Vec r = fnma(n, broadcast(0.693359375f / parts), x);
+  V r = fnma(n, broadcast(0.693359375f / parts), x);
   r = fnma(n, broadcast(-2.12194440e-4f / parts), r);
-  Vec q;
+  V q;
   if constexpr (bits == 0) {
     // The polynomial of this degree with the least error of exp(r) over |r| <= 0.347: 3.1e-9 of it.
     q = broadcast(1.381961396e-3f);
@@ -48,22 +51,23 @@ DIFFCORE_INLINE ReducedExp reduce_exp(Vec x) {
 
 constexpr float lowest_exponent = -87.0f;
 
-DIFFCORE_INLINE Vec limit_exponent(Vec x) {
+template <class V>
+DIFFCORE_INLINE V limit_exponent(V x) {
   return clamp(x, broadcast(lowest_exponent), broadcast(88.0f));
 }
 
 // Where the result is rounded to bfloat16, which keeps 2^-9 of it, to 2^-13 only: 2^f as a cubic, f
 // between -1/2 and 1/2.
-template <Precision precision = Precision::float32>
-DIFFCORE_INLINE Vec exp_in_range(Vec x) {
+template <Precision precision = Precision::float32, class V>
+DIFFCORE_INLINE V exp_in_range(V x) {
   if constexpr (precision == Precision::float32) {
-    const ReducedExp e = reduce_exp<power_bits>(x);
-    const Vec power = power_of_2(e.i);
+    const ReducedExp<V> e = reduce_exp<power_bits>(x);
+    const V power = power_of_2(e.i);
     return fma(power, e.expm1, power);
   } else {
-    const Vec doublings = x * broadcast(1.44269504f);
-    const Vec n = round_nearest(doublings), f = doublings - n;
-    Vec p = broadcast(5.51716685e-2f);
+    const V doublings = x * broadcast(1.44269504f);
+    const V n = round_nearest(doublings), f = doublings - n;
+    V p = broadcast(5.51716685e-2f);
     p = fma(p, f, broadcast(2.42611125e-1f));
     p = fma(p, f, broadcast(6.93260968e-1f));
     p = fma(p, f, broadcast(9.99928057e-1f));
@@ -72,20 +76,20 @@ DIFFCORE_INLINE Vec exp_in_range(Vec x) {
 }
 
 // exp(x), with x limited to [-87, 88].
-template <Precision precision = Precision::float32>
-DIFFCORE_INLINE Vec exp(Vec x) {
+template <Precision precision = Precision::float32, class V>
+DIFFCORE_INLINE V exp(V x) {
   return exp_in_range<precision>(limit_exponent(x));
 }
 
 // 1/x for positive normal x, no more exact than the value needs either.
-template <Precision precision>
-DIFFCORE_INLINE Vec inverse(Vec x) {
+template <Precision precision, class V>
+DIFFCORE_INLINE V inverse(V x) {
   return precision == Precision::float32 ? broadcast(1.0f) / x : rough_reciprocal(x);
 }
 
 // exp(x) - 1 without cancellation near 0.
 DIFFCORE_INLINE Vec expm1(Vec x) {
-  const ReducedExp e = reduce_exp<0>(limit_exponent(x));  // whose powers of 2 are exact
+  const ReducedExp<Vec> e = reduce_exp<0>(limit_exponent(x));  // whose powers of 2 are exact
   const Vec power = scale_by_power_of_2(broadcast(1.0f), e.n);
   return fma(power, e.expm1, power - broadcast(1.0f));
 }
@@ -193,12 +197,13 @@ DIFFCORE_INLINE void sincos(Vec x, Vec* sine, Vec* cosine) {
   }
 }
 
-// `precision` is what the value is kept in.
+// `precision` is what the value is kept in. `side_by_side`: whether values are written for Vecs too.
 template <Activation kind, Precision precision>
 struct ActivationFunction;
 
 template <Precision precision>
 struct ActivationFunction<Activation::identity, precision> {
+  static constexpr bool side_by_side = false;
   DIFFCORE_INLINE Vec value(Vec x) { return x; }
   DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
     *slope = broadcast(1.0f);
@@ -208,6 +213,7 @@ struct ActivationFunction<Activation::identity, precision> {
 
 template <Precision precision>
 struct ActivationFunction<Activation::relu, precision> {
+  static constexpr bool side_by_side = false;
   DIFFCORE_INLINE Vec value(Vec x) { return at_least(zero(), x); }
   DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
     *slope = select(less(zero(), x), broadcast(1.0f), zero());
@@ -217,6 +223,7 @@ struct ActivationFunction<Activation::relu, precision> {
 
 template <Precision precision>
 struct ActivationFunction<Activation::elu, precision> {
+  static constexpr bool side_by_side = false;
   DIFFCORE_INLINE Vec value(Vec x) { return select(less(zero(), x), x, expm1(x)); }
   DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
     *slope = select(less(zero(), x), broadcast(1.0f), exp(x));
@@ -228,10 +235,15 @@ struct ActivationFunction<Activation::elu, precision> {
 // get any smaller would not be: x itself stops there.
 template <Precision precision>
 struct ActivationFunction<Activation::silu, precision> {
-  DIFFCORE_INLINE Vec sigmoid(Vec x) {
+  static constexpr bool side_by_side = true;
+  template <class V>
+  DIFFCORE_INLINE V sigmoid(V x) {
     return inverse<precision>(broadcast(1.0f) + exp<precision>(zero() - x));
   }
-  DIFFCORE_INLINE Vec value(Vec x) { return at_least(broadcast(lowest_exponent), x) * sigmoid(x); }
+  template <class V>
+  DIFFCORE_INLINE V value(V x) {
+    return at_least(broadcast(lowest_exponent), x) * sigmoid(x);
+  }
   DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
     const Vec s = sigmoid(x);
     const Vec y = at_least(broadcast(lowest_exponent), x) * s;
@@ -242,6 +254,7 @@ struct ActivationFunction<Activation::silu, precision> {
 
 template <Precision precision>
 struct ActivationFunction<Activation::tanh, precision> {
+  static constexpr bool side_by_side = false;
   DIFFCORE_INLINE Vec value(Vec x) {
     // Odd polynomial below 0.625, 1 - 2 / (exp(2|x|) + 1) with the sign put back above.
     const Vec x2 = x * x;
@@ -268,10 +281,12 @@ struct ActivationFunction<Activation::tanh, precision> {
 // no logarithm is needed. Above 20 the quotient is 1 in float32.
 template <Precision precision>
 struct ActivationFunction<Activation::mish, precision> {
-  DIFFCORE_INLINE Vec value(Vec x) {
+  static constexpr bool side_by_side = true;
+  template <class V>
+  DIFFCORE_INLINE V value(V x) {
     x = at_least(broadcast(lowest_exponent), x);
-    const Vec e = exp_in_range<precision>(at_most(broadcast(20.0f), x));
-    const Vec n = fma(e, e, e + e);
+    const V e = exp_in_range<precision>(at_most(broadcast(20.0f), x));
+    const V n = fma(e, e, e + e);
     return x * (n * inverse<precision>(n + broadcast(2.0f)));
   }
   DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
@@ -302,6 +317,7 @@ DIFFCORE_INLINE Vec rounding_of_square(Vec x, Vec square) {
 // ones. Beyond 13.19 the exponential is below float32's normal numbers.
 template <Precision precision>
 struct ActivationFunction<Activation::gelu, precision> {
+  static constexpr bool side_by_side = false;
   struct Parts {
     Vec limited, exponential, distribution;
   };
@@ -341,6 +357,7 @@ struct ActivationFunction<Activation::gelu, precision> {
 
 template <Precision precision>
 struct ActivationFunction<Activation::sin, precision> {
+  static constexpr bool side_by_side = false;
   DIFFCORE_INLINE Vec value(Vec x) {
     Vec slope;
     return value_and_slope(x, &slope);
@@ -354,6 +371,7 @@ struct ActivationFunction<Activation::sin, precision> {
 
 template <Precision precision>
 struct ActivationFunction<Activation::cos, precision> {
+  static constexpr bool side_by_side = false;
   DIFFCORE_INLINE Vec value(Vec x) {
     Vec sine, cosine;
     sincos(x, &sine, &cosine);

@@ -14,10 +14,42 @@ using ActivateFunction = void (*)(const float* sums, ptrdiff_t sums_stride, int 
                                   typename Operand::Input* out, ptrdiff_t out_stride, float* slope,
                                   ptrdiff_t slope_stride);
 
+// f of vectors_at_once vectors side by side, `width` of a row. Where rows don't divide among them, the last
+// one is taken more than once.
+template <class Operand, class Function, int width>
+static void activate_side_by_side(const float* sums, ptrdiff_t sums_stride, int rows, int columns,
+                                  typename Operand::Input* out, ptrdiff_t out_stride) {
+  constexpr int height = vectors_at_once / width;
+  for (int first = 0; first < rows; first += height) {
+    ptrdiff_t row[height];
+    for (int i = 0; i < height; ++i) row[i] = first + i < rows ? first + i : rows - 1;
+    for (int n = 0; n < columns; n += width * W) {
+      Vecs<vectors_at_once> z;
+      for (int i = 0; i < height; ++i)
+        for (int j = 0; j < width; ++j)
+          z.part[i * width + j] = load(sums + row[i] * sums_stride + n + j * W);
+      z = Function::value(z);
+      for (int i = 0; i < height; ++i)
+        for (int j = 0; j < width; ++j)
+          Operand::store_activation(out + row[i] * out_stride + n + j * W, z.part[i * width + j]);
+    }
+  }
+}
+
 template <class Operand, class Function>
 static void activate(const float* sums, ptrdiff_t sums_stride, int rows, int columns,
                      typename Operand::Input* out, ptrdiff_t out_stride, float* slope,
                      ptrdiff_t slope_stride) {
+  if (!slope) {
+    if constexpr (Function::side_by_side) {
+      // A block is 1, 2 or a multiple of 4 vectors wide.
+      const auto function = columns == W ? activate_side_by_side<Operand, Function, 1>
+                            : columns == 2 * W
+                                ? activate_side_by_side<Operand, Function, 2>
+                                : activate_side_by_side<Operand, Function, vectors_at_once>;
+      return function(sums, sums_stride, rows, columns, out, out_stride);
+    }
+  }
   for (int i = 0; i < rows; ++i) {
     const float* z = sums + i * sums_stride;
     if (slope) {

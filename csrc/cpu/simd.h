@@ -32,6 +32,7 @@ constexpr bool fma_rounds_once = true;
 // Rows of the register tile: 12 rows x 2 vectors + 2 weights + 1 input = 27 of 32 registers.
 constexpr int max_tile_rows = 12;
 constexpr int max_narrow_rows = 6;
+constexpr int vectors_at_once = 4;  // that registers hold on their way through an activation
 
 DIFFCORE_INLINE Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
 DIFFCORE_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -106,17 +107,17 @@ DIFFCORE_INLINE Vec sum_groups(Vec a) {
 DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return {_mm512_rcp14_ps(a.v)}; }
 // a * 2^n for integral n, where both a and the product are normal numbers, or a is NaN.
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-// 2^(n / 2^power_bits), a normal number, for the integer n in the lowest bits of i.
+// 2^(n / 2^power_bits), a normal number, for the integer n in the lowest bits of i. The table has the bits
+// of 2^(k / 16) less k << 19: n moved up to the exponent leaves its fraction k there.
 constexpr int power_bits = 4;
-alignas(64) constexpr float powers_of_2[] = {
-    1.0f,         1.044273782f, 1.090507733f, 1.138788635f, 1.189207115f, 1.241857812f,
-    1.296839555f, 1.354255547f, 1.414213562f, 1.476826146f, 1.542210825f, 1.610490332f,
-    1.681792831f, 1.756252160f, 1.834008086f, 1.915206561f};
+alignas(64) constexpr uint32_t powers_of_2[] = {
+    0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+    0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
 DIFFCORE_INLINE Vec power_of_2(Vec i) {
   const __m512i bits = _mm512_castps_si512(i.v);
-  const __m512 fraction = _mm512_permutexvar_ps(bits, _mm512_load_ps(powers_of_2));
-  const __m512i exponent = _mm512_slli_epi32(_mm512_srai_epi32(bits, power_bits), 23);
-  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(fraction), exponent))};
+  const __m512i fraction = _mm512_permutexvar_epi32(bits, _mm512_load_si512(powers_of_2));
+  return {
+      _mm512_castsi512_ps(_mm512_add_epi32(fraction, _mm512_slli_epi32(bits, 23 - power_bits)))};
 }
 // For positive normal a: mantissa in [sqrt(1/2), sqrt(2)) and the matching exponent.
 DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
@@ -183,6 +184,7 @@ constexpr bool fma_rounds_once = true;
 // 6 rows x 2 vectors + 2 weights + 1 input = 15 of 16 registers.
 constexpr int max_tile_rows = 6;
 constexpr int max_narrow_rows = 3;
+constexpr int vectors_at_once = 2;
 
 DIFFCORE_INLINE Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
 DIFFCORE_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
@@ -250,14 +252,13 @@ DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), exponent))};
 }
 constexpr int power_bits = 3;
-alignas(32) constexpr float powers_of_2[] = {1.0f,         1.090507733f, 1.189207115f,
-                                             1.296839555f, 1.414213562f, 1.542210825f,
-                                             1.681792831f, 1.834008086f};
+alignas(32) constexpr uint32_t powers_of_2[] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
+                                                0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
 DIFFCORE_INLINE Vec power_of_2(Vec i) {
   const __m256i bits = _mm256_castps_si256(i.v);
-  const __m256 fraction = _mm256_permutevar8x32_ps(_mm256_load_ps(powers_of_2), bits);
-  const __m256i exponent = _mm256_slli_epi32(_mm256_srai_epi32(bits, power_bits), 23);
-  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(fraction), exponent))};
+  const __m256i table = _mm256_load_si256(reinterpret_cast<const __m256i*>(powers_of_2));
+  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_permutevar8x32_epi32(table, bits),
+                                               _mm256_slli_epi32(bits, 23 - power_bits)))};
 }
 DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
   const __m256i bits = _mm256_castps_si256(a.v);
@@ -316,6 +317,7 @@ struct Mask {
 constexpr bool fma_rounds_once = true;
 constexpr int max_tile_rows = 8;
 constexpr int max_narrow_rows = 6;
+constexpr int vectors_at_once = 4;
 
 DIFFCORE_INLINE Vec broadcast(float x) { return {vdupq_n_f32(x)}; }
 DIFFCORE_INLINE Vec load(const float* p) { return {vld1q_f32(p)}; }
@@ -423,6 +425,7 @@ struct Mask {
 constexpr bool fma_rounds_once = false;
 constexpr int max_tile_rows = 4;
 constexpr int max_narrow_rows = 3;
+constexpr int vectors_at_once = 2;
 
 DIFFCORE_INLINE Vec broadcast(float x) { return {Float4{x, x, x, x}}; }
 DIFFCORE_INLINE Vec load(const float* p) {
@@ -522,8 +525,48 @@ DIFFCORE_INLINE void broadcast_pair(const uint16_t* p, Vec* low, Vec* high) {
 #endif
 
 DIFFCORE_INLINE Vec zero() { return broadcast(0.0f); }
-DIFFCORE_INLINE Vec clamp(Vec x, Vec lower, Vec upper) {
-  return at_most(upper, at_least(lower, x));
+
+// Several vectors, of which every operation takes one after the other: what follows an instruction then
+// doesn't wait for it. Of one vector's chain after another CPUs don't look far enough ahead.
+template <int n>
+struct Vecs {
+  Vec part[n];
+
+  Vecs() = default;
+  __attribute__((always_inline)) Vecs(Vec same) {
+    for (Vec& p : part) p = same;
+  }
+#define DIFFCORE_VECS(name, parameters, arguments)                                       \
+  friend inline __attribute__((always_inline)) Vecs name parameters {                    \
+    Vecs result;                                                                         \
+    _Pragma("GCC unroll 8") for (int i = 0; i < n; ++i) result.part[i] = name arguments; \
+    return result;                                                                       \
+  }
+#define DIFFCORE_VECS_1(name) DIFFCORE_VECS(name, (Vecs a), (a.part[i]))
+#define DIFFCORE_VECS_2(name) DIFFCORE_VECS(name, (Vecs a, Vecs b), (a.part[i], b.part[i]))
+#define DIFFCORE_VECS_3(name) \
+  DIFFCORE_VECS(name, (Vecs a, Vecs b, Vecs c), (a.part[i], b.part[i], c.part[i]))
+  DIFFCORE_VECS_1(round_nearest)
+  DIFFCORE_VECS_1(rough_reciprocal)
+  DIFFCORE_VECS_1(power_of_2)
+  DIFFCORE_VECS_2(operator+)
+  DIFFCORE_VECS_2(operator-)
+  DIFFCORE_VECS_2(operator*)
+  DIFFCORE_VECS_2(operator/)
+  DIFFCORE_VECS_2(at_least)
+  DIFFCORE_VECS_2(at_most)
+  DIFFCORE_VECS_2(scale_by_power_of_2)
+  DIFFCORE_VECS_3(fma)
+  DIFFCORE_VECS_3(fnma)
+#undef DIFFCORE_VECS_3
+#undef DIFFCORE_VECS_2
+#undef DIFFCORE_VECS_1
+#undef DIFFCORE_VECS
+};
+
+template <class V>
+DIFFCORE_INLINE V clamp(V x, Vec lower, Vec upper) {
+  return at_most(V(upper), at_least(V(lower), x));
 }
 DIFFCORE_INLINE uint32_t as_bits(float x) {
   uint32_t bits;
