@@ -320,12 +320,13 @@ def plot_command(arguments: list[str]) -> int:
 def compare_command(arguments: list[str]) -> int:
     """``diffcore compare --agents AGENT... --env ID ...``."""
     parsed, output, jobs = parse_comparison(arguments)
-    comparison = compare(jobs, output, parallel=parsed.jobs)
+    console = Console()
+    comparison = compare(jobs, output, parallel=parsed.jobs, console=console)
     if not comparison.complete:
-        print("interrupted, saved; the same command goes on with it")
+        say(console, "interrupted, saved; the same command goes on with it")
         return INTERRUPTED
     for path in (comparison.curves, comparison.summary, comparison.final_returns):
-        print(path)
+        say(console, str(path))
     return 0
 
 

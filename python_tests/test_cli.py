@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import os
 import re
 import signal
@@ -21,6 +23,7 @@ from diffcore.agents import DiffSRConfig, DIPOConfig
 from diffcore.cli import main, parse_training
 from diffcore.training import TrainConfig, TrainResult
 from diffcore.training.checkpoint import load_checkpoint
+from diffcore.training.compare import Comparison
 from diffcore.training.config import RESUMABLE
 from diffcore.training.logging import read_csv
 
@@ -63,6 +66,20 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown command 'fly'" in capsys.readouterr().err
     assert main(["train", "nobody"]) == 2
     assert "unknown agent 'nobody'; there are: diffsr, dipo" in capsys.readouterr().err
+
+
+def test_a_comparison_ends_well_though_nobody_reads_what_it_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Hungup(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    done = Comparison(True, *(tmp_path / name for name in ("a.png", "b.csv", "c.csv")))
+    for comparison, code in ((done, 0), (dataclasses.replace(done, complete=False), 130)):
+        monkeypatch.setattr("diffcore.cli.compare", lambda *_, c=comparison, **__: c)
+        monkeypatch.setattr("sys.stdout", Hungup())
+        assert main(["compare", *COMPARED]) == code
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -279,6 +279,28 @@ class DIPO(BaseAgent):
             "critic_optimizer": self.critic_optimizer,
         }
 
+    @property
+    def _rescales_linear(self) -> bool:
+        diffusion = self.config.policy == "diffusion" and self.config.schedule == "linear"
+        return diffusion and self.switches.rescale_linear_schedule
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`BaseAgent.state_dict`."""
+        state = super().state_dict()
+        if self._rescales_linear:
+            state["betas"] = self._make_schedule().betas
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :meth:`BaseAgent.load_state_dict`."""
+        if self._rescales_linear and "config" in state and "betas" not in state:
+            self.check_saved_config(state["config"])
+            raise ValueError(
+                "state lacks the entry 'betas': it was saved when schedule 'linear' had those of "
+                "1000 steps in every mode, as mode 'official' still has"
+            )
+        super().load_state_dict(state)
+
     def check_saved_config(self, saved: dict[str, Any]) -> None:
         """Raises ValueError unless weights saved under this configuration mean the same here."""
         super().check_saved_config(saved)

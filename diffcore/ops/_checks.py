@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import numbers
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -58,11 +58,10 @@ def check_number(
 ) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    try:
-        out_of_range = math.isnan(value) or (finite and math.isinf(value))
-    except OverflowError:  # an integer beyond all floats
-        out_of_range = True
-    if out_of_range:
+    # Without math.isnan: for a number that it leaves open torch.compile has no such function.
+    number: Any = value
+    largest = sys.float_info.max  # above which are infinities, and integers beyond all floats
+    if number != number or (finite and not -largest <= number <= largest):
         raise ValueError(f"{name}: expected a finite number, got {value}")
     if least is not None and value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")

@@ -182,10 +182,14 @@ def _make_directory(path: Path, *, numbered: bool) -> Path:
     Raises:
         RunError: if it exists already, unless ``numbered``, or can't be made.
     """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"can't make the run directory {path}: {error}") from error
     candidate, number = path, 1
     while True:
         try:
-            candidate.mkdir(parents=True, exist_ok=False)
+            candidate.mkdir()
             return candidate
         except FileExistsError as error:
             if not numbered:

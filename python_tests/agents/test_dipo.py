@@ -411,6 +411,12 @@ def test_a_policy_of_other_linear_levels_is_refused() -> None:
     for mode in ("fixed", "paper"):
         with pytest.raises(ValueError, match="state has mode='official', whose schedule 'linear'"):
             make_agent(mode=mode, schedule="linear").load_state_dict(official)
+        agent = make_agent(mode=mode, schedule="linear")
+        agent.load_state_dict(make_agent(mode="fixed", schedule="linear").state_dict())
+        older = agent.state_dict()
+        del older["betas"]
+        with pytest.raises(ValueError, match="state lacks the entry 'betas'"):
+            agent.load_state_dict(older)
 
 
 def test_overwriting_without_storing_is_refused() -> None:

@@ -328,6 +328,8 @@ def test_a_weight_that_requires_a_gradient_runs_on_the_reference() -> None:
     answer = explain("denoising_loss", *arguments, **given, weight=weight)
     assert answer.backend == "reference"
     assert answer.passed_over["cpu"].startswith("weight requires a gradient")
+    with torch.no_grad():  # there is none to be had
+        assert explain("denoising_loss", *arguments, **given, weight=weight).backend == "cpu"
     ops.denoising_loss(*arguments, **given, weight=weight).backward()
     noisy = ops.q_sample(data.action, data.t, data.noise, SCHEDULE)
     squares = (data.denoiser(noisy, data.state, data.t) - data.noise).square()

@@ -840,6 +840,38 @@ def test_vmap_over_an_empty_batch(
         assert shapes(function, 0) == [(*s[:at], 0, *s[at + 1 :]) for s in one]
 
 
+@pytest.mark.parametrize("randomness", ["same", "different"])
+@pytest.mark.parametrize("elements", [0, 2])
+def test_vmap_of_a_loss_that_draws_its_noise(randomness: str, elements: int) -> None:
+    denoiser = Denoiser(5, 3, 8)
+    rows = torch.randn(elements, 4, 5), torch.randn(elements, 4, 3)
+
+    def loss(state: Tensor, action: Tensor) -> Tensor:
+        return ops.denoising_loss(denoiser, SCHEDULE, state, action)
+
+    assert torch.func.vmap(loss, randomness=randomness)(*rows).shape == (elements,)
+
+
+def test_compiles_with_numbers_left_open() -> None:
+    """``dynamic=True`` leaves Python's floats open too, defaults among them."""
+    denoiser, critic, omega = Denoiser(5, 3, 8), TwinCritic(5, 3, 8), torch.randn(4, 5)
+    action = torch.rand(2, 3)
+
+    def call(state: Tensor, lr: float, scale: float) -> list[Tensor]:
+        start = action[: len(state)]
+        return [
+            ops.reverse_diffusion(denoiser, SCHEDULE, state, x_init=start, noise_scale=0.0),
+            ops.action_gradient(critic, state, start, steps=2, lr=lr),
+            ops.rff_features(state, omega, scale=scale),
+        ]
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="eager")
+    for lr, scale in ((0.1, 2.0), (0.2, 0.5)):
+        state = torch.randn(2, 5)
+        for ours, expected in zip(compiled(state, lr, scale), call(state, lr, scale), strict=True):
+            torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("name", ["mlp", "mlp_ensemble", "rff_features"])
 @pytest.mark.parametrize("leading", [(), (2, 3)])
 def test_vmap_over_an_empty_batch_of_other_than_rows(name: str, leading: tuple[int, ...]) -> None:

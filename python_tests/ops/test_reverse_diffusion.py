@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import diffcore
-from diffcore import DiffusionSchedule, nn, ops
+from diffcore import DiffusionSchedule, explain, nn, ops
 from diffcore.ops import _native
 from diffcore.ops.reverse_diffusion.native import chain
 from diffcore.schedule import SOLVERS, SolverTable
@@ -748,17 +748,26 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
 def test_a_table_of_another_schedule_is_refused(backend: str) -> None:
     schedule, denoiser, state = DiffusionSchedule.cosine(8), nn.Denoiser(5, 3, 8), torch.ones(2, 5)
 
+    generator = torch.Generator()
+
     def act(table: SolverTable) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
+        generator.manual_seed(0)
         return ops.reverse_diffusion(
             denoiser, schedule, state, solver=table, generator=generator, backend=backend
         )
 
-    for other in (DiffusionSchedule.vp(8), DiffusionSchedule.cosine(4)):
+    levels = schedule.alphas_cumprod.clone()
+    levels[-1] *= 2  # a number so small that in absolute terms it is the same
+    nearly = DiffusionSchedule.from_alphas_cumprod(levels)
+    for other in (DiffusionSchedule.vp(8), DiffusionSchedule.cosine(4), nearly):
         message = f"solver: expected a table of {schedule}, got one of {other}"
         for _ in range(2):  # what is known of a table is kept, an error too
             with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
                 act(other.solver("ddim"))
+            untouched = torch.Generator().manual_seed(0).get_state()
+            assert torch.equal(generator.get_state(), untouched)
+            with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+                explain("reverse_diffusion", denoiser, schedule, state, solver=other.solver("ddim"))
     # The same levels made anew, come through float32, or copied with their table.
     expected = act(schedule.solver("ddim", steps=4))
     again = DiffusionSchedule.cosine(8).solver("ddim", steps=4)

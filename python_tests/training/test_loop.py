@@ -161,6 +161,17 @@ def test_runs_that_start_in_one_second_have_a_directory_each(
     assert [run.read_config()["agent_config"]["lr"] for run in runs] == [0.1, 0.2, 0.3]
 
 
+@pytest.mark.parametrize("run_dir", [None, "named"])
+def test_a_run_directory_behind_a_broken_link(
+    tmp_path: Path, tiny_run: MakeConfig, run_dir: str | None
+) -> None:
+    (tmp_path / "runs").symlink_to(tmp_path / "unmounted" / "disk")
+    runs = tmp_path / "runs" / "mine"
+    config = tiny_run(run_dir=run_dir and runs / run_dir, runs_dir=runs)
+    with pytest.raises(RunError, match="^can't make the run directory "):
+        RunDirectory.create(config, TinyConfig())
+
+
 def test_who_has_no_checkpoint_is_not_sent_to_resume_it(tiny_run: MakeConfig) -> None:
     config = tiny_run()
     RunDirectory.create(config, TinyConfig())

@@ -184,16 +184,12 @@ def support(
         called = f"the denoiser is called, since {ours.altered()}"
         return _backends.support(KERNELS, [state], refused=called), ours, []
     check_like("state", state, "the denoiser", parameters[0])
-    refused = None
-    for name, value in (("noise", noise), ("weight", weight)):
-        if value is not None and _native.requires_gradient(value):
-            refused = f"{name} requires a gradient, which the kernels don't compute"
     reasons = _backends.support(
         KERNELS,
         [state, *parameters],
         [ours.activation],
         len(parameters) // 2 - 2,  # without the time MLP's
         compute_dtype=compute_dtype,
-        refused=refused,
+        refused=_backends.no_gradient_in(("noise", noise), ("weight", weight)),
     )
     return reasons, ours, parameters

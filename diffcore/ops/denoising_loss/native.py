@@ -114,6 +114,9 @@ def normals(seed: Tensor, like: Tensor, backend: str) -> Tensor:
     return z
 
 
+_native.vmap("normals")(_native.one_by_one(normals))
+
+
 @_native.fake("normals")
 def _(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)

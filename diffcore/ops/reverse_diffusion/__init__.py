@@ -142,12 +142,7 @@ def _embedding(
 
 
 def _table(schedule: DiffusionSchedule, solver: str | SolverTable) -> SolverTable:
-    if isinstance(solver, str):
-        return schedule.solver(solver)
-    refused = _why_not_on(schedule, solver)
-    if refused is not None:
-        raise ValueError(f"solver: {refused}")
-    return solver
+    return schedule.solver(solver) if isinstance(solver, str) else solver
 
 
 @constant_under_compile
@@ -172,7 +167,7 @@ def _cached_why_not_on(schedule: DiffusionSchedule, solver: SolverTable) -> str 
 def _same_levels(schedule: DiffusionSchedule, other: DiffusionSchedule) -> bool:
     """Whether they agree to float32's rounding, which betas may have come through."""
     levels, others = schedule.alphas_cumprod, other.alphas_cumprod
-    return levels.shape == others.shape and torch.allclose(levels, others, rtol=1e-4, atol=1e-6)
+    return levels.shape == others.shape and torch.allclose(levels, others, rtol=1e-4, atol=0)
 
 
 @kept
@@ -204,6 +199,8 @@ def _check_settings(
         raise TypeError(f"solver: expected a name or a SolverTable, got {type(solver).__name__}")
     if isinstance(solver, str):
         check_choice("solver", solver, SOLVERS)
+    elif (refused := _why_not_on(schedule, solver)) is not None:
+        raise ValueError(f"solver: {refused}")
     _check_numbers(noise_scale, clip, compute_dtype)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
