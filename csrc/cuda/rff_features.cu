@@ -193,31 +193,37 @@ __global__ void __launch_bounds__(gemm::threads, 2) rff_backward(BackwardPlan pl
   }
 }
 
+// Arrays [count, size] to be added up.
+struct Pieces {
+  const float* pieces;
+  int64_t count;
+  int64_t size;
+  float* total;  // [size]
+};
+
 // total[i] = sum of pieces[p][i], in order.
-__global__ void __launch_bounds__(256)
-    rff_add_pieces(const float* pieces, int64_t count, int64_t size, float* total) {
+__global__ void __launch_bounds__(256) rff_add_pieces(Pieces of) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (i >= size) return;
+  if (i >= of.size) return;
   float sum = 0.0f;
-  for (int64_t p = 0; p < count; ++p) sum += pieces[p * size + i];
-  total[i] = sum;
+  for (int64_t p = 0; p < of.count; ++p) sum += of.pieces[p * of.size + i];
+  of.total[i] = sum;
 }
 
-const char* add_pieces(const float* pieces, int64_t count, int64_t size, float* total,
-                       cudaStream_t stream) {
-  const int64_t blocks = (size + 255) / 256;
-  DIFFCORE_LAUNCH(rff_add_pieces, static_cast<unsigned>(blocks), 256, 0, stream, pieces, count,
-                  size, total);
-  return launch_error();
+const char* add_pieces(const Pieces& of, void* stream) {
+  const int64_t blocks = (of.size + 255) / 256;
+  return launch({static_cast<unsigned>(blocks), 256, 0, stream}, rff_add_pieces, of);
+}
+
+Launch launch_of(int64_t blocks, void* stream) {
+  return {static_cast<unsigned>(blocks), gemm::threads, sizeof(gemm::Shared), stream};
 }
 
 }  // namespace
 
 const char* rff_features(const RffCall& call) {
   const int64_t blocks = gemm::tiles_of(call.batch) * gemm::tiles_of(call.omega.out);
-  DIFFCORE_LAUNCH(rff_forward, static_cast<unsigned>(blocks), gemm::threads, sizeof(gemm::Shared),
-                  static_cast<cudaStream_t>(call.stream), call);
-  return launch_error();
+  return launch(launch_of(blocks, call.stream), rff_forward, call);
 }
 
 int64_t rff_features_backward_workspace(const RffBackwardCall& call) {
@@ -228,7 +234,6 @@ int64_t rff_features_backward_workspace(const RffBackwardCall& call) {
 const char* rff_features_backward(const RffBackwardCall& call) {
   const int64_t in = call.omega.in, features = call.omega.out;
   const int64_t pieces = pieces_of(call.batch);
-  const auto stream = static_cast<cudaStream_t>(call.stream);
   BackwardPlan plan{};
   plan.call = call;
   plan.grad_omega = call.grad_omega;
@@ -239,19 +244,15 @@ const char* rff_features_backward(const RffBackwardCall& call) {
   }
   if (call.grad_x) plan.x_blocks = gemm::tiles_of(call.batch) * gemm::tiles_of(in);
   if (call.grad_omega) plan.omega_blocks = gemm::tiles_of(features) * gemm::tiles_of(in);
-  const auto blocks = static_cast<unsigned>(plan.x_blocks + pieces * plan.omega_blocks);
-  if (call.kind == RffKind::cos_sin) {
-    DIFFCORE_LAUNCH(rff_backward<true>, blocks, gemm::threads, sizeof(gemm::Shared), stream, plan);
-  } else {
-    DIFFCORE_LAUNCH(rff_backward<false>, blocks, gemm::threads, sizeof(gemm::Shared), stream, plan);
-  }
-  if (const char* error = launch_error()) return error;
-  if (pieces == 1 || !call.grad_omega) return nullptr;
-  if (const char* error =
-          add_pieces(plan.grad_omega, pieces, features * in, call.grad_omega, stream))
+  const Launch how = launch_of(plan.x_blocks + pieces * plan.omega_blocks, call.stream);
+  const bool pair = call.kind == RffKind::cos_sin;
+  if (const char* error = launch(how, pair ? rff_backward<true> : rff_backward<false>, plan))
     return error;
+  if (pieces == 1 || !call.grad_omega) return nullptr;
+  const Pieces of_omega = {plan.grad_omega, pieces, features * in, call.grad_omega};
+  if (const char* error = add_pieces(of_omega, call.stream)) return error;
   if (!call.grad_bias) return nullptr;
-  return add_pieces(plan.grad_bias, pieces, features, call.grad_bias, stream);
+  return add_pieces({plan.grad_bias, pieces, features, call.grad_bias}, call.stream);
 }
 
 }  // namespace cuda
