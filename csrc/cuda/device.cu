@@ -17,8 +17,8 @@ thread_local char text[256];
 
 }  // namespace
 
-const char* unavailable(int device) {
-  int driver = 0, runtime = 0, count = 0;
+const char* unavailable() {
+  int driver = 0, runtime = 0, device = 0;
   if (const char* error = error_text(cudaDriverGetVersion(&driver))) return error;
   if (driver == 0) return "no CUDA driver is installed";
   if (const char* error = error_text(cudaRuntimeGetVersion(&runtime))) return error;
@@ -27,11 +27,7 @@ const char* unavailable(int device) {
              driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
     return text;
   }
-  if (const char* error = error_text(cudaGetDeviceCount(&count))) return error;
-  if (device >= count) {
-    snprintf(text, sizeof(text), "there is no CUDA device %d", device);
-    return text;
-  }
+  if (const char* error = error_text(cudaGetDevice(&device))) return error;
   int major = 0, minor = 0, cooperative = 0;
   cudaError_t error = cudaSuccess;
   const auto ask = [&](int* value, cudaDeviceAttr attribute) {
@@ -47,14 +43,6 @@ const char* unavailable(int device) {
     return text;
   }
   return nullptr;
-}
-
-const char* use_device(int device, int* before) {
-  if (const char* error = error_text(cudaGetDevice(before))) {
-    const char* reason = unavailable(device);  // in more words
-    return reason ? reason : error;
-  }
-  return *before == device ? nullptr : error_text(cudaSetDevice(device));
 }
 
 }  // namespace cuda

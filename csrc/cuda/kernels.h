@@ -161,9 +161,8 @@ const char* rff_features(const RffCall&);
 int64_t rff_features_backward_workspace(const RffBackwardCall&);
 const char* rff_features_backward(const RffBackwardCall&);
 
-// The devices themselves; see device.cu.
-const char* unavailable(int device);              // why kernels can't run there, or nullptr
-const char* use_device(int device, int* before);  // makes a device current
+// Why kernels can't run on the current device, or nullptr.
+const char* unavailable();
 
 }  // namespace cuda
 }  // namespace diffcore

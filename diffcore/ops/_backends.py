@@ -185,5 +185,6 @@ def _device_lacks(device: torch.device) -> str | None:
 @functools.cache
 def _driver_lacks(index: int) -> str | None:
     """Why the CUDA kernels, which were built with a CUDA of their own, can't run on a device."""
-    reason: str | None = _native._cuda.unavailable(index)
+    with torch.cuda.device(index):
+        reason: str | None = _native._cuda.unavailable()
     return reason

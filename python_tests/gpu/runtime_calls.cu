@@ -25,7 +25,7 @@ EXPORT const char* launched(int blocks, int shared_bytes) {
   return launch({static_cast<unsigned>(blocks), 32, static_cast<size_t>(shared_bytes), nullptr},
                 kernel, 0);
 }
-EXPORT const char* why_unavailable() { return unavailable(0); }
+EXPORT const char* why_unavailable() { return unavailable(); }
 EXPORT const char* multiprocessors(int* count) {
   Device device{};
   const char* error = current_device(&device);

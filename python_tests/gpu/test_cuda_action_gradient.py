@@ -344,7 +344,7 @@ def plan(module: Any, hidden: int, precision: str, batch: int) -> Any:
     widths = (17 + 6, hidden, hidden, hidden, 1)
     pointers = [(0, 0, *shape) for shape in itertools.pairwise(widths)]
     kind = getattr(module.Precision, precision)
-    return module.action_gradient_plan(pointers, pointers, 6, 17, kind, 20, batch, 0)
+    return module.action_gradient_plan(pointers, pointers, 6, 17, kind, 20, batch)
 
 
 @pytest.mark.skipif(ON_GPU, reason="plans for devices that this one is not")

@@ -481,7 +481,7 @@ def plan(module: Any, hidden: int, layers: int, precision: str, batch: int) -> A
     shapes += [(hidden, hidden)] * (layers - 1) + [(hidden, 6)]
     pointers = [(0, 0, *shape) for shape in shapes]
     return module.reverse_diffusion_plan(
-        pointers, 6, 17, getattr(module.Precision, precision), 100, batch, 0
+        pointers, 6, 17, getattr(module.Precision, precision), 100, batch
     )
 
 

@@ -4,12 +4,7 @@
 namespace diffcore {
 namespace cuda {
 
-const char* unavailable(int) { return nullptr; }
-
-const char* use_device(int device, int* before) {
-  *before = device;
-  return nullptr;
-}
+const char* unavailable() { return nullptr; }
 
 }  // namespace cuda
 }  // namespace diffcore

@@ -81,10 +81,6 @@ inline cudaError_t cudaRuntimeGetVersion(int* version) {
   *version = 13000;
   return fake_runtime.ends("cudaRuntimeGetVersion");
 }
-inline cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
-  return fake_runtime.ends("cudaGetDeviceCount");
-}
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return fake_runtime.ends("cudaGetDevice");
