@@ -640,8 +640,10 @@ double estimate(const Plan& plan) {
 // Makes a plan the best one, if it fits and takes the least time so far. All its blocks must run at
 // the same time, of which clusters may allow fewer than there are multiprocessors: the driver is
 // asked, which takes longer than all else here, about those plans alone that would be the best.
+// Returns what went wrong.
 template <class Math, int rows>
-void consider(const ActionGradientCall& call, const Device& device, int group_size, Plan* best) {
+const char* consider(const ActionGradientCall& call, const Device& device, int group_size,
+                     Plan* best) {
   Plan plan{};
   plan.kernel = ascend<Math, rows>;
   const auto is_best = [&](int most_groups) {
@@ -649,21 +651,25 @@ void consider(const ActionGradientCall& call, const Device& device, int group_si
     plan.clocks = estimate(plan);
     return !best->kernel || plan.clocks < best->clocks;
   };
-  if (!is_best(device.multiprocessors / group_size)) return;
+  if (!is_best(device.multiprocessors / group_size)) return nullptr;
   if (plan.launch.cluster > 1) {
-    const int at_once = clusters_at_once(plan.launch, plan.kernel);
-    if (at_once < plan.ascent.groups && !is_best(at_once)) return;
+    int at_once = 0;
+    if (const char* error = clusters_at_once(plan.launch, plan.kernel, &at_once)) return error;
+    if (at_once < plan.ascent.groups && !is_best(at_once)) return nullptr;
   }
   *best = plan;
+  return nullptr;
 }
 
 template <class Math>
 const char* consider_all(const ActionGradientCall& call, const Device& device, Plan* best) {
   for (const int group_size : {1, 2, 4, 8}) {
     if (!may_group(group_size)) continue;
-    if constexpr (Math::least_rows <= 8) consider<Math, 8>(call, device, group_size, best);
-    consider<Math, 16>(call, device, group_size, best);
-    consider<Math, 32>(call, device, group_size, best);
+    const char* error = nullptr;
+    if constexpr (Math::least_rows <= 8) error = consider<Math, 8>(call, device, group_size, best);
+    if (!error) error = consider<Math, 16>(call, device, group_size, best);
+    if (!error) error = consider<Math, 32>(call, device, group_size, best);
+    if (error) return error;
   }
   return best->kernel ? nullptr : "the critic's layers are too wide for shared memory";
 }

@@ -15,33 +15,61 @@ constexpr int oldest_major = 8;
 // Texts of the calling thread, valid until its next call.
 thread_local char text[256];
 
+// Stands for all kernels, which are compiled for the same architectures.
+__global__ void probe() {}
+
+// Whether an error says what won't change while the process lives: no device, or none that has a
+// kernel. Others, such as too little memory for a context, may pass.
+bool is_for_good(cudaError_t error) {
+  switch (error) {
+    case cudaErrorInsufficientDriver:
+    case cudaErrorNoDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidPtx:
+    case cudaErrorJitCompilerNotFound:
+    case cudaErrorUnsupportedPtxVersion: return true;
+    default: return false;
+  }
+}
+
 }  // namespace
 
-const char* unavailable() {
-  int driver = 0, runtime = 0, device = 0;
-  if (const char* error = error_text(cudaDriverGetVersion(&driver))) return error;
-  if (driver == 0) return "no CUDA driver is installed";
-  if (const char* error = error_text(cudaRuntimeGetVersion(&runtime))) return error;
-  if (driver / 1000 < runtime / 1000) {
+const char* unavailable(const char** reason) {
+  int driver = 0, runtime = 0, device = 0, major = 0, minor = 0, cooperative = 0;
+  *reason = nullptr;
+  cudaError_t error = cudaDriverGetVersion(&driver);
+  if (error == cudaSuccess && driver == 0) {
+    *reason = "no CUDA driver is installed";
+    return nullptr;
+  }
+  if (error == cudaSuccess) error = cudaRuntimeGetVersion(&runtime);
+  if (error == cudaSuccess && driver / 1000 < runtime / 1000) {
     snprintf(text, sizeof(text), "the driver knows CUDA %d.%d, the kernels were built with %d.%d",
              driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
-    return text;
+    *reason = text;
+    return nullptr;
   }
-  if (const char* error = error_text(cudaGetDevice(&device))) return error;
-  int major = 0, minor = 0, cooperative = 0;
-  cudaError_t error = cudaSuccess;
+  if (error == cudaSuccess) error = cudaGetDevice(&device);
   const auto ask = [&](int* value, cudaDeviceAttr attribute) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
   };
   ask(&major, cudaDevAttrComputeCapabilityMajor);
   ask(&minor, cudaDevAttrComputeCapabilityMinor);
   ask(&cooperative, cudaDevAttrCooperativeLaunch);
-  if (error != cudaSuccess) return error_text(error);
-  if (major < oldest_major || !cooperative) {
+  if (error == cudaSuccess && (major < oldest_major || !cooperative)) {
     snprintf(text, sizeof(text), "compute capability %d.%d, the kernels need %d.0 or newer", major,
              minor, oldest_major);
-    return text;
+    *reason = text;
+    return nullptr;
   }
+  // Architectures that weren't built, and PTX that is too new for the driver.
+  cudaFuncAttributes attributes{};
+  if (error == cudaSuccess)
+    error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(probe));
+  const char* failure = error_text(error);
+  if (!is_for_good(error)) return failure;
+  *reason = failure;
   return nullptr;
 }
 

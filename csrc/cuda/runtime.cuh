@@ -35,9 +35,10 @@ struct Device {
 #ifdef DIFFCORE_CUDA_ON_CPU
 
 template <class Arguments>
-int clusters_at_once(const Launch& how, void (*)(Arguments)) {
+const char* clusters_at_once(const Launch& how, void (*)(Arguments), int* count) {
   const cuda_on_cpu::Device d = cuda_on_cpu::device();
-  return std::min(d.multiprocessors / static_cast<int>(how.cluster), d.clusters);
+  *count = std::min(d.multiprocessors / static_cast<int>(how.cluster), d.clusters);
+  return nullptr;
 }
 
 // Whether launchers shall think of groups of so many blocks: tests ask for those of one size.
@@ -48,8 +49,9 @@ inline bool may_group(int size) {
 
 template <class Arguments>
 const char* launch(const Launch& how, void (*kernel)(Arguments), const Arguments& arguments) {
-  if (how.cluster > 1 && how.cooperative &&
-      static_cast<int>(how.grid / how.cluster) > clusters_at_once(how, kernel))
+  int at_once = 0;
+  clusters_at_once(how, kernel, &at_once);
+  if (how.cluster > 1 && how.cooperative && static_cast<int>(how.grid / how.cluster) > at_once)
     cuda_on_cpu::fail("more clusters than run at the same time", "launch", 0);
   cuda_on_cpu::launch(
       {dim3(how.grid), dim3(how.block), how.shared_bytes, how.cluster, how.cooperative},
@@ -119,19 +121,16 @@ const char* launch(const Launch& how, void (*kernel)(Arguments), const Arguments
   return error_text(cudaLaunchKernelExC(&config, function, pointers));
 }
 
-// How many of a launch's clusters the device can run at the same time; none where it can't say. A
-// cluster's blocks are neighbours, so that a few multiprocessors may be left over.
+// How many of a launch's clusters the device can run at the same time. A cluster's blocks are
+// neighbours, so that a few multiprocessors may be left over.
 template <class Arguments>
-int clusters_at_once(const Launch& how, void (*kernel)(Arguments)) {
+const char* clusters_at_once(const Launch& how, void (*kernel)(Arguments), int* count) {
   const auto function = reinterpret_cast<const void*>(kernel);
   cudaError_t error = allow_shared_bytes(how, function);
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = launch_config(how, attributes);
-  int count = 0;
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, function, &config);
-  if (error == cudaSuccess) return count;
-  cudaGetLastError();  // or the next launch would seem to have failed
-  return 0;
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(count, function, &config);
+  return error_text(error);
 }
 
 inline bool may_group(int) { return true; }

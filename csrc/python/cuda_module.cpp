@@ -255,8 +255,10 @@ void launch_rff_features_backward(const Layer& omega, RffKind kind, int64_t batc
                                                 grad_omega, grad_bias, workspace, stream)));
 }
 
+// A text, or None; an exception where it couldn't be found out.
 py::object why_unavailable() {
-  const char* reason = unavailable();
+  const char* reason = nullptr;
+  check(unavailable(&reason));
   return reason ? py::object(py::str(reason)) : py::none();
 }
 

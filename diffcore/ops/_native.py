@@ -402,6 +402,15 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def cuda_lacks() -> str | None:
+    """Why the CUDA kernels can't run on the current device, or why nobody can tell; else None."""
+    try:
+        reason: str | None = _cuda.unavailable()
+    except RuntimeError as error:
+        return str(error)
+    return reason
+
+
 def device_index(tensor: Tensor) -> int:
     """Of a GPU; for the CPU -1, with which ``torch.cuda.device`` changes nothing."""
     return -1 if tensor.is_cpu else tensor.device.index

@@ -25,7 +25,11 @@ EXPORT const char* launched(int blocks, int shared_bytes) {
   return launch({static_cast<unsigned>(blocks), 32, static_cast<size_t>(shared_bytes), nullptr},
                 kernel, 0);
 }
-EXPORT const char* why_unavailable() { return unavailable(); }
+// What went wrong, or nullptr; why kernels can't run is in `reason`.
+EXPORT const char* why_unavailable(const char** reason) { return unavailable(reason); }
+EXPORT const char* clusters(int* count) {
+  return clusters_at_once({8, 32, 100'000, nullptr, 8}, kernel, count);
+}
 EXPORT const char* multiprocessors(int* count) {
   Device device{};
   const char* error = current_device(&device);

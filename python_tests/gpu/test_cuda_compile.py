@@ -27,6 +27,7 @@ ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
 REGISTERS = {
     "ascend": 255,
     "prepare": 255,
+    "probe": 16,
     "reverse_chain": 255,
     "reverse_step_by_four": 40,
     "reverse_step_by_one": 40,

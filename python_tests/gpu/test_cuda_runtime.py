@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(ON_GPU, reason="on a GPU CUDA's own runtime answ
 CALLS = Path(__file__).parent / "runtime_calls.cu"
 FLAGS = [flag for flag in cuda_builds.CPU_FLAGS if "DIFFCORE_CUDA_ON_CPU" not in flag]
 
-OUT_OF_MEMORY = 2
+OUT_OF_MEMORY, NO_DEVICE, NO_KERNEL_IMAGE = 2, 100, 209
 
 #: Dynamic shared memory for which a kernel's attribute has to be set before.
 MUCH_SHARED_MEMORY = 100_000
@@ -50,9 +50,18 @@ class Library:
         result: bytes | None = function(*args)
         return None if result is None else result.decode()
 
+    def unavailable(self) -> tuple[str | None, str | None]:
+        """(why kernels can't run, what went wrong when that was to be found out)"""
+        reason = ctypes.c_char_p()
+        error = self.text("why_unavailable", ctypes.byref(reason))
+        return None if reason.value is None else reason.value.decode(), error
+
     def fail(self, call: str, error: int) -> None:
         """Has a call of the runtime end in this error; with 0 none does."""
         self._library.fail(call.encode(), error)
+
+    def set_driver(self, version: int) -> None:
+        self._library.set_driver(version)
 
     def calls_of(self, call: str) -> int:
         count: int = self._library.calls_of(call.encode())
@@ -82,7 +91,7 @@ def an_error_is_reported_once(library: Library) -> None:
 def a_device_that_does_not_answer_leaves_no_error(library: Library) -> None:
     library.fail("cudaDeviceGetAttribute", OUT_OF_MEMORY)
     assert library.text("multiprocessors", ctypes.byref(ctypes.c_int())) == "out of memory"
-    assert library.text("why_unavailable") == "out of memory"
+    assert library.unavailable() == (None, "out of memory")
     assert library.last_error() == 0
 
 
@@ -91,8 +100,45 @@ def an_error_of_others_is_not_the_device_s(library: Library) -> None:
     library.fail("cudaSetDevice", OUT_OF_MEMORY)
     library.text("set_by_others")
     assert library.last_error() == OUT_OF_MEMORY
-    assert library.text("why_unavailable") is None
+    assert library.unavailable() == (None, None)
     assert library.text("launched", 1, 0) is None
+
+
+def clusters_that_nobody_can_count_are_an_error(library: Library) -> None:
+    """And not none, with which a launcher would go on to another plan."""
+    count = ctypes.c_int()
+    for call in ("cudaFuncSetAttribute", "cudaOccupancyMaxActiveClusters"):
+        library.fail(call, OUT_OF_MEMORY)
+        assert library.text("clusters", ctypes.byref(count)) == "out of memory"
+    library.fail("", 0)
+    assert library.text("clusters", ctypes.byref(count)) is None
+    assert count.value == 15
+
+
+# -- devices ---------------------------------------------------------------------------------------
+
+
+def a_device_needs_a_kernel_that_was_built_for_it(library: Library) -> None:
+    assert library.unavailable() == (None, None)
+    library.fail("cudaFuncGetAttributes", NO_KERNEL_IMAGE)
+    no_image = "no kernel image is available for execution on the device"
+    assert library.unavailable() == (no_image, None)
+
+
+def what_may_pass_is_no_reason(library: Library) -> None:
+    for call in ("cudaDriverGetVersion", "cudaGetDevice", "cudaFuncGetAttributes"):
+        library.fail(call, OUT_OF_MEMORY)
+        assert library.unavailable() == (None, "out of memory")
+    library.fail("cudaGetDevice", NO_DEVICE)
+    assert library.unavailable() == ("no CUDA-capable device is detected", None)
+
+
+def an_old_driver_is_named(library: Library) -> None:
+    library.set_driver(0)
+    assert library.unavailable() == ("no CUDA driver is installed", None)
+    library.set_driver(12040)
+    reason = "the driver knows CUDA 12.4, the kernels were built with 13.0"
+    assert library.unavailable() == (reason, None)
 
 
 Check = Callable[[Library], None]
@@ -101,6 +147,10 @@ CHECKS: list[Check] = [
     an_error_is_reported_once,
     a_device_that_does_not_answer_leaves_no_error,
     an_error_of_others_is_not_the_device_s,
+    clusters_that_nobody_can_count_are_an_error,
+    a_device_needs_a_kernel_that_was_built_for_it,
+    what_may_pass_is_no_reason,
+    an_old_driver_is_named,
 ]
 
 
@@ -129,8 +179,20 @@ FAULTS = {
     "the last error, whoever made it, is the device's": Fault(
         an_error_of_others_is_not_the_device_s,
         "device.cu",
-        "    return text;\n  }\n  return nullptr;",
-        "    return text;\n  }\n  return error_text(cudaGetLastError());",
+        "  const char* failure = error_text(error);",
+        "  error = cudaGetLastError();\n  const char* failure = error_text(error);",
+    ),
+    "nobody looks for a kernel": Fault(
+        a_device_needs_a_kernel_that_was_built_for_it,
+        "device.cu",
+        "    error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(probe));",
+        "    attributes = {};",
+    ),
+    "every error is for good": Fault(
+        what_may_pass_is_no_reason,
+        "device.cu",
+        "    default: return false;",
+        "    default: return error != cudaSuccess;",
     ),
 }
 

@@ -148,6 +148,7 @@ def test_a_loss_of_the_gpu_scales_its_gradients_there(
 HARMLESS = {
     "cudaDeviceGetAttribute",
     "cudaDriverGetVersion",
+    "cudaFuncGetAttributes",
     "cudaFuncSetAttribute",
     "cudaGetDevice",
     "cudaGetErrorString",

@@ -4,7 +4,10 @@
 namespace diffcore {
 namespace cuda {
 
-const char* unavailable() { return nullptr; }
+const char* unavailable(const char** reason) {
+  *reason = nullptr;
+  return nullptr;
+}
 
 }  // namespace cuda
 }  // namespace diffcore
