@@ -12,6 +12,10 @@ namespace {
 // Compute capability 8.0: cp.async, and the tensor cores' tf32 and bf16.
 constexpr int oldest_major = 8;
 
+// Clusters: by the device's compute capability, and by that which code was compiled for. They aren't
+// the same where the driver compiles older PTX, in which kernels can't be a cluster's.
+constexpr int first_major_with_clusters = 9;
+
 // Texts of the calling thread, valid until its next call.
 thread_local char text[256];
 
@@ -33,7 +37,27 @@ bool is_for_good(cudaError_t error) {
   }
 }
 
+cudaError_t attributes_of_kernels(cudaFuncAttributes* attributes) {
+  return cudaFuncGetAttributes(attributes, reinterpret_cast<const void*>(probe));
+}
+
 }  // namespace
+
+const char* current_device(Device* device) {
+  int index = 0, major = 0;
+  cudaFuncAttributes kernels{};
+  cudaError_t error = cudaGetDevice(&index);
+  const auto ask = [&](int* value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, index);
+  };
+  ask(&device->multiprocessors, cudaDevAttrMultiProcessorCount);
+  ask(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(&major, cudaDevAttrComputeCapabilityMajor);
+  if (error == cudaSuccess) error = attributes_of_kernels(&kernels);
+  device->clusters =
+      major >= first_major_with_clusters && kernels.ptxVersion >= 10 * first_major_with_clusters;
+  return error_text(error);
+}
 
 const char* unavailable(const char** reason) {
   int driver = 0, runtime = 0, device = 0, major = 0, minor = 0, cooperative = 0;
@@ -65,8 +89,7 @@ const char* unavailable(const char** reason) {
   }
   // Architectures that weren't built, and PTX that is too new for the driver.
   cudaFuncAttributes attributes{};
-  if (error == cudaSuccess)
-    error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(probe));
+  if (error == cudaSuccess) error = attributes_of_kernels(&attributes);
   const char* failure = error_text(error);
   if (!is_for_good(error)) return failure;
   *reason = failure;

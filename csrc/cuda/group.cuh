@@ -3,8 +3,8 @@
 // Every block of a group of 1, 2, 4 or 8 makes a slice of each layer's columns for all rows. The
 // slice's weights stay in its shared memory for the whole launch, if they fit, or else pass by on
 // their way from L2. After a layer the blocks hand each other their columns: a block of a cluster
-// (compute capability 9.0) writes them into the others' shared memory; before 9.0 they go through
-// L2 with a barrier in software, in a cooperative launch. Layers that are thin every block makes as
+// (compute capability 9.0, and code for it) writes them into the others' shared memory; without
+// clusters they go through L2 with a barrier in software, in a cooperative launch. Layers that are thin every block makes as
 // a whole.
 //
 // The end of this file is for launchers: what a group's layer takes, by the figures of an H100.
@@ -180,7 +180,7 @@ class Group {
 
 inline Exchange exchange_of(const Device& device, int group_size) {
   if (group_size == 1) return Exchange::none;
-  return device.major >= 9 ? Exchange::cluster : Exchange::grid;
+  return device.clusters ? Exchange::cluster : Exchange::grid;
 }
 
 constexpr int element_bytes(Precision precision) {

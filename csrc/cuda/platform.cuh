@@ -141,7 +141,7 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Clusters exist from compute capability 9.0 on; no launcher makes one before.
+// Clusters exist from compute capability 9.0 on; no launcher makes one of code for less.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define DIFFCORE_CLUSTER_ASM(...) asm volatile(__VA_ARGS__)
 #else

@@ -29,7 +29,7 @@ struct Launch {
 struct Device {
   int multiprocessors;
   int shared_bytes;  // that a block may have
-  int major;         // of the compute capability
+  bool clusters;     // it can run them, and the kernels were compiled for them
 };
 
 #ifdef DIFFCORE_CUDA_ON_CPU
@@ -49,6 +49,8 @@ inline bool may_group(int size) {
 
 template <class Arguments>
 const char* launch(const Launch& how, void (*kernel)(Arguments), const Arguments& arguments) {
+  if (how.cluster > 1 && cuda_on_cpu::device().major < cuda_on_cpu::first_with_clusters)
+    cuda_on_cpu::fail("clusters exist from compute capability 9.0 on", "launch", 0);
   int at_once = 0;
   clusters_at_once(how, kernel, &at_once);
   if (how.cluster > 1 && how.cooperative && static_cast<int>(how.grid / how.cluster) > at_once)
@@ -61,7 +63,7 @@ const char* launch(const Launch& how, void (*kernel)(Arguments), const Arguments
 
 inline const char* current_device(Device* device) {
   const cuda_on_cpu::Device d = cuda_on_cpu::device();
-  *device = {d.multiprocessors, d.shared_bytes, d.major};
+  *device = {d.multiprocessors, d.shared_bytes, d.major >= cuda_on_cpu::first_with_clusters};
   return nullptr;
 }
 
@@ -135,17 +137,7 @@ const char* clusters_at_once(const Launch& how, void (*kernel)(Arguments), int* 
 
 inline bool may_group(int) { return true; }
 
-inline const char* current_device(Device* device) {
-  int index = 0;
-  cudaError_t error = cudaGetDevice(&index);
-  const auto ask = [&](int* value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, index);
-  };
-  ask(&device->multiprocessors, cudaDevAttrMultiProcessorCount);
-  ask(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  ask(&device->major, cudaDevAttrComputeCapabilityMajor);
-  return error_text(error);
-}
+const char* current_device(Device* device);  // device.cu
 
 #endif
 

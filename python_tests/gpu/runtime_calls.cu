@@ -19,6 +19,10 @@ EXPORT void fail(const char* call, int error) {
 }
 EXPORT int calls_of(const char* call) { return fake_runtime.calls[call]; }
 EXPORT int last_error() { return fake_runtime.last_error; }
+EXPORT void set_architectures(int major, int compiled) {
+  fake_runtime.major = major;
+  fake_runtime.compiled = compiled;
+}
 EXPORT void set_driver(int version) { fake_runtime.driver = version; }
 
 EXPORT const char* launched(int blocks, int shared_bytes) {
@@ -30,10 +34,13 @@ EXPORT const char* why_unavailable(const char** reason) { return unavailable(rea
 EXPORT const char* clusters(int* count) {
   return clusters_at_once({8, 32, 100'000, nullptr, 8}, kernel, count);
 }
-EXPORT const char* multiprocessors(int* count) {
+// {multiprocessors, bytes of shared memory, whether groups are clusters}
+EXPORT const char* device_of_launchers(int* out) {
   Device device{};
   const char* error = current_device(&device);
-  *count = device.multiprocessors;
+  out[0] = device.multiprocessors;
+  out[1] = device.shared_bytes;
+  out[2] = device.clusters;
   return error;
 }
 // A failure of somebody else, who doesn't look.

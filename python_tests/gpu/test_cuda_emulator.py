@@ -154,6 +154,13 @@ def test_broken_rules_are_named(lanes: str, kernel: str, message: str) -> None:
     assert message in result.stderr
 
 
+def test_no_clusters_before_compute_capability_9() -> None:
+    device = {"CUDA_ON_CPU_DEVICE": "108,166912,8"}
+    result = in_a_process("-c", BREAK, emulated.build("linear"), "pass_on", **device)
+    assert result.returncode < 0
+    assert "clusters exist from compute capability 9.0 on" in result.stderr
+
+
 # -- hosts -----------------------------------------------------------------------------------------
 
 ARM_TOOLS = ("aarch64-linux-gnu-g++", "qemu-aarch64")  # Debian's g++-aarch64-linux-gnu, qemu-user

@@ -60,6 +60,16 @@ class Library:
         """Has a call of the runtime end in this error; with 0 none does."""
         self._library.fail(call.encode(), error)
 
+    def device(self) -> tuple[list[int], str | None]:
+        """([multiprocessors, bytes of shared memory, whether there are clusters], what went wrong)"""
+        out = (ctypes.c_int * 3)()
+        error = self.text("device_of_launchers", out)
+        return list(out), error
+
+    def set_architectures(self, major: int, compiled: int) -> None:
+        """Of the device, and that for which the kernels were compiled."""
+        self._library.set_architectures(major, compiled)
+
     def set_driver(self, version: int) -> None:
         self._library.set_driver(version)
 
@@ -90,7 +100,7 @@ def an_error_is_reported_once(library: Library) -> None:
 
 def a_device_that_does_not_answer_leaves_no_error(library: Library) -> None:
     library.fail("cudaDeviceGetAttribute", OUT_OF_MEMORY)
-    assert library.text("multiprocessors", ctypes.byref(ctypes.c_int())) == "out of memory"
+    assert library.device()[1] == "out of memory"
     assert library.unavailable() == (None, "out of memory")
     assert library.last_error() == 0
 
@@ -125,6 +135,13 @@ def a_device_needs_a_kernel_that_was_built_for_it(library: Library) -> None:
     assert library.unavailable() == (no_image, None)
 
 
+def clusters_are_for_kernels_that_were_compiled_for_them(library: Library) -> None:
+    """PTX of before, compiled by the driver of a newer device, ends the process there."""
+    for major, compiled, clusters in ((8, 80, 0), (9, 90, 1), (9, 80, 0), (10, 90, 1), (12, 89, 0)):
+        library.set_architectures(major, compiled)
+        assert library.device() == ([132, 232448, clusters], None), (major, compiled)
+
+
 def what_may_pass_is_no_reason(library: Library) -> None:
     for call in ("cudaDriverGetVersion", "cudaGetDevice", "cudaFuncGetAttributes"):
         library.fail(call, OUT_OF_MEMORY)
@@ -149,6 +166,7 @@ CHECKS: list[Check] = [
     an_error_of_others_is_not_the_device_s,
     clusters_that_nobody_can_count_are_an_error,
     a_device_needs_a_kernel_that_was_built_for_it,
+    clusters_are_for_kernels_that_were_compiled_for_them,
     what_may_pass_is_no_reason,
     an_old_driver_is_named,
 ]
@@ -185,8 +203,14 @@ FAULTS = {
     "nobody looks for a kernel": Fault(
         a_device_needs_a_kernel_that_was_built_for_it,
         "device.cu",
-        "    error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(probe));",
-        "    attributes = {};",
+        "if (error == cudaSuccess) error = attributes_of_kernels(&attributes);",
+        "attributes = {};",
+    ),
+    "clusters by the device alone": Fault(
+        clusters_are_for_kernels_that_were_compiled_for_them,
+        "device.cu",
+        "kernels.ptxVersion >= 10 * first_major_with_clusters",
+        "kernels.ptxVersion >= 0",
     ),
     "every error is for good": Fault(
         what_may_pass_is_no_reason,

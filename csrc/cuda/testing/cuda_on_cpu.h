@@ -506,6 +506,8 @@ inline void* in_block_of_cluster(void* at, int rank, const char* file, int line)
   return own.cluster->blocks[static_cast<size_t>(rank)]->dynamic_shared.data + offset;
 }
 
+constexpr int first_with_clusters = 9;  // compute capability's major number
+
 // What the launcher sees of the device: CUDA_ON_CPU_DEVICE="multiprocessors,shared bytes a
 // block,compute capability major", an H100 without it. Two more numbers may follow: a group size,
 // to have launchers plan no other, and how many clusters run at the same time.
