@@ -134,7 +134,7 @@ struct RffBackwardCall {
   const float* saved;   // slope, or of cos_sin y
   const float* grad_y;  // like y
   float* grad_x;        // [batch, in] or null
-  float* grad_omega;    // [features, in] or null: neither this nor grad_bias
+  float* grad_omega;    // [features, in]; null: neither this nor grad_bias, or without columns
   float* grad_bias;     // [features] or null
   void* workspace;
   void* stream;

@@ -134,6 +134,7 @@ struct BackwardPlan {
   RffBackwardCall call;
   int64_t x_blocks;
   int64_t omega_blocks;  // of one piece
+  int64_t column_tiles;  // of grad_omega; one at least, which sums up grad_bias
   float* grad_omega;     // [pieces, features, in]
   float* grad_bias;      // [pieces, features], or null
 };
@@ -163,7 +164,7 @@ __device__ __forceinline__ void grad_omega_tile(const BackwardPlan& plan, gemm::
   const int64_t in = call.omega.in, features = call.omega.out;
   const int64_t block = blockIdx.x - plan.x_blocks;
   const int64_t piece = block / plan.omega_blocks, rest = block % plan.omega_blocks;
-  const int64_t tiles = gemm::tiles_of(in);
+  const int64_t tiles = plan.column_tiles;
   const int64_t feature_tile = rest / tiles * gemm::tile;
   const int64_t column_tile = rest % tiles * gemm::tile;
   const int64_t first = piece * rows_of_piece;
@@ -211,6 +212,7 @@ __global__ void __launch_bounds__(256) rff_add_pieces(Pieces of) {
 }
 
 const char* add_pieces(const Pieces& of, void* stream) {
+  if (of.size == 0) return nullptr;
   const int64_t blocks = (of.size + 255) / 256;
   return launch({static_cast<unsigned>(blocks), 256, 0, stream}, rff_add_pieces, of);
 }
@@ -223,6 +225,7 @@ Launch launch_of(int64_t blocks, void* stream) {
 
 const char* rff_features(const RffCall& call) {
   const int64_t blocks = gemm::tiles_of(call.batch) * gemm::tiles_of(call.omega.out);
+  if (blocks == 0) return nullptr;
   return launch(launch_of(blocks, call.stream), rff_forward, call);
 }
 
@@ -243,12 +246,16 @@ const char* rff_features_backward(const RffBackwardCall& call) {
     plan.grad_bias = call.grad_bias ? plan.grad_omega + pieces * features * in : nullptr;
   }
   if (call.grad_x) plan.x_blocks = gemm::tiles_of(call.batch) * gemm::tiles_of(in);
-  if (call.grad_omega) plan.omega_blocks = gemm::tiles_of(features) * gemm::tiles_of(in);
-  const Launch how = launch_of(plan.x_blocks + pieces * plan.omega_blocks, call.stream);
+  const bool parameters = call.grad_omega || call.grad_bias;
+  plan.column_tiles = in > 0 ? gemm::tiles_of(in) : 1;
+  if (parameters) plan.omega_blocks = gemm::tiles_of(features) * plan.column_tiles;
+  const int64_t blocks = plan.x_blocks + pieces * plan.omega_blocks;
+  if (blocks == 0) return nullptr;
+  const Launch how = launch_of(blocks, call.stream);
   const bool pair = call.kind == RffKind::cos_sin;
   if (const char* error = launch(how, pair ? rff_backward<true> : rff_backward<false>, plan))
     return error;
-  if (pieces == 1 || !call.grad_omega) return nullptr;
+  if (pieces == 1 || !parameters) return nullptr;
   const Pieces of_omega = {plan.grad_omega, pieces, features * in, call.grad_omega};
   if (const char* error = add_pieces(of_omega, call.stream)) return error;
   if (!call.grad_bias) return nullptr;

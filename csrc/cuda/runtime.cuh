@@ -49,6 +49,7 @@ inline bool may_group(int size) {
 
 template <class Arguments>
 const char* launch(const Launch& how, void (*kernel)(Arguments), const Arguments& arguments) {
+  if (how.grid == 0) return "invalid configuration argument";  // as CUDA says
   if (how.cluster > 1 && cuda_on_cpu::device().major < cuda_on_cpu::first_with_clusters)
     cuda_on_cpu::fail("clusters exist from compute capability 9.0 on", "launch", 0);
   int at_once = 0;

@@ -127,6 +127,12 @@ def test_a_missing_barrier_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(range(31, -1, -1)) not in results
 
 
+def test_a_launch_needs_blocks() -> None:
+    launch = library().launch_of_nothing
+    launch.restype = ctypes.c_char_p
+    assert launch() == b"invalid configuration argument"
+
+
 # -- what ends the process -------------------------------------------------------------------------
 
 

@@ -33,7 +33,7 @@ CHAIN_IN_GROUPS = (
     "precision_in_groups and _of_ and (float32 or float16)"
     " or different_widths and _of_8 and float16",
 )
-FEATURES = ("test_cuda_rff.py", "awkward_sizes or pieces")
+FEATURES = ("test_cuda_rff.py", "awkward_sizes or pieces or nothing_to_multiply")
 STEP = ("test_cuda_chain.py", "reverse_step")
 
 
@@ -165,6 +165,18 @@ FAULTS = {
         "gemm.cuh",
         "    __syncthreads();\n    if (k + depth < k_last) {",
         "    if (k + depth < k_last) {",
+    ),
+    "a launch of no blocks": Fault(
+        FEATURES,
+        "rff_features.cu",
+        "  if (blocks == 0) return nullptr;\n  return launch",
+        "  return launch",
+    ),
+    "without inputs phases have no gradient": Fault(
+        FEATURES,
+        "rff_features.cu",
+        "const bool parameters = call.grad_omega || call.grad_bias;",
+        "const bool parameters = call.grad_omega;",
     ),
     "the last number is left out": Fault(
         STEP,
