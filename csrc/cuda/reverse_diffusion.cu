@@ -429,14 +429,15 @@ __global__ void __launch_bounds__(block_threads, 1)
 
 struct Plan {
   Chain chain;
+  Launch launch;
+  void (*kernel)(Chain);
   int rows;
-  int shared_bytes;
   double clocks;  // of a step of all tiles, by `estimate`
 };
 
-// Widths, and what lies where in shared memory; false if it doesn't fit.
-bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_size, int rows,
-             Plan* plan) {
+// Widths, and what lies where in shared memory, for at most so many groups; false if it doesn't fit.
+bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_size,
+             int most_groups, int rows, Plan* plan) {
   const DenoiserParameters& p = call.denoiser;
   Chain& c = plan->chain;
   c = Chain{};
@@ -446,9 +447,8 @@ bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_s
   c.group.exchange = exchange_of(device, group_size);
   c.share_first = group_size == 1 || rows >= 16;
   c.tiles = (call.batch + rows - 1) / rows;
-  const int64_t most = device.multiprocessors / group_size;
-  c.groups = static_cast<int>(c.tiles < most ? c.tiles : most);
-  if (c.groups == 0) return call.batch == 0;
+  c.groups = c.tiles < most_groups ? static_cast<int>(c.tiles) : most_groups;
+  if (c.groups == 0) return false;
   plan->rows = rows;
 
   int widest = 0;
@@ -502,7 +502,10 @@ bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_s
     return streamed == 0;
   };
   if (!stay(false)) stay(true);
-  plan->shared_bytes = used;
+  plan->launch = {static_cast<unsigned>(c.groups * group_size), block_threads,
+                  static_cast<size_t>(used), call.stream};
+  if (group.exchange == Exchange::cluster) plan->launch.cluster = static_cast<unsigned>(group_size);
+  plan->launch.cooperative = group.exchange == Exchange::grid;
   return used <= device.shared_bytes;
 }
 
@@ -536,24 +539,53 @@ const char* check(const ReverseDiffusionCall& call) {
   return nullptr;
 }
 
-const char* make_plan(const ReverseDiffusionCall& call, Plan* best) {
-  if (const char* reason = check(call)) return reason;
-  Device device;
-  if (const char* error = current_device(&device)) return error;
-  bool found = false;
+// Makes a plan the best one, if it fits and takes the least time so far. Groups beyond the clusters that
+// run at the same time would wait for the others' whole chains; the driver is asked how many do, about
+// those plans alone that would be the best. Returns what went wrong.
+template <class Math, int rows>
+const char* consider(const ReverseDiffusionCall& call, const Device& device, int group_size,
+                     Plan* best) {
+  Plan plan{};
+  plan.kernel = reverse_chain<Math, rows>;
+  const auto is_best = [&](int most_groups) {
+    if (!lay_out(call, device, group_size, most_groups, rows, &plan)) return false;
+    plan.clocks = estimate(plan);
+    return !best->kernel || plan.clocks < best->clocks;
+  };
+  if (!is_best(device.multiprocessors / group_size)) return nullptr;
+  if (plan.launch.cluster > 1) {
+    int at_once = 0;
+    if (const char* error = clusters_at_once(plan.launch, plan.kernel, &at_once)) return error;
+    if (at_once < plan.chain.groups && !is_best(at_once)) return nullptr;
+  }
+  *best = plan;
+  return nullptr;
+}
+
+template <class Math>
+const char* consider_all(const ReverseDiffusionCall& call, const Device& device, Plan* best) {
   for (const int group_size : {1, 2, 4, 8}) {
     if (!may_group(group_size)) continue;
-    for (const int rows : {4, 16, 32}) {
-      if (rows == 4 && call.denoiser.precision != Precision::float32) continue;
-      Plan plan;
-      if (!lay_out(call, device, group_size, rows, &plan)) continue;
-      plan.clocks = estimate(plan);
-      if (found && plan.clocks >= best->clocks) continue;
-      *best = plan;
-      found = true;
-    }
+    const char* error = nullptr;
+    if constexpr (Math::least_rows <= 4) error = consider<Math, 4>(call, device, group_size, best);
+    if (!error) error = consider<Math, 16>(call, device, group_size, best);
+    if (!error) error = consider<Math, 32>(call, device, group_size, best);
+    if (error) return error;
   }
-  return found ? nullptr : "the layers don't fit into this device's shared memory";
+  return best->kernel ? nullptr : "the layers don't fit into this device's shared memory";
+}
+
+const char* make_plan(const ReverseDiffusionCall& call, Plan* plan) {
+  if (const char* reason = check(call)) return reason;
+  Device device{};
+  if (const char* error = current_device(&device)) return error;
+  switch (call.denoiser.precision) {
+    case Precision::float32: return consider_all<Float32Math>(call, device, plan);
+    case Precision::tf32: return consider_all<Tf32Math>(call, device, plan);
+    case Precision::bfloat16: return consider_all<Bfloat16Math>(call, device, plan);
+    case Precision::float16: return consider_all<Float16Math>(call, device, plan);
+  }
+  return "an unknown precision";
 }
 
 // Gives the plan's arrays their places in a workspace; with null it only measures.
@@ -594,24 +626,15 @@ const char* run(const Plan& plan) {
   const int all = preparation.step_blocks + preparation.state_blocks + preparation.pack_blocks;
   const char* error = launch({static_cast<unsigned>(all), block_threads, shared, c.call.stream},
                              prepare<Math>, preparation);
-  if (error) return error;
-
-  Launch how{static_cast<unsigned>(c.groups * c.group.size), block_threads,
-             static_cast<size_t>(plan.shared_bytes), c.call.stream};
-  if (c.group.exchange == Exchange::cluster) how.cluster = static_cast<unsigned>(c.group.size);
-  how.cooperative = c.group.exchange == Exchange::grid;
-  if (plan.rows == 32) return launch(how, reverse_chain<Math, 32>, c);
-  if (plan.rows == 16) return launch(how, reverse_chain<Math, 16>, c);
-  if constexpr (Math::least_rows <= 4) return launch(how, reverse_chain<Math, 4>, c);
-  return nullptr;
+  return error ? error : launch(plan.launch, plan.kernel, c);
 }
 
 }  // namespace
 
 const char* plan_reverse_diffusion(const ReverseDiffusionCall& call, KernelPlan* result) {
-  Plan plan;
+  Plan plan{};
   if (const char* reason = make_plan(call, &plan)) return reason;
-  *result = {plan.chain.group.size, plan.rows, 0, plan.shared_bytes,
+  *result = {plan.chain.group.size, plan.rows, 0, static_cast<int>(plan.launch.shared_bytes),
              plan.clocks * call.denoiser.steps};
   for (int l = 0; l < plan.chain.layer_count; ++l)
     result->resident_layers += plan.chain.layers[l].shared_offset >= 0;
@@ -619,12 +642,12 @@ const char* plan_reverse_diffusion(const ReverseDiffusionCall& call, KernelPlan*
 }
 
 int64_t reverse_diffusion_workspace(const ReverseDiffusionCall& call) {
-  Plan plan;
+  Plan plan{};
   return make_plan(call, &plan) ? -1 : lay_out_workspace(nullptr, &plan);
 }
 
 const char* reverse_diffusion(const ReverseDiffusionCall& call) {
-  Plan plan;
+  Plan plan{};
   if (call.batch == 0) return nullptr;
   if (const char* error = make_plan(call, &plan)) return error;
   lay_out_workspace(static_cast<char*>(call.workspace), &plan);

@@ -36,8 +36,7 @@ struct Device {
 
 template <class Arguments>
 const char* clusters_at_once(const Launch& how, void (*)(Arguments), int* count) {
-  const cuda_on_cpu::Device d = cuda_on_cpu::device();
-  *count = std::min(d.multiprocessors / static_cast<int>(how.cluster), d.clusters);
+  *count = cuda_on_cpu::device().clusters_at_once(static_cast<int>(how.cluster));
   return nullptr;
 }
 

@@ -31,7 +31,7 @@ ASCENT_IN_GROUPS = (
 CHAIN_IN_GROUPS = (
     "test_cuda_chain.py",
     "precision_in_groups and _of_ and (float32 or float16)"
-    " or different_widths and _of_8 and float16",
+    " or different_widths and _of_8 and float16 or fewer_clusters",
 )
 FEATURES = ("test_cuda_rff.py", "awkward_sizes or pieces or nothing_to_multiply")
 STEP = ("test_cuda_chain.py", "reverse_step")
@@ -152,6 +152,12 @@ FAULTS = {
         CHAIN_IN_GROUPS,
         "reverse_diffusion.cu",
         "  group.start();\n",
+        "",
+    ),
+    "a chain's clusters wait for each other": Fault(
+        CHAIN_IN_GROUPS,
+        "reverse_diffusion.cu",
+        "    if (at_once < plan.chain.groups && !is_best(at_once)) return nullptr;\n",
         "",
     ),
     "a column too many of x is multiplied": Fault(
