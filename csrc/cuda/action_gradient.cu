@@ -747,6 +747,8 @@ int64_t action_gradient_workspace(const ActionGradientCall& call) {
 const char* action_gradient(const ActionGradientCall& call) {
   Plan plan{};
   if (const char* error = make_plan(call, &plan)) return error;
+  if (lay_out_workspace(nullptr, &plan) > call.workspace_bytes)
+    return "the workspace is smaller than the plan needs";
   lay_out_workspace(static_cast<char*>(call.workspace), &plan);
   return launch(plan.launch, plan.kernel, plan.ascent);
 }

@@ -1,5 +1,8 @@
 // The devices that the kernels run on.
 #include <cstdio>
+#include <map>
+#include <mutex>
+#include <tuple>
 
 #include "kernels.h"
 #include "runtime.cuh"
@@ -41,12 +44,34 @@ cudaError_t attributes_of_kernels(cudaFuncAttributes* attributes) {
   return cudaFuncGetAttributes(attributes, reinterpret_cast<const void*>(probe));
 }
 
-}  // namespace
+// Answers about a device that stay the same, by what was asked: a plan asks at every call, and has to
+// come to the same workspace as when that was measured. What couldn't be answered is asked again.
+template <class Key, class Answer>
+class Answers {
+ public:
+  template <class Ask>
+  const char* get(const Key& key, Answer* answer, const Ask& ask) {
+    const std::lock_guard<std::mutex> lock(one_at_a_time_);
+    const auto found = answers_.find(key);
+    if (found == answers_.end()) {
+      const cudaError_t error = ask(answer);
+      if (error != cudaSuccess) return error_text(error);
+      answers_[key] = *answer;
+    } else {
+      *answer = found->second;
+    }
+    return nullptr;
+  }
 
-const char* current_device(Device* device) {
-  int index = 0, major = 0;
+ private:
+  std::mutex one_at_a_time_;
+  std::map<Key, Answer> answers_;
+};
+
+cudaError_t describe(int index, Device* device) {
+  int major = 0;
   cudaFuncAttributes kernels{};
-  cudaError_t error = cudaGetDevice(&index);
+  cudaError_t error = cudaSuccess;
   const auto ask = [&](int* value, cudaDeviceAttr attribute) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, index);
   };
@@ -56,7 +81,32 @@ const char* current_device(Device* device) {
   if (error == cudaSuccess) error = attributes_of_kernels(&kernels);
   device->clusters =
       major >= first_major_with_clusters && kernels.ptxVersion >= 10 * first_major_with_clusters;
-  return error_text(error);
+  return error;
+}
+
+}  // namespace
+
+const char* current_device(Device* device) {
+  static auto& devices = *new Answers<int, Device>;  // for threads that outlive this module, too
+  int index = 0;
+  if (const char* error = error_text(cudaGetDevice(&index))) return error;
+  return devices.get(index, device, [&](Device* answer) { return describe(index, answer); });
+}
+
+const char* clusters_at_once(const Launch& how, const void* kernel, int* count) {
+  using Key = std::tuple<int, const void*, unsigned, size_t>;
+  static auto& counts = *new Answers<Key, int>;
+  int index = 0;
+  if (const char* error = error_text(cudaGetDevice(&index))) return error;
+  return counts.get({index, kernel, how.cluster, how.shared_bytes}, count, [&](int* answer) {
+    // Of a cooperative launch too, whose blocks are the clusters that are counted.
+    Launch alone = how;
+    alone.cooperative = false;
+    cudaLaunchAttribute attributes[2];
+    const cudaLaunchConfig_t config = launch_config(alone, attributes);
+    const cudaError_t error = allow_shared_bytes(how, kernel);
+    return error == cudaSuccess ? cudaOccupancyMaxActiveClusters(answer, kernel, &config) : error;
+  });
 }
 
 const char* unavailable(const char** reason) {

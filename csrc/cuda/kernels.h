@@ -5,7 +5,8 @@
 // allocates nothing, waits for nothing: it queues its work on `stream` of the device that is
 // current and returns nullptr, or what went wrong. Memory that a call needs beside its inputs and
 // results is `workspace`, of as many bytes as the op's `..._workspace` says, aligned to 256, in any
-// state.
+// state. How many those are depends on the plan, which is made again for the launch: so where there
+// is one, the launcher checks `workspace_bytes` after all.
 #pragma once
 
 #include <cstdint>
@@ -63,6 +64,7 @@ struct ReverseDiffusionCall {
   float* trajectory;  // [steps + 1, batch, action_dim] or null: x before every step, and the last
   float* actions;     // [batch, action_dim]
   void* workspace;
+  int64_t workspace_bytes;
   void* stream;
 };
 
@@ -110,6 +112,7 @@ struct ActionGradientCall {
   float low;
   float high;
   void* workspace;
+  int64_t workspace_bytes;
   void* stream;
 };
 

@@ -650,6 +650,8 @@ const char* reverse_diffusion(const ReverseDiffusionCall& call) {
   Plan plan{};
   if (call.batch == 0) return nullptr;
   if (const char* error = make_plan(call, &plan)) return error;
+  if (lay_out_workspace(nullptr, &plan) > call.workspace_bytes)
+    return "the workspace is smaller than the plan needs";
   lay_out_workspace(static_cast<char*>(call.workspace), &plan);
   switch (call.denoiser.precision) {
     case Precision::float32: return run<Float32Math>(plan);

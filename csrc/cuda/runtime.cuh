@@ -123,21 +123,18 @@ const char* launch(const Launch& how, void (*kernel)(Arguments), const Arguments
   return error_text(cudaLaunchKernelExC(&config, function, pointers));
 }
 
-// How many of a launch's clusters the device can run at the same time. A cluster's blocks are
-// neighbours, so that a few multiprocessors may be left over.
+// How many of a launch's clusters the device can run at the same time, as the driver said when it was
+// first asked. A cluster's blocks are neighbours, so that a few multiprocessors may be left over.
+const char* clusters_at_once(const Launch& how, const void* kernel, int* count);  // device.cu
+
 template <class Arguments>
 const char* clusters_at_once(const Launch& how, void (*kernel)(Arguments), int* count) {
-  const auto function = reinterpret_cast<const void*>(kernel);
-  cudaError_t error = allow_shared_bytes(how, function);
-  cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t config = launch_config(how, attributes);
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(count, function, &config);
-  return error_text(error);
+  return clusters_at_once(how, reinterpret_cast<const void*>(kernel), count);
 }
 
 inline bool may_group(int) { return true; }
 
-const char* current_device(Device* device);  // device.cu
+const char* current_device(Device* device);  // device.cu, which asks once for every device
 
 #endif
 

@@ -114,7 +114,7 @@ void launch_reverse_diffusion(const std::vector<Layer>& layers, int action_dim, 
                               int steps, Address coefficients, int64_t batch, Address state,
                               Address x_init, Address noise, uint64_t seed, Address seed_address,
                               float noise_scale, float clip, Address trajectory, Address actions,
-                              Address workspace, Address stream) {
+                              Address workspace, int64_t workspace_bytes, Address stream) {
   const py::gil_scoped_release unlocked;
   ReverseDiffusionCall call{};
   call.denoiser = denoiser_parameters(layers, action_dim, state_dim, activation, precision,
@@ -130,6 +130,7 @@ void launch_reverse_diffusion(const std::vector<Layer>& layers, int action_dim, 
   call.trajectory = pointer<float>(trajectory);
   call.actions = pointer<float>(actions);
   call.workspace = pointer<void>(workspace);
+  call.workspace_bytes = workspace_bytes;
   call.stream = pointer<void>(stream);
   check(reverse_diffusion(call));
 }
@@ -199,7 +200,7 @@ void launch_action_gradient(const std::vector<Layer>& first, const std::vector<L
                             Precision precision, int64_t batch, Address state, Address action,
                             Address improved, int steps, float lr, float eps, float max_norm,
                             NormClip norm_clip, ActionOptimizer optimizer, float low, float high,
-                            Address workspace, Address stream) {
+                            Address workspace, int64_t workspace_bytes, Address stream) {
   const py::gil_scoped_release unlocked;
   ActionGradientCall call =
       action_gradient_shapes(first, second, action_dim, state_dim, activation, precision, batch);
@@ -215,6 +216,7 @@ void launch_action_gradient(const std::vector<Layer>& first, const std::vector<L
   call.low = low;
   call.high = high;
   call.workspace = pointer<void>(workspace);
+  call.workspace_bytes = workspace_bytes;
   call.stream = pointer<void>(stream);
   check(action_gradient(call));
 }

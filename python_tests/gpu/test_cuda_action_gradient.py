@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffcore import nn, ops
+from diffcore.ops import _native
 from diffcore.ops.action_gradient import native
 
 #: One plain step without bounds moves an action by its gradient times lr.
@@ -320,6 +321,16 @@ def test_opcheck(cuda: str) -> None:
     torch.library.opcheck(
         native.ascend.overload, (state, action, q1, q2, "mish", "float32", *fixed)
     )
+
+
+def test_a_workspace_that_is_too_small_is_refused(
+    cuda: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it were if launch and workspace were planned differently."""
+    make = _native.workspace
+    monkeypatch.setattr(_native, "workspace", lambda size, like: make(size - 1, like))
+    with pytest.raises(RuntimeError, match="the workspace is smaller than the plan needs"):
+        ascend(cuda, nn.TwinCritic(5, 3, 16), torch.randn(9, 5), torch.randn(9, 3))
 
 
 def test_a_critic_that_is_too_wide(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -545,6 +545,17 @@ def test_the_tests_take_every_way(cuda_module: Any, monkeypatch: pytest.MonkeyPa
     assert {("all resident", True), ("all resident", False)} <= seen
 
 
+def test_a_workspace_that_is_too_small_is_refused(
+    cuda: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it were if launch and workspace were planned differently."""
+    denoiser, arguments = problem((3, 2, 16, 2), "mish", 9, schedule("linear").solver("ddpm"))
+    make = _native.workspace
+    monkeypatch.setattr(_native, "workspace", lambda size, like: make(size - 1, like))
+    with pytest.raises(RuntimeError, match="the workspace is smaller than the plan needs"):
+        sample(cuda, denoiser, **arguments)
+
+
 @pytest.mark.parametrize("replaced", [False, True])
 def test_too_wide_is_refused_with_a_reason(cuda: str, replaced: bool) -> None:
     denoiser = of_widths(8, 1040) if replaced else nn.Denoiser(5, 3, 1040, 2)

@@ -41,7 +41,13 @@ class Library:
             compiler = [os.environ.get("CXX", "g++"), *FLAGS, *includes, "-shared", "-x", "c++"]
             cuda_builds.make(built, [*compiler, *sources, "-o"])
         # What a process keeps of the answers, each copy of the library has for itself.
-        self._library = ctypes.CDLL(shutil.copy(built, tmp_path / "library.so"))
+        self._copy = tmp_path / "library.so"
+        self._library = ctypes.CDLL(shutil.copy(built, self._copy))
+
+    def forget(self) -> None:
+        """Begins anew, as another process would."""
+        self._copy = Path(shutil.copy(self._copy, self._copy.with_suffix(".another.so")))
+        self._library = ctypes.CDLL(str(self._copy))
 
     def text(self, name: str, *args: object) -> str | None:
         """A function's result: what went wrong, or None."""
@@ -125,6 +131,26 @@ def clusters_that_nobody_can_count_are_an_error(library: Library) -> None:
     assert count.value == 15
 
 
+def a_plan_asks_once(library: Library) -> None:
+    """Every call plans, and twice: for its workspace, and for its launch."""
+    count = ctypes.c_int()
+    questions = (
+        "cudaDeviceGetAttribute",
+        "cudaFuncGetAttributes",
+        "cudaFuncSetAttribute",
+        "cudaOccupancyMaxActiveClusters",
+    )
+    asked = []
+    for _ in range(2):
+        count.value = 0
+        assert library.device() == ([132, 232448, 1], None)
+        assert library.text("clusters", ctypes.byref(count)) is None
+        assert count.value == 15
+        asked.append([library.calls_of(question) for question in questions])
+    assert asked[0] == asked[1]
+    assert all(asked[0])
+
+
 # -- devices ---------------------------------------------------------------------------------------
 
 
@@ -138,6 +164,7 @@ def a_device_needs_a_kernel_that_was_built_for_it(library: Library) -> None:
 def clusters_are_for_kernels_that_were_compiled_for_them(library: Library) -> None:
     """PTX of before, compiled by the driver of a newer device, ends the process there."""
     for major, compiled, clusters in ((8, 80, 0), (9, 90, 1), (9, 80, 0), (10, 90, 1), (12, 89, 0)):
+        library.forget()
         library.set_architectures(major, compiled)
         assert library.device() == ([132, 232448, clusters], None), (major, compiled)
 
@@ -165,6 +192,7 @@ CHECKS: list[Check] = [
     a_device_that_does_not_answer_leaves_no_error,
     an_error_of_others_is_not_the_device_s,
     clusters_that_nobody_can_count_are_an_error,
+    a_plan_asks_once,
     a_device_needs_a_kernel_that_was_built_for_it,
     clusters_are_for_kernels_that_were_compiled_for_them,
     what_may_pass_is_no_reason,
@@ -199,6 +227,12 @@ FAULTS = {
         "device.cu",
         "  const char* failure = error_text(error);",
         "  error = cudaGetLastError();\n  const char* failure = error_text(error);",
+    ),
+    "nothing is kept": Fault(
+        a_plan_asks_once,
+        "device.cu",
+        "answers_[key] = *answer;",
+        "(void)key;",
     ),
     "nobody looks for a kernel": Fault(
         a_device_needs_a_kernel_that_was_built_for_it,

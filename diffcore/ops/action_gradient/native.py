@@ -86,8 +86,8 @@ def ascend(
     if backend == "cuda":
         with torch.cuda.device_of(action):
             workspace = _native.workspace(module.action_gradient_workspace(*critics), action)
-            stream = _native.stream(action)
-            module.action_gradient(*critics, *rest, workspace.data_ptr(), stream)
+            memory = workspace.data_ptr(), workspace.numel()
+            module.action_gradient(*critics, *rest, *memory, _native.stream(action))
     else:
         module.action_gradient(*critics, *rest, torch.get_num_threads())
     return improved

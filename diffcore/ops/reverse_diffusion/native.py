@@ -86,7 +86,7 @@ def chain(
         with torch.cuda.device_of(state):
             size = module.reverse_diffusion_workspace(*denoiser, steps, batch)
             workspace = _native.workspace(size, state)
-            memory = workspace.data_ptr(), _native.stream(state)
+            memory = workspace.data_ptr(), workspace.numel(), _native.stream(state)
             module.reverse_diffusion(*denoiser, *chain, *noise_settings, *results, *memory)
     else:
         module.reverse_diffusion(
