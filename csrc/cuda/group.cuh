@@ -10,6 +10,8 @@
 // The end of this file is for launchers: what a group's layer takes, by the figures of an H100.
 #pragma once
 
+#include <algorithm>
+
 #include "tile.cuh"
 
 namespace diffcore {
@@ -225,15 +227,27 @@ inline int bytes_for_warp(Precision precision, int rows, bool streams) {
 // Bytes a clock that each of so many blocks gets from L2.
 inline double l2_rate(int64_t blocks) { return blocks * 64 > 3000 ? 3000.0 / blocks : 64.0; }
 
-// Clocks of a block's part of a layer's product.
+// Wavefronts of shared memory, one a clock, by which a block's warps read their part of a layer's
+// product: in a step of k two for 8 columns of weights, and for every tile of columns two for 4 rows of
+// float32, four for 16 of the others.
+inline double wavefronts(Precision precision, const SlicedWeights& w, int rows) {
+  const double steps = static_cast<double>(w.k) / k_step_of(precision);
+  const double of_rows = precision == Precision::float32 ? rows / 2.0 : rows / 4.0;
+  return steps * (w.slice / 4.0 + divide_up(w.slice, tile_columns) * of_rows);
+}
+
+// Clocks of a block's part of a layer's product: multiplying, shared memory or L2, whichever takes most.
 inline double product_clocks(Precision precision, const SlicedWeights& w, int rows, double l2) {
   const double rate = precision == Precision::float32 ? 100
                       : precision == Precision::tf32  ? 400
                                                       : 800;
   const double weights = static_cast<double>(w.slice) * w.k;
+  const double bytes = weights * element_bytes(precision);
+  const bool streams = w.shared_offset < 0;
   const double multiplied = rows * weights / rate;
-  const double read = weights * element_bytes(precision) / (w.shared_offset < 0 ? l2 : 128);
-  return 100 + (multiplied > read ? multiplied : read);
+  const double shared = wavefronts(precision, w, rows) + (streams ? bytes / 128 : 0);
+  const double read = streams ? bytes / l2 : 0;
+  return 100 + std::max({multiplied, shared, read});
 }
 
 inline double activation_clocks(const SlicedWeights& w, int rows) { return 0.25 * rows * w.slice; }

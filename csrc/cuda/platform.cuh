@@ -190,5 +190,25 @@ __device__ __forceinline__ void poll() {}
 
 constexpr unsigned all_lanes = 0xffffffffu;
 
+// A warp's lanes as 4 rows of 8 columns, for lanes that each read 16 bytes of shared memory for their
+// row of one operand and 16 for their column of another.
+//
+// By what is known of the hardware, which no manual says, such a load takes a wavefront, of which shared
+// memory has one a clock, for 8 lanes at a time; but for 16, if of all lanes n and n ^ 1, or of all n and
+// n ^ 2, read the same address. So the former share a column, and the latter a row: two wavefronts a load.
+__host__ __device__ constexpr int row_of_lane(int lane) { return (lane & 1) | (lane >> 4 << 1); }
+__host__ __device__ constexpr int column_of_lane(int lane) { return lane >> 1 & 7; }
+
+constexpr bool loads_take_two_wavefronts() {
+  unsigned seen = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (column_of_lane(lane) != column_of_lane(lane ^ 1)) return false;
+    if (row_of_lane(lane) != row_of_lane(lane ^ 2)) return false;
+    seen |= 1u << (8 * row_of_lane(lane) + column_of_lane(lane));
+  }
+  return seen == all_lanes;
+}
+static_assert(loads_take_two_wavefronts());
+
 }  // namespace cuda
 }  // namespace diffcore
