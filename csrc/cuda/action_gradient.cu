@@ -4,10 +4,10 @@
 // one critic's value and its gradient at the actions of a tile, keeping the activations' slopes for
 // the way back, and publishes both. Then the whole grid meets. Now everybody can see which critic
 // attains a row's minimum and takes the gradient of that one alone (of both, half each, on a tie),
-// and every block sums the norm over the batch by itself, in the same order. The blocks that share
-// a tile each make the same update of their own copy of its actions: nothing more has to be
-// exchanged, and one meeting a step is enough, since values and gradients alternate between two
-// places.
+// and every block sums the norm over the batch by itself, in the same order, from rows' norms that
+// were published with the gradients. The blocks that share a tile each make the same update of
+// their own copy of its actions: nothing more has to be exchanged, and one meeting a step is
+// enough, since what is published alternates between two places.
 //
 // Going back through one critic a row only would save nothing while tiles hold rows of both kinds:
 // the weights, which are the limit, have to be read anyway; and to know which would take a second
@@ -92,8 +92,9 @@ struct AscentPlan {
   float* actions;     // [copies, batch, action_dim], one of every critic and rank; and so on
   float* first_moment;
   float* second_moment;
-  float* values;     // [2 by step, 2, batch]
-  float* gradients;  // [2 by step, 2, batch, action_dim]
+  float* values;         // [2 by step, 2, batch]
+  float* gradients;      // [2 by step, 2, batch, action_dim]
+  float* squared_norms;  // [2 by step, 2, batch], of the gradients' rows
 };
 
 int widest_hidden(const ActionGradientCall& call) {
@@ -218,10 +219,20 @@ class CriticPass {
   }
 
   // The tile's values [rows] and, back through all layers, the gradients at its actions [rows,
-  // action_dim].
-  __device__ void run(const float* actions, float* values, float* gradients) const {
+  // action_dim]; and these rows' squared norms [rows], where a norm is limited.
+  __device__ void run(const float* actions, float* values, float* gradients,
+                      float* squared_norms) const {
     rest(first_layer(actions), values, gradients);
     __syncthreads();
+    if (plan_.call.norm_clip == NormClip::none || group_.rank() != 0) return;
+    for (int row = static_cast<int>(threadIdx.x); row < item_.rows; row += block_threads) {
+      float sum = 0.0f;
+      for (int column = 0; column < critic_.action_dim; ++column) {
+        const float g = gradients[row * critic_.action_dim + column];
+        sum = fmaf(g, g, sum);
+      }
+      squared_norms[row] = sum;
+    }
   }
 
  private:
@@ -341,10 +352,17 @@ class CriticPass {
 
 // -- the update -----------------------------------------------------------------------------------
 
+// What both critics say of a row.
+struct RowOfBoth {
+  float q1, q2;
+  float squared_norm1, squared_norm2;  // of the gradients
+};
+
 // What the blocks published in a step.
 struct Published {
-  const float* values;     // [2, batch]
-  const float* gradients;  // [2, batch, action_dim]
+  const float* values;         // [2, batch]
+  const float* gradients;      // [2, batch, action_dim]
+  const float* squared_norms;  // [2, batch]
   int64_t batch;
   int action_dim;
 
@@ -357,6 +375,23 @@ struct Published {
     if (!(q2 < q1)) gradient -= share * gradients[row * action_dim + column];
     if (!(q1 < q2)) gradient -= share * gradients[(batch + row) * action_dim + column];
     return gradient;
+  }
+
+  __device__ RowOfBoth both(int64_t row) const {
+    return {values[row], values[batch + row], squared_norms[row], squared_norms[batch + row]};
+  }
+
+  // The squared norm of a row of `descent`: number by number, where neither critic attains the
+  // minimum alone.
+  __device__ float squared_norm(const RowOfBoth& both, int64_t row) const {
+    const bool first = both.q1 < both.q2, second = both.q2 < both.q1;
+    if (first || second) return second ? both.squared_norm2 : both.squared_norm1;
+    float sum = 0.0f;
+    for (int column = 0; column < action_dim; ++column) {
+      const float g = descent(row, column);
+      sum = fmaf(g, g, sum);
+    }
+    return sum;
   }
 };
 
@@ -377,24 +412,29 @@ __device__ float clip_factor(float squared_norm, float max_norm) {
   return factor < 1.0f ? factor : factor != factor ? factor : 1.0f;
 }
 
+constexpr int rows_at_once = 4;  // of a thread, whose numbers are on their way from L2 together
+
 // Over the whole batch, by every block in the same order.
 __device__ float batch_factor(const Published& p, float max_norm, float* sums) {
-  const int64_t count = p.batch * p.action_dim;
   float own = 0.0f;
-  for (int64_t i = threadIdx.x; i < count; i += block_threads) {
-    const float g = p.descent(i / p.action_dim, static_cast<int>(i % p.action_dim));
-    own = fmaf(g, g, own);
+  for (int64_t first = threadIdx.x; first < p.batch; first += rows_at_once * block_threads) {
+    RowOfBoth rows[rows_at_once];
+#pragma unroll
+    for (int i = 0; i < rows_at_once; ++i) {
+      const int64_t row = first + i * block_threads;
+      rows[i] = p.both(row < p.batch ? row : first);
+    }
+#pragma unroll
+    for (int i = 0; i < rows_at_once; ++i) {
+      const int64_t row = first + i * block_threads;
+      if (row < p.batch) own += p.squared_norm(rows[i], row);
+    }
   }
   return clip_factor(block_sum(own, sums), max_norm);
 }
 
 __device__ float row_factor(const Published& p, int64_t row, float max_norm) {
-  float sum = 0.0f;
-  for (int column = 0; column < p.action_dim; ++column) {
-    const float g = p.descent(row, column);
-    sum = fmaf(g, g, sum);
-  }
-  return clip_factor(sum, max_norm);
+  return clip_factor(p.squared_norm(p.both(row), row), max_norm);
 }
 
 // Which of [copies, batch] rows a block updates as its own.
@@ -470,12 +510,13 @@ __global__ void __launch_bounds__(block_threads, 1)
   for (int step = 0; step < call.steps; ++step) {
     float* values = plan.values + (step & 1) * 2 * call.batch;
     float* gradients = plan.gradients + (step & 1) * 2 * elements;
+    float* squared_norms = plan.squared_norms + (step & 1) * 2 * call.batch;
     for (int64_t i = group.index(); i < items; i += plan.groups) {
       const Item item = item_at<rows>(plan, i);
       const int64_t row = item.critic * call.batch + item.first;
       CriticPass<Math, rows>(plan, item, shared, group)
           .run(plan.actions + own_rows(plan, item, rank) * action_dim, values + row,
-               gradients + row * action_dim);
+               gradients + row * action_dim, squared_norms + row);
     }
     // Bias corrections of Adam, computed as torch does, in double, by one thread.
     if (threadIdx.x == 0) {
@@ -485,7 +526,7 @@ __global__ void __launch_bounds__(block_threads, 1)
       adam[1] = static_cast<float>(sqrt(1.0 - power2));
     }
     wait_for_grid();
-    const Published published = {values, gradients, call.batch, action_dim};
+    const Published published = {values, gradients, squared_norms, call.batch, action_dim};
     const float factor =
         call.norm_clip == NormClip::batch ? batch_factor(published, call.max_norm, sums) : 1.0f;
     for (int64_t i = group.index(); i < items; i += plan.groups)
@@ -717,6 +758,7 @@ int64_t lay_out_workspace(char* workspace, Plan* plan) {
   a.second_moment = floats(copies * elements);
   a.values = floats(2 * 2 * batch);
   a.gradients = floats(2 * 2 * elements);
+  a.squared_norms = floats(2 * 2 * batch);
   if (a.group.exchange == Exchange::grid) {
     a.group.exchanged = take(2LL * a.groups * a.group.hidden_bytes);
     a.group.counters = reinterpret_cast<unsigned*>(take(4LL * a.groups));

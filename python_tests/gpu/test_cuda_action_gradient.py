@@ -265,6 +265,22 @@ def test_equal_critics_share_the_gradient(cuda: str) -> None:
     torch.testing.assert_close(ours, exact.float())
 
 
+@pytest.mark.parametrize("clip_mode", ["batch", "row"])
+def test_norms_of_ties(group: str, cuda: str, clip_mode: str) -> None:
+    """A limited norm is that of both halves, where critics are alike, and else of the least one's."""
+    critic = nn.TwinCritic(5, 3, 16, 1, activation="relu")
+    state, action = torch.randn(1100, 5), torch.rand(1100, 3) * 2 - 1
+    critic.q2.load_state_dict(critic.q1.state_dict())
+    with torch.no_grad():  # rows that use neither of two hidden units tie
+        critic.q2.layers[-1].weight[0, :2] += torch.tensor([0.5, -0.5])
+    options = {"steps": 2, "lr": 0.05, "max_norm": 0.02, "clip_mode": clip_mode}
+    options |= {"optimizer": "ascent"}
+    ours = ascend(cuda, critic, state, action, **options)
+    plain = plain_critic(critic.cpu(), torch.float64)
+    exact = ops.action_gradient(plain, state.double(), action.double(), **options)
+    assert (ours - exact).abs().max() <= 2e-6
+
+
 def test_the_same_bits_however_the_work_is_shared_out(
     cuda: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
