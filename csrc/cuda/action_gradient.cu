@@ -23,27 +23,34 @@
 // as the plan says, up to all of it.
 //
 // Roofline, on an H100 at 1.7 GHz: 132 multiprocessors, of each 128 FFMA a clock (100 are reckoned
-// with) or, through mma.sync, some 800 bf16 multiply-adds; shared memory 128 bytes a clock; L2 64
-// bytes a clock, 3,000 for all together. Three hidden layers of 256, action 6: a step of one critic
-// takes 133,000 multiply-adds a row forward and as many back, 266,000 FLOPs each way, and 1.05 MB
-// of float32 weights. A meeting of the grid is taken as 3,000 clocks, one of a cluster as 800, of
-// which a step has six: three hidden layers forward, the turn and two layers back. 20 steps:
+// with) or, through mma.sync, some 800 bf16 multiply-adds; a wavefront of shared memory a clock; L2
+// 64 bytes a clock, 3,000 for all together; 12 bytes a clock to other blocks of a cluster, of which
+// 66 of 2, 31 of 4 or 15 of 8 run at once. Three hidden layers of 256, action 6: a step of one
+// critic takes 133,000 multiply-adds a row forward and as many back, 266,000 FLOPs each way, and
+// 1.05 MB of float32 weights. A meeting of the grid is taken as 3,000 clocks, one of a cluster as
+// 800 and what its blocks send, of which a step has six: three hidden layers forward, the turn and
+// two layers back. The norm over the batch takes two trips to L2 of 500, or what its rows take. 20
+// steps:
 //
 //   batch 1     Every step needs all weights. From L2 into a multiprocessor for each critic they
-//               take 16,400 clocks. Spread over 8 for each they stay there, and take 1,024 from
-//               shared memory; the tile's 8 rows of products take 3,000, exchanges 4,800, and with
-//               the grid's meeting a step has 12,100 clocks: 0.14 ms. Latency limits it. The same
-//               goes for up to 64 rows. In bf16 10,200 clocks, 0.12 ms.
-//   batch 256   32 groups of 4 blocks, 16 rows each: products take 11,000 clocks, limited alike by
-//               FFMA and by the layers that don't stay, from L2; with exchanges and meeting 21,800,
-//               0.26 ms. 64 blocks alone with 8 rows each would read 22,400 clocks from L2: 30,100 in
-//               all. In bf16 all weights stay, and exchanges limit it: 11,600, 0.14 ms.
-//   batch 4096  256 items of 32 rows for blocks alone, in two rounds. FFMA limits float32: 168,000
-//               of 198,000 clocks, 2.3 ms. In bf16 weights from L2 take 46,000 and activations
-//               20,000 of 74,500: 0.88 ms. Tiles of 64 rows would halve the former, but spill.
+//               take 16,400 clocks. Spread over 8 for each they stay there; of the tile's 8 rows
+//               products take 4,600, limited by shared memory, exchanges 5,200, and with the grid's
+//               meeting a step has 14,200 clocks: 0.17 ms. Latency limits it. In bf16 11,100
+//               clocks, 0.13 ms.
+//   batch 256   64 groups of 2 blocks, 8 rows each: products take 23,900 clocks, limited by the
+//               layers from L2; with exchanges and meeting 36,400, 0.43 ms. 64 blocks alone would
+//               take 41,900, limited by shared memory. 32 clusters of 4, with 16 rows each, are one
+//               too many to run at once. In bf16 32 groups of 2 with 16 rows each: exchanges and
+//               meeting are 9,800 of 19,700, 0.23 ms.
+//   batch 4096  256 items of 32 rows for blocks alone, in two rounds. FFMA limits float32: 172,000
+//               of 204,000 clocks, 2.4 ms. In bf16 weights from L2 take 46,000 and activations
+//               20,500 of 78,700: 0.93 ms; the norm takes 3,900. Tiles of 64 rows would halve what
+//               comes from L2, but spill.
 //
 // `estimate` below does this arithmetic for the call at hand, and the launcher takes the group and
 // the rows for which it gives least. No GPU has measured it yet.
+#include <algorithm>
+
 #include "activations.cuh"
 #include "group.cuh"
 #include "kernels.h"
@@ -657,6 +664,8 @@ double estimate(const Plan& plan) {
   const AscentPlan& a = plan.ascent;
   if (a.groups == 0) return 0;
   const double l2 = l2_rate(static_cast<int64_t>(a.groups) * a.group.size);
+  // Products are of all the tile's rows, what follows them of those that there are.
+  const int filled = static_cast<int>(std::min<int64_t>(a.call.batch, plan.rows));
   double longest = 0;
   for (int c = 0; c < 2; ++c) {
     const CriticParameters& critic = a.call.critics[c];
@@ -665,17 +674,25 @@ double estimate(const Plan& plan) {
     double clocks = 300;  // staging the actions, and the output's sums
     const auto add = [&](Precision precision, const SlicedWeights& w, bool exchanged) {
       clocks += product_clocks(precision, w, plan.rows, l2);
-      if (exchanged) clocks += activation_clocks(w, plan.rows) + exchange_clocks(a.group.exchange);
+      if (exchanged)
+        clocks +=
+            activation_clocks(w, filled) + exchange_clocks(a.group, critic.precision, w, filled);
     };
     add(Precision::float32, packed.action_input, true);
     for (int l = 1; l <= last; ++l) add(critic.precision, packed.forward[l], l < last);
-    clocks += exchange_clocks(a.group.exchange);  // of what turns back
+    const SlicedWeights& turned = last > 1 ? packed.forward[last - 1] : packed.action_input;
+    clocks += exchange_clocks(a.group, critic.precision, turned, filled);
     for (int l = last - 1; l >= 0; --l) add(critic.precision, packed.backward[l], l > 0);
     if (clocks > longest) longest = clocks;
   }
-  constexpr double grid_meeting = 3000;
+  constexpr double grid_meeting = 3000, l2_trip = 500;
   const double rounds = static_cast<double>((2 * a.tiles + a.groups - 1) / a.groups);
-  return rounds * longest + grid_meeting;
+  // The norm over the batch, as if it were always limited: rows' norms, of what a block has just
+  // written, and then by every block four numbers a row.
+  const int64_t rows_a_trip = rows_at_once * block_threads;
+  const double trips = static_cast<double>((a.call.batch + rows_a_trip - 1) / rows_a_trip);
+  const double norm = std::max(trips * l2_trip, 16.0 * static_cast<double>(a.call.batch) / l2);
+  return rounds * (longest + l2_trip) + grid_meeting + norm;
 }
 
 // Makes a plan the best one, if it fits and takes the least time so far. All its blocks must run at

@@ -15,8 +15,8 @@ namespace {
 // Compute capability 8.0: cp.async, and the tensor cores' tf32 and bf16.
 constexpr int oldest_major = 8;
 
-// Clusters: by the device's compute capability, and by that which code was compiled for. They aren't
-// the same where the driver compiles older PTX, in which kernels can't be a cluster's.
+// Clusters: by the device's compute capability, and by that which code was compiled for. They
+// aren't the same where the driver compiles older PTX, in which kernels can't be a cluster's.
 constexpr int first_major_with_clusters = 9;
 
 // Texts of the calling thread, valid until its next call.
@@ -44,8 +44,9 @@ cudaError_t attributes_of_kernels(cudaFuncAttributes* attributes) {
   return cudaFuncGetAttributes(attributes, reinterpret_cast<const void*>(probe));
 }
 
-// Answers about a device that stay the same, by what was asked: a plan asks at every call, and has to
-// come to the same workspace as when that was measured. What couldn't be answered is asked again.
+// Answers about a device that stay the same, by what was asked: a plan asks at every call, and has
+// to come to the same workspace as when that was measured. What couldn't be answered is asked
+// again.
 template <class Key, class Answer>
 class Answers {
  public:

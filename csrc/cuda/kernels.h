@@ -164,8 +164,8 @@ const char* rff_features(const RffCall&);
 int64_t rff_features_backward_workspace(const RffBackwardCall&);
 const char* rff_features_backward(const RffBackwardCall&);
 
-// Why kernels can't run on the current device, now or later, or nullptr: in `reason`. Returns what went
-// wrong if that couldn't be found out.
+// Why kernels can't run on the current device, now or later, or nullptr: in `reason`. Returns what
+// went wrong if that couldn't be found out.
 const char* unavailable(const char** reason);
 
 }  // namespace cuda

@@ -1,7 +1,7 @@
 // What the kernels use beyond CUDA C++ itself: thin names for PTX instructions.
 //
-// Tests run the same sources on a CPU (DIFFCORE_CUDA_ON_CPU), which this header and runtime.cuh alone
-// know: then testing/cuda_on_cpu.h plays the GPU, and these names are its.
+// Tests run the same sources on a CPU (DIFFCORE_CUDA_ON_CPU), which this header and runtime.cuh
+// alone know: then testing/cuda_on_cpu.h plays the GPU, and these names are its.
 #pragma once
 
 #include <cstdint>
@@ -190,12 +190,13 @@ __device__ __forceinline__ void poll() {}
 
 constexpr unsigned all_lanes = 0xffffffffu;
 
-// A warp's lanes as 4 rows of 8 columns, for lanes that each read 16 bytes of shared memory for their
-// row of one operand and 16 for their column of another.
+// A warp's lanes as 4 rows of 8 columns, for lanes that each read 16 bytes of shared memory for
+// their row of one operand and 16 for their column of another.
 //
-// By what is known of the hardware, which no manual says, such a load takes a wavefront, of which shared
-// memory has one a clock, for 8 lanes at a time; but for 16, if of all lanes n and n ^ 1, or of all n and
-// n ^ 2, read the same address. So the former share a column, and the latter a row: two wavefronts a load.
+// By what is known of the hardware, which no manual says, such a load takes a wavefront, of which
+// shared memory has one a clock, for 8 lanes at a time; but for 16, if of all lanes n and n ^ 1, or
+// of all n and n ^ 2, read the same address. So the former share a column, and the latter a row:
+// two wavefronts a load.
 __host__ __device__ constexpr int row_of_lane(int lane) { return (lane & 1) | (lane >> 4 << 1); }
 __host__ __device__ constexpr int column_of_lane(int lane) { return lane >> 1 & 7; }
 

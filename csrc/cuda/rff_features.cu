@@ -15,9 +15,10 @@
 //
 // Roofline, on an H100 at 1.7 GHz (132 multiprocessors of 128 FFMA a clock, 3.35 TB/s), batch 256,
 // 256 -> 1024. Forward, 134 MFLOP: 64 tiles of 64 * 64 * 256 multiply-adds, one a multiprocessor,
-// 8,200 clocks or 4.8 us; a sine and cosine are some 40 instructions, 1,300 clocks a tile; memory,
-// 2.3 MB, 0.7 us. So FFMA limits it, on half the device. Backward, 268 MFLOP and 4.7 MB: 64 tiles
-// of grad_omega like those, and 16 of grad_x that sum over 1024, 32,800 clocks or 19 us. No GPU has
+// 8,200 clocks; shared memory is read in as many wavefronts, one a clock, and written in 2,000: 6.0
+// us. A sine and cosine are some 40 instructions, 1,300 clocks a tile; memory, 2.3 MB, 0.7 us. So
+// shared memory limits it, on half the device. Backward, 268 MFLOP and 4.7 MB: 64 tiles of
+// grad_omega like those, and 16 of grad_x that sum over 1024, 38,900 clocks or 23 us. No GPU has
 // measured it yet.
 #include "gemm.cuh"
 #include "kernels.h"

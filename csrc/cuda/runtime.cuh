@@ -69,8 +69,8 @@ inline const char* current_device(Device* device) {
 
 #else  // CUDA
 
-// What went wrong in a call, or nullptr. The runtime keeps the error until somebody asks for it, to whom
-// it would seem to be that of a later call: so it is taken back here, where it is reported.
+// What went wrong in a call, or nullptr. The runtime keeps the error until somebody asks for it, to
+// whom it would seem to be that of a later call: so it is taken back here, where it is reported.
 inline const char* error_text(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();
@@ -123,8 +123,9 @@ const char* launch(const Launch& how, void (*kernel)(Arguments), const Arguments
   return error_text(cudaLaunchKernelExC(&config, function, pointers));
 }
 
-// How many of a launch's clusters the device can run at the same time, as the driver said when it was
-// first asked. A cluster's blocks are neighbours, so that a few multiprocessors may be left over.
+// How many of a launch's clusters the device can run at the same time, as the driver said when it
+// was first asked. A cluster's blocks are neighbours, so that a few multiprocessors may be left
+// over.
 const char* clusters_at_once(const Launch& how, const void* kernel, int* count);  // device.cu
 
 template <class Arguments>

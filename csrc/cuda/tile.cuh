@@ -45,9 +45,10 @@ constexpr int sums_stride = 40;
 
 // -- float32 on the FFMA units --------------------------------------------------------------------
 
-// A lane has rows r, r + 4, ... and columns c, c + 8, c + 16, c + 24, with r and c as row_of_lane and
-// column_of_lane have them. So a step of four in k takes two wavefronts for each of its float4 loads,
-// four of weights and a fourth of the rows: with less than 32 rows as many clocks as FFMA, or more.
+// A lane has rows r, r + 4, ... and columns c, c + 8, c + 16, c + 24, with r and c as row_of_lane
+// and column_of_lane have them. So a step of four in k takes two wavefronts for each of its float4
+// loads, four of weights and a fourth of the rows: with less than 32 rows as many clocks as FFMA,
+// or more.
 struct Float32Math {
   using Operand = float;
   using Pair = float2;

@@ -4,8 +4,8 @@
 using namespace diffcore::cuda;
 
 // sizes: batch, state, action, time, hidden, trunk layers, steps; parameters: weight and bias of
-// every layer, time MLP first. Returns nullptr or an error; with `actions` null the workspace's `bytes`
-// are measured.
+// every layer, time MLP first. Returns nullptr or an error; with `actions` null the workspace's
+// `bytes` are measured.
 extern "C" __attribute__((visibility("default"))) const char* chain(
     const int* sizes, int precision, const float* const* parameters, const float* embedding,
     const float* coefficients, const float* state, const float* x_init, const float* noise,

@@ -518,9 +518,9 @@ struct Device {
   int group_size = 0;  // any
   int clusters = 132;  // as many as there is room for
 
-  // A cluster lies in one of the parts that a GPU is made of, of which in an H100 not all have the same
-  // number of multiprocessors, nor are they the same in every H100: so 15 clusters of 8 run at the same
-  // time in one, and 31 of 4. Other devices are one part here.
+  // A cluster lies in one of the parts that a GPU is made of, of which in an H100 not all have the
+  // same number of multiprocessors, nor are they the same in every H100: so 15 clusters of 8 run at
+  // the same time in one, and 31 of 4. Other devices are one part here.
   int clusters_at_once(int size) const {
     int count = 0;
     if (multiprocessors == 132) {

@@ -1,5 +1,5 @@
-// CUDA's runtime where there is none, for tests of what launchers ask of it (runtime.cuh, device.cu): it
-// launches nothing, answers as it is told to, and counts its calls.
+// CUDA's runtime where there is none, for tests of what launchers ask of it (runtime.cuh,
+// device.cu): it launches nothing, answers as it is told to, and counts its calls.
 //
 // As in the real one, the error of a call stays the thread's last error until somebody takes it.
 #pragma once
