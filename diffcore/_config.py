@@ -43,7 +43,7 @@ def show_config() -> str:
         lines["cpu kernels"] = f"{core.isa()} of {', '.join(core.available_isas())}"
         lines["bfloat16"] = bfloat16
     lines["cuda kernels"] = _native.cuda_unavailable or f"for {_native._cuda.architectures}"
-    if _native._cuda is not None and (reason := _native._cuda.unavailable(0)):
+    if _native._cuda is not None and (reason := _native.cuda_lacks()):
         lines["cuda kernels"] += f"; can't run here: {reason}"
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())

@@ -4,10 +4,10 @@
 // one critic's value and its gradient at the actions of a tile, keeping the activations' slopes for
 // the way back, and publishes both. Then the whole grid meets. Now everybody can see which critic
 // attains a row's minimum and takes the gradient of that one alone (of both, half each, on a tie),
-// and every block sums the norm over the batch by itself, in the same order. The blocks that share
-// a tile each make the same update of their own copy of its actions: nothing more has to be
-// exchanged, and one meeting a step is enough, since values and gradients alternate between two
-// places.
+// and every block sums the norm over the batch by itself, in the same order, from rows' norms that
+// were published with the gradients. The blocks that share a tile each make the same update of
+// their own copy of its actions: nothing more has to be exchanged, and one meeting a step is
+// enough, since what is published alternates between two places.
 //
 // Going back through one critic a row only would save nothing while tiles hold rows of both kinds:
 // the weights, which are the limit, have to be read anyway; and to know which would take a second
@@ -23,27 +23,34 @@
 // as the plan says, up to all of it.
 //
 // Roofline, on an H100 at 1.7 GHz: 132 multiprocessors, of each 128 FFMA a clock (100 are reckoned
-// with) or, through mma.sync, some 800 bf16 multiply-adds; shared memory 128 bytes a clock; L2 64
-// bytes a clock, 3,000 for all together. Three hidden layers of 256, action 6: a step of one critic
-// takes 133,000 multiply-adds a row forward and as many back, 266,000 FLOPs each way, and 1.05 MB
-// of float32 weights. A meeting of the grid is taken as 3,000 clocks, one of a cluster as 800, of
-// which a step has six: three hidden layers forward, the turn and two layers back. 20 steps:
+// with) or, through mma.sync, some 800 bf16 multiply-adds; a wavefront of shared memory a clock; L2
+// 64 bytes a clock, 3,000 for all together; 12 bytes a clock to other blocks of a cluster, of which
+// 66 of 2, 31 of 4 or 15 of 8 run at once. Three hidden layers of 256, action 6: a step of one
+// critic takes 133,000 multiply-adds a row forward and as many back, 266,000 FLOPs each way, and
+// 1.05 MB of float32 weights. A meeting of the grid is taken as 3,000 clocks, one of a cluster as
+// 800 and what its blocks send, of which a step has six: three hidden layers forward, the turn and
+// two layers back. The norm over the batch takes two trips to L2 of 500, or what its rows take. 20
+// steps:
 //
 //   batch 1     Every step needs all weights. From L2 into a multiprocessor for each critic they
-//               take 16,400 clocks. Spread over 8 for each they stay there, and take 1,024 from
-//               shared memory; the tile's 8 rows of products take 3,000, exchanges 4,800, and with
-//               the grid's meeting a step has 12,100 clocks: 0.14 ms. Latency limits it. The same
-//               goes for up to 64 rows. In bf16 10,200 clocks, 0.12 ms.
-//   batch 256   32 groups of 4 blocks, 16 rows each: products take 11,000 clocks, limited alike by
-//               FFMA and by the layers that don't stay, from L2; with exchanges and meeting 21,800,
-//               0.26 ms. 64 blocks alone with 8 rows each would read 22,400 clocks from L2: 30,100 in
-//               all. In bf16 all weights stay, and exchanges limit it: 11,600, 0.14 ms.
-//   batch 4096  256 items of 32 rows for blocks alone, in two rounds. FFMA limits float32: 168,000
-//               of 198,000 clocks, 2.3 ms. In bf16 weights from L2 take 46,000 and activations
-//               20,000 of 74,500: 0.88 ms. Tiles of 64 rows would halve the former, but spill.
+//               take 16,400 clocks. Spread over 8 for each they stay there; of the tile's 8 rows
+//               products take 4,600, limited by shared memory, exchanges 5,200, and with the grid's
+//               meeting a step has 14,200 clocks: 0.17 ms. Latency limits it. In bf16 11,100
+//               clocks, 0.13 ms.
+//   batch 256   64 groups of 2 blocks, 8 rows each: products take 23,900 clocks, limited by the
+//               layers from L2; with exchanges and meeting 36,400, 0.43 ms. 64 blocks alone would
+//               take 41,900, limited by shared memory. 32 clusters of 4, with 16 rows each, are one
+//               too many to run at once. In bf16 32 groups of 2 with 16 rows each: exchanges and
+//               meeting are 9,800 of 19,700, 0.23 ms.
+//   batch 4096  256 items of 32 rows for blocks alone, in two rounds. FFMA limits float32: 172,000
+//               of 204,000 clocks, 2.4 ms. In bf16 weights from L2 take 46,000 and activations
+//               20,500 of 78,700: 0.93 ms; the norm takes 3,900. Tiles of 64 rows would halve what
+//               comes from L2, but spill.
 //
 // `estimate` below does this arithmetic for the call at hand, and the launcher takes the group and
 // the rows for which it gives least. No GPU has measured it yet.
+#include <algorithm>
+
 #include "activations.cuh"
 #include "group.cuh"
 #include "kernels.h"
@@ -92,8 +99,9 @@ struct AscentPlan {
   float* actions;     // [copies, batch, action_dim], one of every critic and rank; and so on
   float* first_moment;
   float* second_moment;
-  float* values;     // [2 by step, 2, batch]
-  float* gradients;  // [2 by step, 2, batch, action_dim]
+  float* values;         // [2 by step, 2, batch]
+  float* gradients;      // [2 by step, 2, batch, action_dim]
+  float* squared_norms;  // [2 by step, 2, batch], of the gradients' rows
 };
 
 int widest_hidden(const ActionGradientCall& call) {
@@ -218,10 +226,20 @@ class CriticPass {
   }
 
   // The tile's values [rows] and, back through all layers, the gradients at its actions [rows,
-  // action_dim].
-  __device__ void run(const float* actions, float* values, float* gradients) const {
+  // action_dim]; and these rows' squared norms [rows], where a norm is limited.
+  __device__ void run(const float* actions, float* values, float* gradients,
+                      float* squared_norms) const {
     rest(first_layer(actions), values, gradients);
     __syncthreads();
+    if (plan_.call.norm_clip == NormClip::none || group_.rank() != 0) return;
+    for (int row = static_cast<int>(threadIdx.x); row < item_.rows; row += block_threads) {
+      float sum = 0.0f;
+      for (int column = 0; column < critic_.action_dim; ++column) {
+        const float g = gradients[row * critic_.action_dim + column];
+        sum = fmaf(g, g, sum);
+      }
+      squared_norms[row] = sum;
+    }
   }
 
  private:
@@ -341,10 +359,17 @@ class CriticPass {
 
 // -- the update -----------------------------------------------------------------------------------
 
+// What both critics say of a row.
+struct RowOfBoth {
+  float q1, q2;
+  float squared_norm1, squared_norm2;  // of the gradients
+};
+
 // What the blocks published in a step.
 struct Published {
-  const float* values;     // [2, batch]
-  const float* gradients;  // [2, batch, action_dim]
+  const float* values;         // [2, batch]
+  const float* gradients;      // [2, batch, action_dim]
+  const float* squared_norms;  // [2, batch]
   int64_t batch;
   int action_dim;
 
@@ -357,6 +382,23 @@ struct Published {
     if (!(q2 < q1)) gradient -= share * gradients[row * action_dim + column];
     if (!(q1 < q2)) gradient -= share * gradients[(batch + row) * action_dim + column];
     return gradient;
+  }
+
+  __device__ RowOfBoth both(int64_t row) const {
+    return {values[row], values[batch + row], squared_norms[row], squared_norms[batch + row]};
+  }
+
+  // The squared norm of a row of `descent`: number by number, where neither critic attains the
+  // minimum alone.
+  __device__ float squared_norm(const RowOfBoth& both, int64_t row) const {
+    const bool first = both.q1 < both.q2, second = both.q2 < both.q1;
+    if (first || second) return second ? both.squared_norm2 : both.squared_norm1;
+    float sum = 0.0f;
+    for (int column = 0; column < action_dim; ++column) {
+      const float g = descent(row, column);
+      sum = fmaf(g, g, sum);
+    }
+    return sum;
   }
 };
 
@@ -377,24 +419,29 @@ __device__ float clip_factor(float squared_norm, float max_norm) {
   return factor < 1.0f ? factor : factor != factor ? factor : 1.0f;
 }
 
+constexpr int rows_at_once = 4;  // of a thread, whose numbers are on their way from L2 together
+
 // Over the whole batch, by every block in the same order.
 __device__ float batch_factor(const Published& p, float max_norm, float* sums) {
-  const int64_t count = p.batch * p.action_dim;
   float own = 0.0f;
-  for (int64_t i = threadIdx.x; i < count; i += block_threads) {
-    const float g = p.descent(i / p.action_dim, static_cast<int>(i % p.action_dim));
-    own = fmaf(g, g, own);
+  for (int64_t first = threadIdx.x; first < p.batch; first += rows_at_once * block_threads) {
+    RowOfBoth rows[rows_at_once];
+#pragma unroll
+    for (int i = 0; i < rows_at_once; ++i) {
+      const int64_t row = first + i * block_threads;
+      rows[i] = p.both(row < p.batch ? row : first);
+    }
+#pragma unroll
+    for (int i = 0; i < rows_at_once; ++i) {
+      const int64_t row = first + i * block_threads;
+      if (row < p.batch) own += p.squared_norm(rows[i], row);
+    }
   }
   return clip_factor(block_sum(own, sums), max_norm);
 }
 
 __device__ float row_factor(const Published& p, int64_t row, float max_norm) {
-  float sum = 0.0f;
-  for (int column = 0; column < p.action_dim; ++column) {
-    const float g = p.descent(row, column);
-    sum = fmaf(g, g, sum);
-  }
-  return clip_factor(sum, max_norm);
+  return clip_factor(p.squared_norm(p.both(row), row), max_norm);
 }
 
 // Which of [copies, batch] rows a block updates as its own.
@@ -470,12 +517,13 @@ __global__ void __launch_bounds__(block_threads, 1)
   for (int step = 0; step < call.steps; ++step) {
     float* values = plan.values + (step & 1) * 2 * call.batch;
     float* gradients = plan.gradients + (step & 1) * 2 * elements;
+    float* squared_norms = plan.squared_norms + (step & 1) * 2 * call.batch;
     for (int64_t i = group.index(); i < items; i += plan.groups) {
       const Item item = item_at<rows>(plan, i);
       const int64_t row = item.critic * call.batch + item.first;
       CriticPass<Math, rows>(plan, item, shared, group)
           .run(plan.actions + own_rows(plan, item, rank) * action_dim, values + row,
-               gradients + row * action_dim);
+               gradients + row * action_dim, squared_norms + row);
     }
     // Bias corrections of Adam, computed as torch does, in double, by one thread.
     if (threadIdx.x == 0) {
@@ -485,7 +533,7 @@ __global__ void __launch_bounds__(block_threads, 1)
       adam[1] = static_cast<float>(sqrt(1.0 - power2));
     }
     wait_for_grid();
-    const Published published = {values, gradients, call.batch, action_dim};
+    const Published published = {values, gradients, squared_norms, call.batch, action_dim};
     const float factor =
         call.norm_clip == NormClip::batch ? batch_factor(published, call.max_norm, sums) : 1.0f;
     for (int64_t i = group.index(); i < items; i += plan.groups)
@@ -616,6 +664,8 @@ double estimate(const Plan& plan) {
   const AscentPlan& a = plan.ascent;
   if (a.groups == 0) return 0;
   const double l2 = l2_rate(static_cast<int64_t>(a.groups) * a.group.size);
+  // Products are of all the tile's rows, what follows them of those that there are.
+  const int filled = static_cast<int>(std::min<int64_t>(a.call.batch, plan.rows));
   double longest = 0;
   for (int c = 0; c < 2; ++c) {
     const CriticParameters& critic = a.call.critics[c];
@@ -624,24 +674,34 @@ double estimate(const Plan& plan) {
     double clocks = 300;  // staging the actions, and the output's sums
     const auto add = [&](Precision precision, const SlicedWeights& w, bool exchanged) {
       clocks += product_clocks(precision, w, plan.rows, l2);
-      if (exchanged) clocks += activation_clocks(w, plan.rows) + exchange_clocks(a.group.exchange);
+      if (exchanged)
+        clocks +=
+            activation_clocks(w, filled) + exchange_clocks(a.group, critic.precision, w, filled);
     };
     add(Precision::float32, packed.action_input, true);
     for (int l = 1; l <= last; ++l) add(critic.precision, packed.forward[l], l < last);
-    clocks += exchange_clocks(a.group.exchange);  // of what turns back
+    const SlicedWeights& turned = last > 1 ? packed.forward[last - 1] : packed.action_input;
+    clocks += exchange_clocks(a.group, critic.precision, turned, filled);
     for (int l = last - 1; l >= 0; --l) add(critic.precision, packed.backward[l], l > 0);
     if (clocks > longest) longest = clocks;
   }
-  constexpr double grid_meeting = 3000;
+  constexpr double grid_meeting = 3000, l2_trip = 500;
   const double rounds = static_cast<double>((2 * a.tiles + a.groups - 1) / a.groups);
-  return rounds * longest + grid_meeting;
+  // The norm over the batch, as if it were always limited: rows' norms, of what a block has just
+  // written, and then by every block four numbers a row.
+  const int64_t rows_a_trip = rows_at_once * block_threads;
+  const double trips = static_cast<double>((a.call.batch + rows_a_trip - 1) / rows_a_trip);
+  const double norm = std::max(trips * l2_trip, 16.0 * static_cast<double>(a.call.batch) / l2);
+  return rounds * (longest + l2_trip) + grid_meeting + norm;
 }
 
 // Makes a plan the best one, if it fits and takes the least time so far. All its blocks must run at
 // the same time, of which clusters may allow fewer than there are multiprocessors: the driver is
 // asked, which takes longer than all else here, about those plans alone that would be the best.
+// Returns what went wrong.
 template <class Math, int rows>
-void consider(const ActionGradientCall& call, const Device& device, int group_size, Plan* best) {
+const char* consider(const ActionGradientCall& call, const Device& device, int group_size,
+                     Plan* best) {
   Plan plan{};
   plan.kernel = ascend<Math, rows>;
   const auto is_best = [&](int most_groups) {
@@ -649,21 +709,25 @@ void consider(const ActionGradientCall& call, const Device& device, int group_si
     plan.clocks = estimate(plan);
     return !best->kernel || plan.clocks < best->clocks;
   };
-  if (!is_best(device.multiprocessors / group_size)) return;
+  if (!is_best(device.multiprocessors / group_size)) return nullptr;
   if (plan.launch.cluster > 1) {
-    const int at_once = clusters_at_once(plan.launch, plan.kernel);
-    if (at_once < plan.ascent.groups && !is_best(at_once)) return;
+    int at_once = 0;
+    if (const char* error = clusters_at_once(plan.launch, plan.kernel, &at_once)) return error;
+    if (at_once < plan.ascent.groups && !is_best(at_once)) return nullptr;
   }
   *best = plan;
+  return nullptr;
 }
 
 template <class Math>
 const char* consider_all(const ActionGradientCall& call, const Device& device, Plan* best) {
   for (const int group_size : {1, 2, 4, 8}) {
     if (!may_group(group_size)) continue;
-    if constexpr (Math::least_rows <= 8) consider<Math, 8>(call, device, group_size, best);
-    consider<Math, 16>(call, device, group_size, best);
-    consider<Math, 32>(call, device, group_size, best);
+    const char* error = nullptr;
+    if constexpr (Math::least_rows <= 8) error = consider<Math, 8>(call, device, group_size, best);
+    if (!error) error = consider<Math, 16>(call, device, group_size, best);
+    if (!error) error = consider<Math, 32>(call, device, group_size, best);
+    if (error) return error;
   }
   return best->kernel ? nullptr : "the critic's layers are too wide for shared memory";
 }
@@ -711,6 +775,7 @@ int64_t lay_out_workspace(char* workspace, Plan* plan) {
   a.second_moment = floats(copies * elements);
   a.values = floats(2 * 2 * batch);
   a.gradients = floats(2 * 2 * elements);
+  a.squared_norms = floats(2 * 2 * batch);
   if (a.group.exchange == Exchange::grid) {
     a.group.exchanged = take(2LL * a.groups * a.group.hidden_bytes);
     a.group.counters = reinterpret_cast<unsigned*>(take(4LL * a.groups));
@@ -741,6 +806,8 @@ int64_t action_gradient_workspace(const ActionGradientCall& call) {
 const char* action_gradient(const ActionGradientCall& call) {
   Plan plan{};
   if (const char* error = make_plan(call, &plan)) return error;
+  if (lay_out_workspace(nullptr, &plan) > call.workspace_bytes)
+    return "the workspace is smaller than the plan needs";
   lay_out_workspace(static_cast<char*>(call.workspace), &plan);
   return launch(plan.launch, plan.kernel, plan.ascent);
 }

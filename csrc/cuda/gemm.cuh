@@ -16,8 +16,7 @@ namespace gemm {
 constexpr int tile = 64;   // of rows and of columns
 constexpr int depth = 16;  // of k in a step
 constexpr int threads = 256;
-constexpr int square = 4;  // a thread's rows and columns
-constexpr int across = tile / square;
+constexpr int square = 4;                      // a thread's rows and columns
 constexpr int loads = tile * depth / threads;  // of an operand, by a thread, in a step
 
 // Two steps of both operands, k by k. 4 columns of padding keep rows on 16 bytes and threads that
@@ -28,8 +27,16 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == 17408, "the budget of rff_features.cu");
 
-__device__ __forceinline__ int thread_row() { return static_cast<int>(threadIdx.x) / across; }
-__device__ __forceinline__ int thread_column() { return static_cast<int>(threadIdx.x) % across; }
+// The squares of a warp's threads, 4 by 8 of them: what they read of a step takes two wavefronts an
+// operand, four for 16 FFMA a thread. A multiprocessor has both at the same rate.
+__device__ __forceinline__ int thread_row() {
+  const int t = static_cast<int>(threadIdx.x);
+  return t / 64 * 4 + row_of_lane(t % 32);
+}
+__device__ __forceinline__ int thread_column() {
+  const int t = static_cast<int>(threadIdx.x);
+  return t / 32 % 2 * 8 + column_of_lane(t % 32);
+}
 
 // The thread's i-th element of an operand's step: along k first where that is how memory lies.
 template <class Operand>

@@ -3,12 +3,14 @@
 // Every block of a group of 1, 2, 4 or 8 makes a slice of each layer's columns for all rows. The
 // slice's weights stay in its shared memory for the whole launch, if they fit, or else pass by on
 // their way from L2. After a layer the blocks hand each other their columns: a block of a cluster
-// (compute capability 9.0) writes them into the others' shared memory; before 9.0 they go through
-// L2 with a barrier in software, in a cooperative launch. Layers that are thin every block makes as
-// a whole.
+// (compute capability 9.0, and code for it) writes them into the others' shared memory; without
+// clusters they go through L2 with a barrier in software, in a cooperative launch. Layers that are
+// thin every block makes as a whole.
 //
 // The end of this file is for launchers: what a group's layer takes, by the figures of an H100.
 #pragma once
+
+#include <algorithm>
 
 #include "tile.cuh"
 
@@ -180,7 +182,7 @@ class Group {
 
 inline Exchange exchange_of(const Device& device, int group_size) {
   if (group_size == 1) return Exchange::none;
-  return device.major >= 9 ? Exchange::cluster : Exchange::grid;
+  return device.clusters ? Exchange::cluster : Exchange::grid;
 }
 
 constexpr int element_bytes(Precision precision) {
@@ -225,23 +227,41 @@ inline int bytes_for_warp(Precision precision, int rows, bool streams) {
 // Bytes a clock that each of so many blocks gets from L2.
 inline double l2_rate(int64_t blocks) { return blocks * 64 > 3000 ? 3000.0 / blocks : 64.0; }
 
-// Clocks of a block's part of a layer's product.
+// Wavefronts of shared memory, one a clock, by which a block's warps read their part of a layer's
+// product: in a step of k two for 8 columns of weights, and for every tile of columns two for 4
+// rows of float32, four for 16 of the others.
+inline double wavefronts(Precision precision, const SlicedWeights& w, int rows) {
+  const double steps = static_cast<double>(w.k) / k_step_of(precision);
+  const double of_rows = precision == Precision::float32 ? rows / 2.0 : rows / 4.0;
+  return steps * (w.slice / 4.0 + divide_up(w.slice, tile_columns) * of_rows);
+}
+
+// Clocks of a block's part of a layer's product: multiplying, shared memory or L2, whichever takes
+// most.
 inline double product_clocks(Precision precision, const SlicedWeights& w, int rows, double l2) {
   const double rate = precision == Precision::float32 ? 100
                       : precision == Precision::tf32  ? 400
                                                       : 800;
   const double weights = static_cast<double>(w.slice) * w.k;
+  const double bytes = weights * element_bytes(precision);
+  const bool streams = w.shared_offset < 0;
   const double multiplied = rows * weights / rate;
-  const double read = weights * element_bytes(precision) / (w.shared_offset < 0 ? l2 : 128);
-  return 100 + (multiplied > read ? multiplied : read);
+  const double shared = wavefronts(precision, w, rows) + (streams ? bytes / 128 : 0);
+  const double read = streams ? bytes / l2 : 0;
+  return 100 + std::max({multiplied, shared, read});
 }
 
 inline double activation_clocks(const SlicedWeights& w, int rows) { return 0.25 * rows * w.slice; }
 
-inline double exchange_clocks(Exchange exchange) {
-  switch (exchange) {
+// Clocks in which a group's blocks hand each other `rows` of their slices, of the products'
+// precision: to meet, and in a cluster to send the slice to each other block, at some 12 bytes a
+// clock.
+inline double exchange_clocks(const GroupLayout& group, Precision precision, const SlicedWeights& w,
+                              int rows) {
+  const double sent = (group.size - 1.0) * rows * w.slice * element_bytes(precision);
+  switch (group.exchange) {
     case Exchange::none: return 100;
-    case Exchange::cluster: return 800;
+    case Exchange::cluster: return 800 + sent / 12;
     default: return 2500;
   }
 }

@@ -5,7 +5,8 @@
 // allocates nothing, waits for nothing: it queues its work on `stream` of the device that is
 // current and returns nullptr, or what went wrong. Memory that a call needs beside its inputs and
 // results is `workspace`, of as many bytes as the op's `..._workspace` says, aligned to 256, in any
-// state.
+// state. How many those are depends on the plan, which is made again for the launch: so where there
+// is one, the launcher checks `workspace_bytes` after all.
 #pragma once
 
 #include <cstdint>
@@ -63,6 +64,7 @@ struct ReverseDiffusionCall {
   float* trajectory;  // [steps + 1, batch, action_dim] or null: x before every step, and the last
   float* actions;     // [batch, action_dim]
   void* workspace;
+  int64_t workspace_bytes;
   void* stream;
 };
 
@@ -110,6 +112,7 @@ struct ActionGradientCall {
   float low;
   float high;
   void* workspace;
+  int64_t workspace_bytes;
   void* stream;
 };
 
@@ -134,7 +137,7 @@ struct RffBackwardCall {
   const float* saved;   // slope, or of cos_sin y
   const float* grad_y;  // like y
   float* grad_x;        // [batch, in] or null
-  float* grad_omega;    // [features, in] or null: neither this nor grad_bias
+  float* grad_omega;    // [features, in]; null: neither this nor grad_bias, or without columns
   float* grad_bias;     // [features] or null
   void* workspace;
   void* stream;
@@ -161,9 +164,9 @@ const char* rff_features(const RffCall&);
 int64_t rff_features_backward_workspace(const RffBackwardCall&);
 const char* rff_features_backward(const RffBackwardCall&);
 
-// The devices themselves; see device.cu.
-const char* unavailable(int device);              // why kernels can't run there, or nullptr
-const char* use_device(int device, int* before);  // makes a device current
+// Why kernels can't run on the current device, now or later, or nullptr: in `reason`. Returns what
+// went wrong if that couldn't be found out.
+const char* unavailable(const char** reason);
 
 }  // namespace cuda
 }  // namespace diffcore

@@ -1,75 +1,22 @@
-// What the kernels use beyond CUDA C++ itself: thin names for PTX instructions and for launching.
+// What the kernels use beyond CUDA C++ itself: thin names for PTX instructions.
 //
-// This header alone knows that tests run the same sources on a CPU (DIFFCORE_CUDA_ON_CPU): then
-// testing/cuda_on_cpu.h plays the GPU, and these names are its.
+// Tests run the same sources on a CPU (DIFFCORE_CUDA_ON_CPU), which this header and runtime.cuh
+// alone know: then testing/cuda_on_cpu.h plays the GPU, and these names are its.
 #pragma once
 
 #include <cstdint>
 
-#ifdef DIFFCORE_CUDA_ON_CPU
-#include "testing/cuda_on_cpu.h"
-#else
+#include "runtime.cuh"
+#ifndef DIFFCORE_CUDA_ON_CPU
 #include <cooperative_groups.h>
-#include <cuda_runtime.h>
 #endif
 
 namespace diffcore {
 namespace cuda {
 
-// A launch's shape beyond grid and block.
-struct Launch {
-  unsigned grid;
-  unsigned block;
-  size_t shared_bytes;
-  void* stream;
-  unsigned cluster = 1;      // blocks that share a cluster
-  bool cooperative = false;  // all blocks must run at the same time
-};
-
-// What a launcher asks about the current device.
-struct Device {
-  int multiprocessors;
-  int shared_bytes;  // that a block may have
-  int major;         // of the compute capability
-};
-
 #ifdef DIFFCORE_CUDA_ON_CPU
 
-#define DIFFCORE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ((void)(stream),                                                      \
-   cuda_on_cpu::launch({dim3(grid), dim3(block), (shared_bytes)}, [&] { kernel(__VA_ARGS__); }))
 #define DIFFCORE_DYNAMIC_SHARED(name) char* const name = cuda_on_cpu::dynamic_shared()
-
-inline const char* launch_error() { return nullptr; }
-
-template <class Arguments>
-int clusters_at_once(const Launch& how, void (*)(Arguments)) {
-  const cuda_on_cpu::Device d = cuda_on_cpu::device();
-  return std::min(d.multiprocessors / static_cast<int>(how.cluster), d.clusters);
-}
-
-// Whether launchers shall think of groups of so many blocks: tests ask for those of one size.
-inline bool may_group(int size) {
-  const int only = cuda_on_cpu::device().group_size;
-  return only == 0 || size == only;
-}
-
-template <class Arguments>
-const char* launch(const Launch& how, void (*kernel)(Arguments), const Arguments& arguments) {
-  if (how.cluster > 1 && how.cooperative &&
-      static_cast<int>(how.grid / how.cluster) > clusters_at_once(how, kernel))
-    cuda_on_cpu::fail("more clusters than run at the same time", "launch", 0);
-  cuda_on_cpu::launch(
-      {dim3(how.grid), dim3(how.block), how.shared_bytes, how.cluster, how.cooperative},
-      [&] { kernel(arguments); });
-  return nullptr;
-}
-
-inline const char* current_device(Device* device) {
-  const cuda_on_cpu::Device d = cuda_on_cpu::device();
-  *device = {d.multiprocessors, d.shared_bytes, d.major};
-  return nullptr;
-}
 
 inline void copy_async_16(void* shared, const void* global, CUDA_ON_CPU_SITE) {
   cuda_on_cpu::copy_later(shared, global, 16, file, line);
@@ -126,91 +73,7 @@ inline void poll(CUDA_ON_CPU_SITE) { cuda_on_cpu::poll(file, line); }
 
 #else  // CUDA
 
-#define DIFFCORE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
 #define DIFFCORE_DYNAMIC_SHARED(name) extern __shared__ __align__(128) char name[]
-
-inline const char* error_text(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-// What the last launch of this thread came to; an error is reported once.
-inline const char* launch_error() { return error_text(cudaGetLastError()); }
-
-// A launch in the words of the runtime, which keeps pointing to `attributes`.
-inline cudaLaunchConfig_t launch_config(const Launch& how, cudaLaunchAttribute (&attributes)[2]) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(how.grid);
-  config.blockDim = dim3(how.block);
-  config.dynamicSmemBytes = how.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(how.stream);
-  config.attrs = attributes;
-  if (how.cluster > 1) {
-    cudaLaunchAttribute& a = attributes[config.numAttrs++];
-    a.id = cudaLaunchAttributeClusterDimension;
-    a.val.clusterDim.x = how.cluster;
-    a.val.clusterDim.y = a.val.clusterDim.z = 1;
-  }
-  if (how.cooperative) {
-    cudaLaunchAttribute& a = attributes[config.numAttrs++];
-    a.id = cudaLaunchAttributeCooperative;
-    a.val.cooperative = 1;
-  }
-  return config;
-}
-
-// Lets a kernel have as much dynamic shared memory as a launch asks for: all that a block may have,
-// since threads that each set what their own launch needs would lower it for each other.
-inline cudaError_t allow_shared_bytes(const Launch& how, const void* kernel) {
-  if (how.shared_bytes <= 48 << 10) return cudaSuccess;
-  int device = 0, most = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-  return error;
-}
-
-template <class Arguments>
-const char* launch(const Launch& how, void (*kernel)(Arguments), const Arguments& arguments) {
-  const auto function = reinterpret_cast<const void*>(kernel);
-  const cudaError_t error = allow_shared_bytes(how, function);
-  if (error != cudaSuccess) return error_text(error);
-  cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t config = launch_config(how, attributes);
-  void* pointers[] = {const_cast<Arguments*>(&arguments)};
-  return error_text(cudaLaunchKernelExC(&config, function, pointers));
-}
-
-// How many of a launch's clusters the device can run at the same time; none where it can't say. A
-// cluster's blocks are neighbours, so that a few multiprocessors may be left over.
-template <class Arguments>
-int clusters_at_once(const Launch& how, void (*kernel)(Arguments)) {
-  const auto function = reinterpret_cast<const void*>(kernel);
-  cudaError_t error = allow_shared_bytes(how, function);
-  cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t config = launch_config(how, attributes);
-  int count = 0;
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, function, &config);
-  if (error == cudaSuccess) return count;
-  cudaGetLastError();  // or the next launch would seem to have failed
-  return 0;
-}
-
-inline bool may_group(int) { return true; }
-
-inline const char* current_device(Device* device) {
-  int index = 0;
-  cudaError_t error = cudaGetDevice(&index);
-  const auto ask = [&](int* value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, index);
-  };
-  ask(&device->multiprocessors, cudaDevAttrMultiProcessorCount);
-  ask(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  ask(&device->major, cudaDevAttrComputeCapabilityMajor);
-  return error_text(error);
-}
 
 // 16 bytes on their way from global to shared memory, both aligned to 16, past L1 and the
 // registers.
@@ -278,7 +141,7 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Clusters exist from compute capability 9.0 on; no launcher makes one before.
+// Clusters exist from compute capability 9.0 on; no launcher makes one of code for less.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define DIFFCORE_CLUSTER_ASM(...) asm volatile(__VA_ARGS__)
 #else
@@ -326,6 +189,27 @@ __device__ __forceinline__ void poll() {}
 #endif
 
 constexpr unsigned all_lanes = 0xffffffffu;
+
+// A warp's lanes as 4 rows of 8 columns, for lanes that each read 16 bytes of shared memory for
+// their row of one operand and 16 for their column of another.
+//
+// By what is known of the hardware, which no manual says, such a load takes a wavefront, of which
+// shared memory has one a clock, for 8 lanes at a time; but for 16, if of all lanes n and n ^ 1, or
+// of all n and n ^ 2, read the same address. So the former share a column, and the latter a row:
+// two wavefronts a load.
+__host__ __device__ constexpr int row_of_lane(int lane) { return (lane & 1) | (lane >> 4 << 1); }
+__host__ __device__ constexpr int column_of_lane(int lane) { return lane >> 1 & 7; }
+
+constexpr bool loads_take_two_wavefronts() {
+  unsigned seen = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (column_of_lane(lane) != column_of_lane(lane ^ 1)) return false;
+    if (row_of_lane(lane) != row_of_lane(lane ^ 2)) return false;
+    seen |= 1u << (8 * row_of_lane(lane) + column_of_lane(lane));
+  }
+  return seen == all_lanes;
+}
+static_assert(loads_take_two_wavefronts());
 
 }  // namespace cuda
 }  // namespace diffcore

@@ -10,23 +10,26 @@
 // Noise is drawn while waiting for the others.
 //
 // Roofline, on an H100 at 1.7 GHz: 132 multiprocessors, of each 128 FFMA a clock (100 are reckoned
-// with) or, through mma.sync, some 400 tf32 and 800 bf16 multiply-adds; shared memory 128 bytes a
-// clock; L2 64 bytes a clock, 3,000 for all together. A chain of K = 100 steps, hidden 256 x 3,
-// state 17, action 6 has 134,000 multiply-adds (268,000 FLOPs) and 768 activations of some 30
+// with) or, through mma.sync, some 400 tf32 and 800 bf16 multiply-adds; a wavefront of shared memory
+// a clock; L2 64 bytes a clock, 3,000 for all together; 12 bytes a clock to other blocks of a
+// cluster, of which 66 of 2, 31 of 4 or 15 of 8 run at once. A chain of K = 100 steps, hidden 256 x
+// 3, state 17, action 6 has 134,000 multiply-adds (268,000 FLOPs) and 768 activations of some 30
 // instructions per row and step, and 0.54 MB of float32 weights.
 //
 //   batch 1     Every step needs all weights. From L2 into one multiprocessor they take 8,400
-//               clocks. Spread over the shared memory of 8 they take 512 in each, to which come two
-//               exchanges of about 800 (a cluster's barrier and the way there), activations, sums:
-//               3,700 clocks a step, 0.22 ms a chain in float32. Latency limits it, neither bytes
-//               nor FLOPs. The same goes for up to 64 rows, in 16 clusters of 4 rows each.
-//   batch 256   16 clusters with 16 rows each: two layers of 1,300 clocks of FFMA, three exchanges:
-//               6,800 clocks a step, 0.40 ms. In bf16 multiplications all but vanish: 4,200, 0.25
-//               ms. 64 blocks alone with 4 rows each would wait 11,200 clocks a step for weights.
-//   batch 4096  128 blocks alone with 32 rows each. FFMA limits float32: 43,000 of 51,000 clocks a
-//               step, 3.0 ms. In bf16 weights from L2 (11,200 clocks) would take longer than
-//               products (5,400) and activations (6,100) each; pairs of blocks that hold them take
-//               two rounds of 9,500 clocks, 1.1 ms, and activations limit it.
+//               clocks. Spread over the shared memory of 8, two layers take 640 wavefronts each,
+//               for 4 rows, to which come two exchanges of 870 (a cluster's barrier and the way
+//               there), thin layers, activations, sums: 4,500 clocks a step, 0.27 ms a chain in
+//               float32. Latency and shared memory limit it. Up to 60 rows, in 15 clusters of 4
+//               rows each, have more to send: 5,200.
+//   batch 256   16 clusters of 4 with 16 rows each: two layers of 2,600 clocks of FFMA, three
+//               exchanges of 1,800: 13,200 clocks a step, 0.78 ms. In bf16 multiplications take
+//               little: 6,700, 0.39 ms. 16 clusters of 8 would take 10,700, but the last of them
+//               would wait for another's chain. 64 blocks alone with 4 rows each, whose weights
+//               pass through shared memory, would take 16,800.
+//   batch 4096  128 blocks alone with 32 rows each. FFMA limits float32: 43,000 of 51,200 clocks a
+//               step, 3.0 ms. In bf16 weights from L2 take 11,200 of 19,400 and activations 6,100,
+//               1.1 ms; pairs of blocks that hold them would take two rounds of 11,600.
 //
 // Slices that stay win wherever tiles are few, and streams where every block has a tile of its own
 // to multiply: `estimate` below does this arithmetic for the call at hand, and the launcher takes
@@ -34,6 +37,8 @@
 //
 // Budget: 256 threads, up to 255 registers (one block a multiprocessor), no spills; shared memory
 // as the plan says, up to all of it.
+#include <algorithm>
+
 #include "group.cuh"
 #include "kernels.h"
 #include "philox.cuh"
@@ -429,14 +434,16 @@ __global__ void __launch_bounds__(block_threads, 1)
 
 struct Plan {
   Chain chain;
+  Launch launch;
+  void (*kernel)(Chain);
   int rows;
-  int shared_bytes;
   double clocks;  // of a step of all tiles, by `estimate`
 };
 
-// Widths, and what lies where in shared memory; false if it doesn't fit.
-bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_size, int rows,
-             Plan* plan) {
+// Widths, and what lies where in shared memory, for at most so many groups; false if it doesn't
+// fit.
+bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_size,
+             int most_groups, int rows, Plan* plan) {
   const DenoiserParameters& p = call.denoiser;
   Chain& c = plan->chain;
   c = Chain{};
@@ -446,9 +453,8 @@ bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_s
   c.group.exchange = exchange_of(device, group_size);
   c.share_first = group_size == 1 || rows >= 16;
   c.tiles = (call.batch + rows - 1) / rows;
-  const int64_t most = device.multiprocessors / group_size;
-  c.groups = static_cast<int>(c.tiles < most ? c.tiles : most);
-  if (c.groups == 0) return call.batch == 0;
+  c.groups = c.tiles < most_groups ? static_cast<int>(c.tiles) : most_groups;
+  if (c.groups == 0) return false;
   plan->rows = rows;
 
   int widest = 0;
@@ -502,7 +508,10 @@ bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_s
     return streamed == 0;
   };
   if (!stay(false)) stay(true);
-  plan->shared_bytes = used;
+  plan->launch = {static_cast<unsigned>(c.groups * group_size), block_threads,
+                  static_cast<size_t>(used), call.stream};
+  if (group.exchange == Exchange::cluster) plan->launch.cluster = static_cast<unsigned>(group_size);
+  plan->launch.cooperative = group.exchange == Exchange::grid;
   return used <= device.shared_bytes;
 }
 
@@ -510,14 +519,17 @@ bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_s
 double estimate(const Plan& plan) {
   const Chain& c = plan.chain;
   const double l2 = l2_rate(static_cast<int64_t>(c.groups) * c.group.size);
+  // Products are of all the tile's rows, what follows them of those that there are.
+  const int filled = static_cast<int>(std::min<int64_t>(c.call.batch, plan.rows));
   double clocks = 600;  // the solver's step and the last layer's sums
   for (int l = 0; l < c.layer_count; ++l) {
     const Layer& layer = c.layers[l];
     const bool first = l == 0, last = l == c.layer_count - 1;
     const Precision precision = first ? Precision::float32 : c.call.denoiser.precision;
     clocks += product_clocks(precision, layer, plan.rows, l2);
-    if (!last) clocks += activation_clocks(layer, plan.rows);
-    if (!last && (!first || c.share_first)) clocks += exchange_clocks(c.group.exchange);
+    if (!last) clocks += activation_clocks(layer, filled);
+    if (!last && (!first || c.share_first))
+      clocks += exchange_clocks(c.group, c.call.denoiser.precision, layer, filled);
   }
   const double rounds = static_cast<double>((c.tiles + c.groups - 1) / c.groups);
   return rounds * clocks;
@@ -536,24 +548,53 @@ const char* check(const ReverseDiffusionCall& call) {
   return nullptr;
 }
 
-const char* make_plan(const ReverseDiffusionCall& call, Plan* best) {
-  if (const char* reason = check(call)) return reason;
-  Device device;
-  if (const char* error = current_device(&device)) return error;
-  bool found = false;
+// Makes a plan the best one, if it fits and takes the least time so far. Groups beyond the clusters
+// that run at the same time would wait for the others' whole chains; the driver is asked how many
+// do, about those plans alone that would be the best. Returns what went wrong.
+template <class Math, int rows>
+const char* consider(const ReverseDiffusionCall& call, const Device& device, int group_size,
+                     Plan* best) {
+  Plan plan{};
+  plan.kernel = reverse_chain<Math, rows>;
+  const auto is_best = [&](int most_groups) {
+    if (!lay_out(call, device, group_size, most_groups, rows, &plan)) return false;
+    plan.clocks = estimate(plan);
+    return !best->kernel || plan.clocks < best->clocks;
+  };
+  if (!is_best(device.multiprocessors / group_size)) return nullptr;
+  if (plan.launch.cluster > 1) {
+    int at_once = 0;
+    if (const char* error = clusters_at_once(plan.launch, plan.kernel, &at_once)) return error;
+    if (at_once < plan.chain.groups && !is_best(at_once)) return nullptr;
+  }
+  *best = plan;
+  return nullptr;
+}
+
+template <class Math>
+const char* consider_all(const ReverseDiffusionCall& call, const Device& device, Plan* best) {
   for (const int group_size : {1, 2, 4, 8}) {
     if (!may_group(group_size)) continue;
-    for (const int rows : {4, 16, 32}) {
-      if (rows == 4 && call.denoiser.precision != Precision::float32) continue;
-      Plan plan;
-      if (!lay_out(call, device, group_size, rows, &plan)) continue;
-      plan.clocks = estimate(plan);
-      if (found && plan.clocks >= best->clocks) continue;
-      *best = plan;
-      found = true;
-    }
+    const char* error = nullptr;
+    if constexpr (Math::least_rows <= 4) error = consider<Math, 4>(call, device, group_size, best);
+    if (!error) error = consider<Math, 16>(call, device, group_size, best);
+    if (!error) error = consider<Math, 32>(call, device, group_size, best);
+    if (error) return error;
   }
-  return found ? nullptr : "the layers don't fit into this device's shared memory";
+  return best->kernel ? nullptr : "the layers don't fit into this device's shared memory";
+}
+
+const char* make_plan(const ReverseDiffusionCall& call, Plan* plan) {
+  if (const char* reason = check(call)) return reason;
+  Device device{};
+  if (const char* error = current_device(&device)) return error;
+  switch (call.denoiser.precision) {
+    case Precision::float32: return consider_all<Float32Math>(call, device, plan);
+    case Precision::tf32: return consider_all<Tf32Math>(call, device, plan);
+    case Precision::bfloat16: return consider_all<Bfloat16Math>(call, device, plan);
+    case Precision::float16: return consider_all<Float16Math>(call, device, plan);
+  }
+  return "an unknown precision";
 }
 
 // Gives the plan's arrays their places in a workspace; with null it only measures.
@@ -594,24 +635,15 @@ const char* run(const Plan& plan) {
   const int all = preparation.step_blocks + preparation.state_blocks + preparation.pack_blocks;
   const char* error = launch({static_cast<unsigned>(all), block_threads, shared, c.call.stream},
                              prepare<Math>, preparation);
-  if (error) return error;
-
-  Launch how{static_cast<unsigned>(c.groups * c.group.size), block_threads,
-             static_cast<size_t>(plan.shared_bytes), c.call.stream};
-  if (c.group.exchange == Exchange::cluster) how.cluster = static_cast<unsigned>(c.group.size);
-  how.cooperative = c.group.exchange == Exchange::grid;
-  if (plan.rows == 32) return launch(how, reverse_chain<Math, 32>, c);
-  if (plan.rows == 16) return launch(how, reverse_chain<Math, 16>, c);
-  if constexpr (Math::least_rows <= 4) return launch(how, reverse_chain<Math, 4>, c);
-  return nullptr;
+  return error ? error : launch(plan.launch, plan.kernel, c);
 }
 
 }  // namespace
 
 const char* plan_reverse_diffusion(const ReverseDiffusionCall& call, KernelPlan* result) {
-  Plan plan;
+  Plan plan{};
   if (const char* reason = make_plan(call, &plan)) return reason;
-  *result = {plan.chain.group.size, plan.rows, 0, plan.shared_bytes,
+  *result = {plan.chain.group.size, plan.rows, 0, static_cast<int>(plan.launch.shared_bytes),
              plan.clocks * call.denoiser.steps};
   for (int l = 0; l < plan.chain.layer_count; ++l)
     result->resident_layers += plan.chain.layers[l].shared_offset >= 0;
@@ -619,14 +651,16 @@ const char* plan_reverse_diffusion(const ReverseDiffusionCall& call, KernelPlan*
 }
 
 int64_t reverse_diffusion_workspace(const ReverseDiffusionCall& call) {
-  Plan plan;
+  Plan plan{};
   return make_plan(call, &plan) ? -1 : lay_out_workspace(nullptr, &plan);
 }
 
 const char* reverse_diffusion(const ReverseDiffusionCall& call) {
-  Plan plan;
+  Plan plan{};
   if (call.batch == 0) return nullptr;
   if (const char* error = make_plan(call, &plan)) return error;
+  if (lay_out_workspace(nullptr, &plan) > call.workspace_bytes)
+    return "the workspace is smaller than the plan needs";
   lay_out_workspace(static_cast<char*>(call.workspace), &plan);
   switch (call.denoiser.precision) {
     case Precision::float32: return run<Float32Math>(plan);

@@ -15,9 +15,10 @@
 //
 // Roofline, on an H100 at 1.7 GHz (132 multiprocessors of 128 FFMA a clock, 3.35 TB/s), batch 256,
 // 256 -> 1024. Forward, 134 MFLOP: 64 tiles of 64 * 64 * 256 multiply-adds, one a multiprocessor,
-// 8,200 clocks or 4.8 us; a sine and cosine are some 40 instructions, 1,300 clocks a tile; memory,
-// 2.3 MB, 0.7 us. So FFMA limits it, on half the device. Backward, 268 MFLOP and 4.7 MB: 64 tiles
-// of grad_omega like those, and 16 of grad_x that sum over 1024, 32,800 clocks or 19 us. No GPU has
+// 8,200 clocks; shared memory is read in as many wavefronts, one a clock, and written in 2,000: 6.0
+// us. A sine and cosine are some 40 instructions, 1,300 clocks a tile; memory, 2.3 MB, 0.7 us. So
+// shared memory limits it, on half the device. Backward, 268 MFLOP and 4.7 MB: 64 tiles of
+// grad_omega like those, and 16 of grad_x that sum over 1024, 38,900 clocks or 23 us. No GPU has
 // measured it yet.
 #include "gemm.cuh"
 #include "kernels.h"
@@ -134,6 +135,7 @@ struct BackwardPlan {
   RffBackwardCall call;
   int64_t x_blocks;
   int64_t omega_blocks;  // of one piece
+  int64_t column_tiles;  // of grad_omega; one at least, which sums up grad_bias
   float* grad_omega;     // [pieces, features, in]
   float* grad_bias;      // [pieces, features], or null
 };
@@ -163,7 +165,7 @@ __device__ __forceinline__ void grad_omega_tile(const BackwardPlan& plan, gemm::
   const int64_t in = call.omega.in, features = call.omega.out;
   const int64_t block = blockIdx.x - plan.x_blocks;
   const int64_t piece = block / plan.omega_blocks, rest = block % plan.omega_blocks;
-  const int64_t tiles = gemm::tiles_of(in);
+  const int64_t tiles = plan.column_tiles;
   const int64_t feature_tile = rest / tiles * gemm::tile;
   const int64_t column_tile = rest % tiles * gemm::tile;
   const int64_t first = piece * rows_of_piece;
@@ -193,31 +195,39 @@ __global__ void __launch_bounds__(gemm::threads, 2) rff_backward(BackwardPlan pl
   }
 }
 
+// Arrays [count, size] to be added up.
+struct Pieces {
+  const float* pieces;
+  int64_t count;
+  int64_t size;
+  float* total;  // [size]
+};
+
 // total[i] = sum of pieces[p][i], in order.
-__global__ void __launch_bounds__(256)
-    rff_add_pieces(const float* pieces, int64_t count, int64_t size, float* total) {
+__global__ void __launch_bounds__(256) rff_add_pieces(Pieces of) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (i >= size) return;
+  if (i >= of.size) return;
   float sum = 0.0f;
-  for (int64_t p = 0; p < count; ++p) sum += pieces[p * size + i];
-  total[i] = sum;
+  for (int64_t p = 0; p < of.count; ++p) sum += of.pieces[p * of.size + i];
+  of.total[i] = sum;
 }
 
-const char* add_pieces(const float* pieces, int64_t count, int64_t size, float* total,
-                       cudaStream_t stream) {
-  const int64_t blocks = (size + 255) / 256;
-  DIFFCORE_LAUNCH(rff_add_pieces, static_cast<unsigned>(blocks), 256, 0, stream, pieces, count,
-                  size, total);
-  return launch_error();
+const char* add_pieces(const Pieces& of, void* stream) {
+  if (of.size == 0) return nullptr;
+  const int64_t blocks = (of.size + 255) / 256;
+  return launch({static_cast<unsigned>(blocks), 256, 0, stream}, rff_add_pieces, of);
+}
+
+Launch launch_of(int64_t blocks, void* stream) {
+  return {static_cast<unsigned>(blocks), gemm::threads, sizeof(gemm::Shared), stream};
 }
 
 }  // namespace
 
 const char* rff_features(const RffCall& call) {
   const int64_t blocks = gemm::tiles_of(call.batch) * gemm::tiles_of(call.omega.out);
-  DIFFCORE_LAUNCH(rff_forward, static_cast<unsigned>(blocks), gemm::threads, sizeof(gemm::Shared),
-                  static_cast<cudaStream_t>(call.stream), call);
-  return launch_error();
+  if (blocks == 0) return nullptr;
+  return launch(launch_of(blocks, call.stream), rff_forward, call);
 }
 
 int64_t rff_features_backward_workspace(const RffBackwardCall& call) {
@@ -228,7 +238,6 @@ int64_t rff_features_backward_workspace(const RffBackwardCall& call) {
 const char* rff_features_backward(const RffBackwardCall& call) {
   const int64_t in = call.omega.in, features = call.omega.out;
   const int64_t pieces = pieces_of(call.batch);
-  const auto stream = static_cast<cudaStream_t>(call.stream);
   BackwardPlan plan{};
   plan.call = call;
   plan.grad_omega = call.grad_omega;
@@ -238,20 +247,20 @@ const char* rff_features_backward(const RffBackwardCall& call) {
     plan.grad_bias = call.grad_bias ? plan.grad_omega + pieces * features * in : nullptr;
   }
   if (call.grad_x) plan.x_blocks = gemm::tiles_of(call.batch) * gemm::tiles_of(in);
-  if (call.grad_omega) plan.omega_blocks = gemm::tiles_of(features) * gemm::tiles_of(in);
-  const auto blocks = static_cast<unsigned>(plan.x_blocks + pieces * plan.omega_blocks);
-  if (call.kind == RffKind::cos_sin) {
-    DIFFCORE_LAUNCH(rff_backward<true>, blocks, gemm::threads, sizeof(gemm::Shared), stream, plan);
-  } else {
-    DIFFCORE_LAUNCH(rff_backward<false>, blocks, gemm::threads, sizeof(gemm::Shared), stream, plan);
-  }
-  if (const char* error = launch_error()) return error;
-  if (pieces == 1 || !call.grad_omega) return nullptr;
-  if (const char* error =
-          add_pieces(plan.grad_omega, pieces, features * in, call.grad_omega, stream))
+  const bool parameters = call.grad_omega || call.grad_bias;
+  plan.column_tiles = in > 0 ? gemm::tiles_of(in) : 1;
+  if (parameters) plan.omega_blocks = gemm::tiles_of(features) * plan.column_tiles;
+  const int64_t blocks = plan.x_blocks + pieces * plan.omega_blocks;
+  if (blocks == 0) return nullptr;
+  const Launch how = launch_of(blocks, call.stream);
+  const bool pair = call.kind == RffKind::cos_sin;
+  if (const char* error = launch(how, pair ? rff_backward<true> : rff_backward<false>, plan))
     return error;
+  if (pieces == 1 || !parameters) return nullptr;
+  const Pieces of_omega = {plan.grad_omega, pieces, features * in, call.grad_omega};
+  if (const char* error = add_pieces(of_omega, call.stream)) return error;
   if (!call.grad_bias) return nullptr;
-  return add_pieces(plan.grad_bias, pieces, features, call.grad_bias, stream);
+  return add_pieces({plan.grad_bias, pieces, features, call.grad_bias}, call.stream);
 }
 
 }  // namespace cuda

@@ -45,8 +45,10 @@ constexpr int sums_stride = 40;
 
 // -- float32 on the FFMA units --------------------------------------------------------------------
 
-// Lane 8 g + c has rows g, g + 4, ... and columns c, c + 8, c + 16, c + 24: a warp's float4 loads
-// touch four rows of the input or eight of the weights at a time, a wavefront each.
+// A lane has rows r, r + 4, ... and columns c, c + 8, c + 16, c + 24, with r and c as row_of_lane
+// and column_of_lane have them. So a step of four in k takes two wavefronts for each of its float4
+// loads, four of weights and a fourth of the rows: with less than 32 rows as many clocks as FFMA,
+// or more.
 struct Float32Math {
   using Operand = float;
   using Pair = float2;
@@ -66,9 +68,8 @@ struct Float32Math {
   static __device__ __forceinline__ void multiply(Sums<rows>& sums, const float* x, int x_stride,
                                                   const float* w, int w_stride, int depth,
                                                   int octets) {
-    const int group = lane_index() / 8, column = lane_index() % 8;
-    x += group * x_stride;
-    w += column * w_stride;
+    x += row_of_lane(lane_index()) * x_stride;
+    w += column_of_lane(lane_index()) * w_stride;
 #pragma unroll 2
     for (int k = 0; k < depth; k += 4) {
       float4 a[rows / 4], b[4];
@@ -96,7 +97,7 @@ struct Float32Math {
 
   template <int rows>
   static __device__ __forceinline__ void store(const Sums<rows>& sums, float* out) {
-    out += lane_index() / 8 * sums_stride + lane_index() % 8;
+    out += row_of_lane(lane_index()) * sums_stride + column_of_lane(lane_index());
 #pragma unroll
     for (int i = 0; i < rows / 4; ++i)
 #pragma unroll

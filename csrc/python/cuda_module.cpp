@@ -1,5 +1,7 @@
 // The Python face of the CUDA kernels: device addresses and sizes in, nothing checked. Shapes,
-// types and devices are checked in diffcore/ops/<op>/__init__.py, and only there.
+// types and devices are checked in diffcore/ops/<op>/__init__.py, and only there. Whoever calls has
+// made the tensors' device the current one, by torch: that knows how to leave it without making a
+// context on the one before, half a gigabyte where nobody needs it.
 //
 // The same file makes two modules: `_cuda` with what nvcc built, and for tests `_cuda_on_cpu` with
 // the same kernels as ordinary C++ (DIFFCORE_CUDA_ON_CPU), whose addresses are the host's.
@@ -35,32 +37,9 @@ LinearParameters linear_parameters(const Layer& layer) {
   return {pointer<const float>(weight), pointer<const float>(bias), in, out};
 }
 
-// (device, stream): where a call is queued. An exception says why it could not be.
-using Queue = std::tuple<int, Address>;
-
+// An exception says why a call could not be queued.
 void check(const char* error) {
   if (error) throw std::runtime_error(std::string("CUDA kernels: ") + error);
-}
-
-// Makes the queue's device current for as long as it lives.
-class CurrentDevice {
- public:
-  explicit CurrentDevice(const Queue& queue) { check(use_device(std::get<0>(queue), &before_)); }
-  ~CurrentDevice() {
-    int unused;
-    use_device(before_, &unused);
-  }
-  CurrentDevice(const CurrentDevice&) = delete;
-  CurrentDevice& operator=(const CurrentDevice&) = delete;
-
- private:
-  int before_ = 0;
-};
-
-template <class Call>
-void launch(const char* (*op)(const Call&), const Call& call, const Queue& queue) {
-  const CurrentDevice current(queue);
-  check(op(call));
 }
 
 // Of the workspace; an exception says why the device can't run the call.
@@ -103,8 +82,7 @@ ReverseDiffusionCall reverse_diffusion_shapes(const std::vector<Layer>& layers, 
 
 int64_t reverse_diffusion_bytes(const std::vector<Layer>& layers, int action_dim, int state_dim,
                                 Activation activation, Precision precision, int steps,
-                                int64_t batch, int device) {
-  const CurrentDevice current({device, 0});
+                                int64_t batch) {
   return bytes_of(
       reverse_diffusion_workspace, plan_reverse_diffusion,
       reverse_diffusion_shapes(layers, action_dim, state_dim, activation, precision, steps, batch));
@@ -112,8 +90,7 @@ int64_t reverse_diffusion_bytes(const std::vector<Layer>& layers, int action_dim
 
 // A dictionary, or a text: why the device can't.
 template <class Call>
-py::object plan_of(const char* (*make)(const Call&, KernelPlan*), const Call& call, int device) {
-  const CurrentDevice current({device, 0});
+py::object plan_of(const char* (*make)(const Call&, KernelPlan*), const Call& call) {
   KernelPlan plan{};
   if (const char* reason = make(call, &plan)) return py::str(reason);
   py::dict result;
@@ -126,11 +103,10 @@ py::object plan_of(const char* (*make)(const Call&, KernelPlan*), const Call& ca
 }
 
 py::object reverse_diffusion_plan(const std::vector<Layer>& layers, int action_dim, int state_dim,
-                                  Precision precision, int steps, int64_t batch, int device) {
+                                  Precision precision, int steps, int64_t batch) {
   return plan_of(plan_reverse_diffusion,
                  reverse_diffusion_shapes(layers, action_dim, state_dim, Activation::identity,
-                                          precision, steps, batch),
-                 device);
+                                          precision, steps, batch));
 }
 
 void launch_reverse_diffusion(const std::vector<Layer>& layers, int action_dim, int state_dim,
@@ -138,7 +114,7 @@ void launch_reverse_diffusion(const std::vector<Layer>& layers, int action_dim, 
                               int steps, Address coefficients, int64_t batch, Address state,
                               Address x_init, Address noise, uint64_t seed, Address seed_address,
                               float noise_scale, float clip, Address trajectory, Address actions,
-                              Address workspace, const Queue& queue) {
+                              Address workspace, int64_t workspace_bytes, Address stream) {
   const py::gil_scoped_release unlocked;
   ReverseDiffusionCall call{};
   call.denoiser = denoiser_parameters(layers, action_dim, state_dim, activation, precision,
@@ -154,14 +130,14 @@ void launch_reverse_diffusion(const std::vector<Layer>& layers, int action_dim, 
   call.trajectory = pointer<float>(trajectory);
   call.actions = pointer<float>(actions);
   call.workspace = pointer<void>(workspace);
-  call.stream = pointer<void>(std::get<1>(queue));
-  launch(reverse_diffusion, call, queue);
+  call.workspace_bytes = workspace_bytes;
+  call.stream = pointer<void>(stream);
+  check(reverse_diffusion(call));
 }
 
 void launch_reverse_step(int64_t count, Address x, Address eps, Address noise, Address x0_previous,
                          Address coefficients, const std::array<float, 7>& coefficient_values,
-                         float noise_scale, float clip, Address next, Address x0,
-                         const Queue& queue) {
+                         float noise_scale, float clip, Address next, Address x0, Address stream) {
   ReverseStepCall call{};
   call.count = count;
   call.x = pointer<const float>(x);
@@ -174,8 +150,8 @@ void launch_reverse_step(int64_t count, Address x, Address eps, Address noise, A
   call.clip = clip;
   call.next = pointer<float>(next);
   call.x0 = pointer<float>(x0);
-  call.stream = pointer<void>(std::get<1>(queue));
-  launch(reverse_step, call, queue);
+  call.stream = pointer<void>(stream);
+  check(reverse_step(call));
 }
 
 CriticParameters critic_parameters(const std::vector<Layer>& layers, int action_dim, int state_dim,
@@ -204,8 +180,7 @@ ActionGradientCall action_gradient_shapes(const std::vector<Layer>& first,
 
 int64_t action_gradient_bytes(const std::vector<Layer>& first, const std::vector<Layer>& second,
                               int action_dim, int state_dim, Activation activation,
-                              Precision precision, int64_t batch, int device) {
-  const CurrentDevice current({device, 0});
+                              Precision precision, int64_t batch) {
   return bytes_of(
       action_gradient_workspace, plan_action_gradient,
       action_gradient_shapes(first, second, action_dim, state_dim, activation, precision, batch));
@@ -213,11 +188,11 @@ int64_t action_gradient_bytes(const std::vector<Layer>& first, const std::vector
 
 py::object action_gradient_plan(const std::vector<Layer>& first, const std::vector<Layer>& second,
                                 int action_dim, int state_dim, Precision precision, int steps,
-                                int64_t batch, int device) {
+                                int64_t batch) {
   ActionGradientCall call = action_gradient_shapes(first, second, action_dim, state_dim,
                                                    Activation::identity, precision, batch);
   call.steps = steps;
-  return plan_of(plan_action_gradient, call, device);
+  return plan_of(plan_action_gradient, call);
 }
 
 void launch_action_gradient(const std::vector<Layer>& first, const std::vector<Layer>& second,
@@ -225,7 +200,7 @@ void launch_action_gradient(const std::vector<Layer>& first, const std::vector<L
                             Precision precision, int64_t batch, Address state, Address action,
                             Address improved, int steps, float lr, float eps, float max_norm,
                             NormClip norm_clip, ActionOptimizer optimizer, float low, float high,
-                            Address workspace, const Queue& queue) {
+                            Address workspace, int64_t workspace_bytes, Address stream) {
   const py::gil_scoped_release unlocked;
   ActionGradientCall call =
       action_gradient_shapes(first, second, action_dim, state_dim, activation, precision, batch);
@@ -241,17 +216,16 @@ void launch_action_gradient(const std::vector<Layer>& first, const std::vector<L
   call.low = low;
   call.high = high;
   call.workspace = pointer<void>(workspace);
-  call.stream = pointer<void>(std::get<1>(queue));
-  launch(action_gradient, call, queue);
+  call.workspace_bytes = workspace_bytes;
+  call.stream = pointer<void>(stream);
+  check(action_gradient(call));
 }
 
 void launch_rff_features(const Layer& omega, RffKind kind, float scale, int64_t batch, Address x,
-                         Address y, Address slope, const Queue& queue) {
+                         Address y, Address slope, Address stream) {
   const py::gil_scoped_release unlocked;
-  launch(rff_features,
-         {linear_parameters(omega), batch, kind, scale, pointer<const float>(x), pointer<float>(y),
-          pointer<float>(slope), pointer<void>(std::get<1>(queue))},
-         queue);
+  check(rff_features({linear_parameters(omega), batch, kind, scale, pointer<const float>(x),
+                      pointer<float>(y), pointer<float>(slope), pointer<void>(stream)}));
 }
 
 RffBackwardCall rff_backward_call(const Layer& omega, RffKind kind, int64_t batch, Address x,
@@ -277,16 +251,16 @@ int64_t rff_features_backward_bytes(const Layer& omega, RffKind kind, int64_t ba
 
 void launch_rff_features_backward(const Layer& omega, RffKind kind, int64_t batch, Address x,
                                   Address saved, Address grad_y, Address grad_x, Address grad_omega,
-                                  Address grad_bias, Address workspace, const Queue& queue) {
+                                  Address grad_bias, Address workspace, Address stream) {
   const py::gil_scoped_release unlocked;
-  launch(rff_features_backward,
-         rff_backward_call(omega, kind, batch, x, saved, grad_y, grad_x, grad_omega, grad_bias,
-                           workspace, std::get<1>(queue)),
-         queue);
+  check(rff_features_backward(rff_backward_call(omega, kind, batch, x, saved, grad_y, grad_x,
+                                                grad_omega, grad_bias, workspace, stream)));
 }
 
-py::object why_unavailable(int device) {
-  const char* reason = unavailable(device);
+// A text, or None; an exception where it couldn't be found out.
+py::object why_unavailable() {
+  const char* reason = nullptr;
+  check(unavailable(&reason));
   return reason ? py::object(py::str(reason)) : py::none();
 }
 

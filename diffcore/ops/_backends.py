@@ -182,8 +182,17 @@ def _device_lacks(device: torch.device) -> str | None:
 
 
 @constant_under_compile
-@functools.cache
 def _driver_lacks(index: int) -> str | None:
-    """Why the CUDA kernels, which were built with a CUDA of their own, can't run on a device."""
-    reason: str | None = _native._cuda.unavailable(index)
+    """Why the CUDA kernels can't run on a device: they were built with a CUDA of their own, and for
+    some architectures."""
+    try:
+        return _lacks_for_good(index)
+    except RuntimeError as error:  # nobody could tell, for lack of memory perhaps: that may pass
+        return str(error)
+
+
+@functools.cache
+def _lacks_for_good(index: int) -> str | None:
+    with torch.cuda.device(index):
+        reason: str | None = _native._cuda.unavailable()
     return reason

@@ -426,11 +426,26 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def queue(tensor: Tensor) -> tuple[int, int]:
-    """(device index, stream) on which the work of a call with this tensor is queued."""
+def cuda_lacks() -> str | None:
+    """Why the CUDA kernels can't run on the current device, or why nobody can tell; else None."""
+    try:
+        reason: str | None = _cuda.unavailable()
+    except RuntimeError as error:
+        return str(error)
+    return reason
+
+
+def device_index(tensor: Tensor) -> int:
+    """Of a GPU; for the CPU -1, with which ``torch.cuda.device`` changes nothing."""
+    return -1 if tensor.is_cpu else tensor.device.index
+
+
+def stream(tensor: Tensor) -> int:
+    """The stream on which the work of a call with this tensor is queued."""
     if tensor.is_cpu:  # the CUDA kernels' build for the CPU
-        return 0, 0
-    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+        return 0
+    address: int = torch.cuda.current_stream(tensor.device).cuda_stream
+    return address
 
 
 def workspace(size: int, like: Tensor) -> Tensor:

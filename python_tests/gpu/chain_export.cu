@@ -4,8 +4,8 @@
 using namespace diffcore::cuda;
 
 // sizes: batch, state, action, time, hidden, trunk layers, steps; parameters: weight and bias of
-// every layer, time MLP first. Returns nullptr or an error; with `actions` null the workspace is
-// measured.
+// every layer, time MLP first. Returns nullptr or an error; with `actions` null the workspace's
+// `bytes` are measured.
 extern "C" __attribute__((visibility("default"))) const char* chain(
     const int* sizes, int precision, const float* const* parameters, const float* embedding,
     const float* coefficients, const float* state, const float* x_init, const float* noise,
@@ -43,6 +43,7 @@ extern "C" __attribute__((visibility("default"))) const char* chain(
   call.trajectory = trajectory;
   call.actions = actions;
   call.workspace = workspace;
+  call.workspace_bytes = *bytes;
   if (!actions) {
     *bytes = reverse_diffusion_workspace(call);
     return nullptr;

@@ -112,6 +112,9 @@ __global__ void shuffle_kernel(Ints p) {
     p.out[lane] = neighbour;
   }
 }
+EXPORT const char* launch_of_nothing() {
+  return launch({0, 32, 0, nullptr}, shuffle_kernel, Ints{nullptr});
+}
 EXPORT void shuffle(int* out) { launch({1, 32, 0, nullptr}, shuffle_kernel, Ints{out}); }
 
 __global__ void shuffle_groups_kernel(Ints p) {

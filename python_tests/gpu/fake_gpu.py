@@ -94,8 +94,23 @@ def _accept_fake_tensors(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Tensor, "__setitem__", _set_element)
     patch.setattr(Tensor, "__int__", lambda tensor: int(tensor.item()))
     patch.setattr(Tensor, "__float__", lambda tensor: float(tensor.item()))
-    patch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+    for name in ("device", "device_of"):
+        patch.setattr(torch.cuda, name, CurrentDevice)
     patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+
+
+class CurrentDevice:
+    """``torch.cuda.device`` and ``torch.cuda.device_of``, of a device or of a tensor on it."""
+
+    entered = 0
+
+    def __init__(self, device: int | Tensor) -> None: ...
+
+    def __enter__(self) -> None:
+        CurrentDevice.entered += 1
+
+    def __exit__(self, *exception: object) -> None:
+        CurrentDevice.entered -= 1
 
 
 def _element(tensor: Tensor, index: Any) -> Tensor:
@@ -127,11 +142,15 @@ def _record_cuda_kernels(patch: pytest.MonkeyPatch, launches: list[Launch]) -> N
         def __getattr__(self, name: str) -> Any:
             if name[0].isupper():  # an enumeration
                 return getattr(_native._core, name)
-            if name.endswith("_workspace"):
-                return lambda *args: 64
-            if name.endswith("_plan"):
-                return lambda *args: None
-            return lambda *args: launches.append(Launch(name, []))
+
+            def call(*args: Any) -> int | None:
+                assert CurrentDevice.entered, f"{name} on whatever device is current"
+                if name.endswith(("_workspace", "_plan")):
+                    return 64 if name.endswith("_workspace") else None
+                launches.append(Launch(name, []))
+                return None
+
+            return call
 
     patch.setattr(_native, "_cuda", Module())
     patch.setattr(_native, "cuda_unavailable", None)

@@ -481,7 +481,7 @@ def plan(module: Any, hidden: int, layers: int, precision: str, batch: int) -> A
     shapes += [(hidden, hidden)] * (layers - 1) + [(hidden, 6)]
     pointers = [(0, 0, *shape) for shape in shapes]
     return module.reverse_diffusion_plan(
-        pointers, 6, 17, getattr(module.Precision, precision), 100, batch, 0
+        pointers, 6, 17, getattr(module.Precision, precision), 100, batch
     )
 
 
@@ -492,13 +492,13 @@ def test_plans_for_an_h100(cuda_module: Any, monkeypatch: pytest.MonkeyPatch) ->
     few = plan(cuda_module, 256, 3, "float32", 1)
     assert (few["blocks_a_tile"], few["rows_a_tile"], few["resident_layers"]) == (8, 4, 4)
     some = plan(cuda_module, 256, 3, "float32", 256)
-    assert (some["blocks_a_tile"], some["rows_a_tile"], some["resident_layers"]) == (8, 16, 4)
+    assert (some["blocks_a_tile"], some["rows_a_tile"], some["resident_layers"]) == (4, 16, 4)
     expected = {
-        ("float32", 1): 0.22,
-        ("float32", 256): 0.40,
+        ("float32", 1): 0.27,
+        ("float32", 256): 0.78,
         ("float32", 4096): 3.0,
-        ("bfloat16", 256): 0.25,
-        ("bfloat16", 4096): 1.1,
+        ("bfloat16", 256): 0.39,
+        ("bfloat16", 4096): 1.14,
     }
     for (precision, batch), milliseconds in expected.items():
         clocks = plan(cuda_module, 256, 3, precision, batch)["clocks"]
@@ -507,6 +507,23 @@ def test_plans_for_an_h100(cuda_module: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("CUDA_ON_CPU_DEVICE", "108,166912,8")
     for hidden in (256, 512, 1024):
         assert plan(cuda_module, hidden, 3, "float32", 4096)["shared_bytes"] <= 166912
+
+
+@pytest.mark.skipif(ON_GPU, reason="the device says how many clusters it runs")
+def test_fewer_clusters_than_there_is_room_for(
+    cuda: str, cuda_module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One cluster that waits for the others' chains doubles the time: wider tiles are taken then, or
+    groups of fewer blocks; none leaves blocks alone."""
+    for clusters, rows in ((16, 16), (15, 32)):
+        monkeypatch.setenv("CUDA_ON_CPU_DEVICE", f"128,232448,9,8,{clusters}")
+        assert plan(cuda_module, 256, 3, "float32", 256)["rows_a_tile"] == rows
+    table = rounded(schedule("linear").solver("ddpm"))
+    denoiser, arguments = problem((3, 2, 33, 2), "mish", 21, table)
+    exact = eager(denoiser, arguments, torch.float64)
+    for group_size, clusters in ((4, 3), (4, 1), (0, 0)):
+        monkeypatch.setenv("CUDA_ON_CPU_DEVICE", f"16,232448,9,{group_size},{clusters}")
+        assert (sample(cuda, denoiser, **arguments) - exact).abs().max() <= 1e-5
 
 
 @pytest.mark.skipif(ON_GPU, reason="plans for devices that this one is not")
@@ -526,6 +543,17 @@ def test_the_tests_take_every_way(cuda_module: Any, monkeypatch: pytest.MonkeyPa
     assert plan(cuda_module, 256, 3, "float32", 5)["blocks_a_tile"] == 8
     assert {("rows", 4), ("rows", 16), ("rows", 32)} <= seen
     assert {("all resident", True), ("all resident", False)} <= seen
+
+
+def test_a_workspace_that_is_too_small_is_refused(
+    cuda: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it were if launch and workspace were planned differently."""
+    denoiser, arguments = problem((3, 2, 16, 2), "mish", 9, schedule("linear").solver("ddpm"))
+    make = _native.workspace
+    monkeypatch.setattr(_native, "workspace", lambda size, like: make(size - 1, like))
+    with pytest.raises(RuntimeError, match="the workspace is smaller than the plan needs"):
+        sample(cuda, denoiser, **arguments)
 
 
 @pytest.mark.parametrize("replaced", [False, True])

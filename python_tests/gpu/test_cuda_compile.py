@@ -27,6 +27,7 @@ ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
 REGISTERS = {
     "ascend": 255,
     "prepare": 255,
+    "probe": 16,
     "reverse_chain": 255,
     "reverse_step_by_four": 40,
     "reverse_step_by_one": 40,
@@ -100,7 +101,7 @@ def test_shared_memory_is_within_budget(
     precisions = ("float32", "tf32", "bfloat16", "float16")
     for precision, batch in itertools.product(precisions, (1, 16, 256, 4096, 100_000)):
         kind = getattr(cuda_module.Precision, precision)
-        sizes = (6, 17, kind, 100, batch, 0)
+        sizes = (6, 17, kind, 100, batch)
         for plan, networks in (
             (cuda_module.reverse_diffusion_plan, [chain]),
             (cuda_module.action_gradient_plan, [critic, critic]),
@@ -136,10 +137,10 @@ from diffcore.ops import _native
 import diffcore
 cuda = _native._cuda
 assert not cuda.on_cpu
-print(cuda.unavailable(0))
+print(cuda.unavailable())
 print("cuda kernels" in diffcore.show_config())
 try:
-    cuda.rff_features((0, 0, 1, 1), cuda.RffKind.sin, 1.0, 1, 0, 0, 0, (0, 0))
+    cuda.rff_features((0, 0, 1, 1), cuda.RffKind.sin, 1.0, 1, 0, 0, 0, 0)
 except RuntimeError as error:
     print("raised", error)
 """

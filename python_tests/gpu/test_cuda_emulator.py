@@ -127,6 +127,12 @@ def test_a_missing_barrier_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(range(31, -1, -1)) not in results
 
 
+def test_a_launch_needs_blocks() -> None:
+    launch = library().launch_of_nothing
+    launch.restype = ctypes.c_char_p
+    assert launch() == b"invalid configuration argument"
+
+
 # -- what ends the process -------------------------------------------------------------------------
 
 
@@ -152,6 +158,13 @@ def test_broken_rules_are_named(lanes: str, kernel: str, message: str) -> None:
     result = in_a_process("-c", BREAK, emulated.build("linear"), kernel)
     assert result.returncode < 0
     assert message in result.stderr
+
+
+def test_no_clusters_before_compute_capability_9() -> None:
+    device = {"CUDA_ON_CPU_DEVICE": "108,166912,8"}
+    result = in_a_process("-c", BREAK, emulated.build("linear"), "pass_on", **device)
+    assert result.returncode < 0
+    assert "clusters exist from compute capability 9.0 on" in result.stderr
 
 
 # -- hosts -----------------------------------------------------------------------------------------

@@ -28,12 +28,13 @@ ASCENT_IN_GROUPS = (
     "every_variant_in_groups and _of_ and adam and batch or different_widths and _of_8 and float16"
     " or unequal_shapes and _of_2",
 )
+ASCENT_OF_MANY = ("test_cuda_action_gradient.py", "norms_of_ties and alone")
 CHAIN_IN_GROUPS = (
     "test_cuda_chain.py",
     "precision_in_groups and _of_ and (float32 or float16)"
-    " or different_widths and _of_8 and float16",
+    " or different_widths and _of_8 and float16 or fewer_clusters",
 )
-FEATURES = ("test_cuda_rff.py", "awkward_sizes or pieces")
+FEATURES = ("test_cuda_rff.py", "awkward_sizes or pieces or nothing_to_multiply")
 STEP = ("test_cuda_chain.py", "reverse_step")
 
 
@@ -81,6 +82,18 @@ FAULTS = {
         "action_gradient.cu",
         "if (!(q2 < q1)) gradient -=",
         "gradient -=",
+    ),
+    "the norm is that of the other critic": Fault(
+        ASCENT,
+        "action_gradient.cu",
+        "second ? both.squared_norm2 : both.squared_norm1",
+        "second ? both.squared_norm1 : both.squared_norm2",
+    ),
+    "rows beyond the first thousand have no norm": Fault(
+        ASCENT_OF_MANY,
+        "action_gradient.cu",
+        "first < p.batch; first += rows_at_once * block_threads",
+        "first < block_threads; first += rows_at_once * block_threads",
     ),
     "slopes lie as the critic's own depth has it": Fault(
         ASCENT_IN_GROUPS,
@@ -154,6 +167,12 @@ FAULTS = {
         "  group.start();\n",
         "",
     ),
+    "a chain's clusters wait for each other": Fault(
+        CHAIN_IN_GROUPS,
+        "reverse_diffusion.cu",
+        "    if (at_once < plan.chain.groups && !is_best(at_once)) return nullptr;\n",
+        "",
+    ),
     "a column too many of x is multiplied": Fault(
         FEATURES,
         "rff_features.cu",
@@ -165,6 +184,18 @@ FAULTS = {
         "gemm.cuh",
         "    __syncthreads();\n    if (k + depth < k_last) {",
         "    if (k + depth < k_last) {",
+    ),
+    "a launch of no blocks": Fault(
+        FEATURES,
+        "rff_features.cu",
+        "  if (blocks == 0) return nullptr;\n  return launch",
+        "  return launch",
+    ),
+    "without inputs phases have no gradient": Fault(
+        FEATURES,
+        "rff_features.cu",
+        "const bool parameters = call.grad_omega || call.grad_bias;",
+        "const bool parameters = call.grad_omega;",
     ),
     "the last number is left out": Fault(
         STEP,
@@ -194,7 +225,7 @@ def found(result: subprocess.CompletedProcess[str]) -> bool:
 
 
 def test_unaltered_kernels_pass() -> None:
-    for tests in (ASCENT, ASCENT_IN_GROUPS, CHAIN_IN_GROUPS, FEATURES, STEP):
+    for tests in (ASCENT, ASCENT_IN_GROUPS, ASCENT_OF_MANY, CHAIN_IN_GROUPS, FEATURES, STEP):
         result = in_a_process(*pytest_arguments(tests))
         assert result.returncode == 0, result.stdout + result.stderr
 

@@ -87,6 +87,24 @@ def test_batches_summed_in_pieces(cuda: str, kind: str) -> None:
         assert torch.equal(a, c)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [(6, 5, 0), (6, 0, 5), (1500, 0, 5), (6, 0, 0)], ids=str)
+def test_nothing_to_multiply(cuda: str, kind: str, sizes: tuple[int, int, int]) -> None:
+    """No features, or no inputs, of which every phase has its gradient yet."""
+    batch, _, features = sizes
+    inputs = draw(*sizes)
+    grad_y = torch.randn(batch, features * (2 if kind == "cos_sin" else 1))
+    ours = with_gradients(inputs, grad_y, "cuda", device=cuda, kind=kind)
+    exact = with_gradients(inputs, grad_y, "reference", torch.float64, kind=kind)
+    for a, b in zip(ours, exact, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-5)
+    x, *parameters = (t.to(cuda) for t in inputs)
+    y = ops.rff_features(x.requires_grad_(), *parameters, kind=kind, backend="cuda")
+    (grad_x,) = torch.autograd.grad(y, x, grad_y.to(cuda))
+    assert torch.equal(grad_x.cpu(), ours[1])
+
+
 def test_sine_and_cosine_are_within_one_ulp(cuda: str) -> None:
     """Of any argument, on both sides of 12,867, where another range reduction begins."""
     near = torch.linspace(-13_000, 13_000, 100_000)

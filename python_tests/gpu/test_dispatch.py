@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from diffcore.ops.action_gradient import native as action_gradient
 from diffcore.ops.reverse_diffusion import native as reverse_diffusion
 
 SCHEDULE = DiffusionSchedule.linear(4)
+DRIVER_LACKS = _backends._driver_lacks  # before a fixture replaces it
 OPS = [
     "action_gradient",
     "denoising_loss",
@@ -103,6 +105,22 @@ def test_an_old_gpu_runs_the_reference(op: str, calls: Calls, monkeypatch: Any) 
     answer = diffcore.explain(op, *calls[op])
     assert answer.backend == "reference"
     assert answer.passed_over == {"cuda": reason, "triton": reason}
+
+
+def test_what_a_device_lacks_is_asked_once_and_asked_again_if_nobody_knows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A failure may pass: a call that meets it runs on another backend, those after it needn't."""
+    answers = iter([RuntimeError("out of memory"), None, RuntimeError("asked once too often")])
+
+    def unavailable() -> None:
+        if (answer := next(answers)) is not None:
+            raise answer
+
+    monkeypatch.setattr(_native._cuda, "unavailable", unavailable, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    index = 1000  # that no other test asks about
+    assert [DRIVER_LACKS(index) for _ in range(3)] == ["out of memory", None, None]
 
 
 def test_other_dtypes_run_the_reference(calls: Calls) -> None:

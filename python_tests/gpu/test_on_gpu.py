@@ -170,6 +170,15 @@ def test_the_current_stream_is_used(op: str, backend: str) -> None:
     assert torch.equal(result, expected)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("op", OPS_WITH_CUDA)
+def test_a_call_is_for_its_tensors_device(op: str) -> None:
+    """Whichever is current, and stays so."""
+    call = calls("cuda:1")[op]
+    torch.testing.assert_close(call("cuda"), call("reference"), rtol=1e-3, atol=1e-3)
+    assert torch.cuda.current_device() == 0
+
+
 @needs_gpu
 def test_the_fastest_backend_is_chosen() -> None:
     state = torch.randn(3, 5, device="cuda")

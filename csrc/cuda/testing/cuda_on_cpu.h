@@ -506,6 +506,8 @@ inline void* in_block_of_cluster(void* at, int rank, const char* file, int line)
   return own.cluster->blocks[static_cast<size_t>(rank)]->dynamic_shared.data + offset;
 }
 
+constexpr int first_with_clusters = 9;  // compute capability's major number
+
 // What the launcher sees of the device: CUDA_ON_CPU_DEVICE="multiprocessors,shared bytes a
 // block,compute capability major", an H100 without it. Two more numbers may follow: a group size,
 // to have launchers plan no other, and how many clusters run at the same time.
@@ -515,6 +517,19 @@ struct Device {
   int major = 9;
   int group_size = 0;  // any
   int clusters = 132;  // as many as there is room for
+
+  // A cluster lies in one of the parts that a GPU is made of, of which in an H100 not all have the
+  // same number of multiprocessors, nor are they the same in every H100: so 15 clusters of 8 run at
+  // the same time in one, and 31 of 4. Other devices are one part here.
+  int clusters_at_once(int size) const {
+    int count = 0;
+    if (multiprocessors == 132) {
+      for (const int part : {18, 18, 18, 18, 16, 16, 16, 12}) count += part / size;
+    } else {
+      count = multiprocessors / size;
+    }
+    return std::min(count, clusters);
+  }
 };
 inline Device device() {
   Device d;

@@ -4,10 +4,8 @@
 namespace diffcore {
 namespace cuda {
 
-const char* unavailable(int) { return nullptr; }
-
-const char* use_device(int device, int* before) {
-  *before = device;
+const char* unavailable(const char** reason) {
+  *reason = nullptr;
   return nullptr;
 }
 

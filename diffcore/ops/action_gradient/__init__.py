@@ -213,7 +213,7 @@ def _cuda_lacks(
 ) -> str | None:
     precision = _backends.precision(compute_dtype, state)
     widths = [_native.widths(q1), _native.widths(q2)]
-    return native.why_not_cuda(widths, action_dim, precision, state.device.index or 0)
+    return native.why_not_cuda(widths, action_dim, precision, _native.device_index(state))
 
 
 def _triton_lacks(q1: list[Tensor], q2: list[Tensor]) -> str | None:

@@ -84,10 +84,10 @@ def ascend(
         high,
     )
     if backend == "cuda":
-        queue = _native.queue(action)
-        size = module.action_gradient_workspace(*critics, queue[0])
-        workspace = _native.workspace(size, action)
-        module.action_gradient(*critics, *rest, workspace.data_ptr(), queue)
+        with torch.cuda.device_of(action):
+            workspace = _native.workspace(module.action_gradient_workspace(*critics), action)
+            memory = workspace.data_ptr(), workspace.numel()
+            module.action_gradient(*critics, *rest, *memory, _native.stream(action))
     else:
         module.action_gradient(*critics, *rest, torch.get_num_threads())
     return improved
@@ -101,7 +101,8 @@ def why_not_cuda(
     cuda = _native._cuda
     critics = [[(0, 0, *sizes) for sizes in itertools.pairwise(critic)] for critic in widths]
     settings = action_dim, widths[0][0] - action_dim, getattr(cuda.Precision, precision)
-    plan = cuda.action_gradient_plan(*critics, *settings, 1, 1, device)  # any steps, any batch
+    with torch.cuda.device(device):
+        plan = cuda.action_gradient_plan(*critics, *settings, 1, 1)  # any steps, any batch
     return plan if isinstance(plan, str) else None
 
 

@@ -297,7 +297,7 @@ def _cuda_lacks(
     precision = _backends.precision(compute_dtype, state)
     # Of the layers there are: they may be others than the module was made with.
     widths = [_native.widths(parameters[:4]), _native.widths(parameters[4:])]
-    return native.why_not_cuda(widths, state.shape[1], precision, state.device.index or 0)
+    return native.why_not_cuda(widths, state.shape[1], precision, _native.device_index(state))
 
 
 def _triton_lacks(parameters: list[Tensor]) -> str | None:

@@ -82,13 +82,12 @@ def chain(
     results = (trajectory.data_ptr() if keep_trajectory else 0, actions.data_ptr())
     seed_value, seed_address = _native.seed_words(seed)
     if backend == "cuda":
-        queue = _native.queue(state)
-        size = module.reverse_diffusion_workspace(*denoiser, steps, batch, queue[0])
-        workspace = _native.workspace(size, state)
         noise_settings = (seed_value, seed_address, noise_scale, clip)
-        module.reverse_diffusion(
-            *denoiser, *chain, *noise_settings, *results, workspace.data_ptr(), queue
-        )
+        with torch.cuda.device_of(state):
+            size = module.reverse_diffusion_workspace(*denoiser, steps, batch)
+            workspace = _native.workspace(size, state)
+            memory = workspace.data_ptr(), workspace.numel(), _native.stream(state)
+            module.reverse_diffusion(*denoiser, *chain, *noise_settings, *results, *memory)
     else:
         module.reverse_diffusion(
             *denoiser, *chain, seed_value, noise_scale, clip, *results, torch.get_num_threads()
@@ -104,7 +103,8 @@ def why_not_cuda(
     cuda = _native._cuda
     layers = [(0, 0, *sizes) for mlp in widths for sizes in itertools.pairwise(mlp)]
     settings = widths[-1][-1], state_dim, getattr(cuda.Precision, precision)
-    plan = cuda.reverse_diffusion_plan(layers, *settings, 1, 1, device)  # any steps, any batch
+    with torch.cuda.device(device):
+        plan = cuda.reverse_diffusion_plan(layers, *settings, 1, 1)  # any steps, any batch
     return plan if isinstance(plan, str) else None
 
 

@@ -48,7 +48,8 @@ def step(
         else:
             coefficients = coefficients.to(torch.float32).contiguous()
             table = coefficients.data_ptr(), [0.0] * 7
-        _native._cuda.reverse_step(*inputs, *table, *rest, _native.queue(x))
+        with torch.cuda.device_of(x):
+            _native._cuda.reverse_step(*inputs, *table, *rest, _native.stream(x))
     else:
         _native._core.reverse_step(*inputs, coefficients.tolist(), *rest)
     return next_x, x0

@@ -46,7 +46,7 @@ def forward(
     slope = x.new_empty(batch if keep else 0, omega.shape[0])
     if batch:
         module = _native._cuda if backend == "cuda" else _native._core
-        module.rff_features(
+        call = (
             _layer(omega, bias),
             getattr(module.RffKind, kind),
             scale,
@@ -54,8 +54,12 @@ def forward(
             x.data_ptr(),
             y.data_ptr(),
             slope.data_ptr() if keep else 0,
-            _native.queue(x) if backend == "cuda" else torch.get_num_threads(),
         )
+        if backend == "cuda":
+            with torch.cuda.device_of(x):
+                module.rff_features(*call, _native.stream(x))
+        else:
+            module.rff_features(*call, torch.get_num_threads())
     return y, slope
 
 
@@ -111,9 +115,10 @@ def backward(
             grad_bias.data_ptr() if wants_bias else 0,
         )
         if backend == "cuda":
-            size = module.rff_features_backward_workspace(*call[:3])
-            workspace = _native.workspace(size, x)
-            module.rff_features_backward(*call, workspace.data_ptr(), _native.queue(x))
+            with torch.cuda.device_of(x):
+                size = module.rff_features_backward_workspace(*call[:3])
+                workspace = _native.workspace(size, x)
+                module.rff_features_backward(*call, workspace.data_ptr(), _native.stream(x))
         else:
             module.rff_features_backward(*call, torch.get_num_threads())
     return [grad_x, grad_omega if wants_omega else grad_omega.new_empty(0, width), grad_bias]
