@@ -15,6 +15,7 @@ CUDA graph.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,10 @@ OPERAND_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+
+
+#: Inputs and outputs of a weight that one program transposes.
+TRANSPOSED_BLOCK = 64
 
 
 # -- launches --------------------------------------------------------------------------------------
@@ -77,6 +82,19 @@ def seed_arguments(seed: Tensor | None) -> tuple[int, Tensor | None]:
     return (int(seed), None) if seed.is_cpu else (0, seed)
 
 
+def round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+@triton.jit
+def pick(tensors, index, FIRST: tl.constexpr, STRIDE: tl.constexpr, COUNT: tl.constexpr):
+    """tensors[FIRST + index * STRIDE], one of COUNT, by an index that only the program knows."""
+    picked = tensors[FIRST]
+    for i in tl.static_range(1, COUNT):
+        picked = tl.where(index == i, tensors[FIRST + i * STRIDE], picked)
+    return picked
+
+
 # -- matrix products -------------------------------------------------------------------------------
 
 
@@ -92,6 +110,74 @@ def dot(a, b, sums, PRECISION: tl.constexpr):
         return tl.dot(a, b, sums, input_precision="tf32")
     else:
         return tl.dot(a, b, sums)
+
+
+def outputs_adjoin(precision: str) -> bool:
+    """Whether forward products take weights as ``[inputs, outputs]``, not the way PyTorch keeps them.
+
+    Without tensor cores each lane of a warp reads from shared memory the weights of a few outputs for
+    the same inputs. Where the inputs are contiguous, as in ``[outputs, inputs]``, all 32 lanes want
+    the same banks, for Triton swizzles only what tensor cores read. Those have no such wish. Kernels
+    say ``PRECISION == "float32"``.
+    """
+    return precision == "float32"
+
+
+def transposed(weights: list[Tensor], columns: int) -> list[Tensor]:
+    """Copies ``[inputs, padded outputs]`` of weights ``[outputs, inputs]``, made in one launch.
+
+    Padded with zeros to whole blocks of `columns`, so that reads of blocks need no mask. Nor are the
+    inputs contiguous then where there is but one output.
+    """
+    outputs, inputs = zip(*(w.shape for w in weights), strict=True)
+    padded = tuple(round_up(o, columns) for o in outputs)
+    sizes = [p * i for p, i in zip(padded, inputs, strict=True)]
+    offsets = tuple(itertools.accumulate(sizes, initial=0))
+    copies = weights[0].new_empty(offsets[-1])
+    blocks = [
+        triton.cdiv(p, TRANSPOSED_BLOCK) * triton.cdiv(i, TRANSPOSED_BLOCK)
+        for p, i in zip(padded, inputs, strict=True)
+    ]
+    launch(
+        transpose_kernel,
+        (max(blocks), len(weights)),
+        copies,
+        tuple(weights),
+        outputs,
+        inputs,
+        padded,
+        offsets,
+        TRANSPOSED_BLOCK,
+    )
+    return [
+        copies.narrow(0, first, size).view(i, p)
+        for first, size, i, p in zip(offsets, sizes, inputs, padded, strict=False)
+    ]
+
+
+@triton.jit
+def transpose_kernel(
+    transposed,
+    weights,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A block of one weight, ``[outputs, inputs]``, to its place in `transposed`."""
+    block, which = tl.program_id(0), tl.program_id(1)
+    COUNT: tl.constexpr = len(OUTPUTS)
+    weight = pick(weights, which, 0, 1, COUNT)
+    outputs, inputs = pick(OUTPUTS, which, 0, 1, COUNT), pick(INPUTS, which, 0, 1, COUNT)
+    padded, offset = pick(PADDED, which, 0, 1, COUNT), pick(OFFSETS, which, 0, 1, COUNT)
+    blocks_in = tl.maximum(tl.cdiv(inputs, BLOCK), 1)
+    output = (block // blocks_in * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
+    column = (block % blocks_in * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    inside = (output < outputs) & (column < inputs)
+    values = tl.load(weight + output * inputs + column, mask=inside, other=0.0)
+    inside = (output < padded) & (column < inputs)
+    tl.store(transposed + offset + column * padded + output, values, mask=inside)
 
 
 # -- hidden layers of equal width ------------------------------------------------------------------
@@ -147,8 +233,11 @@ def pack_hidden(
     return packed_weights, packed_biases
 
 
-def round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+def forward_weights(weights: Tensor, precision: str) -> Tensor:
+    """Packed weights as forward products take them (`outputs_adjoin`)."""
+    if not outputs_adjoin(precision):
+        return weights
+    return weights.mT.clone(memory_format=torch.contiguous_format)
 
 
 @triton.jit
@@ -157,12 +246,12 @@ def add_hidden(
     source,
     weight,
     column,
-    TRANSPOSED: tl.constexpr,
+    INPUTS_FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sums + source weight^T, or source weight if TRANSPOSED, for a block of columns ``[1, N]``.
+    """sums + source weight if INPUTS_FIRST, else source weight^T, for a block of columns ``[1, N]``.
 
     source: addresses ``[R, 1]`` of the rows of a ``[R, WIDTH]`` scratch in the precision's dtype;
     weight: address of a ``[WIDTH, WIDTH]`` matrix in it. Nothing is masked.
@@ -170,7 +259,7 @@ def add_hidden(
     for k in range(0, WIDTH, BLOCK_K):
         inner = k + tl.arange(0, BLOCK_K)
         h = tl.load(source + inner[None, :])
-        if TRANSPOSED:
+        if INPUTS_FIRST:
             w = tl.load(weight + inner[:, None] * WIDTH + column)
         else:
             w = tl.load(weight + column * WIDTH + inner[:, None])

@@ -36,6 +36,7 @@ MOST = {
     "rows_kernel": 3,
     "score_kernel": 8,
     "step_kernel": 1,
+    "transpose_kernel": 1,
     "weight_gradient_kernel": 2,
     "weight_kernel": 1,
 }

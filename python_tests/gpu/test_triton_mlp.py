@@ -202,6 +202,19 @@ def test_golden_critic(device: str) -> None:
         torch.testing.assert_close(ours, recorded, rtol=1e-5, atol=1e-5)
 
 
+def test_transposed_copies(device: str) -> None:
+    from diffcore.ops import _triton  # only now it's clear what Triton is (conftest.py)
+
+    shapes = [(1, 3), (70, 130), (64, 64), (129, 1), (5, 0)]
+    weights = [torch.randn(shape, device=device) for shape in shapes]
+    copies = _triton.transposed(weights, 64)
+    for weight, copy in zip(weights, copies, strict=True):
+        outputs, inputs = weight.shape
+        assert copy.shape == (inputs, -(-outputs // 64) * 64)
+        assert torch.equal(copy[:, :outputs], weight.T)
+        assert not copy[:, outputs:].any()
+
+
 # -- guarantees ------------------------------------------------------------------------------------
 
 

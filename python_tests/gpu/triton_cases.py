@@ -21,7 +21,7 @@ class Case(NamedTuple):
     #: "float32", "tf32", "bfloat16" or "float16".
     precision: str
     launch: Callable[[], object]
-    #: Kernels that must use the tensor cores in any precision but float32.
+    #: Kernels that multiply matrices: on the tensor cores, in any precision but float32.
     matrix_kernels: tuple[str, ...] = ()
 
 
@@ -129,11 +129,13 @@ def denoising_cases() -> list[Case]:
         triton.normals(torch.tensor(1), inputs[1])
 
     weights, kernels = torch.empty(batch), ("rows_kernel", "weight_gradient_kernel")
+    weighted = functools.partial(launch, weight=weights)
+    by_row = functools.partial(launch, "float32", weights, True)
     lower = ("tf32", "bfloat16", "float16")
     return [
-        Case("update", "float32", launch),
-        Case("update, weighted", "float32", functools.partial(launch, weight=weights)),
-        Case("update by row", "float32", functools.partial(launch, "float32", weights, True)),
+        Case("update", "float32", launch, kernels),
+        Case("update, weighted", "float32", weighted, kernels),
+        Case("update by row", "float32", by_row, kernels),
         *(Case(f"update in {p}", p, functools.partial(launch, p), kernels) for p in lower),
     ]
 

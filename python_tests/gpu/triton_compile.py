@@ -39,8 +39,12 @@ class Compiled(NamedTuple):
     matrix_instructions: int
     #: Copies from global to shared memory that nothing waits for at once (NVIDIA: LDGSTS).
     asynchronous_copies: int
-    #: Whether the case asks for them.
-    wants_matrix_instructions: bool
+    #: Right operands of products without tensor cores, read from shared memory, and those of them
+    #: whose lanes meet in the same banks.
+    operands: int
+    conflicting_operands: int
+    #: In which it multiplies matrices, if it does.
+    precision: str | None
 
 
 class Driver:
@@ -89,8 +93,9 @@ def compile_op(op: str) -> list[Compiled]:
             case.launch()
             assert launched, f"{case.name} launches nothing"
             for name, kernel in dict(launched).items():
-                wants = case.precision != "float32" and name in case.matrix_kernels
-                results.append(Compiled(case.name, name, target, *look_at(kernel, target), wants))
+                precision = case.precision if name in case.matrix_kernels else None
+                looks = look_at(kernel, target), look_at_operands(kernel.asm["ttgir"])
+                results.append(Compiled(case.name, name, target, *looks[0], *looks[1], precision))
     JITFunction.run = run
     return results
 
@@ -116,6 +121,22 @@ def look_at(kernel: Any, target: str) -> tuple[int, int, int, int, int]:
     )
     matrix = len(re.findall("v_s?mfma", code))
     return registers, private + 4 * spills, kernel.metadata.shared, matrix, 0
+
+
+def look_at_operands(code: str) -> tuple[int, int]:
+    """Right operands, ``[inputs, outputs]``, that products without tensor cores read from shared
+    memory; and how many of them lie there with inputs contiguous.
+
+    Every lane reads other outputs. Neighbouring ones are in other banks, but not those whose distance
+    is a block's inputs, a multiple of 32 floats with the few outputs that a lane has: Triton swizzles
+    for tensor cores only.
+    """
+    inputs_first = set(
+        re.findall(r"^(#\w+) = #ttg\.swizzled_shared<.*order = \[0, 1\]", code, re.M)
+    )
+    operand = r"tensor<\w+, #ttg\.dot_op<\{opIdx = 1, parent = #blocked"
+    layouts = re.findall(rf"ttg\.local_load .*memdesc<\w+, (#\w+), .* -> {operand}", code)
+    return len(layouts), sum(layout in inputs_first for layout in layouts)
 
 
 def _number(pattern: str, text: str) -> int:

@@ -91,6 +91,7 @@ def action_gradient(
         first_weights,
         first_biases,
         weights,
+        _triton.forward_weights(weights, precision),
         biases,
         last_weights,
         last_biases,
@@ -137,6 +138,7 @@ def ascent_kernel(
     first_weights,
     first_biases,
     weights,
+    forward_weights,
     biases,
     last_weights,
     last_biases,
@@ -215,6 +217,7 @@ def ascent_kernel(
             squared_norms = block_gradient(
                 first_weights,
                 weights,
+                forward_weights,
                 biases,
                 last_weights,
                 last_biases,
@@ -333,6 +336,7 @@ def wait_for_all(arrived, target):
 def block_gradient(
     first_weights,
     weights,
+    forward_weights,
     biases,
     last_weights,
     last_biases,
@@ -362,6 +366,7 @@ def block_gradient(
     state_parts, actions and gradients begin with the block's first row. local: its rows' numbers.
     """
     FAST: tl.constexpr = PRECISION != "float32"
+    INPUTS_FIRST: tl.constexpr = PRECISION == "float32"  # of forward_weights
     inputs = state_dim + action_dim
     other_hidden: tl.constexpr = ROWS * WIDTH  # from one set of hidden activations to the other
     q1 = tl.zeros((ROWS, 1), tl.float32)
@@ -389,8 +394,8 @@ def block_gradient(
                 column = n + tl.arange(0, BLOCK_N)[None, :]
                 sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
                 sums += tl.load(biases + which * WIDTH + column)
-                rows, w = source + local * WIDTH, weights + which * WIDTH * WIDTH
-                sums = add_hidden(sums, rows, w, column, False, WIDTH, BLOCK_K, PRECISION)
+                rows, w = source + local * WIDTH, forward_weights + which * WIDTH * WIDTH
+                sums = add_hidden(sums, rows, w, column, INPUTS_FIRST, WIDTH, BLOCK_K, PRECISION)
                 h, slope = activate_with_slope(sums, ACTIVATION, FAST)
                 at = local * WIDTH + column
                 tl.store(target + at, h.to(weights.dtype.element_ty))

@@ -20,13 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffcore.ops._triton import launch, load_seed, round_up, seed_arguments
+from diffcore.ops._triton import all_registers, launch, load_seed, round_up, seed_arguments
 from diffcore.ops._triton import normals as draw_normals
 from diffcore.ops.mlp.triton import (
     backward_layers,
     copy_rows,
     delta_columns,
     forward_layers,
+    forward_parameters,
     layout,
     row_settings,
     rows_of_program,
@@ -46,6 +47,8 @@ def rows_kernel(
     embedding,
     time_parameters,
     trunk_parameters,
+    time_forward,
+    trunk_forward,
     time_saved,
     trunk_saved,
     time_deltas,
@@ -100,7 +103,7 @@ def rows_kernel(
     # The trunk's input: [corrupted action, time features, state].
     copy_rows(embedding + level * TIME, time_saved, present, TIME, TIME_PADDED, COLUMNS)
     forward_layers(
-        time_parameters,
+        time_forward,
         0,
         time_saved,
         trunk_saved + ACTION,
@@ -128,7 +131,7 @@ def rows_kernel(
     LAST: tl.constexpr = len(TRUNK_ACTIVATIONS) - 1
     eps = trunk_deltas + TRUNK_DELTAS[LAST]
     forward_layers(
-        trunk_parameters,
+        trunk_forward,
         0,
         trunk_saved,
         eps,
@@ -269,6 +272,9 @@ def loss_and_gradients(
     deltas = [state.new_empty(1, batch, c[-1]) for c in columns]
     grad_input = state.new_empty(batch if backward else 0, round_up(widths[1][0], 16))
     settings = row_settings(1, batch, precision)
+    if precision == "float32":  # else a few registers spill, on sm_100 with three stages too
+        settings |= {"num_stages": 2, **all_registers()}
+    forward = forward_parameters(parameters, settings["COLUMNS"], precision)
     programs = triton.cdiv(batch, settings["ROWS"])
     losses = state.new_empty(batch if per_row else programs)
     launch(
@@ -277,6 +283,8 @@ def loss_and_gradients(
         *(state, action, noise, weight, t, levels, embedding),
         tuple(time),
         tuple(trunk),
+        forward[:4],
+        forward[4:],
         *saved,
         *deltas,
         grad_input,

@@ -1,7 +1,8 @@
 """MLPs on Triton kernels: one or several of a shape on the same rows, forward and backward.
 
 Layout. A program takes a block of rows through all layers of one network, so that a forward pass of
-any depth and any number of networks is one launch, and so is the way back to the input. Activations
+any depth and any number of networks is one launch, and so is the way back to the input. Another one
+transposes all weights for a forward pass in float32 (``_triton.outputs_adjoin``). Activations
 go from layer to layer through ``saved``, where the backward pass wants them anyway: a program reads
 back only what it wrote itself, from L1 or L2. Weights come from L2. A weight's gradient is a sum
 over the batch, so there the work is cut by weights: one launch for all layers and networks, in
@@ -30,7 +31,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffcore.ops._triton import activate_with_slope, dot, launch, round_up
+from diffcore.ops._triton import (
+    activate_with_slope,
+    dot,
+    launch,
+    outputs_adjoin,
+    pick,
+    round_up,
+    transposed,
+)
 
 #: Programs that keep every multiprocessor of a large GPU busy. A constant, and not the number that
 #: the GPU at hand has, so that sums are cut into the same parts on each.
@@ -101,15 +110,6 @@ def row_settings(networks: int, batch: int, precision: str) -> dict[str, int]:
 
 
 @triton.jit
-def pick(tensors, index, FIRST: tl.constexpr, STRIDE: tl.constexpr, COUNT: tl.constexpr):
-    """tensors[FIRST + index * STRIDE], one of COUNT, by an index that only the program knows."""
-    picked = tensors[FIRST]
-    for i in tl.static_range(1, COUNT):
-        picked = tl.where(index == i, tensors[FIRST + i * STRIDE], picked)
-    return picked
-
-
-@triton.jit
 def operand(x, PRECISION: tl.constexpr):
     """As matrix products take it."""
     if PRECISION == "float16":
@@ -147,6 +147,30 @@ def product(
             b = tl.load(w, mask=k[:, None] < K, other=0.0)
         sums = dot(operand(a, PRECISION), operand(b, PRECISION), sums, PRECISION)
     return sums
+
+
+@triton.jit
+def forward_product(
+    rows,
+    weight,
+    column,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """rows W^T for BLOCK columns, with W ``[OUT, IN]`` as `forward_parameters` gives it.
+
+    What comes for columns from OUT on is of no use.
+    """
+    if PRECISION == "float32":
+        STRIDE: tl.constexpr = (OUT + COLUMNS - 1) // COLUMNS * COLUMNS
+        return product(rows, weight, column, IN, STRIDE, 1, PRECISION, DEPTH)
+    else:
+        readable = existing(column, OUT, BLOCK)
+        return product(rows, weight, readable, IN, 1, IN, PRECISION, DEPTH)
 
 
 @triton.jit
@@ -189,14 +213,15 @@ def forward_layer(
 ):
     """target = f(source W^T + b), and f' to `slopes`. All three point to rows, ``[ROWS]``.
 
-    Rows of the target take STORED columns, those of slopes `padded`; the last repeats itself.
+    weight, and `parameters` below: as `forward_parameters` gives them.
+    Rows of the target take STORED columns, those of slopes `padded`; what is in the padding is never
+    used.
     """
     BLOCK: tl.constexpr = 16 if OUT <= 16 else COLUMNS
     for first in range(0, OUT, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        readable = existing(column, OUT, BLOCK)
-        z = product(source, weight, readable, IN, 1, IN, PRECISION, DEPTH)
-        z += tl.load(bias + readable)[None, :]
+        z = forward_product(source, weight, column, IN, OUT, BLOCK, PRECISION, COLUMNS, DEPTH)
+        z += tl.load(bias + existing(column, OUT, BLOCK))[None, :]
         value, slope = activate_with_slope(z, ACTIVATION, PRECISION != "float32")
         if KEEP_SLOPE:
             inside = present[:, None] & (column < (OUT + 15) // 16 * 16)[None, :]
@@ -562,6 +587,16 @@ def saved_width(parameters: list[Tensor], activations: str, keep: bool) -> int:
     return layout.__wrapped__(widths_of(parameters, len(names)), names, keep).width
 
 
+def forward_parameters(
+    parameters: list[Tensor], columns: int, precision: str
+) -> tuple[Tensor, ...]:
+    """Weight, bias, weight, bias, ... as products of blocks of `columns` take them forward."""
+    if not outputs_adjoin(precision):
+        return tuple(parameters)
+    pairs = zip(transposed(parameters[::2], columns), parameters[1::2], strict=True)
+    return tuple(itertools.chain.from_iterable(pairs))
+
+
 def forward(
     x: Tensor, parameters: list[Tensor], activations: str, keep: bool, precision: str
 ) -> tuple[Tensor, Tensor]:
@@ -579,7 +614,7 @@ def forward(
             forward_kernel,
             (triton.cdiv(batch, settings["ROWS"]), networks),
             x,
-            tuple(parameters),
+            forward_parameters(parameters, settings["COLUMNS"], precision),
             y,
             saved,
             batch,

@@ -72,7 +72,7 @@ def reverse_diffusion(
     """Fills actions ``[B, A]`` and, if given, trajectory ``[steps + 1, B, A]``."""
     batch, state_dim = state.shape
     hidden, action_dim = parameters[4].shape[0], actions.shape[1]
-    first, inner, last = parameters[4:6], parameters[6:-2], parameters[-2:]
+    first_weight, inner = parameters[4], parameters[6:-2]
     rows = _triton.rows_per_program(batch, precision, _triton.processors(state.device))
     most_columns = 256 if rows == 8 else 128  # more spill, with 32 rows on AMD even these
     if rows == 32 and not _triton.on_nvidia():
@@ -81,7 +81,10 @@ def reverse_diffusion(
     programs = triton.cdiv(batch, rows)
     step_bias = _step_bias(parameters, embedding, activation, action_dim, state_dim)
     weights, biases = _triton.pack_hidden(inner, layout.width, precision, state.device)
+    last_weight, last_bias = parameters[-2:]
     columns = triton.next_power_of_2(max(16, action_dim))
+    if _triton.outputs_adjoin(precision):
+        (last_weight,) = _triton.transposed([last_weight], columns)
     scratch = state.new_empty(programs * rows, layout.width + 2 * columns)
     hidden_scratch = torch.empty(
         2 * programs * rows * layout.width, dtype=weights.dtype, device=state.device
@@ -95,11 +98,12 @@ def reverse_diffusion(
         noise,
         seed_value,
         seed_pointer,
-        first[0],
+        first_weight,
         step_bias,
-        weights,
+        _triton.forward_weights(weights, precision),
         biases,
-        *last,
+        last_weight,
+        last_bias,
         coefficients,
         scratch,
         hidden_scratch,
@@ -110,7 +114,7 @@ def reverse_diffusion(
         len(inner) // 2,
         state_dim,
         action_dim,
-        first[0].shape[1],
+        first_weight.shape[1],
         hidden,
         noise_scale,
         clip,
@@ -178,6 +182,7 @@ def chain_kernel(
     BLOCK_K: tl.constexpr,
 ):
     FAST: tl.constexpr = PRECISION != "float32"
+    INPUTS_FIRST: tl.constexpr = PRECISION == "float32"
     program = tl.program_id(0).to(tl.int64)
     local = tl.arange(0, ROWS)[:, None]
     row = program * ROWS + local
@@ -235,7 +240,7 @@ def chain_kernel(
                 sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
                 sums += tl.load(biases + layer * WIDTH + column)
                 h_rows, w = source + local * WIDTH, weights + layer * WIDTH * WIDTH
-                sums = add_hidden(sums, h_rows, w, column, False, WIDTH, BLOCK_K, PRECISION)
+                sums = add_hidden(sums, h_rows, w, column, INPUTS_FIRST, WIDTH, BLOCK_K, PRECISION)
                 h = activate(sums, ACTIVATION, FAST).to(weights.dtype.element_ty)
                 tl.store(target + local * WIDTH + column, h)
             tl.debug_barrier()
@@ -250,11 +255,12 @@ def chain_kernel(
             for k in range(0, WIDTH, BLOCK_K):
                 inner = k + tl.arange(0, BLOCK_K)
                 h = tl.load(source + local * WIDTH + inner[None, :])
-                w = tl.load(
-                    last_weight + column * hidden + inner[:, None],
-                    mask=real & (inner[:, None] < hidden),
-                    other=0.0,
-                )
+                if INPUTS_FIRST:
+                    at = inner[:, None] * COLUMNS + column
+                else:
+                    at = column * hidden + inner[:, None]
+                exists = real & (inner[:, None] < hidden)
+                w = tl.load(last_weight + at, mask=exists, other=0.0)
                 eps = dot(h, w.to(h.dtype), eps, PRECISION)
 
             x = tl.load(x_rows + column)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffcore.ops._triton import launch, round_up, sincos
+from diffcore.ops._triton import launch, outputs_adjoin, round_up, sincos, transposed
 from diffcore.ops.mlp.triton import (
     PROGRAMS,
     Layout,
@@ -31,7 +31,7 @@ from diffcore.ops.mlp.triton import (
     copy_rows,
     depth_of_blocks,
     existing,
-    product,
+    forward_product,
     row_settings,
     rows_of_program,
     weight_gradients,
@@ -58,10 +58,10 @@ def forward_kernel(
 ):
     row, present = rows_of_program(batch, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    readable = existing(column, FEATURES, COLUMNS)
-    z = product(x + row * IN, omega, readable, IN, 1, IN, PRECISION, DEPTH)
+    rows = x + row * IN
+    z = forward_product(rows, omega, column, IN, FEATURES, COLUMNS, PRECISION, COLUMNS, DEPTH)
     if bias is not None:
-        z += tl.load(bias + readable)[None, :]
+        z += tl.load(bias + existing(column, FEATURES, COLUMNS))[None, :]
     sine, cosine = sincos(z)
     inside = present[:, None] & (column < FEATURES)[None, :]
     if KIND == "cos_sin":
@@ -162,6 +162,8 @@ def forward(
         columns = 64
         tall = triton.cdiv(batch, 64) * triton.cdiv(features, columns) >= PROGRAMS
         rows = 64 if tall else 32
+        if outputs_adjoin(precision):
+            (omega,) = transposed([omega], columns)
         launch(
             forward_kernel,
             (triton.cdiv(batch, rows), triton.cdiv(features, columns)),

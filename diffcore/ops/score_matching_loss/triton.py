@@ -1,7 +1,7 @@
 """Diff-SR's score matching loss with its gradients on Triton kernels.
 
 With W_s the rows d * S + s of the weight, [features, hidden], and g_s the loss's slope at
-coordinate s of the score, one number a row, four launches:
+coordinate s of the score, one number a row, four launches, in float32 after one that transposes W:
 
   score   Z_s = hidden W_s^T + b_s    score_s = sum_d psi Z_s    grad psi = sum_s g_s Z_s
   hidden  grad hidden = sum_s (g_s psi) W_s
@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffcore.ops._triton import dot, launch
+from diffcore.ops._triton import dot, launch, outputs_adjoin, transposed
 from diffcore.ops.mlp.triton import (
     MOST_SUMMED_ROWS,
     PROGRAMS,
@@ -66,11 +66,19 @@ def zeta_block(
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Z_s of rows and of BLOCK features from FIRST on, of the last one again where there are none."""
+    """Z_s of rows and of BLOCK features from FIRST on, of the last one again where there are none.
+
+    weight: in float32 ``[STATE * HIDDEN, FEATURES padded to blocks]`` (`outputs_adjoin`).
+    """
     feature = existing(tl.arange(0, BLOCK), FEATURES - FIRST, BLOCK)
-    weight += FIRST * STATE * HIDDEN + s * HIDDEN
-    stride: tl.constexpr = STATE * HIDDEN
-    zeta = product(hidden, weight, feature, HIDDEN, 1, stride, PRECISION, DEPTH)
+    if PRECISION == "float32":
+        PADDED: tl.constexpr = (FEATURES + BLOCK - 1) // BLOCK * BLOCK
+        weight += s * HIDDEN * PADDED + FIRST
+        zeta = product(hidden, weight, feature, HIDDEN, PADDED, 1, PRECISION, DEPTH)
+    else:
+        weight += FIRST * STATE * HIDDEN + s * HIDDEN
+        stride: tl.constexpr = STATE * HIDDEN
+        zeta = product(hidden, weight, feature, HIDDEN, 1, stride, PRECISION, DEPTH)
     return zeta + tl.load(bias + (FIRST + feature) * STATE + s)[None, :]
 
 
@@ -328,6 +336,10 @@ def loss_and_gradients(
     sizes = (state, features, width, groups, precision)
     slopes = psi.new_empty(batch, state)
     losses = psi.new_empty(groups, row_blocks)
+    block = max(16, min(MOST_FEATURES, triton.next_power_of_2(features)))
+    forward_weight = weight
+    if outputs_adjoin(precision):
+        (forward_weight,) = transposed([weight.view(features, state * width)], block)
     psi_parts, hidden_parts = (
         grad if groups == 1 else grad.new_empty(groups, *grad.shape)
         for grad in (grad_psi, grad_hidden)
@@ -335,7 +347,7 @@ def loss_and_gradients(
     launch(
         score_kernel,
         (row_blocks, groups),
-        *(psi, hidden, weight, bias, offset, score_weight),
+        *(psi, hidden, forward_weight, bias, offset, score_weight),
         slopes,
         losses,
         psi_parts,
@@ -344,7 +356,7 @@ def loss_and_gradients(
         wants_psi,
         *sizes,
         ROWS=rows,
-        BLOCK=max(16, min(MOST_FEATURES, triton.next_power_of_2(features))),
+        BLOCK=block,
         DEPTH=depth,
         num_warps=8,
     )
