@@ -314,7 +314,11 @@ def test_a_run_whose_terminal_closes_saves(tmp_path: Path) -> None:
     name = os.ttyname(terminal)
     # A session's leader that opens a terminal is who is told that it closes.
     shell = ["sh", "-c", f'exec "$@" <{name} >{name} 2>&1', "sh"]
-    process = start_training(path, shell, start_new_session=True)
+
+    def be_told() -> None:  # though the tests may run under nohup, which isn't
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    process = start_training(path, shell, start_new_session=True, preexec_fn=be_told)
     try:
         deadline = time.monotonic() + 60
         seen = b""
