@@ -76,15 +76,16 @@ def test_error_at_most_twice_eager(isa: str, activation: str, weighted: bool) ->
             assert (a - c).abs().max() <= 1e-6 * max(1.0, c.abs().max().item())
 
 
-@pytest.mark.parametrize("batch", [1, 2, 7, 8, 63, 65, 130, 257])
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"state_dim": 1, "action_dim": 1, "hidden_dim": 1, "hidden_layers": 1, "time_dim": 2},
-        {"state_dim": 17, "action_dim": 6, "hidden_dim": 33, "time_dim": 10},
-        {"state_dim": 40, "action_dim": 17, "hidden_dim": 64, "hidden_layers": 2},
-    ],
-)
+AWKWARD_BATCHES = [1, 2, 7, 8, 63, 65, 130, 257]
+AWKWARD_SIZES = [
+    {"state_dim": 1, "action_dim": 1, "hidden_dim": 1, "hidden_layers": 1, "time_dim": 2},
+    {"state_dim": 17, "action_dim": 6, "hidden_dim": 33, "time_dim": 10},
+    {"state_dim": 40, "action_dim": 17, "hidden_dim": 64, "hidden_layers": 2},
+]
+
+
+@pytest.mark.parametrize("batch", AWKWARD_BATCHES)
+@pytest.mark.parametrize("sizes", AWKWARD_SIZES)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_awkward_sizes(isa: str, batch: int, sizes: dict[str, int], weighted: bool) -> None:
     data = Data(batch, weighted=weighted, **sizes)
@@ -339,15 +340,8 @@ def test_a_weight_that_requires_a_gradient_runs_on_the_reference() -> None:
 # -- losses of rows --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [1, 2, 7, 8, 63, 65, 130, 257])
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"state_dim": 1, "action_dim": 1, "hidden_dim": 1, "hidden_layers": 1, "time_dim": 2},
-        {"state_dim": 17, "action_dim": 6, "hidden_dim": 33, "time_dim": 10},
-        {"state_dim": 40, "action_dim": 17, "hidden_dim": 64, "hidden_layers": 2},
-    ],
-)
+@pytest.mark.parametrize("batch", AWKWARD_BATCHES)
+@pytest.mark.parametrize("sizes", AWKWARD_SIZES)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_losses_of_rows(isa: str, batch: int, sizes: dict[str, int], weighted: bool) -> None:
     data, grad_losses = Data(batch, weighted=weighted, **sizes), torch.randn(batch)

@@ -202,28 +202,14 @@ class LossesOfRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> Any:
-        arguments = (grad_losses, *ctx.settings, *ctx.saved_tensors)
-        grads = _native.gradients("denoising_loss", _gradients_of_rows, *arguments)
-        wanted = [g if want else None for g, want in zip(grads, ctx.settings[1], strict=True)]
+        activation, wants, *settings = ctx.settings
+
+        def gradients(grad_losses: Tensor, *saved: Any) -> list[Tensor]:
+            state, action, noise, weight, t, levels, embedding, *parameters = saved
+            weight = grad_losses if weight is None else grad_losses * weight
+            rows = (state, action, noise, weight, t, levels, embedding)
+            return loss_and_gradients(*rows, activation, "none", wants, parameters, *settings)[1]
+
+        grads = _native.gradients("denoising_loss", gradients, grad_losses, *ctx.saved_tensors)
+        wanted = [g if want else None for g, want in zip(grads, wants, strict=True)]
         return *wanted[:2], *[None] * 9, *wanted[2:]
-
-
-def _gradients_of_rows(
-    grad_losses: Tensor,
-    activation: str,
-    wanted: list[bool],
-    precision: str,
-    backend: str,
-    state: Tensor,
-    action: Tensor,
-    noise: Tensor,
-    weight: Tensor | None,
-    t: Tensor,
-    levels: Tensor,
-    embedding: Tensor,
-    *parameters: Tensor,
-) -> list[Tensor]:
-    row_weight = grad_losses if weight is None else grad_losses * weight
-    settings = (activation, "none", wanted, list(parameters), precision, backend)
-    _, grads = loss_and_gradients(state, action, noise, row_weight, t, levels, embedding, *settings)
-    return grads
