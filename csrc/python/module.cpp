@@ -24,6 +24,18 @@ namespace {
 
 using Address = uintptr_t;
 
+constexpr std::pair<const char*, Activation> activation_names[] = {
+    {"identity", Activation::identity}, {"relu", Activation::relu}, {"elu", Activation::elu},
+    {"silu", Activation::silu},         {"tanh", Activation::tanh}, {"mish", Activation::mish},
+    {"gelu", Activation::gelu},         {"sin", Activation::sin},   {"cos", Activation::cos}};
+constexpr std::pair<const char*, RffKind> rff_kind_names[] = {
+    {"sin", RffKind::sin}, {"cos", RffKind::cos}, {"cos_sin", RffKind::cos_sin}};
+
+// What an op's calls hand on lies in scratch memory: only at the end of all of them it may go.
+struct ScratchRelease {
+  ~ScratchRelease() { release_large_scratch(); }
+};
+
 template <class T>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
@@ -735,35 +747,171 @@ double fma_peak(int threads, double seconds) {
   return active_kernels().fma_peak(usable_threads(threads), seconds);
 }
 
-// What an op's calls hand on lies in scratch memory: only at the end of all of them it may go.
-struct ScratchRelease {
-  ~ScratchRelease() { release_large_scratch(); }
-};
-
 // Python's lock isn't held while a kernel runs.
 using Unlocked = py::call_guard<py::gil_scoped_release, ScratchRelease>;
+
+// ---- whole calls, from an op's arguments to its result ------------------------------------------
+//
+// For most calls of a small network: the way to the kernel takes longer in Python than the kernel. Where
+// that is for Python to go, the result is None if there is anything about an argument that takes a closer
+// look, or True if there isn't but a gradient is wanted.
+
+// The tensors of a call.
+class PlainTensors {
+ public:
+  explicit PlainTensors(bool with_gradients) : with_gradients_(with_gradients) {}
+
+  // Whether a kernel can read it: as it lies, or a copy of it that lives as long as this.
+  bool look(py::handle tensor, TensorLook* look) {
+    if (!look_at_float32_on_cpu(tensor, look) || is_negated(tensor.ptr())) return false;
+    if (with_gradients_ && !wants_gradient) wants_gradient = requires_grad(tensor);
+    if (look->contiguous) return true;
+    copies_.push_back(tensor.attr("contiguous")());
+    return look_at(copies_.back(), look);
+  }
+
+  // The same of rows: a vector or a matrix.
+  bool look_at_rows(py::handle tensor, TensorLook* look) {
+    return this->look(tensor, look) && look->last > 0 &&
+           (look->dimensions == 1 || look->dimensions == 2);
+  }
+
+  bool wants_gradient = false;
+
+ private:
+  bool with_gradients_;
+  std::vector<py::object> copies_;
+};
+
+Address address_of(const TensorLook& look) { return reinterpret_cast<Address>(look.data); }
+
+// The shape of results of so many values for rows.
+py::list result_shape(const TensorLook& rows, int64_t width) {
+  py::list shape;
+  if (rows.dimensions == 2) shape.append(rows.rows);
+  shape.append(width);
+  return shape;
+}
+
+// Networks of one shape, given layer by layer, and the rows that they are asked about.
+class PlainMlps {
+ public:
+  PlainMlps(py::handle x, bool with_gradients) : tensors_(with_gradients), x_(x) {}
+
+  // Whether x has rows, and these are activations for as many layers as kernels take.
+  bool begin(const std::optional<py::tuple>& activations) {
+    if (!activations || !tensors_.look_at_rows(x_, &rows_)) return false;
+    for (py::handle name : *activations) {
+      const auto activation = named(name, activation_names);
+      if (!activation) return false;
+      activations_.push_back(*activation);
+    }
+    return !activations_.empty() && activations_.size() <= max_layers;
+  }
+  size_t depth() const { return activations_.size(); }
+
+  // Whether these are the next layer.
+  bool add(py::handle weight, py::handle bias) {
+    const size_t number = layers_.size();
+    const int64_t in = number % depth() == 0 ? rows_.last : std::get<3>(layers_.back());
+    TensorLook w, b;
+    if (!tensors_.look(weight, &w) || !tensors_.look(bias, &b) || w.dimensions != 2 ||
+        b.dimensions != 1 || w.columns != in || b.rows != w.rows || w.rows == 0 ||
+        (number >= depth() && std::get<3>(layers_[number % depth()]) != w.rows))
+      return false;
+    layers_.emplace_back(address_of(w), address_of(b), static_cast<int>(in),
+                         static_cast<int>(w.rows));
+    return true;
+  }
+
+  // Their values [..., out], of several one network after the other [networks, ..., out].
+  py::object run(bool several, bool bfloat16, int threads) const {
+    if (tensors_.wants_gradient) return py::bool_(true);
+    py::list shape = result_shape(rows_, std::get<3>(layers_.back()));
+    if (several) shape.insert(0, layers_.size() / depth());
+    Address y;
+    py::object result = empty_like(x_, shape, &y);
+    if (rows_.count == 0) return result;
+    const py::gil_scoped_release unlocked;
+    const ScratchRelease release;
+    mlp_forward(layers_, activations_, bfloat16 ? Precision::bfloat16 : Precision::float32,
+                rows_.count / rows_.last, address_of(rows_), y, 0, threads);
+    return result;
+  }
+
+ private:
+  PlainTensors tensors_;
+  py::handle x_;
+  TensorLook rows_{};
+  std::vector<Activation> activations_;
+  Layers layers_;
+};
+
+py::object plain_mlp(py::handle x, py::handle weights, py::handle biases, py::handle activations,
+                     bool bfloat16, bool with_gradients, int threads) {
+  const auto w = items_of(weights), b = items_of(biases);
+  PlainMlps mlp(x, with_gradients);
+  if (!w || !b || !mlp.begin(items_of(activations)) || w->size() != mlp.depth() ||
+      b->size() != mlp.depth())
+    return py::none();
+  for (size_t l = 0; l < mlp.depth(); ++l)
+    if (!mlp.add(nth(*w, l), nth(*b, l))) return py::none();
+  return mlp.run(false, bfloat16, threads);
+}
+
+py::object plain_mlp_ensemble(py::handle x, py::handle networks, py::handle activations,
+                              bool bfloat16, bool with_gradients, int threads) {
+  const auto list = items_of(networks);
+  PlainMlps mlps(x, with_gradients);
+  if (!list || list->size() < 1 || list->size() > max_networks ||
+      !mlps.begin(items_of(activations)))
+    return py::none();
+  std::vector<py::tuple> alive;
+  for (py::handle network : *list) {
+    const auto parameters = items_of(network);
+    if (!parameters || parameters->size() != 2 * mlps.depth()) return py::none();
+    for (size_t p = 0; p < parameters->size(); p += 2)
+      if (!mlps.add(nth(*parameters, p), nth(*parameters, p + 1))) return py::none();
+    alive.push_back(*parameters);
+  }
+  return mlps.run(true, bfloat16, threads);
+}
+
+py::object plain_rff_features(py::handle x, py::handle omega, py::handle bias, py::handle kind_name,
+                              float scale, bool with_gradients, int threads) {
+  PlainTensors tensors(with_gradients);
+  const auto kind = named(kind_name, rff_kind_names);
+  TensorLook rows, weight, phases{};
+  if (!kind || !tensors.look_at_rows(x, &rows) || !tensors.look(omega, &weight) ||
+      weight.dimensions != 2 || weight.columns != rows.last || weight.rows == 0)
+    return py::none();
+  if (!bias.is_none() &&
+      (!tensors.look(bias, &phases) || phases.dimensions != 1 || phases.rows != weight.rows))
+    return py::none();
+  if (tensors.wants_gradient) return py::bool_(true);
+  Address y;
+  py::object result = empty_like(
+      x, result_shape(rows, *kind == RffKind::cos_sin ? 2 * weight.rows : weight.rows), &y);
+  if (rows.count == 0) return result;
+  const py::gil_scoped_release unlocked;
+  const ScratchRelease release;
+  rff_features({address_of(weight), address_of(phases), static_cast<int>(weight.columns),
+                static_cast<int>(weight.rows)},
+               *kind, scale, rows.count / rows.last, address_of(rows), y, 0, threads);
+  return result;
+}
 
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Compiled CPU kernels of diffcore. Use diffcore.ops instead.";
-  py::enum_<Activation>(m, "Activation")
-      .value("identity", Activation::identity)
-      .value("relu", Activation::relu)
-      .value("elu", Activation::elu)
-      .value("silu", Activation::silu)
-      .value("tanh", Activation::tanh)
-      .value("mish", Activation::mish)
-      .value("gelu", Activation::gelu)
-      .value("sin", Activation::sin)
-      .value("cos", Activation::cos);
+  py::enum_<Activation> activations(m, "Activation");
+  for (const auto& [name, value] : activation_names) activations.value(name, value);
   py::enum_<Precision>(m, "Precision")
       .value("float32", Precision::float32)
       .value("bfloat16", Precision::bfloat16);
-  py::enum_<RffKind>(m, "RffKind")
-      .value("sin", RffKind::sin)
-      .value("cos", RffKind::cos)
-      .value("cos_sin", RffKind::cos_sin);
+  py::enum_<RffKind> rff_kinds(m, "RffKind");
+  for (const auto& [name, value] : rff_kind_names) rff_kinds.value(name, value);
   py::enum_<NormClip>(m, "NormClip")
       .value("none", NormClip::none)
       .value("batch", NormClip::batch)
@@ -817,10 +965,13 @@ PYBIND11_MODULE(_core, m) {
     return mlp_saved_width(layers, activations, precision);
   });
   m.def("mlp_forward", &mlp_forward, Unlocked());
+  m.def("plain_mlp", &plain_mlp);
+  m.def("plain_mlp_ensemble", &plain_mlp_ensemble);
   m.def("mlp_backward", &mlp_backward, Unlocked());
   m.def("critic_loss", &critic_loss, Unlocked());
   m.def("denoising_loss", &denoising_loss, Unlocked());
   m.def("rff_features", &rff_features, Unlocked());
+  m.def("plain_rff_features", &plain_rff_features);
   m.def("rff_features_backward", &rff_features_backward, Unlocked());
   m.def("score_matching_loss", &score_matching_loss, Unlocked());
   m.def("squashed_gaussian", &squashed_gaussian, Unlocked());

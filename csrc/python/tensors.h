@@ -484,6 +484,46 @@ inline py::object mlp_stacks(py::handle module, py::type type, const py::tuple& 
   return std::move(result);
 }
 
+// ---- whole calls -----------------------------------------------------------------------------------
+
+// What a list or a tuple holds, alive as long as this is; none of anything else.
+inline std::optional<py::tuple> items_of(py::handle sequence) {
+  if (!PyList_CheckExact(sequence.ptr()) && !PyTuple_CheckExact(sequence.ptr())) return {};
+  return py::reinterpret_steal<py::tuple>(PySequence_Tuple(sequence.ptr()));
+}
+
+inline py::handle nth(const py::tuple& tuple, size_t n) {
+  return PyTuple_GET_ITEM(tuple.ptr(), static_cast<Py_ssize_t>(n));
+}
+
+inline bool requires_grad(py::handle tensor) {
+  static PyObject* const name = interned("requires_grad");
+  const auto answer = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), name));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() == Py_True;
+}
+
+// A tensor of this shape like another; its values' address goes to `values`.
+inline py::object empty_like(py::handle tensor, const py::tuple& shape, uintptr_t* values) {
+  static PyObject* const new_empty = interned("new_empty");
+  auto result = py::reinterpret_steal<py::object>(
+      PyObject_CallMethodOneArg(tensor.ptr(), new_empty, shape.ptr()));
+  if (!result) throw py::error_already_set();
+  TensorLook look;
+  if (!look_at(result, &look)) throw py::type_error("new_empty made no tensor with memory");
+  *values = reinterpret_cast<uintptr_t>(look.data);
+  return result;
+}
+
+// Which of some names a text is, or none.
+template <class Value, size_t count>
+std::optional<Value> named(py::handle text, const std::pair<const char*, Value> (&names)[count]) {
+  if (!PyUnicode_Check(text.ptr())) return std::nullopt;
+  for (const auto& [name, value] : names)
+    if (PyUnicode_CompareWithASCIIString(text.ptr(), name) == 0) return value;
+  return std::nullopt;
+}
+
 // (weight address, bias address, in, out)
 using Layer = std::tuple<uintptr_t, uintptr_t, int, int>;
 

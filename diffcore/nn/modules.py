@@ -417,10 +417,11 @@ class TwinCritic(nn.Module):
         """state ``[B, S]``, action ``[B, A]`` -> (q1, q2), each ``[B, 1]``."""
         x = self._inputs(state, action)
         first, second = self.q1, self.q2
-        if altered(first, MLP) or altered(second, MLP) or _differ(first, second):
+        networks = None if _differ(first, second) else self.unaltered_networks()
+        if networks is None:
             return first(x, **forced(backend)), second(x, **forced(backend))
         kinds, dtype = first.activations, first.compute_dtype
-        return each(mlp_ensemble(x, self.networks(), kinds, compute_dtype=dtype, backend=backend))
+        return each(mlp_ensemble(x, networks, kinds, compute_dtype=dtype, backend=backend))
 
     def loss(
         self,

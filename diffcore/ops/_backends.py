@@ -27,6 +27,7 @@ _PRECISIONS = {
     "cuda": ("float32", "tf32", "bfloat16", "float16"),
     "triton": ("float32", "tf32", "bfloat16", "float16"),
 }
+_MULTIPLIED_ON_CPU = (None, torch.float32, torch.bfloat16)
 _LEAST_CAPABILITY = (8, 0)  # of the CUDA and Triton kernels: Ampere
 
 
@@ -53,7 +54,7 @@ def may_go_straight(compute_dtype: torch.dtype | None, backend: str | None) -> b
     """
     return (
         (backend is None or backend == "cpu")
-        and compute_dtype is not torch.float16
+        and compute_dtype in _MULTIPLIED_ON_CPU
         and _native.is_undisturbed()
     )
 

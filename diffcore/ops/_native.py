@@ -171,7 +171,7 @@ def is_undisturbed() -> bool:
 
 
 def _quick_look(name: str, unknown: Any) -> Callable[..., Any]:
-    """A look of the compiled module at tensors or layers.
+    """A look of the compiled module at tensors or layers, or a call if they are plain.
 
     Its answer is `unknown` for all that takes a closer look, and so it is for the compiler's tensors,
     which have no memory.
@@ -227,6 +227,21 @@ mlp_stacks: Callable[
     [Any, type, tuple[tuple[str, int, int], ...], type, str, bool], list[list[Tensor]] | None
 ]
 mlp_stacks = _quick_look("mlp_stacks", None)
+
+
+#: The result of :func:`diffcore.ops.mlp` for its arguments (and whether to multiply in bfloat16,
+#: whether gradients are recorded, threads), in one call of the compiled module. None where anything
+#: about an argument takes a closer look; True where nothing does, but a gradient is wanted.
+plain_mlp: Callable[[Any, Any, Any, Any, bool, bool, int], Tensor | bool | None]
+plain_mlp = _quick_look("plain_mlp", None)
+
+#: The same of :func:`diffcore.ops.mlp_ensemble`.
+plain_mlp_ensemble: Callable[[Any, Any, Any, bool, bool, int], Tensor | bool | None]
+plain_mlp_ensemble = _quick_look("plain_mlp_ensemble", None)
+
+#: The same of :func:`diffcore.ops.rff_features`.
+plain_rff_features: Callable[[Any, Any, Any, str, float, bool, int], Tensor | bool | None]
+plain_rff_features = _quick_look("plain_rff_features", None)
 
 
 def differentiates(*tensors: Tensor | None) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch._vmap_internals import _vmap
@@ -124,6 +128,9 @@ CALLS: dict[str, Callable[..., Tensor]] = {
         DENOISER, SCHEDULE, x, generator=torch.Generator().manual_seed(0), **options
     ),
     "mlp": lambda x, **options: ops.mlp(x, [LINEAR.weight], [LINEAR.bias], ["mish"], **options),
+    "mlp_ensemble": lambda x, **options: ops.mlp_ensemble(
+        x, [[LINEAR.weight, LINEAR.bias]] * 2, ["mish"], **options
+    ),
     "rff_features": lambda x, **options: ops.rff_features(x, LINEAR.weight, LINEAR.bias, **options),
 }
 
@@ -233,6 +240,64 @@ def test_networks_too_deep_for_the_kernels(layers: int, chosen: list[str]) -> No
 def test_no_check_is_passed_by(op: str, change: Callable[[Tensor], Any], named: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^(x|state|weights|omega).*{named}"):
         CALLS[op](change(torch.randn(4, 5)))
+
+
+@st.composite
+def networks_and_rows(draw: st.DrawFn) -> tuple[Tensor, list[list[Tensor]], list[str]]:
+    """An input of any number of dimensions, two networks on it, and their activations."""
+    widths = draw(st.lists(st.integers(1, 40), min_size=2, max_size=4))
+    shape = draw(st.lists(st.integers(0, 5), max_size=3))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    layers = [*itertools.pairwise(widths)]
+
+    def tensor(*size: int) -> Tensor:
+        value = torch.randn(*size, generator=random)
+        return value.mT.contiguous().mT if len(size) > 1 and draw(st.booleans()) else value
+
+    networks = [[p for n, m in layers for p in (tensor(m, n), tensor(m))] for _ in range(2)]
+    kinds = [draw(st.sampled_from(_native.NATIVE_ACTIVATIONS)) for _ in layers]
+    return tensor(*shape, widths[0]), networks, kinds
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+@settings(max_examples=150, deadline=None)
+@given(drawn=networks_and_rows(), dtype=st.sampled_from([None, torch.float32, torch.bfloat16]))
+def test_a_call_that_goes_straight_has_the_dispatched_one_s_result(
+    kind: Callable[..., Any], drawn: tuple[Any, Any, Any], dtype: torch.dtype | None
+) -> None:
+    x, networks, activations = drawn
+    weights, biases = networks[0][::2], networks[0][1::2]
+    calls = [
+        lambda: ops.mlp(x, kind(weights), kind(biases), kind(activations), compute_dtype=dtype),
+        lambda: ops.mlp_ensemble(x, kind(map(kind, networks)), activations, compute_dtype=dtype),
+        lambda: ops.rff_features(x, weights[0], biases[0], kind="cos_sin", scale=0.7),
+        lambda: ops.rff_features(x, weights[0], kind="cos"),
+    ]
+    for call in calls:
+        y = call()
+        with Recorder() as mode:  # which the call notices
+            expected = call()
+        assert any("diffcore::" in name for name in mode.seen)
+        assert y.shape == expected.shape
+        assert torch.equal(y, expected)
+
+
+def test_lists_that_change_during_a_call_harm_nobody() -> None:
+    x, weights, biases = torch.randn(64, 512), [torch.randn(512, 512)], [torch.randn(512)]
+    expected = ops.mlp(x, weights, biases, ["mish"])
+    done = threading.Event()
+
+    def replace() -> None:
+        while not done.is_set():
+            weights[0], biases[0] = weights[0].clone(), biases[0].clone()
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        assert all(torch.equal(ops.mlp(x, weights, biases, ["mish"]), expected) for _ in range(200))
+    finally:
+        done.set()
+        thread.join()
 
 
 # -- tensors that don't hold in memory what they stand for -------------------------------------------

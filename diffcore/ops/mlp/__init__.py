@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -59,15 +59,20 @@ def mlp(
         TypeError, ValueError: an argument of the wrong kind, number, shape, dtype or device, or a
             forced backend that can't run this call.
     """
-    forward, chosen = native.run_forward, "cpu"
-    if not _is_plain(x, weights, biases, activations, compute_dtype, backend):
+    plain, chosen = None, "cpu"
+    if _backends.may_go_straight(compute_dtype, backend):
+        settings = compute_dtype is torch.bfloat16, torch.is_grad_enabled(), torch.get_num_threads()
+        plain = _native.plain_mlp(x, weights, biases, activations, *settings)
+        if isinstance(plain, Tensor):
+            return plain
+    if not plain:
         [x] = out_of_autocast(weights[0] if weights else None, x)
         available = support(x, weights, biases, activations, compute_dtype)
-        forward, chosen = native.forward, _dispatch.choose("mlp", available, backend)
+        chosen = _dispatch.choose("mlp", available, backend)
     if chosen == "reference":
         return reference.mlp(x, weights, biases, activations)
     parameters = [p for pair in zip(weights, biases, strict=True) for p in pair]
-    y = run_native(x, parameters, activations, compute_dtype, chosen, forward)
+    y = run_native(x, parameters, activations, compute_dtype, chosen)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -77,39 +82,13 @@ def run_native(
     activations: Sequence[str],
     compute_dtype: torch.dtype | None,
     backend: str,
-    forward: Callable[..., tuple[Tensor, Tensor]] = native.forward,
 ) -> Tensor:
-    """``[N, rows of x, out]``: N networks, whose parameters come one network after the other.
-
-    `forward`: what runs where no gradient is wanted.
-    """
+    """``[N, rows of x, out]``: N networks, whose parameters come one network after the other."""
     names, settings = ",".join(activations), (_backends.precision(compute_dtype, x), backend)
     rows = as_rows(x)
     if _native.differentiates(x, *parameters):
         return _native.apply(native.MLP, rows, names, *settings, *parameters)[0]
-    return forward(rows, parameters, names, False, *settings)[0]
-
-
-def _is_plain(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    activations: Sequence[str],
-    compute_dtype: torch.dtype | None,
-    backend: str | None,
-) -> bool:
-    """Whether the call may go straight to the CPU's kernel."""
-    return (
-        type(weights) is type(biases) is list
-        and 0 < len(weights) == len(activations) <= _native.max_layers
-        and not isinstance(activations, str)
-        and compute_dtype in (None, torch.float32, torch.bfloat16)
-        and _backends.may_go_straight(compute_dtype, backend)
-        and _native.are_plain_float32_on_cpu([x, *weights, *biases])
-        and x.ndim > 0
-        and _native.layers_fit(weights, biases, x.shape[-1])
-        and {*activations}.issubset(_native.NATIVE_ACTIVATIONS)
-    )
+    return native.forward(rows, parameters, names, False, *settings)[0]
 
 
 def support(

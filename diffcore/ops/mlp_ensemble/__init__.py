@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffcore.ops import _dispatch, _native
+from diffcore.ops import _backends, _dispatch, _native
 from diffcore.ops._checks import check_tensor, out_of_autocast
 from diffcore.ops.mlp import run_native
 from diffcore.ops.mlp import support as mlp_support
@@ -41,9 +41,16 @@ def mlp_ensemble(
         TypeError, ValueError: an argument of the wrong kind, number, shape, dtype or device, or a
             forced backend that can't run this call.
     """
-    [x] = out_of_autocast(networks[0][0] if networks and networks[0] else None, x)
-    available = support(x, networks, activations, compute_dtype)
-    chosen = _dispatch.choose("mlp_ensemble", available, backend)
+    plain, chosen = None, "cpu"
+    if _backends.may_go_straight(compute_dtype, backend):
+        settings = compute_dtype is torch.bfloat16, torch.is_grad_enabled(), torch.get_num_threads()
+        plain = _native.plain_mlp_ensemble(x, networks, activations, *settings)
+        if isinstance(plain, Tensor):
+            return plain
+    if not plain:
+        [x] = out_of_autocast(networks[0][0] if networks and networks[0] else None, x)
+        available = support(x, networks, activations, compute_dtype)
+        chosen = _dispatch.choose("mlp_ensemble", available, backend)
     if chosen == "reference":
         return reference.mlp_ensemble(x, networks, activations)
     parameters = [p for network in networks for p in network]

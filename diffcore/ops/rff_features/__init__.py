@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from diffcore.ops import _backends, _dispatch, _native
@@ -55,12 +56,16 @@ def rff_features(
             backend that can't run this call.
     """
     _check_settings(kind, scale)
-    forward, chosen = native.forward.kernel, "cpu"
-    if not _is_plain(x, omega, bias, backend):
+    scale = float(scale)
+    plain, chosen = None, "cpu"
+    if _backends.may_go_straight(None, backend):
+        settings = kind, scale, torch.is_grad_enabled(), torch.get_num_threads()
+        plain = _native.plain_rff_features(x, omega, bias, *settings)
+        if isinstance(plain, Tensor):
+            return plain
+    if not plain:
         [x] = out_of_autocast(omega, x)
         chosen = _dispatch.choose("rff_features", support(x, omega, bias), backend)
-        forward = native.forward
-    scale = float(scale)
     if chosen == "reference":
         return reference.rff_features(x, omega, bias, kind=kind, scale=scale)
     rows, precision = as_rows(x), _backends.precision(None, x)
@@ -68,7 +73,7 @@ def rff_features(
         arguments = (rows, omega, bias, kind, scale, precision, chosen)
         y = _native.apply(native.RffFeatures, *arguments)[0]
     else:
-        y = forward(rows, omega, bias, kind, scale, False, precision, chosen)[0]
+        y = native.forward(rows, omega, bias, kind, scale, False, precision, chosen)[0]
     return y if rows is x else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -76,18 +81,6 @@ def rff_features(
 def _check_settings(kind: str, scale: float) -> None:
     check_choice("kind", kind, KINDS)
     check_number("scale", scale)
-
-
-def _is_plain(x: Tensor, omega: Tensor, bias: Tensor | None, backend: str | None) -> bool:
-    """Whether the call may go straight to the CPU's kernel."""
-    given = [x, omega] if bias is None else [x, omega, bias]
-    return (
-        _backends.may_go_straight(None, backend)
-        and _native.are_plain_float32_on_cpu(given)
-        and x.ndim > 0
-        and _native.fits(omega, ("features", x.shape[-1]))
-        and (bias is None or _native.fits(bias, (omega.shape[0],)))
-    )
 
 
 def support(x: Tensor, omega: Tensor, bias: Tensor | None) -> _dispatch.Support:
