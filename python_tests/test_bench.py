@@ -60,8 +60,9 @@ def test_all_sections_are_measured_and_checked(stored: Path) -> None:
 
 def test_jax_computes_the_same() -> None:
     pytest.importorskip("jax")
-    cases = ("reverse_diffusion", "reverse_step", "action_gradient", "denoising_update")
-    cases += ("squashed_gaussian", "representation_loss", "diffsr_update")
+    cases = ("reverse_diffusion", "reverse_step", "action_gradient", "mlp", "critic_update")
+    cases += ("denoising_update", "squashed_gaussian", "soft_value", "representation_loss")
+    cases += ("dipo_step", "diffsr_update")
     done = bench("--quick", "--no-compile", "--no-save", "--brief", "--only", *cases)
     assert done.returncode == 0, done.stderr
     assert all("JAX" in line for line in done.stdout.splitlines())
