@@ -26,7 +26,10 @@ but ``numpy.copyto(buffer[index], new)`` writes into a copy. And its linear sche
 DDPM's 1000 steps whatever K is: after 100 of them abar is 0.36, and a chain from pure noise doesn't
 draw from what was fitted. ``fixed`` is what it means to do.
 ``paper`` has a price of its own: an overwritten action keeps the reward and the next state that the
-action really taken had earned, and the critic learns from that.
+action really taken had earned, and the critic learns from that. Algorithm 3 moves every stored action
+by one step at a time; here a batch of them is moved, by as many steps as in the other modes.
+
+No mode repeats how the released code evaluates: in the training environment, whose episode that cuts.
 """
 
 from __future__ import annotations

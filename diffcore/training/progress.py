@@ -15,8 +15,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 REFRESH_SECONDS = 0.25
 """Between two states of the live line."""
 RECENT_SECONDS = 30.0
-"""What the speed shown is a mean of. Random steps at the start are a hundred times as fast as those that
-learn, so the mean of a whole run says little of either, and promises too early an end."""
+"""What the speed shown is a mean of. Random steps at the start are a hundred times as fast as those
+that learn, so the mean of a whole run says little of either, and promises too early an end."""
 
 
 @contextmanager
