@@ -177,8 +177,7 @@ def squashed_gaussian_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS)
 
         def of_parameters(*arrays: Any) -> Any:
             *parameters, x, z = arrays
-            pairs = zip(parameters[::2], parameters[1::2], strict=True)
-            return jax.squashed_gaussian([(w.T, b) for w, b in pairs], x, z, bounds)
+            return jax.squashed_gaussian(jax.as_layers(parameters), x, z, bounds)
 
         parameters = list(policy.parameters())
         grad = torch.cat(grads, dim=1)
@@ -275,6 +274,29 @@ def soft_value_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Cas
             **more,
         )
 
+    def in_jax() -> Variant | None:
+        if not (jax := rivals.jax_baselines()):
+            return None
+        networks = [psi.trunk, critics.q1.head, critics.q2.head]
+        counts = [len(list(network.parameters())) for network in networks]
+
+        def of_parameters(*arrays: Any) -> Any:
+            *parameters, state, noise = arrays
+            split = len(parameters) - sum(counts)
+            layers, judges = [jax.as_layers(parameters[:split])], parameters[split:]
+            for count in counts:
+                layers.append(jax.as_layers(judges[:count]))
+                judges = judges[count:]
+            actor, psi, *heads = layers
+            return jax.soft_value(
+                actor, psi, heads, state, noise, temperature.item(), policy.log_std_bounds
+            )
+
+        judges = [p for network in networks for p in network.parameters()]
+        inputs, one = list(policy.parameters()), torch.ones(())
+        call = jax.ForwardAndBackward(of_parameters, inputs, one, *judges, state, noise)
+        return Variant(JAX, call, lambda: in_scale(call.on(), scales))
+
     compiled = torch.compile(by_distribution, dynamic=False)
     forget = {"before": lambda: change_weights(retrained)}
     checked = variant(BASELINE, by_distribution, as_written, frozen)
@@ -282,6 +304,7 @@ def soft_value_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Cas
         Variant(BASELINE, trained_judges, checked.given),
         variant(OPTIMISED, by_distribution, as_written, frozen),
         variant(COMPILED, compiled, as_written, frozen),
+        in_jax(),
         variant(OURS, ours, policy, (psi, critics)),
         variant(OURS_NEW_WEIGHTS, ours, retrained, (psi, critics), **forget),
         variant(OURS_BF16, ours, in_bf16, bf16_judges),
@@ -406,8 +429,7 @@ def representation_loss_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVAL
 
         def of_parameters(*arrays: Any) -> Any:
             *parameters, x, perturbed, offset, score_weight = arrays
-            pairs = zip(parameters[::2], parameters[1::2], strict=True)
-            layers, of_psi = [(w.T, b) for w, b in pairs], len(networks[0].layers)
+            layers, of_psi = jax.as_layers(parameters), len(networks[0].layers)
             psi, zeta = layers[:of_psi], layers[of_psi:]
             return jax.representation_loss(psi, zeta, x, perturbed, offset, score_weight)
 
@@ -497,7 +519,13 @@ def diffsr_update_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> 
             scales.extend(scales_of(moved(eager_diffsr.EagerDiffSR(agent_to_check()))))
         return in_scale(result, scales)
 
-    as_written = eager_diffsr.EagerDiffSR(agent())
+    def in_eager(name: str, form: Callable[[DiffSR], eager_diffsr.EagerDiffSR]) -> Variant:
+        eager_agent = form(agent())
+        return Variant(
+            name,
+            lambda: eager_agent.update(replay, generator),
+            lambda: as_one(moved(form(agent_to_check()))),
+        )
 
     def ours(name: str, **fields: Any) -> Variant:
         our_agent = agent(**fields)
@@ -527,11 +555,9 @@ def diffsr_update_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> 
         return as_one(moved(eager_diffsr.EagerDiffSR(double), torch.float64))
 
     variants = [
-        Variant(
-            BASELINE,
-            lambda: as_written.update(replay, generator),
-            lambda: as_one(moved(eager_diffsr.EagerDiffSR(agent_to_check()))),
-        ),
+        in_eager(BASELINE, eager_diffsr.EagerDiffSR),
+        in_eager(OPTIMISED, eager_diffsr.OptimisedDiffSR),
+        in_eager(COMPILED, functools.partial(eager_diffsr.OptimisedDiffSR, compiled=True)),
         in_jax(),
         ours(OURS),
         ours(OURS_BF16, compute_dtype="bfloat16"),

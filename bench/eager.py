@@ -215,6 +215,7 @@ class EagerDIPO:
         adam = {"lr": self.config.lr, "eps": self.config.adam_eps}
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), **adam)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), **adam)
+        self.updates = 0
 
     def act(self, observation: Tensor) -> Tensor:
         return self.actor.sample(observation)
@@ -260,13 +261,15 @@ class EagerDIPO:
         self.actor_optimizer.step()
 
     def update_targets(self) -> None:
+        self.move(self.critic_target, self.critic)
+        if self.updates % self.config.update_actor_target_every == 0:
+            self.move(self.actor_target, self.actor)
+        self.updates += 1
+
+    def move(self, target: nn.Module, model: nn.Module) -> None:
         tau = self.config.tau
-        for model, target in (
-            (self.critic, self.critic_target),
-            (self.actor, self.actor_target),
-        ):
-            for p, target_p in zip(model.parameters(), target.parameters(), strict=True):
-                target_p.data.copy_(tau * p.data + (1 - tau) * target_p.data)
+        for p, target_p in zip(model.parameters(), target.parameters(), strict=True):
+            target_p.data.copy_(tau * p.data + (1 - tau) * target_p.data)
 
 
 # -- hand-optimised -------------------------------------------------------------------------------
@@ -490,6 +493,7 @@ class OptimisedDIPO(EagerDIPO):
         adam = {"lr": config.lr, "eps": config.adam_eps, "fused": True}
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), **adam)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), **adam)
+        self.updates = 0
         sampler = CompiledSampler if compiled else OptimisedSampler
         self.sampler, self.target_sampler = (
             sampler(network, schedule) for network in (denoiser, denoiser_target)
@@ -515,11 +519,5 @@ class OptimisedDIPO(EagerDIPO):
         return self.ascent(batch.state, batch.best_action)
 
     @torch.no_grad()
-    def update_targets(self) -> None:
-        for model, target in (
-            (self.critic, self.critic_target),
-            (self.actor, self.actor_target),
-        ):
-            torch._foreach_lerp_(
-                list(target.parameters()), list(model.parameters()), self.config.tau
-            )
+    def move(self, target: nn.Module, model: nn.Module) -> None:
+        torch._foreach_lerp_(list(target.parameters()), list(model.parameters()), self.config.tau)

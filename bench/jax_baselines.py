@@ -2,7 +2,8 @@
 
 Written as a careful JAX user would: everything that doesn't change from step to step is computed
 before the scan, a whole update is one compiled function, and an agent's old arrays are donated to it.
-Arguments lie in JAX's arrays before a call is timed, and a call ends when its results are there.
+Arguments lie in JAX's arrays before a call is timed, and a call ends when its results are there. Keys
+are split within the compiled functions, where that costs nothing.
 
 JAX's CPU backend has a thread pool of its own, as large as torch's number of threads when
 :func:`use_threads` is called before JAX is first used, and no larger or smaller afterwards.
@@ -47,7 +48,11 @@ def to_torch(array: Array) -> Tensor:
 
 def layers(module: nn.Module) -> Layers:
     """The linear layers of a module whose parameters come as weight, bias, weight, bias, ..."""
-    parameters = [to_jax(p) for p in module.parameters()]
+    return as_layers([to_jax(p) for p in module.parameters()])
+
+
+def as_layers(parameters: Sequence[Array]) -> Layers:
+    """Of parameters in torch's order and layout."""
     return [(w.T, b) for w, b in zip(parameters[::2], parameters[1::2], strict=True)]
 
 
@@ -94,6 +99,10 @@ def adam(
         lambda x, m, v: x - step_size * m / (jnp.sqrt(v) * root_correction + eps), values, m, v
     )
     return values, Moments(m, v, count)
+
+
+def moved_average(old: PyTree, new: PyTree, tau: float | Array) -> PyTree:
+    return jax.tree.map(lambda old, new: tau * new + (1 - tau) * old, old, new)
 
 
 def limit_norm(gradient: PyTree, max_norm: float | None) -> PyTree:
@@ -150,12 +159,15 @@ def chain(
     return jnp.clip(x, -1.0, 1.0)
 
 
-def draw_and_chain(denoiser: DenoiserLayers, table: Chain, state: Array, key: Array) -> Array:
+def draw_and_chain(
+    denoiser: DenoiserLayers, table: Chain, state: Array, key: Array
+) -> tuple[Array, Array]:
+    """Actions ``[B, A]``, and the key for the next call."""
     shape = (len(state), denoiser.trunk[-1][1].shape[0])
-    start, steps = jax.random.split(key)
+    key, start, steps = jax.random.split(key, 3)
     x_init = jax.random.normal(start, shape)
     noise = jax.random.normal(steps, (len(table.coefficients), *shape))
-    return chain(denoiser, table, state, x_init, noise)
+    return chain(denoiser, table, state, x_init, noise), key
 
 
 class Sampler:
@@ -169,8 +181,8 @@ class Sampler:
         self.given, self.drawn = jax.jit(chain), jax.jit(draw_and_chain)
 
     def __call__(self) -> None:
-        self.key, key = jax.random.split(self.key)
-        self.drawn(self.denoiser, self.table, self.state, key).block_until_ready()
+        action, self.key = self.drawn(self.denoiser, self.table, self.state, self.key)
+        action.block_until_ready()
 
     def on(self, x_init: Tensor, noise: Tensor) -> Tensor:
         given = (self.state, to_jax(x_init), to_jax(noise))
@@ -267,8 +279,9 @@ class Update:
         self.moments = Moments.of(networks)
         self.key = jax.random.key(0)
 
-        def step(networks: Any, moments: Moments, key: Array) -> tuple[Any, Moments]:
-            return adam(networks, jax.grad(loss)(networks, key), moments, lr, eps)
+        def step(networks: Any, moments: Moments, key: Array) -> tuple[Any, Moments, Array]:
+            key, own = jax.random.split(key)
+            return *adam(networks, jax.grad(loss)(networks, own), moments, lr, eps), key
 
         def given_step(networks: Any) -> Any:
             return adam(networks, jax.grad(given_loss)(networks), Moments.of(networks), lr, eps)[0]
@@ -277,8 +290,7 @@ class Update:
         self.given_step = jax.jit(given_step)
 
     def __call__(self) -> None:
-        self.key, key = jax.random.split(self.key)
-        self.networks, self.moments = self.step(self.networks, self.moments, key)
+        self.networks, self.moments, self.key = self.step(self.networks, self.moments, self.key)
         jax.block_until_ready(self.networks)
 
     def moved(self) -> Tensor:
@@ -419,6 +431,28 @@ def squashed_gaussian(
     return jnp.concatenate([jnp.tanh(u), density.sum(-1, keepdims=True)], axis=-1)
 
 
+def rff_critic(features: Array, network: Layers) -> Array:
+    (weight, bias), *others = network
+    return mlp(jnp.sin(features @ weight + bias), others, jax.nn.elu)
+
+
+def soft_value(
+    policy: Layers,
+    psi: Layers,
+    critics: Sequence[Layers],
+    state: Array,
+    noise: Array,
+    temperature: float,
+    log_std_bounds: tuple[float, float],
+) -> Array:
+    """The loss of a policy that psi and its critics judge."""
+    sample = squashed_gaussian(policy, state, noise, log_std_bounds)
+    action, log_prob = sample[:, :-1], sample[:, -1:]
+    features = mlp(jnp.concatenate([state, action], axis=1), psi, jax.nn.elu)
+    q = functools.reduce(jnp.minimum, (rff_critic(features, critic) for critic in critics))
+    return jnp.mean(temperature * log_prob - q)
+
+
 class ForwardAndBackward:
     """A function's value and its gradients at ``inputs``; ``constants`` follow them."""
 
@@ -473,6 +507,7 @@ class Agent(NamedTuple):
     critic_target: Twins
     actor_moments: Moments
     critic_moments: Moments
+    updates: Array
 
 
 class JaxDIPO:
@@ -486,40 +521,40 @@ class JaxDIPO:
         self.levels = Levels.of(schedule, denoiser.time_dim)
         actor, critic = DenoiserLayers.of(denoiser), Twins.of(agent.critic)
         copies = jax.tree.map(jnp.copy, (actor, critic))  # what is donated mustn't be shared
-        self.agent = Agent(actor, critic, *copies, Moments.of(actor), Moments.of(critic))
+        moments = Moments.of(actor), Moments.of(critic)
+        self.agent = Agent(actor, critic, *copies, *moments, jnp.zeros((), jnp.int32))
         self.key = jax.random.key(0)
         self.act_jit = jax.jit(draw_and_chain)
         self.update_jit = jax.jit(self.drawn_update, donate_argnums=(0, 1))
         self.given_jit = jax.jit(self.given_update)
 
     def act(self, observation: Array) -> None:
-        self.key, key = jax.random.split(self.key)
-        self.act_jit(self.agent.actor, self.table, observation, key).block_until_ready()
+        action, self.key = self.act_jit(self.agent.actor, self.table, observation, self.key)
+        action.block_until_ready()
 
     def update(self, replay: Transitions) -> Transitions:
         """The replay with the improved actions in it."""
-        self.key, key = jax.random.split(self.key)
-        self.agent, replay = self.update_jit(self.agent, replay, key)
+        self.agent, replay, self.key = self.update_jit(self.agent, replay, self.key)
         jax.block_until_ready(self.agent)
         return replay
 
     def drawn_update(
         self, agent: Agent, replay: Transitions, key: Array
-    ) -> tuple[Agent, Transitions]:
-        keys = jax.random.split(key, 4)
+    ) -> tuple[Agent, Transitions, Array]:
+        key, *keys = jax.random.split(key, 5)
         rows = self.config.batch_size
         batch, other = (
             jax.random.randint(k, (rows,), 0, len(replay.state)) for k in (keys[0], keys[1])
         )
         critic_batch = jax.tree.map(lambda column: column[batch], replay)
         actor_batch = jax.tree.map(lambda column: column[other], replay)
-        next_action = draw_and_chain(
+        next_action, _ = draw_and_chain(
             agent.actor_target, self.table, critic_batch.next_state, keys[2]
         )
         t, noise = draw_level(keys[3], self.levels, (rows, self.action_dim))
         agent, improved = self.given_update(agent, critic_batch, next_action, actor_batch, t, noise)
         stored = replay.best_action.at[other].set(improved)
-        return agent, replay._replace(best_action=stored)
+        return agent, replay._replace(best_action=stored), key
 
     def given_update(
         self,
@@ -557,12 +592,11 @@ class JaxDIPO:
         gradient = limit_norm(gradient, config.ac_grad_norm)
         actor, actor_moments = step(agent.actor, gradient, agent.actor_moments)
 
-        targets = jax.tree.map(
-            lambda new, old: config.tau * new + (1 - config.tau) * old,
-            (actor, critic),
-            (agent.actor_target, agent.critic_target),
-        )
-        return Agent(actor, critic, *targets, actor_moments, critic_moments), improved
+        moves = agent.updates % config.update_actor_target_every == 0
+        actor_target = moved_average(agent.actor_target, actor, jnp.where(moves, config.tau, 0.0))
+        critic_target = moved_average(agent.critic_target, critic, config.tau)
+        networks = actor, critic, actor_target, critic_target
+        return Agent(*networks, actor_moments, critic_moments, agent.updates + 1), improved
 
     def moved(self, batch: Batch, next_action: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """By how many learning rates one update moves the parameters of critic, its target, actor

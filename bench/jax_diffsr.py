@@ -16,7 +16,9 @@ from jax_baselines import (
     adam,
     layers,
     mlp,
+    moved_average,
     representation_loss,
+    rff_critic,
     to_jax,
     to_torch,
 )
@@ -38,11 +40,7 @@ class RFFCritic(NamedTuple):
     q2: Layers
 
     def values(self, features: Array) -> tuple[Array, Array]:
-        def value(network: Layers) -> Array:
-            (weight, bias), *others = network
-            return mlp(jnp.sin(features @ weight + bias), others, jax.nn.elu)
-
-        return value(self.q1), value(self.q2)
+        return rff_critic(features, self.q1), rff_critic(features, self.q2)
 
 
 class Agent(NamedTuple):
@@ -91,13 +89,12 @@ class JaxDiffSR:
         self.update_jit = jax.jit(self.drawn_update, donate_argnums=0)
 
     def update(self, replay: Transitions) -> None:
-        self.key, key = jax.random.split(self.key)
-        self.agent = self.update_jit(self.agent, replay, key)
+        self.agent, self.key = self.update_jit(self.agent, replay, self.key)
         jax.block_until_ready(self.agent)
 
-    def drawn_update(self, agent: Agent, replay: Transitions, key: Array) -> Agent:
+    def drawn_update(self, agent: Agent, replay: Transitions, key: Array) -> tuple[Agent, Array]:
         steps, rows = self.config.extra_feature_steps + 1, self.config.batch_size
-        keys = jax.random.split(key, 4)
+        key, *keys = jax.random.split(key, 5)
         index = jax.random.randint(keys[0], (steps, rows), 0, len(replay.state))
         batches = jax.tree.map(lambda column: column[index], replay)
         draws = Draws(
@@ -105,7 +102,7 @@ class JaxDiffSR:
             jax.random.normal(keys[2], batches.next_state.shape),
             jax.random.normal(keys[3], (2, rows, self.action_dim)),
         )
-        return self.given_update(agent, batches, draws)
+        return self.given_update(agent, batches, draws), key
 
     def given_update(self, agent: Agent, batches: Transitions, draws: Draws) -> Agent:
         config = self.config
@@ -154,9 +151,7 @@ class JaxDiffSR:
 
         updates = agent.updates + 1
         tau = jnp.where(updates % config.update_target_every == 0, config.tau, 0.0)
-        critic_target = jax.tree.map(
-            lambda new, old: tau * new + (1 - tau) * old, critic, agent.critic_target
-        )
+        critic_target = moved_average(agent.critic_target, critic, tau)
         return Agent(
             representation,
             critic,

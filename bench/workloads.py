@@ -366,9 +366,21 @@ def mlp_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
         call = functools.partial(gradients, run, of)
         return Variant(name, call, call, **more)
 
+    def in_jax() -> Variant | None:
+        if not (jax := rivals.jax_baselines()):
+            return None
+
+        def of_parameters(x: Any, *parameters: Any) -> Any:
+            return jax.mlp(x, jax.as_layers(parameters))
+
+        inputs = [x, *model.parameters()]
+        call = jax.ForwardAndBackward(of_parameters, inputs, torch.ones(batch, 1))
+        return Variant(JAX, call, lambda: flat(call.on()[1:]))
+
     variants = [
         same(BASELINE, as_written, as_written),
         same(COMPILED, compiled_model, compiled_model),
+        in_jax(),
         same(OURS, model, model),
         same(
             OURS_NEW_WEIGHTS,

@@ -146,6 +146,8 @@ class CompareArguments:
     """Seeds; one run of each agent for each."""
     jobs: int = 1
     """Runs at a time, each in its own process. They share the cores unless --threads is given."""
+    last_evaluations: int = 1
+    """How many of a run's evaluations, from the end, its final return is the mean of."""
     output: Path | None = None
     """Directory for the runs, the picture and the tables. Default: runs/compare/ENV."""
     set: tuple[str, ...] = ()
@@ -162,8 +164,9 @@ class CompareArguments:
             agent_type(agent)
             if not re.fullmatch(r"[\w-]+", name):
                 raise ValueError(f"a name must be of letters, digits, - and _, got {name!r}")
-        if self.jobs < 1:
-            raise ValueError(f"jobs must be at least 1, got {self.jobs}")
+        for field, number in (("jobs", self.jobs), ("last_evaluations", self.last_evaluations)):
+            if number < 1:
+                raise ValueError(f"{field} must be at least 1, got {number}")
         for text in self.set:
             self._split(text)
 
@@ -321,7 +324,13 @@ def compare_command(arguments: list[str]) -> int:
     """``diffcore compare --agents AGENT... --env ID ...``."""
     parsed, output, jobs = parse_comparison(arguments)
     console = Console()
-    comparison = compare(jobs, output, parallel=parsed.jobs, console=console)
+    comparison = compare(
+        jobs,
+        output,
+        parallel=parsed.jobs,
+        last_evaluations=parsed.last_evaluations,
+        console=console,
+    )
     if not comparison.complete:
         say(console, "interrupted, saved; the same command goes on with it")
         return INTERRUPTED

@@ -60,11 +60,49 @@ def test_all_sections_are_measured_and_checked(stored: Path) -> None:
 
 def test_jax_computes_the_same() -> None:
     pytest.importorskip("jax")
-    cases = ("reverse_diffusion", "reverse_step", "action_gradient", "denoising_update")
-    cases += ("squashed_gaussian", "representation_loss", "diffsr_update")
+    cases = ("reverse_diffusion", "reverse_step", "action_gradient", "mlp", "critic_update")
+    cases += ("denoising_update", "squashed_gaussian", "soft_value", "representation_loss")
+    cases += ("dipo_step", "diffsr_update")
     done = bench("--quick", "--no-compile", "--no-save", "--brief", "--only", *cases)
     assert done.returncode == 0, done.stderr
     assert all("JAX" in line for line in done.stdout.splitlines())
+
+
+TARGETS = """
+import functools, importlib.util, eager, torch, workloads
+from diffcore.agents import DIPO, DIPOConfig
+
+small = {"hidden_dim": 8, "diffusion_steps": 2, "batch_size": 4, "action_gradient_steps": 1}
+agent = DIPO(3, 1, DIPOConfig(**small, update_actor_target_every=2), seed=0)
+replay = workloads.random_replay(3, 1, 50)
+forms = {}
+for form in (eager.EagerDIPO, eager.OptimisedDIPO):
+    theirs = form(agent)
+    update = functools.partial(theirs.update, replay, torch.Generator().manual_seed(0))
+    forms[form.__name__] = update, lambda a=theirs: workloads.flat(a.actor_target.parameters())
+if importlib.util.find_spec("jax"):
+    import jax_baselines as jax
+    in_jax, arrays = jax.JaxDIPO(agent), [jax.replay_arrays(replay)]
+    forms["JAX"] = (
+        lambda: arrays.append(in_jax.update(arrays.pop())),
+        lambda: jax.flat(in_jax.agent.actor_target),
+    )
+for name, (update, target) in forms.items():
+    moved = []
+    for _ in range(4):
+        before = target()
+        update()
+        moved.append(not torch.equal(before, target()))
+    assert moved == [True, False, True, False], (name, moved)
+"""
+
+
+def test_competitors_move_their_targets_as_often_as_ours() -> None:
+    """Of several updates a check of one knows nothing."""
+    done = subprocess.run(
+        [sys.executable, "-c", TARGETS], cwd=BENCH, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_overhead_is_measured_for_the_ops_that_keep_packs(tmp_path: Path) -> None:

@@ -198,6 +198,7 @@ def test_plot(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["compare", "--agents", "me", "--env", "Pendulum-v1"], 2, "unknown agent 'me'"),
         (["compare", *COMPARED, "--seeds", "1", "1"], 2, "seeds must be one or more different"),
         (["compare", *COMPARED, "--jobs", "0"], 2, "jobs must be at least 1"),
+        (["compare", *COMPARED, "--last-evaluations", "0"], 2, "last_evaluations must be at least 1"),
         (["compare", *COMPARED, "--set", "dipo"], 2, "set must be NAME.OPTION=VALUE"),
         (["compare", *COMPARED, "--set", "sb3-sac.tau=1"], 2, "set must be NAME.OPTION"),
         (["compare", *COMPARED, "--set", "dipo.speed=9"], 2, "--speed"),

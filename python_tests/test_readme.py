@@ -9,8 +9,8 @@ import torch
 import tyro
 
 from diffcore import cli
-from diffcore.agents import DIPOConfig
-from diffcore.training import TrainConfig, train
+from diffcore.agents import DIPO, DiffSR, DiffSRConfig, DIPOConfig
+from diffcore.training import ReplayBuffer, TrainConfig, train
 
 README = Path(__file__).parent.parent / "README.md"
 TRAINING = README.parent / "docs" / "training.md"
@@ -71,6 +71,23 @@ def test_command_lines_are_valid(line: list[str]) -> None:
     else:
         assert command == "plot"
         tyro.cli(cli.PlotArguments, args=arguments)
+
+
+@pytest.mark.parametrize(
+    "agent",
+    [
+        DIPO(3, 1, DIPOConfig(diffusion_steps=2, hidden_dim=8, batch_size=4), seed=0),
+        DiffSR(3, 1, DiffSRConfig(batch_size=4, bonus="elliptical", gram_weight=0.1), seed=0),
+    ],
+    ids=lambda agent: agent.name,
+)
+def test_every_metric_is_explained(agent: DIPO | DiffSR) -> None:
+    replay = ReplayBuffer(4, 3, 1, bootstrap_truncated=True)
+    rows = [torch.zeros(4, width) for width in (3, 1)]
+    replay.add(*rows, torch.zeros(4), rows[0], torch.zeros(4), torch.zeros(4))
+    section = TRAINING.read_text().split("\n## ")[2]
+    assert section.startswith("What a run writes")
+    assert {name for name in agent.update(replay) if f"`{name}`" not in section} == set()
 
 
 def test_relative_paths_exist() -> None:

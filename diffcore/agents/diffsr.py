@@ -29,6 +29,11 @@ optimiser of the one it replaces: the optimiser goes on holding parameters of a 
 uses, and the critic that everybody uses stays as it was initialised. And its Gram regulariser, which
 has the weight 0 by default, feeds phi through the second layer once more. ``fixed`` is what the code
 means to do.
+
+Actions in [-1, 1] stand for the environment's whole range in every mode. The released code hands
+them to the environment as they are, cut to its bounds: on Pendulum (2) the policy then has half the
+torque, on Humanoid (0.4) most of what it can say is cut, and the critic is asked about actions that
+it never learns of.
 """
 
 from __future__ import annotations

@@ -26,7 +26,10 @@ but ``numpy.copyto(buffer[index], new)`` writes into a copy. And its linear sche
 DDPM's 1000 steps whatever K is: after 100 of them abar is 0.36, and a chain from pure noise doesn't
 draw from what was fitted. ``fixed`` is what it means to do.
 ``paper`` has a price of its own: an overwritten action keeps the reward and the next state that the
-action really taken had earned, and the critic learns from that.
+action really taken had earned, and the critic learns from that. Algorithm 3 moves every stored action
+by one step at a time; here a batch of them is moved, by as many steps as in the other modes.
+
+No mode repeats how the released code evaluates: in the training environment, whose episode that cuts.
 """
 
 from __future__ import annotations
@@ -48,7 +51,13 @@ from diffcore.agents.base import (
 )
 from diffcore.agents.checks import check_choice, check_integer, check_real
 from diffcore.agents.environment_names import environment_base_name
-from diffcore.agents.optimization import ema_update_, learning, make_adam, measured_step
+from diffcore.agents.optimization import (
+    ema_update_,
+    frozen,
+    learning,
+    make_adam,
+    measured_step,
+)
 from diffcore.agents.policies import DiffusionPolicy, MLPPolicy, Policy, VAEPolicy
 from diffcore.agents.replay_protocol import Batch, Replay
 from diffcore.nn import TwinCritic
@@ -109,6 +118,10 @@ MODES: dict[Mode, ModeSwitches] = {
         rescale_linear_schedule=True,
     ),
 }
+
+ACTION_NORM_EVERY = 20
+"""Updates from one to the next with the action gradient's norm among their metrics: the op that moves
+actions doesn't tell it, and one gradient more would take a few percent of every update."""
 
 # Table 3 of the paper, by the name that environment_base_name gives.
 DIPO_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -373,6 +386,8 @@ class DIPO(BaseAgent):
         metrics = self.update_critic(batch, next_action)
 
         batch = self.sample(replay)
+        if self.updates % ACTION_NORM_EVERY == 0:
+            metrics["action_grad_norm"] = self.action_gradient_norm(batch)
         improved = self.improve_actions(batch)
         metrics["action_change"] = (improved - self._actions_to_improve(batch)).abs().mean()
         self._store(replay, batch.index, improved)
@@ -428,6 +443,16 @@ class DIPO(BaseAgent):
             eps=config.adam_eps,
             compute_dtype=torch_dtype(config.compute_dtype),
         )
+
+    def action_gradient_norm(self, batch: Batch) -> Tensor:
+        """Norm of what :meth:`improve_actions` climbs first, over the whole batch and uncut, 0-d.
+
+        To be compared with ``action_grad_norm_ratio * action_dim``, to which it is cut.
+        """
+        action = self._actions_to_improve(batch).detach().clone().requires_grad_()
+        with frozen(self.critic.parameters()):
+            q = torch.minimum(*self.critic(batch.state, action)).sum()
+        return torch.autograd.grad(q, action)[0].norm()
 
     def update_actor(self, loss: Tensor) -> dict[str, float | Tensor]:
         """One optimiser step of the actor.

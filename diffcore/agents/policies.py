@@ -168,7 +168,8 @@ class MLPPolicy(Policy):
     """One action per observation, plus Gaussian noise when exploring.
 
     The released code adds the exploration noise inside its loss as well, which only makes the
-    gradient noisier: its expectation is that of the plain squared error used here.
+    gradient noisier: its expectation is that of the plain squared error used here. And it leaves the
+    target policy's actions unclamped, so that its critic is asked about actions that nobody can take.
     """
 
     def __init__(

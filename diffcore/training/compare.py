@@ -77,7 +77,12 @@ class Comparison:
 
 
 def compare(
-    jobs: list[Job], output: Path, *, parallel: int = 1, console: Console | None = None
+    jobs: list[Job],
+    output: Path,
+    *,
+    parallel: int = 1,
+    last_evaluations: int = 1,
+    console: Console | None = None,
 ) -> Comparison:
     """Bring every run to its end, then draw and tabulate them.
 
@@ -86,10 +91,13 @@ def compare(
         output: the directory for picture and tables.
         parallel: runs at a time. One is run in this process; several have processes of their own,
             which share the cores unless ``threads`` says otherwise, and log to files in ``output``.
+        last_evaluations: how many of a run's evaluations, from the end, its final return is the mean
+            of.
         console: where to show progress and the table; None is standard output.
 
     Raises:
-        TrainingError: if a run fails, or there is one already that was set differently.
+        TrainingError: if a run fails, has fewer evaluations, or there is one already that was set
+            differently.
     """
     console = console or Console()
     for job in jobs:
@@ -110,7 +118,7 @@ def compare(
         summary=output / "summary.csv",
     )
     if comparison.complete:
-        runs = [_final_row(job) for job in jobs]
+        runs = [_final_row(job, last_evaluations) for job in jobs]
         _write_csv(comparison.final_returns, runs)
         rows = summarize(runs)
         _write_csv(comparison.summary, rows)
@@ -121,7 +129,7 @@ def compare(
             names=[job.name for job in jobs],
         )
         with printing(console):
-            console.print(_table(jobs[0].config.env, rows))
+            console.print(_table(jobs[0].config.env, rows, last_evaluations))
     return comparison
 
 
@@ -291,16 +299,25 @@ def _is_complete(job: Job) -> bool:
     return ends and saved >= job.config.total_steps
 
 
-def _final_row(job: Job) -> dict[str, Any]:
-    """Mean return of a run's last evaluation, and the updates that it took."""
+def _final_row(job: Job, last_evaluations: int) -> dict[str, Any]:
+    """Mean return of a run's last evaluations, and the updates that it took.
+
+    Raises:
+        RunError: if it has fewer.
+    """
     steps, returns = read_series(job.run.evaluations, "mean_return")
+    if len(returns) < last_evaluations:
+        raise RunError(
+            f"{job.run.path} has {len(returns)} evaluations, asked for is the mean of the last "
+            f"{last_evaluations}; ask for fewer (--last-evaluations), the runs are kept"
+        )
     _, updates = read_series(job.run.progress, "updates")
     return {
         "agent": job.name,
         "seed": job.config.seed,
         "step": steps[-1],
         "updates": int(updates[-1]),
-        "return": returns[-1],
+        "return": statistics.fmean(returns[-last_evaluations:]),
     }
 
 
@@ -312,9 +329,10 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def _table(env: str, rows: list[dict[str, Any]]) -> Table:
+def _table(env: str, rows: list[dict[str, Any]], last_evaluations: int = 1) -> Table:
     """The part of the summary that fits a terminal of 80 columns."""
-    title = f"Final return on {env}: mean of the last evaluation of each run"
+    last = "evaluation" if last_evaluations == 1 else f"{last_evaluations} evaluations"
+    title = f"Final return on {env}: mean of the last {last} of each run"
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     for name in ("agent", "seeds", "updates", "IQM", "95% interval", "mean ± std"):
         table.add_column(name, justify="left" if name == "agent" else "right")

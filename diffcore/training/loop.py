@@ -635,6 +635,8 @@ class _Session:
             )
         self.evaluation: Evaluation | None = None
         self.told_not_restorable = False
+        # At the last row of timing.csv that this process wrote, else at its start.
+        self.timed_steps, self.timed_seconds = trainer.step, display.seconds()
 
     def truncate_logs(self, rows: dict[str, int]) -> None:
         """Cut the CSV files back to where the checkpoint was written."""
@@ -674,11 +676,13 @@ class _Session:
         trainer = self.trainer
         row: Row = {"step": trainer.step, "updates": trainer.updates}
         row |= trainer.episodes.pop() | trainer.metrics.pop()
+        steps, seconds = trainer.step, self.display.seconds()
         timing: Row = {
-            "step": trainer.step,
-            "seconds": trainer.seconds + self.display.seconds(),
-            "steps_per_second": self.display.steps_per_second(trainer.step),
+            "step": steps,
+            "seconds": trainer.seconds + seconds,
+            "steps_per_second": (steps - self.timed_steps) / max(seconds - self.timed_seconds, 1e-9),
         }
+        self.timed_steps, self.timed_seconds = steps, seconds
         self.write("progress", row)
         self.write("timing", timing)
         self.display.line(trainer.step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -13,6 +14,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 REFRESH_SECONDS = 0.25
 """Between two states of the live line."""
+RECENT_SECONDS = 30.0
+"""What the speed shown is a mean of. Random steps at the start are a hundred times as fast as those
+that learn, so the mean of a whole run says little of either, and promises too early an end."""
 
 
 @contextmanager
@@ -40,7 +44,7 @@ class ProgressDisplay:
 
     Args:
         console: where to; a live line is shown only if it is a terminal.
-        first_step: where this process starts; speed is measured from here.
+        first_step: where this process starts.
         total_steps: where it ends.
     """
 
@@ -53,6 +57,7 @@ class ProgressDisplay:
         self._evaluation: float | None = None
         self._step = first_step
         self._next_refresh = 0.0
+        self._marks = deque([(self._started, first_step)])  # a second or more apart
         self._progress: Progress | None = None
         self._task = TaskID(0)
         if console.is_terminal:
@@ -94,6 +99,7 @@ class ProgressDisplay:
     def step(self, step: int) -> None:
         """Training reached ``step``. Cheap enough to call at every one."""
         self._step = step
+        self._mark(step)
         if self._progress is not None and time.monotonic() >= self._next_refresh:
             with printing(self._console):
                 self._update(self._progress)
@@ -117,14 +123,26 @@ class ProgressDisplay:
 
     def steps_per_second(self, step: int) -> float:
         """Mean speed of this process so far."""
-        return (step - self._first_step) / max(time.monotonic() - self._started, 1e-9)
+        return _speed(step - self._first_step, self.seconds())
 
     def seconds(self) -> float:
         """Seconds since this process started training."""
         return time.monotonic() - self._started
 
+    def _mark(self, step: int) -> None:
+        now = time.monotonic()
+        if now - self._marks[-1][0] >= 1.0:
+            self._marks.append((now, step))
+        while len(self._marks) > 1 and now - self._marks[1][0] >= RECENT_SECONDS:
+            self._marks.popleft()
+
+    def _recent_speed(self, step: int) -> float:
+        """Mean steps per second over the last RECENT_SECONDS, or as long as there were."""
+        then, step_then = self._marks[0]
+        return _speed(step - step_then, time.monotonic() - then)
+
     def _status(self, step: int) -> str:
-        speed = self.steps_per_second(step)
+        speed = self._recent_speed(step)
         # The last step may overshoot: several environments make one together.
         left = max(self._total_steps - step, 0) / speed if speed > 0 else None
         return "  ".join(
@@ -138,6 +156,10 @@ class ProgressDisplay:
 
     def _update(self, progress: Progress) -> None:
         progress.update(self._task, completed=self._step, description=self._status(self._step))
+
+
+def _speed(steps: int, seconds: float) -> float:
+    return steps / max(seconds, 1e-9)
 
 
 def _number(value: float | None) -> str:

@@ -24,6 +24,7 @@ from diffcore.agents import (
     Policy,
     VAEPolicy,
 )
+from diffcore.agents.dipo import ACTION_NORM_EVERY
 from diffcore.nn import MLP
 from diffcore.ops import _backends, _dispatch, _native
 
@@ -337,6 +338,23 @@ def test_switch_action_optimizer_adam_cuts_the_norm_of_the_whole_batch() -> None
     uncut = make_agent(action_grad_norm_ratio=0.0, **config)
     expected = after_first_adam_step(gradient)
     torch.testing.assert_close(uncut.improve_actions(batch), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["fixed", "paper"])
+def test_the_action_gradients_norm_is_logged_now_and_then(mode: str) -> None:
+    agent, replay = make_agent(mode=mode), replay_with_own_best_actions()
+    logged = ["action_grad_norm" in agent.update(replay) for _ in range(ACTION_NORM_EVERY + 1)]
+    assert [i for i, is_there in enumerate(logged) if is_there] == [0, ACTION_NORM_EVERY]
+
+    batch = replay.sample(16, agent.generator)
+    norm = agent.action_gradient_norm(batch)
+    critic, state = copy.deepcopy(agent.critic).double(), batch.state.double()
+    start = (batch.action if mode == "paper" else batch.best_action).double()
+    # A step of Eq. 15, of length 1 and without bounds, is the gradient.
+    step = {"steps": 1, "lr": 1.0, "optimizer": "ascent", "low": -99.0, "high": 99.0}
+    moved = ops.action_gradient(critic, state, start, **step)
+    torch.testing.assert_close(norm.double(), (moved - start).norm(), rtol=1e-5, atol=0)
+    assert all(p.requires_grad and p.grad is None for p in agent.critic.parameters())
 
 
 @pytest.mark.parametrize("overwrite", [True, False])

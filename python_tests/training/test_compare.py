@@ -86,6 +86,17 @@ def test_end_to_end_and_again_and_with_more(
     assert "4 of 4 runs are complete already" in capsys.readouterr().out
     assert modified(output) == before
 
+    # Means of more evaluations than the last.
+    assert run("--seeds", "0", "1", "--last-evaluations", "2") == 0
+    title = " ".join(capsys.readouterr().out.split())
+    assert "mean of the last 2 evaluations of each run" in title
+    for row in table(output / "final_returns.csv"):
+        log = output / row["agent"] / f"s{row['seed']}" / "evaluations.csv"
+        returns = [float(evaluation["mean_return"]) for evaluation in read_csv(log)[1]]
+        assert float(row["return"]) == pytest.approx(sum(returns) / 2)
+    assert run("--seeds", "0", "1", "--last-evaluations", "3") == 1
+    assert "has 2 evaluations, asked for is the mean of the last 3" in capsys.readouterr().err
+
     # More steps and more seeds; those in processes of their own.
     assert run("--seeds", "1", "--total-steps", "60") == 0
     finals = table(output / "final_returns.csv")

@@ -122,6 +122,9 @@ def test_a_run_leaves_everything_in_its_directory(
     assert read_series(run.progress, "episode_length") == ([28, 56], [25.0, 25.0])
     assert read_series(run.progress, "loss")[0] == [14, *range(21, 60, 7), 60]
     assert read_csv(run.timing)[0] == ["step", "seconds", "steps_per_second"]
+    steps, seconds = read_series(run.timing, "seconds")
+    speeds = read_series(run.timing, "steps_per_second")[1][1:]  # each since the row before
+    assert speeds == pytest.approx((np.diff(steps) / np.diff(seconds)).tolist())
 
     weights = safetensors.torch.load_file(run.weights)
     loaded = load_agent(str(result.run))

@@ -9,6 +9,7 @@ import os
 import pytest
 from rich.console import Console
 
+from diffcore.training import progress
 from diffcore.training.progress import ProgressDisplay, _duration
 
 
@@ -84,6 +85,21 @@ def test_the_live_line_ends_with_the_last_step() -> None:
         for step in range(1, 401):  # in less time than between two of its states
             display.step(step)
     assert "400/400" in output.getvalue()
+
+
+def test_speed_and_time_left_are_of_the_last_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    output = io.StringIO()
+    with ProgressDisplay(Console(file=output, width=120), 0, 100_000) as display:
+        step = 0
+        for speed, seconds in ((5000, 2), (10, 60)):  # random steps, then such that learn
+            for _ in range(seconds):
+                now, step = now + 1, step + speed
+                display.step(step)
+        display.line(step)
+        assert display.steps_per_second(step) == pytest.approx(10_600 / 62)
+    assert "10.0 steps/s  2:29:00 left" in output.getvalue()
 
 
 def test_durations() -> None:
