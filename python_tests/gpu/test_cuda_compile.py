@@ -26,7 +26,7 @@ ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
 #: Registers that a kernel may have by the budget that is stated at the top of its file.
 REGISTERS = {
     "ascend": 255,
-    "prepare": 255,
+    "prepare": 64,
     "probe": 16,
     "reverse_chain": 255,
     "reverse_step_by_four": 40,
