@@ -129,6 +129,16 @@ def test_tensor_cores_where_asked_for_and_nowhere_else(kernels: list[cuda_builds
     assert len(seen) == len(architectures()) * 2 * 3
 
 
+def test_the_ascent_reads_nothing_as_constant(kernels: list[cuda_builds.Kernel]) -> None:
+    """Its blocks read what others wrote in the same launch. A load that the compiler takes for one of
+    what nobody writes may find it in a cache as it was before."""
+    ascents = [k for k in kernels if base_name(k) == "ascend"]
+    assert ascents
+    for k in ascents:
+        assert "LDG" in k.instructions
+        assert not re.search(r"LDG\S*\.CONSTANT", k.instructions), (k.architecture, k.name)
+
+
 def test_without_a_gpu(kernels: list[cuda_builds.Kernel]) -> None:
     """The module imports everywhere, and says what is missing when it is called."""
     script = """
