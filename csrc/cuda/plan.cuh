@@ -196,10 +196,10 @@ template <class Op>
 using PlanOf = Plan<typename Op::Arguments>;
 
 // Makes a plan the best one, if it fits and takes the least time so far. A device may run fewer
-// clusters at the same time than it has multiprocessors for. Those beyond would wait until others have
-// taken all their tiles, and a cooperative launch wouldn't begin. The driver is asked how many, which
-// takes longer than all else here, about those plans alone that would be the best. Returns what went
-// wrong.
+// clusters at the same time than it has multiprocessors for. Those beyond would wait until others
+// have taken all their tiles, and a cooperative launch wouldn't begin. The driver is asked how many,
+// which takes longer than all else here, about those plans alone that would be the best. Returns
+// what went wrong.
 template <class Op, class Math, int rows>
 const char* consider(const typename Op::Call& call, const Device& device, int group_size,
                      PlanOf<Op>* best) {
