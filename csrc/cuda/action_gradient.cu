@@ -49,11 +49,10 @@
 //
 // `estimate` below does this arithmetic for the call at hand, and the launcher takes the group and
 // the rows for which it gives least. No GPU has measured it yet.
-#include <algorithm>
-
 #include "activations.cuh"
 #include "group.cuh"
 #include "kernels.h"
+#include "plan.cuh"
 
 namespace diffcore {
 namespace cuda {
@@ -74,7 +73,7 @@ struct PackedCritic {
   SlicedWeights backward[max_layers];
 };
 
-struct AscentPlan {
+struct Ascent {
   ActionGradientCall call;
   PackedCritic packed[2];
   GroupLayout group;
@@ -104,60 +103,38 @@ struct AscentPlan {
   float* squared_norms;  // [2 by step, 2, batch], of the gradients' rows
 };
 
-int widest_hidden(const ActionGradientCall& call) {
-  int widest = 0;
-  for (const CriticParameters& critic : call.critics)
-    for (int l = 0; l < critic.layer_count - 1; ++l)
-      widest = critic.layers[l].out > widest ? critic.layers[l].out : widest;
-  return round_up(widest, 16);
-}
-
-int most_hidden_layers(const ActionGradientCall& call) {
-  const int first = call.critics[0].layer_count, second = call.critics[1].layer_count;
-  return (first > second ? first : second) - 1;
-}
-
 // -- packing --------------------------------------------------------------------------------------
 
-// packed [columns, k] with zeros where they are padded: weight(column, k), which is at
-// from[column * column_stride + k * k_stride]. By all threads of the grid.
+// By all threads of the grid.
 template <class Math>
-__device__ void pack(const float* from, int columns, int64_t column_stride, int k, int64_t k_stride,
-                     const SlicedWeights& to) {
-  const int pairs = to.k / 2;
-  const int count = to.columns * pairs;
-  const auto packed = static_cast<typename Math::Pair*>(to.weight);
-  const int first = static_cast<int>(blockIdx.x) * block_threads + static_cast<int>(threadIdx.x);
-  for (int p = first; p < count; p += static_cast<int>(gridDim.x) * block_threads) {
-    const int column = p / pairs, at = p % pairs * 2;
-    const float* w = from + column * column_stride + at * k_stride;
-    packed[p] = Math::pair(column < columns && at < k ? w[0] : 0.0f,
-                           column < columns && at + 1 < k ? w[k_stride] : 0.0f);
-  }
-}
-
-template <class Math>
-__device__ void pack_critics(const AscentPlan& plan) {
+__device__ void pack_critics(const Ascent& plan) {
+  const int thread = static_cast<int>(blockIdx.x) * block_threads + static_cast<int>(threadIdx.x);
+  const int threads = static_cast<int>(gridDim.x) * block_threads;
   for (int c = 0; c < 2; ++c) {
     const CriticParameters& critic = plan.call.critics[c];
     const PackedCritic& packed = plan.packed[c];
     const LinearParameters& first = critic.layers[0];
     const float* of_action = first.weight + critic.state_dim;
-    pack<Float32Math>(first.weight, first.out, first.in, critic.state_dim, 1, packed.state_input);
-    pack<Float32Math>(of_action, first.out, first.in, critic.action_dim, 1, packed.action_input);
-    pack<Math>(of_action, critic.action_dim, 1, first.out, first.in, packed.backward[0]);
+    pack<Float32Math>(first.weight, first.out, first.in, critic.state_dim, 1, packed.state_input,
+                      thread, threads);
+    pack<Float32Math>(of_action, first.out, first.in, critic.action_dim, 1, packed.action_input,
+                      thread, threads);
+    pack<Math>(of_action, critic.action_dim, 1, first.out, first.in, packed.backward[0], thread,
+               threads);
     for (int l = 1; l < critic.layer_count; ++l) {
       const LinearParameters& layer = critic.layers[l];
-      pack<Math>(layer.weight, layer.out, layer.in, layer.in, 1, packed.forward[l]);
+      pack<Math>(layer.weight, layer.out, layer.in, layer.in, 1, packed.forward[l], thread,
+                 threads);
       if (l < critic.layer_count - 1)
-        pack<Math>(layer.weight, layer.in, 1, layer.out, layer.in, packed.backward[l]);
+        pack<Math>(layer.weight, layer.in, 1, layer.out, layer.in, packed.backward[l], thread,
+                   threads);
     }
   }
 }
 
 // Copies the block's slices of a critic to where they stay, and waits for them.
 template <class Operand>
-__device__ void load_slices(const AscentPlan& plan, int critic, int rank, char* shared) {
+__device__ void load_slices(const Ascent& plan, int critic, int rank, char* shared) {
   const PackedCritic& packed = plan.packed[critic];
   const int last = plan.call.critics[critic].layer_count - 1;
   load_slice<float>(packed.action_input, rank, shared);
@@ -178,7 +155,7 @@ struct Item {
 };
 
 template <int rows>
-__device__ Item item_at(const AscentPlan& plan, int64_t index) {
+__device__ Item item_at(const Ascent& plan, int64_t index) {
   const int64_t first = index / 2 * rows, left = plan.call.batch - first;
   return {static_cast<int>(index % 2), first, static_cast<int>(left < rows ? left : rows)};
 }
@@ -199,7 +176,7 @@ class CriticPass {
  public:
   using Operand = typename Math::Operand;
 
-  __device__ CriticPass(const AscentPlan& plan, const Item& item, char* shared,
+  __device__ CriticPass(const Ascent& plan, const Item& item, char* shared,
                         Group<Math, rows>& group)
       : plan_(plan),
         critic_(plan.call.critics[item.critic]),
@@ -348,7 +325,7 @@ class CriticPass {
                        column + 1 < layer.out ? layer.bias[column + 1] : 0.0f);
   }
 
-  const AscentPlan& plan_;
+  const Ascent& plan_;
   const CriticParameters& critic_;
   const PackedCritic& packed_;
   const Item item_;
@@ -404,7 +381,7 @@ struct Published {
 
 // The block's sum of a number a thread, the same to all threads; `sums` has a float a warp.
 __device__ float block_sum(float x, float* sums) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(all_lanes, x, lanes);
+  x = warp_sum(x);
   if (lane_index() == 0) sums[warp_index()] = x;
   __syncthreads();
   float sum = 0.0f;
@@ -445,12 +422,12 @@ __device__ float row_factor(const Published& p, int64_t row, float max_norm) {
 }
 
 // Which of [copies, batch] rows a block updates as its own.
-__device__ int64_t own_rows(const AscentPlan& plan, const Item& item, int rank) {
+__device__ int64_t own_rows(const Ascent& plan, const Item& item, int rank) {
   return (2 * rank + item.critic) * plan.call.batch + item.first;
 }
 
-__device__ void update_actions(const AscentPlan& plan, const Item& item, int rank,
-                               const Published& p, float factor_of_batch, const float* adam) {
+__device__ void update_actions(const Ascent& plan, const Item& item, int rank, const Published& p,
+                               float factor_of_batch, const float* adam) {
   const ActionGradientCall& call = plan.call;
   const int action_dim = p.action_dim;
   const float step_size = adam[0], root_correction = adam[1];
@@ -477,7 +454,7 @@ __device__ void update_actions(const AscentPlan& plan, const Item& item, int ran
 }
 
 // The block's own copy of a tile's actions, and Adam's moments at 0.
-__device__ void start(const AscentPlan& plan, const Item& item, int rank) {
+__device__ void start(const Ascent& plan, const Item& item, int rank) {
   const int action_dim = plan.call.critics[0].action_dim;
   const int64_t from = item.first * action_dim;
   const int64_t to = own_rows(plan, item, rank) * action_dim;
@@ -490,8 +467,7 @@ __device__ void start(const AscentPlan& plan, const Item& item, int rank) {
 // -- the kernel -----------------------------------------------------------------------------------
 
 template <class Math, int rows>
-__global__ void __launch_bounds__(block_threads, 1)
-    ascend(const __grid_constant__ AscentPlan plan) {
+__global__ void __launch_bounds__(block_threads, 1) ascend(const __grid_constant__ Ascent plan) {
   DIFFCORE_DYNAMIC_SHARED(shared);
   const ActionGradientCall& call = plan.call;
   const int action_dim = call.critics[0].action_dim;
@@ -554,13 +530,16 @@ __global__ void __launch_bounds__(block_threads, 1)
 
 // -- the plan -------------------------------------------------------------------------------------
 
-struct Plan {
-  AscentPlan ascent;
-  Launch launch;
-  void (*kernel)(AscentPlan);
-  int rows;
-  double clocks;  // of a step, by `estimate`
-};
+// Beyond what any shared memory holds of a single row, and where sizes in bytes are still an int's.
+constexpr int max_width = 8192;
+
+int widest_hidden(const ActionGradientCall& call) {
+  int widest = 0;
+  for (const CriticParameters& critic : call.critics)
+    for (int l = 0; l < critic.layer_count - 1; ++l)
+      widest = std::max(widest, critic.layers[l].out);
+  return widest;
+}
 
 // The widths of a critic's weights, and which slices stay in shared memory from `used` on: the thin
 // ones first, then as many of the others as there is room for. Returns where shared memory ends.
@@ -599,196 +578,138 @@ bool all_stay(const PackedCritic& packed, int last) {
   return true;
 }
 
-// Widths, and what lies where in shared memory, for at most so many groups; false if it doesn't
-// fit.
-bool lay_out(const ActionGradientCall& call, const Device& device, int group_size, int most_groups,
-             int rows, Plan* plan) {
-  const Precision precision = call.critics[0].precision;
-  const int action_dim = call.critics[0].action_dim;
-  AscentPlan& a = plan->ascent;
-  a = AscentPlan{};
-  a.call = call;
-  a.width = widest_hidden(call);
-  a.depth = most_hidden_layers(call);
-  a.tiles = (call.batch + rows - 1) / rows;
-  const int64_t items = 2 * a.tiles;
-  a.groups = items < most_groups ? static_cast<int>(items) : most_groups;
-  if (a.groups > 1) a.groups -= a.groups % 2;
-  if (a.groups == 0 && items > 0) return false;
-  plan->rows = rows;
+// As plan.cuh asks for it.
+struct AscentOp {
+  using Call = ActionGradientCall;
+  using Arguments = Ascent;
+  static constexpr int fewest_rows = 8;
+  static constexpr const char* does_not_fit = "the critic's layers are too wide for shared memory";
 
-  int used = 0;
-  const auto take = [&](int bytes) {
-    const int offset = used;
-    used += round_up(bytes, 128);
-    return offset;
-  };
-  GroupLayout& group = a.group;
-  group.size = group_size;
-  group.exchange = exchange_of(device, group_size);
-  group.hidden_stride = operand_stride_of(precision, round_up(a.width, k_step_of(precision)));
-  group.hidden_bytes = round_up(element_bytes(precision) * rows * group.hidden_stride, 128);
-  a.state_stride = operand_stride<float>(round_up(call.critics[0].state_dim, Float32Math::k_step));
-  a.action_stride = operand_stride<float>(round_up(action_dim, Float32Math::k_step));
-  const int state_bytes = 4 * rows * a.state_stride;
-  group.hidden_offset = a.state_offset =
-      take(2 * group.hidden_bytes > state_bytes ? 2 * group.hidden_bytes : state_bytes);
-  a.action_offset = take(4 * rows * a.action_stride);
-  a.sums_offset = take(4 * (warps + 2));
-  a.memory_offset = used;
-  a.state_bytes_a_warp = bytes_for_warp(Precision::float32, rows, true);
+  template <class Math, int rows>
+  static void (*kernel())(Ascent) {
+    return ascend<Math, rows>;
+  }
 
-  const auto lay_out_weights = [&](bool streams) {
-    a.bytes_a_warp = bytes_for_warp(precision, rows, streams);
-    const int begin = a.memory_offset + warps * a.bytes_a_warp;
-    used = a.memory_offset + warps * a.state_bytes_a_warp;
-    bool all = true;
-    for (int c = 0; c < 2; ++c) {
-      const int end = lay_out_critic(call.critics[c], group_size, a.groups % 2 == 0,
-                                     device.shared_bytes, begin, &a.packed[c]);
-      if (end > used) used = end;
-      all = all && all_stay(a.packed[c], call.critics[c].layer_count - 1);
-    }
-    return all;
-  };
-  if (!lay_out_weights(false)) lay_out_weights(true);
-  plan->launch = {static_cast<unsigned>(a.groups * group_size), block_threads,
-                  static_cast<size_t>(used), call.stream};
-  if (group.exchange == Exchange::cluster) plan->launch.cluster = static_cast<unsigned>(group_size);
-  plan->launch.cooperative = true;
-  return used <= device.shared_bytes;
-}
+  static Precision precision(const ActionGradientCall& call) { return call.critics[0].precision; }
 
-// Clocks of a step, by the figures at the top of this file.
-double estimate(const Plan& plan) {
-  const AscentPlan& a = plan.ascent;
-  if (a.groups == 0) return 0;
-  const double l2 = l2_rate(static_cast<int64_t>(a.groups) * a.group.size);
-  // Products are of all the tile's rows, what follows them of those that there are.
-  const int filled = static_cast<int>(std::min<int64_t>(a.call.batch, plan.rows));
-  double longest = 0;
-  for (int c = 0; c < 2; ++c) {
-    const CriticParameters& critic = a.call.critics[c];
-    const PackedCritic& packed = a.packed[c];
-    const int last = critic.layer_count - 1;
-    double clocks = 300;  // staging the actions, and the output's sums
-    const auto add = [&](Precision precision, const SlicedWeights& w, bool exchanged) {
-      clocks += product_clocks(precision, w, plan.rows, l2);
-      if (exchanged)
-        clocks +=
-            activation_clocks(w, filled) + exchange_clocks(a.group, critic.precision, w, filled);
+  static const char* check(const ActionGradientCall& call) {
+    const CriticParameters& critic = call.critics[0];
+    const int widest = std::max({critic.state_dim, critic.action_dim, widest_hidden(call)});
+    return widest > max_width ? does_not_fit : nullptr;
+  }
+
+  static bool lay_out(const ActionGradientCall& call, const Device& device, int group_size,
+                      int most_groups, Plan<Ascent>* plan) {
+    const Precision precision = call.critics[0].precision;
+    const int rows = plan->rows;
+    Ascent& a = plan->arguments;
+    a = Ascent{};
+    a.call = call;
+    a.width = round_up(widest_hidden(call), 16);
+    a.depth = std::max(call.critics[0].layer_count, call.critics[1].layer_count) - 1;
+    a.tiles = (call.batch + rows - 1) / rows;
+    a.groups = static_cast<int>(std::min<int64_t>(2 * a.tiles, most_groups));
+    if (a.groups > 1) a.groups -= a.groups % 2;
+    if (a.groups == 0) return false;
+
+    int used = 0;
+    a.group = group_layout(device, precision, group_size, rows, a.width);
+    a.state_stride =
+        operand_stride<float>(round_up(call.critics[0].state_dim, Float32Math::k_step));
+    a.action_stride =
+        operand_stride<float>(round_up(call.critics[0].action_dim, Float32Math::k_step));
+    a.group.hidden_offset = a.state_offset =
+        take_shared(&used, std::max(2 * a.group.hidden_bytes, 4 * rows * a.state_stride));
+    a.action_offset = take_shared(&used, 4 * rows * a.action_stride);
+    a.sums_offset = take_shared(&used, 4 * (warps + 2));
+    a.memory_offset = used;
+    a.state_bytes_a_warp = bytes_for_warp(Precision::float32, rows, true);
+
+    const auto lay_out_weights = [&](bool streams) {
+      a.bytes_a_warp = bytes_for_warp(precision, rows, streams);
+      const int begin = a.memory_offset + warps * a.bytes_a_warp;
+      used = a.memory_offset + warps * a.state_bytes_a_warp;
+      bool all = true;
+      for (int c = 0; c < 2; ++c) {
+        const int end = lay_out_critic(call.critics[c], group_size, a.groups % 2 == 0,
+                                       device.shared_bytes, begin, &a.packed[c]);
+        used = std::max(used, end);
+        all = all && all_stay(a.packed[c], call.critics[c].layer_count - 1);
+      }
+      return all;
     };
-    add(Precision::float32, packed.action_input, true);
-    for (int l = 1; l <= last; ++l) add(critic.precision, packed.forward[l], l < last);
-    const SlicedWeights& turned = last > 1 ? packed.forward[last - 1] : packed.action_input;
-    clocks += exchange_clocks(a.group, critic.precision, turned, filled);
-    for (int l = last - 1; l >= 0; --l) add(critic.precision, packed.backward[l], l > 0);
-    if (clocks > longest) longest = clocks;
+    if (!lay_out_weights(false)) lay_out_weights(true);
+    plan->launch = launch_of(a.group, a.groups, used, call.stream);
+    plan->launch.cooperative = true;
+    return used <= device.shared_bytes;
   }
-  constexpr double grid_meeting = 3000, l2_trip = 500;
-  const double rounds = static_cast<double>((2 * a.tiles + a.groups - 1) / a.groups);
-  // The norm over the batch, as if it were always limited: rows' norms, of what a block has just
-  // written, and then by every block four numbers a row.
-  const int64_t rows_a_trip = rows_at_once * block_threads;
-  const double trips = static_cast<double>((a.call.batch + rows_a_trip - 1) / rows_a_trip);
-  const double norm = std::max(trips * l2_trip, 16.0 * static_cast<double>(a.call.batch) / l2);
-  return rounds * (longest + l2_trip) + grid_meeting + norm;
-}
 
-// Makes a plan the best one, if it fits and takes the least time so far. All its blocks must run at
-// the same time, of which clusters may allow fewer than there are multiprocessors: the driver is
-// asked, which takes longer than all else here, about those plans alone that would be the best.
-// Returns what went wrong.
-template <class Math, int rows>
-const char* consider(const ActionGradientCall& call, const Device& device, int group_size,
-                     Plan* best) {
-  Plan plan{};
-  plan.kernel = ascend<Math, rows>;
-  const auto is_best = [&](int most_groups) {
-    if (!lay_out(call, device, group_size, most_groups, rows, &plan)) return false;
-    plan.clocks = estimate(plan);
-    return !best->kernel || plan.clocks < best->clocks;
-  };
-  if (!is_best(device.multiprocessors / group_size)) return nullptr;
-  if (plan.launch.cluster > 1) {
-    int at_once = 0;
-    if (const char* error = clusters_at_once(plan.launch, plan.kernel, &at_once)) return error;
-    if (at_once < plan.ascent.groups && !is_best(at_once)) return nullptr;
+  // By the figures at the top of this file.
+  static double estimate(const Plan<Ascent>& plan) {
+    const Ascent& a = plan.arguments;
+    const double l2 = l2_rate(static_cast<int64_t>(a.groups) * a.group.size);
+    // Products are of all the tile's rows, what follows them of those that there are.
+    const int filled = static_cast<int>(std::min<int64_t>(a.call.batch, plan.rows));
+    double longest = 0;
+    for (int c = 0; c < 2; ++c) {
+      const CriticParameters& critic = a.call.critics[c];
+      const PackedCritic& packed = a.packed[c];
+      const int last = critic.layer_count - 1;
+      double clocks = 300;  // staging the actions, and the output's sums
+      const auto add = [&](Precision precision, const SlicedWeights& w, bool exchanged) {
+        clocks += product_clocks(precision, w, plan.rows, l2);
+        if (exchanged)
+          clocks +=
+              activation_clocks(w, filled) + exchange_clocks(a.group, critic.precision, w, filled);
+      };
+      add(Precision::float32, packed.action_input, true);
+      for (int l = 1; l <= last; ++l) add(critic.precision, packed.forward[l], l < last);
+      const SlicedWeights& turned = last > 1 ? packed.forward[last - 1] : packed.action_input;
+      clocks += exchange_clocks(a.group, critic.precision, turned, filled);
+      for (int l = last - 1; l >= 0; --l) add(critic.precision, packed.backward[l], l > 0);
+      longest = std::max(longest, clocks);
+    }
+    constexpr double grid_meeting = 3000, l2_trip = 500;
+    const double rounds = static_cast<double>((2 * a.tiles + a.groups - 1) / a.groups);
+    // The norm over the batch, as if it were always limited: rows' norms, of what a block has just
+    // written, and then by every block four numbers a row.
+    const int64_t rows_a_trip = rows_at_once * block_threads;
+    const double trips = static_cast<double>((a.call.batch + rows_a_trip - 1) / rows_a_trip);
+    const double norm = std::max(trips * l2_trip, 16.0 * static_cast<double>(a.call.batch) / l2);
+    return rounds * (longest + l2_trip) + grid_meeting + norm;
   }
-  *best = plan;
-  return nullptr;
-}
 
-template <class Math>
-const char* consider_all(const ActionGradientCall& call, const Device& device, Plan* best) {
-  for (const int group_size : {1, 2, 4, 8}) {
-    if (!may_group(group_size)) continue;
-    const char* error = nullptr;
-    if constexpr (Math::least_rows <= 8) error = consider<Math, 8>(call, device, group_size, best);
-    if (!error) error = consider<Math, 16>(call, device, group_size, best);
-    if (!error) error = consider<Math, 32>(call, device, group_size, best);
-    if (error) return error;
+  static void place(Places* places, Plan<Ascent>* plan) {
+    Ascent& a = plan->arguments;
+    for (int c = 0; c < 2; ++c) {
+      const CriticParameters& critic = a.call.critics[c];
+      PackedCritic& packed = a.packed[c];
+      const int last = critic.layer_count - 1;
+      places->take_weight(Precision::float32, &packed.state_input);
+      places->take_weight(Precision::float32, &packed.action_input);
+      for (int l = 1; l <= last; ++l) places->take_weight(critic.precision, &packed.forward[l]);
+      for (int l = 0; l < last; ++l) places->take_weight(critic.precision, &packed.backward[l]);
+    }
+    const int64_t batch = a.call.batch, elements = batch * a.call.critics[0].action_dim;
+    const int64_t blocks = plan->launch.grid, copies = 2 * a.group.size;
+    a.state_part = places->floats(2 * batch * a.width);
+    a.slopes = places->floats(blocks * a.depth * plan->rows * a.width);
+    a.actions = places->floats(copies * elements);
+    a.first_moment = places->floats(copies * elements);
+    a.second_moment = places->floats(copies * elements);
+    a.values = places->floats(2 * 2 * batch);
+    a.gradients = places->floats(2 * 2 * elements);
+    a.squared_norms = places->floats(2 * 2 * batch);
+    places->take_exchanged(a.groups, &a.group);
   }
-  return best->kernel ? nullptr : "the critic's layers are too wide for shared memory";
-}
-
-const char* make_plan(const ActionGradientCall& call, Plan* plan) {
-  Device device{};
-  if (const char* error = current_device(&device)) return error;
-  switch (call.critics[0].precision) {
-    case Precision::float32: return consider_all<Float32Math>(call, device, plan);
-    case Precision::tf32: return consider_all<Tf32Math>(call, device, plan);
-    case Precision::bfloat16: return consider_all<Bfloat16Math>(call, device, plan);
-    case Precision::float16: return consider_all<Float16Math>(call, device, plan);
-  }
-  return "an unknown precision";
-}
-
-// Gives the plan's arrays their places in a workspace; with null it only measures.
-int64_t lay_out_workspace(char* workspace, Plan* plan) {
-  AscentPlan& a = plan->ascent;
-  int64_t used = 0;
-  const auto take = [&](int64_t bytes) {
-    char* place = workspace ? workspace + used : nullptr;
-    used += (bytes + 255) / 256 * 256;
-    return place;
-  };
-  const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(4 * count)); };
-  const auto pack = [&](Precision precision, SlicedWeights* w) {
-    w->weight = take(static_cast<int64_t>(element_bytes(precision)) * w->columns * w->k);
-  };
-  for (int c = 0; c < 2; ++c) {
-    const CriticParameters& critic = a.call.critics[c];
-    PackedCritic& packed = a.packed[c];
-    const int last = critic.layer_count - 1;
-    pack(Precision::float32, &packed.state_input);
-    pack(Precision::float32, &packed.action_input);
-    for (int l = 1; l <= last; ++l) pack(critic.precision, &packed.forward[l]);
-    for (int l = 0; l < last; ++l) pack(critic.precision, &packed.backward[l]);
-  }
-  const int64_t batch = a.call.batch, elements = batch * a.call.critics[0].action_dim;
-  const int64_t blocks = plan->launch.grid, copies = 2 * a.group.size;
-  a.state_part = floats(2 * batch * a.width);
-  a.slopes = floats(blocks * a.depth * plan->rows * a.width);
-  a.actions = floats(copies * elements);
-  a.first_moment = floats(copies * elements);
-  a.second_moment = floats(copies * elements);
-  a.values = floats(2 * 2 * batch);
-  a.gradients = floats(2 * 2 * elements);
-  a.squared_norms = floats(2 * 2 * batch);
-  if (a.group.exchange == Exchange::grid) {
-    a.group.exchanged = take(2LL * a.groups * a.group.hidden_bytes);
-    a.group.counters = reinterpret_cast<unsigned*>(take(4LL * a.groups));
-  }
-  return used;
-}
+};
 
 }  // namespace
 
 const char* plan_action_gradient(const ActionGradientCall& call, KernelPlan* result) {
-  Plan plan{};
-  if (const char* reason = make_plan(call, &plan)) return reason;
-  const AscentPlan& a = plan.ascent;
+  Plan<Ascent> plan{};
+  if (const char* reason = make_plan<AscentOp>(call, &plan)) return reason;
+  const Ascent& a = plan.arguments;
   *result = {a.group.size, plan.rows, 0, static_cast<int>(plan.launch.shared_bytes),
              plan.clocks * call.steps};
   const int last = call.critics[0].layer_count - 1;
@@ -799,17 +720,13 @@ const char* plan_action_gradient(const ActionGradientCall& call, KernelPlan* res
 }
 
 int64_t action_gradient_workspace(const ActionGradientCall& call) {
-  Plan plan{};
-  return make_plan(call, &plan) ? -1 : lay_out_workspace(nullptr, &plan);
+  return workspace_bytes<AscentOp>(call);
 }
 
 const char* action_gradient(const ActionGradientCall& call) {
-  Plan plan{};
-  if (const char* error = make_plan(call, &plan)) return error;
-  if (lay_out_workspace(nullptr, &plan) > call.workspace_bytes)
-    return "the workspace is smaller than the plan needs";
-  lay_out_workspace(static_cast<char*>(call.workspace), &plan);
-  return launch(plan.launch, plan.kernel, plan.ascent);
+  Plan<Ascent> plan{};
+  if (const char* error = make_plan_in_workspace<AscentOp>(call, &plan)) return error;
+  return launch(plan.launch, plan.kernel, plan.arguments);
 }
 
 }  // namespace cuda

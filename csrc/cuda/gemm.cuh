@@ -18,12 +18,12 @@ constexpr int depth = 16;  // of k in a step
 constexpr int threads = 256;
 constexpr int square = 4;                      // a thread's rows and columns
 constexpr int loads = tile * depth / threads;  // of an operand, by a thread, in a step
+constexpr int stride = tile + 4;               // from one k to the next, on 16 bytes
 
-// Two steps of both operands, k by k. 4 columns of padding keep rows on 16 bytes and threads that
-// write the same column off each other's banks.
+// Two steps of both operands, k by k: index `i` at `place(i, k)`.
 struct Shared {
-  float a[2][depth][tile + 4];
-  float b[2][depth][tile + 4];
+  float a[2][depth][stride];
+  float b[2][depth][stride];
 };
 static_assert(sizeof(Shared) == 17408, "the budget of rff_features.cu");
 
@@ -38,39 +38,68 @@ __device__ __forceinline__ int thread_column() {
   return t / 32 % 2 * 8 + column_of_lane(t % 32);
 }
 
-// The thread's i-th element of an operand's step: along k first where that is how memory lies.
-template <class Operand>
-__device__ __forceinline__ int element_k(int i) {
-  const int t = static_cast<int>(threadIdx.x);
-  return Operand::k_contiguous ? t % depth : t / tile + i * (threads / tile);
+// A thread's i-th element of an operand's step: along k first where that is how memory lies.
+template <bool k_contiguous>
+__host__ __device__ constexpr int element_k(int thread, int i) {
+  return k_contiguous ? thread % depth : thread / tile + i * (threads / tile);
 }
-template <class Operand>
-__device__ __forceinline__ int element_index(int i) {
-  const int t = static_cast<int>(threadIdx.x);
-  return Operand::k_contiguous ? t / depth + i * (threads / depth) : t % tile;
+template <bool k_contiguous>
+__host__ __device__ constexpr int element_index(int thread, int i) {
+  return k_contiguous ? thread / depth + i * (threads / depth) : thread % tile;
 }
+
+// Squares are read as they lie, 16 bytes; from the middle of a step on their halves are exchanged.
+// Or the eighth k would begin in the banks of the first, and a warp that writes all of two indices
+// would meet itself in each.
+__host__ __device__ constexpr int place(int index, int k) {
+  return k < depth / 2 ? index : index ^ square / 2;
+}
+
+template <bool k_contiguous>
+constexpr bool writes_take_one_wavefront() {
+  for (int first = 0; first < threads; first += 32) {
+    for (int i = 0; i < loads; ++i) {
+      unsigned banks = 0;
+      for (int thread = first; thread < first + 32; ++thread) {
+        const int k = element_k<k_contiguous>(thread, i);
+        banks |= 1u << (k * stride + place(element_index<k_contiguous>(thread, i), k)) % 32;
+      }
+      if (banks != all_lanes) return false;
+    }
+  }
+  return true;
+}
+static_assert(writes_take_one_wavefront<true>() && writes_take_one_wavefront<false>());
 
 template <class Operand>
 __device__ __forceinline__ void fetch(const Operand& operand, int64_t first, int64_t k,
                                       float (&values)[loads]) {
+  constexpr bool along_k = Operand::k_contiguous;
+  const int t = static_cast<int>(threadIdx.x);
 #pragma unroll
   for (int i = 0; i < loads; ++i)
-    values[i] = operand(first + element_index<Operand>(i), k + element_k<Operand>(i));
+    values[i] = operand(first + element_index<along_k>(t, i), k + element_k<along_k>(t, i));
 }
 
 template <class Operand>
-__device__ __forceinline__ void put(const float (&values)[loads], float (*step)[tile + 4]) {
+__device__ __forceinline__ void put(const float (&values)[loads], float (*step)[stride]) {
+  constexpr bool along_k = Operand::k_contiguous;
+  const int t = static_cast<int>(threadIdx.x);
 #pragma unroll
-  for (int i = 0; i < loads; ++i)
-    step[element_k<Operand>(i)][element_index<Operand>(i)] = values[i];
+  for (int i = 0; i < loads; ++i) {
+    const int k = element_k<along_k>(t, i);
+    step[k][place(element_index<along_k>(t, i), k)] = values[i];
+  }
 }
 
-__device__ __forceinline__ void read_square(const float* p, float (&values)[square]) {
-  const float4 v = *reinterpret_cast<const float4*>(p);
-  values[0] = v.x;
-  values[1] = v.y;
-  values[2] = v.z;
-  values[3] = v.w;
+// Four indices from the first of a square on. `k` is known to the compiler.
+__device__ __forceinline__ void read_square(const float (&at_k)[stride], int first, int k,
+                                            float (&values)[square]) {
+  const float4 v = *reinterpret_cast<const float4*>(at_k + first);
+  values[place(0, k)] = v.x;
+  values[place(1, k)] = v.y;
+  values[place(2, k)] = v.z;
+  values[place(3, k)] = v.w;
 }
 
 // sums[i][j] = sum over k in [k_first, k_last) of a(row + i, k) b(column + j, k), for the thread's
@@ -107,8 +136,8 @@ __device__ __forceinline__ void multiply(const A& a, int64_t a_first, const B& b
 #pragma unroll
     for (int d = 0; d < depth; ++d) {
       float x[square], w[square];
-      read_square(&shared->a[current][d][square * thread_row()], x);
-      read_square(&shared->b[current][d][square * thread_column()], w);
+      read_square(shared->a[current][d], square * thread_row(), d, x);
+      read_square(shared->b[current][d], square * thread_column(), d, w);
 #pragma unroll
       for (int i = 0; i < square; ++i) {
         step_rows[i] += x[i];

@@ -7,10 +7,8 @@
 // clusters they go through L2 with a barrier in software, in a cooperative launch. Layers that are
 // thin every block makes as a whole.
 //
-// The end of this file is for launchers: what a group's layer takes, by the figures of an H100.
+// plan.cuh is the launchers' part of it.
 #pragma once
-
-#include <algorithm>
 
 #include "tile.cuh"
 
@@ -28,6 +26,21 @@ struct SlicedWeights {
   int slice;          // columns of a block, from rank * slice on
   int shared_offset;  // of the slice in shared memory, or -1: streamed
 };
+
+// packed [columns, k], with zeros where they are padded: weight(column, k), which is at
+// from[column * column_stride + k * k_stride]. By so many threads, of which this is `thread`.
+template <class Math>
+__device__ void pack(const float* from, int columns, int64_t column_stride, int k, int64_t k_stride,
+                     const SlicedWeights& to, int thread, int threads) {
+  const int pairs = to.k / 2;
+  const auto packed = static_cast<typename Math::Pair*>(to.weight);
+  for (int p = thread; p < to.columns * pairs; p += threads) {
+    const int column = p / pairs, at = p % pairs * 2;
+    const float* w = from + column * column_stride + at * k_stride;
+    packed[p] = Math::pair(column < columns && at < k ? w[0] : 0.0f,
+                           column < columns && at + 1 < k ? w[k_stride] : 0.0f);
+  }
+}
 
 // The block's columns of a layer: of those that every block makes, all.
 template <class Operand>
@@ -177,94 +190,6 @@ class Group {
   int turn_ = 0;
   unsigned arrivals_ = 0;
 };
-
-// -- for launchers --------------------------------------------------------------------------------
-
-inline Exchange exchange_of(const Device& device, int group_size) {
-  if (group_size == 1) return Exchange::none;
-  return device.clusters ? Exchange::cluster : Exchange::grid;
-}
-
-constexpr int element_bytes(Precision precision) {
-  return precision == Precision::bfloat16 || precision == Precision::float16 ? 2 : 4;
-}
-
-inline int operand_stride_of(Precision precision, int k) {
-  return element_bytes(precision) == 2 ? operand_stride<uint16_t>(k) : operand_stride<float>(k);
-}
-
-inline int k_step_of(Precision precision) {
-  switch (precision) {
-    case Precision::float32: return Float32Math::k_step;
-    case Precision::tf32: return Tf32Math::k_step;
-    default: return Bfloat16Math::k_step;
-  }
-}
-
-// Weights of a layer, whose columns the blocks of a group share out or each make all.
-inline SlicedWeights sliced(Precision precision, int k, int columns, int group_size) {
-  SlicedWeights w{};
-  w.k = round_up(k, k_step_of(precision));
-  w.columns = round_up(columns, 8);
-  w.slice = 8 * divide_up(w.columns / 8, group_size);
-  w.shared_offset = -1;
-  return w;
-}
-
-// Of the slice in shared memory.
-inline int slice_bytes(Precision precision, const SlicedWeights& w) {
-  return round_up(element_bytes(precision) * w.slice * operand_stride_of(precision, w.k), 128);
-}
-
-// What a warp needs for its part of any layer: thin ones are multiplied in float32.
-inline int bytes_for_warp(Precision precision, int rows, bool streams) {
-  const int first = warp_bytes<Float32Math>(rows, streams);
-  const int others = element_bytes(precision) == 2 ? warp_bytes<Bfloat16Math>(rows, streams)
-                                                   : warp_bytes<Tf32Math>(rows, streams);
-  return round_up(first > others ? first : others, 128);
-}
-
-// Bytes a clock that each of so many blocks gets from L2.
-inline double l2_rate(int64_t blocks) { return blocks * 64 > 3000 ? 3000.0 / blocks : 64.0; }
-
-// Wavefronts of shared memory, one a clock, by which a block's warps read their part of a layer's
-// product: in a step of k two for 8 columns of weights, and for every tile of columns two for 4
-// rows of float32, four for 16 of the others.
-inline double wavefronts(Precision precision, const SlicedWeights& w, int rows) {
-  const double steps = static_cast<double>(w.k) / k_step_of(precision);
-  const double of_rows = precision == Precision::float32 ? rows / 2.0 : rows / 4.0;
-  return steps * (w.slice / 4.0 + divide_up(w.slice, tile_columns) * of_rows);
-}
-
-// Clocks of a block's part of a layer's product: multiplying, shared memory or L2, whichever takes
-// most.
-inline double product_clocks(Precision precision, const SlicedWeights& w, int rows, double l2) {
-  const double rate = precision == Precision::float32 ? 100
-                      : precision == Precision::tf32  ? 400
-                                                      : 800;
-  const double weights = static_cast<double>(w.slice) * w.k;
-  const double bytes = weights * element_bytes(precision);
-  const bool streams = w.shared_offset < 0;
-  const double multiplied = rows * weights / rate;
-  const double shared = wavefronts(precision, w, rows) + (streams ? bytes / 128 : 0);
-  const double read = streams ? bytes / l2 : 0;
-  return 100 + std::max({multiplied, shared, read});
-}
-
-inline double activation_clocks(const SlicedWeights& w, int rows) { return 0.25 * rows * w.slice; }
-
-// Clocks in which a group's blocks hand each other `rows` of their slices, of the products'
-// precision: to meet, and in a cluster to send the slice to each other block, at some 12 bytes a
-// clock.
-inline double exchange_clocks(const GroupLayout& group, Precision precision, const SlicedWeights& w,
-                              int rows) {
-  const double sent = (group.size - 1.0) * rows * w.slice * element_bytes(precision);
-  switch (group.exchange) {
-    case Exchange::none: return 100;
-    case Exchange::cluster: return 800 + sent / 12;
-    default: return 2500;
-  }
-}
 
 }  // namespace cuda
 }  // namespace diffcore

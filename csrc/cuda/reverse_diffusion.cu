@@ -36,12 +36,11 @@
 // the group and the rows for which it gives least. No GPU has measured it yet.
 //
 // Budget: 256 threads, up to 255 registers (one block a multiprocessor), no spills; shared memory
-// as the plan says, up to all of it.
-#include <algorithm>
-
+// as the plan says, up to all of it. The launch that prepares: up to 64 registers (four blocks).
 #include "group.cuh"
 #include "kernels.h"
 #include "philox.cuh"
+#include "plan.cuh"
 #include "platform.cuh"
 #include "solver_step.cuh"
 #include "tile.cuh"
@@ -52,7 +51,6 @@ namespace cuda {
 namespace {
 
 constexpr int max_width = 1024;
-constexpr int64_t alignment = 256;  // of what lies in the workspace
 
 // A layer as it was packed: weights of the Math's operands (of layer 0 floats) and bias [columns],
 // both padded with zeros.
@@ -91,12 +89,6 @@ struct Preparation {
   int state_blocks;
   int pack_blocks;
 };
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int bits = 16; bits; bits /= 2) x += __shfl_xor_sync(all_lanes, x, bits);
-  return x;
-}
 
 // y[n] = weight[n, first .. first + in) x + bias[n] for the warp's share of n; finish(n, y[n]) is
 // called by one lane.
@@ -165,36 +157,24 @@ __device__ void prepare_state(const Chain& chain, int64_t first_row) {
   }
 }
 
-// Row n of a packed layer, by one warp.
 template <class Math>
-__device__ __forceinline__ void pack_row(const LinearParameters& from, int in, const Layer& to,
-                                         int n) {
-  using Operand = typename Math::Operand;
-  Operand* row = static_cast<Operand*>(to.weight) + static_cast<int64_t>(n) * to.k;
-  const float* weight = from.weight + static_cast<int64_t>(n) * from.in;
-  const auto read = [&](int k) { return n < from.out && k < in ? weight[k] : 0.0f; };
-  for (int k = 2 * lane_index(); k < to.k; k += 64)
-    *reinterpret_cast<typename Math::Pair*>(row + k) = Math::pair(read(k), read(k + 1));
-  if (lane_index() == 0) to.bias[n] = n < from.out ? from.bias[n] : 0.0f;
-}
-
-template <class Math>
-__device__ void pack_weights(const Chain& chain, int first_warp, int all_warps) {
+__device__ void pack_weights(const Chain& chain, int thread, int threads) {
   const DenoiserParameters& p = chain.call.denoiser;
   for (int l = 0; l < chain.layer_count; ++l) {
     const Layer& layer = chain.layers[l];
-    for (int n = first_warp; n < layer.columns; n += all_warps) {
-      if (l == 0) {
-        pack_row<Float32Math>(p.trunk[0], p.action_dim, layer, n);
-      } else {
-        pack_row<Math>(p.trunk[l], p.trunk[l].in, layer, n);
-      }
+    const LinearParameters& from = p.trunk[l];
+    if (l == 0) {
+      pack<Float32Math>(from.weight, from.out, from.in, p.action_dim, 1, layer, thread, threads);
+    } else {
+      pack<Math>(from.weight, from.out, from.in, from.in, 1, layer, thread, threads);
     }
+    for (int n = thread; n < layer.columns; n += threads)
+      layer.bias[n] = n < from.out ? from.bias[n] : 0.0f;
   }
 }
 
 template <class Math>
-__global__ void __launch_bounds__(block_threads) prepare(const __grid_constant__ Preparation p) {
+__global__ void __launch_bounds__(block_threads, 4) prepare(const __grid_constant__ Preparation p) {
   DIFFCORE_DYNAMIC_SHARED(shared);
   const Chain& chain = p.chain;
   int block = static_cast<int>(blockIdx.x);
@@ -214,7 +194,8 @@ __global__ void __launch_bounds__(block_threads) prepare(const __grid_constant__
   if (block == 0 && chain.group.counters)
     for (int g = static_cast<int>(threadIdx.x); g < chain.groups; g += block_threads)
       chain.group.counters[g] = 0;
-  pack_weights<Math>(chain, block * warps + warp_index(), p.pack_blocks * warps);
+  pack_weights<Math>(chain, block * block_threads + static_cast<int>(threadIdx.x),
+                     p.pack_blocks * block_threads);
 }
 
 // -- the chain ------------------------------------------------------------------------------------
@@ -432,243 +413,159 @@ __global__ void __launch_bounds__(block_threads, 1)
 
 // -- the plan -------------------------------------------------------------------------------------
 
-struct Plan {
-  Chain chain;
-  Launch launch;
-  void (*kernel)(Chain);
-  int rows;
-  double clocks;  // of a step of all tiles, by `estimate`
+// As plan.cuh asks for it.
+struct ChainOp {
+  using Call = ReverseDiffusionCall;
+  using Arguments = Chain;
+  static constexpr int fewest_rows = 4;
+  static constexpr const char* does_not_fit =
+      "the layers don't fit into this device's shared memory";
+
+  template <class Math, int rows>
+  static void (*kernel())(Chain) {
+    return reverse_chain<Math, rows>;
+  }
+
+  static Precision precision(const ReverseDiffusionCall& call) { return call.denoiser.precision; }
+
+  static const char* check(const ReverseDiffusionCall& call) {
+    const DenoiserParameters& p = call.denoiser;
+    if (p.trunk_layers < 2) return "a denoiser without hidden layers";
+    if (p.trunk_layers > max_layers) return "more layers than the CUDA kernel takes";
+    int widest = std::max({p.action_dim, p.time_hidden.out, p.time_out.out});
+    for (int l = 0; l < p.trunk_layers - 1; ++l) widest = std::max(widest, p.trunk[l].out);
+    return widest > max_width ? "a layer is wider than 1024, which the CUDA kernel doesn't take"
+                              : nullptr;
+  }
+
+  static bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_size,
+                      int most_groups, Plan<Chain>* plan) {
+    const DenoiserParameters& p = call.denoiser;
+    const int rows = plan->rows;
+    Chain& c = plan->arguments;
+    c = Chain{};
+    c.call = call;
+    c.layer_count = p.trunk_layers;
+    c.share_first = group_size == 1 || rows >= 16;
+    c.tiles = (call.batch + rows - 1) / rows;
+    c.groups = static_cast<int>(std::min<int64_t>(c.tiles, most_groups));
+    if (c.groups == 0) return false;
+
+    int widest = 0;
+    for (int l = 0; l < c.layer_count; ++l) {
+      Layer& layer = c.layers[l];
+      const bool first = l == 0, last = l == c.layer_count - 1;
+      const bool shared_out = !last && (!first || c.share_first);
+      // A hidden layer has every column that the next one reads. In those that it left out could be
+      // what a wider layer made of a row of another tile: NaN, by which zeros mustn't be multiplied.
+      const int columns = last ? p.trunk[l].out : round_up(p.trunk[l].out, k_step_of(p.precision));
+      static_cast<SlicedWeights&>(layer) =
+          sliced(first ? Precision::float32 : p.precision, first ? p.action_dim : p.trunk[l].in,
+                 columns, shared_out ? group_size : 1);
+      if (!last) widest = std::max(widest, layer.columns);
+      if (!first) widest = std::max(widest, layer.k);
+    }
+
+    int used = 0;
+    c.x_stride = operand_stride<float>(round_up(p.action_dim, Float32Math::k_step));
+    c.z_stride = round_up(p.action_dim, 4);
+    c.x_offset = take_shared(&used, 4 * rows * c.x_stride);
+    c.x0_offset = take_shared(&used, 4 * rows * c.x_stride);
+    c.z_offset = take_shared(&used, 4 * rows * c.z_stride);
+    c.step_bias_offset = take_shared(&used, 4 * 2 * c.layers[0].columns);
+    c.group = group_layout(device, p.precision, group_size, rows, widest);
+    c.group.hidden_offset = take_shared(&used, c.group.hidden_bytes * (c.share_first ? 2 : 3));
+    c.memory_offset = used;
+
+    // The thin layers stay first, then as many of the others as there is room for.
+    const auto stay = [&](bool streams) {
+      c.bytes_a_warp = bytes_for_warp(p.precision, rows, streams);
+      used = c.memory_offset + warps * c.bytes_a_warp;
+      int streamed = c.layer_count;
+      for (int i = 0; i < c.layer_count; ++i) {
+        const int l = i == 0 ? 0 : c.layer_count - i;  // first, last, then the inner ones
+        const int bytes = slice_bytes(l == 0 ? Precision::float32 : p.precision, c.layers[l]);
+        c.layers[l].shared_offset = -1;
+        if (used + bytes > device.shared_bytes) continue;
+        c.layers[l].shared_offset = take_shared(&used, bytes);
+        --streamed;
+      }
+      return streamed == 0;
+    };
+    if (!stay(false)) stay(true);
+    plan->launch = launch_of(c.group, c.groups, used, call.stream);
+    return used <= device.shared_bytes;
+  }
+
+  // By the figures of an H100 at the top of this file.
+  static double estimate(const Plan<Chain>& plan) {
+    const Chain& c = plan.arguments;
+    const double l2 = l2_rate(static_cast<int64_t>(c.groups) * c.group.size);
+    // Products are of all the tile's rows, what follows them of those that there are.
+    const int filled = static_cast<int>(std::min<int64_t>(c.call.batch, plan.rows));
+    double clocks = 600;  // the solver's step and the last layer's sums
+    for (int l = 0; l < c.layer_count; ++l) {
+      const Layer& layer = c.layers[l];
+      const bool first = l == 0, last = l == c.layer_count - 1;
+      const Precision precision = first ? Precision::float32 : c.call.denoiser.precision;
+      clocks += product_clocks(precision, layer, plan.rows, l2);
+      if (!last) clocks += activation_clocks(layer, filled);
+      if (!last && (!first || c.share_first))
+        clocks += exchange_clocks(c.group, c.call.denoiser.precision, layer, filled);
+    }
+    const double rounds = static_cast<double>((c.tiles + c.groups - 1) / c.groups);
+    return rounds * clocks;
+  }
+
+  static void place(Places* places, Plan<Chain>* plan) {
+    Chain& c = plan->arguments;
+    for (int l = 0; l < c.layer_count; ++l) {
+      places->take_weight(l == 0 ? Precision::float32 : c.call.denoiser.precision, &c.layers[l]);
+      c.layers[l].bias = places->floats(c.layers[l].columns);
+    }
+    const int64_t columns = c.layers[0].columns;
+    c.state_part = places->floats(c.call.batch * columns);
+    c.step_bias = places->floats(c.call.denoiser.steps * columns);
+    places->take_exchanged(c.groups, &c.group);
+  }
 };
 
-// Widths, and what lies where in shared memory, for at most so many groups; false if it doesn't
-// fit.
-bool lay_out(const ReverseDiffusionCall& call, const Device& device, int group_size,
-             int most_groups, int rows, Plan* plan) {
-  const DenoiserParameters& p = call.denoiser;
-  Chain& c = plan->chain;
-  c = Chain{};
-  c.call = call;
-  c.layer_count = p.trunk_layers;
-  c.group.size = group_size;
-  c.group.exchange = exchange_of(device, group_size);
-  c.share_first = group_size == 1 || rows >= 16;
-  c.tiles = (call.batch + rows - 1) / rows;
-  c.groups = c.tiles < most_groups ? static_cast<int>(c.tiles) : most_groups;
-  if (c.groups == 0) return false;
-  plan->rows = rows;
-
-  int widest = 0;
-  for (int l = 0; l < c.layer_count; ++l) {
-    Layer& layer = c.layers[l];
-    const bool first = l == 0, last = l == c.layer_count - 1;
-    const bool shared_out = !last && (!first || c.share_first);
-    // A hidden layer has every column that the next one reads. In those that it left out could be what
-    // a wider layer made of a row of another tile: NaN, by which zeros mustn't be multiplied.
-    const int columns = last ? p.trunk[l].out : round_up(p.trunk[l].out, k_step_of(p.precision));
-    static_cast<SlicedWeights&>(layer) =
-        sliced(first ? Precision::float32 : p.precision, first ? p.action_dim : p.trunk[l].in,
-               columns, shared_out ? group_size : 1);
-    if (!last && layer.columns > widest) widest = layer.columns;
-    if (!first && layer.k > widest) widest = layer.k;
-  }
-
-  int used = 0;
-  const auto take = [&](int bytes) {
-    const int offset = used;
-    used += round_up(bytes, 128);
-    return offset;
-  };
-  c.x_stride = operand_stride<float>(round_up(p.action_dim, Float32Math::k_step));
-  c.z_stride = round_up(p.action_dim, 4);
-  c.group.hidden_stride = operand_stride_of(p.precision, widest);
-  c.x_offset = take(4 * rows * c.x_stride);
-  c.x0_offset = take(4 * rows * c.x_stride);
-  c.z_offset = take(4 * rows * c.z_stride);
-  c.step_bias_offset = take(4 * 2 * c.layers[0].columns);
-  GroupLayout& group = c.group;
-  group.hidden_bytes = round_up(element_bytes(p.precision) * rows * group.hidden_stride, 128);
-  group.hidden_offset = take(group.hidden_bytes * (c.share_first ? 2 : 3));
-  c.memory_offset = used;
-
-  // The thin layers stay first, then as many of the others as there is room for.
-  const auto weight_bytes = [&](int l) {
-    return slice_bytes(l == 0 ? Precision::float32 : p.precision, c.layers[l]);
-  };
-  const auto stay = [&](bool streams) {
-    c.bytes_a_warp = bytes_for_warp(p.precision, rows, streams);
-    used = c.memory_offset + warps * c.bytes_a_warp;
-    int streamed = c.layer_count;
-    for (int i = 0; i < c.layer_count; ++i) {
-      const int l = i == 0 ? 0 : c.layer_count - i;  // first, last, then the inner ones
-      c.layers[l].shared_offset = -1;
-      if (used + weight_bytes(l) > device.shared_bytes) continue;
-      c.layers[l].shared_offset = take(weight_bytes(l));
-      --streamed;
-    }
-    return streamed == 0;
-  };
-  if (!stay(false)) stay(true);
-  plan->launch = {static_cast<unsigned>(c.groups * group_size), block_threads,
-                  static_cast<size_t>(used), call.stream};
-  if (group.exchange == Exchange::cluster) plan->launch.cluster = static_cast<unsigned>(group_size);
-  plan->launch.cooperative = group.exchange == Exchange::grid;
-  return used <= device.shared_bytes;
-}
-
-// Clocks of a step of all tiles, by the figures of an H100 at the top of this file.
-double estimate(const Plan& plan) {
-  const Chain& c = plan.chain;
-  const double l2 = l2_rate(static_cast<int64_t>(c.groups) * c.group.size);
-  // Products are of all the tile's rows, what follows them of those that there are.
-  const int filled = static_cast<int>(std::min<int64_t>(c.call.batch, plan.rows));
-  double clocks = 600;  // the solver's step and the last layer's sums
-  for (int l = 0; l < c.layer_count; ++l) {
-    const Layer& layer = c.layers[l];
-    const bool first = l == 0, last = l == c.layer_count - 1;
-    const Precision precision = first ? Precision::float32 : c.call.denoiser.precision;
-    clocks += product_clocks(precision, layer, plan.rows, l2);
-    if (!last) clocks += activation_clocks(layer, filled);
-    if (!last && (!first || c.share_first))
-      clocks += exchange_clocks(c.group, c.call.denoiser.precision, layer, filled);
-  }
-  const double rounds = static_cast<double>((c.tiles + c.groups - 1) / c.groups);
-  return rounds * clocks;
-}
-
-// What can be planned for: nullptr, or why not.
-const char* check(const ReverseDiffusionCall& call) {
-  const DenoiserParameters& p = call.denoiser;
-  if (p.trunk_layers < 2) return "a denoiser without hidden layers";
-  if (p.trunk_layers > max_layers) return "more layers than the CUDA kernel takes";
-  if (p.action_dim > max_width || p.time_hidden.out > max_width || p.time_out.out > max_width)
-    return "a layer is wider than 1024, which the CUDA kernel doesn't take";
-  for (int l = 0; l < p.trunk_layers - 1; ++l)
-    if (p.trunk[l].out > max_width)
-      return "a layer is wider than 1024, which the CUDA kernel doesn't take";
-  return nullptr;
-}
-
-// Makes a plan the best one, if it fits and takes the least time so far. Groups beyond the clusters
-// that run at the same time would wait for the others' whole chains; the driver is asked how many
-// do, about those plans alone that would be the best. Returns what went wrong.
-template <class Math, int rows>
-const char* consider(const ReverseDiffusionCall& call, const Device& device, int group_size,
-                     Plan* best) {
-  Plan plan{};
-  plan.kernel = reverse_chain<Math, rows>;
-  const auto is_best = [&](int most_groups) {
-    if (!lay_out(call, device, group_size, most_groups, rows, &plan)) return false;
-    plan.clocks = estimate(plan);
-    return !best->kernel || plan.clocks < best->clocks;
-  };
-  if (!is_best(device.multiprocessors / group_size)) return nullptr;
-  if (plan.launch.cluster > 1) {
-    int at_once = 0;
-    if (const char* error = clusters_at_once(plan.launch, plan.kernel, &at_once)) return error;
-    if (at_once < plan.chain.groups && !is_best(at_once)) return nullptr;
-  }
-  *best = plan;
-  return nullptr;
-}
-
 template <class Math>
-const char* consider_all(const ReverseDiffusionCall& call, const Device& device, Plan* best) {
-  for (const int group_size : {1, 2, 4, 8}) {
-    if (!may_group(group_size)) continue;
-    const char* error = nullptr;
-    if constexpr (Math::least_rows <= 4) error = consider<Math, 4>(call, device, group_size, best);
-    if (!error) error = consider<Math, 16>(call, device, group_size, best);
-    if (!error) error = consider<Math, 32>(call, device, group_size, best);
-    if (error) return error;
-  }
-  return best->kernel ? nullptr : "the layers don't fit into this device's shared memory";
-}
-
-const char* make_plan(const ReverseDiffusionCall& call, Plan* plan) {
-  if (const char* reason = check(call)) return reason;
-  Device device{};
-  if (const char* error = current_device(&device)) return error;
-  switch (call.denoiser.precision) {
-    case Precision::float32: return consider_all<Float32Math>(call, device, plan);
-    case Precision::tf32: return consider_all<Tf32Math>(call, device, plan);
-    case Precision::bfloat16: return consider_all<Bfloat16Math>(call, device, plan);
-    case Precision::float16: return consider_all<Float16Math>(call, device, plan);
-  }
-  return "an unknown precision";
-}
-
-// Gives the plan's arrays their places in a workspace; with null it only measures.
-int64_t lay_out_workspace(char* workspace, Plan* plan) {
-  Chain& c = plan->chain;
-  int64_t used = 0;
-  const auto take = [&](int64_t bytes) {
-    char* place = workspace ? workspace + used : nullptr;
-    used += (bytes + alignment - 1) / alignment * alignment;
-    return place;
-  };
-  for (int l = 0; l < c.layer_count; ++l) {
-    Layer& layer = c.layers[l];
-    const int bytes = l == 0 ? 4 : element_bytes(c.call.denoiser.precision);
-    layer.weight = take(static_cast<int64_t>(bytes) * layer.columns * layer.k);
-    layer.bias = reinterpret_cast<float*>(take(4 * layer.columns));
-  }
-  const int64_t columns = c.layers[0].columns;
-  c.state_part = reinterpret_cast<float*>(take(4 * c.call.batch * columns));
-  c.step_bias = reinterpret_cast<float*>(take(4 * c.call.denoiser.steps * columns));
-  if (c.group.exchange == Exchange::grid) {
-    c.group.exchanged = take(2LL * c.groups * c.group.hidden_bytes);
-    c.group.counters = reinterpret_cast<unsigned*>(take(4LL * c.groups));
-  }
-  return used;
-}
-
-template <class Math>
-const char* run(const Plan& plan) {
-  const Chain& c = plan.chain;
-  const DenoiserParameters& p = c.call.denoiser;
-  const auto blocks = [](int64_t work, int64_t most) {
-    return static_cast<int>(work < most ? work : most);
-  };
-  Preparation preparation{c, blocks(p.steps, 128),
-                          blocks((c.call.batch + state_rows - 1) / state_rows, 1024), 128};
+const char* launch_prepare(const Chain& chain) {
+  const DenoiserParameters& p = chain.call.denoiser;
+  const int64_t tiles = (chain.call.batch + state_rows - 1) / state_rows;
+  const Preparation preparation{chain, std::min(p.steps, 128),
+                                static_cast<int>(std::min<int64_t>(tiles, 1024)), 128};
   const size_t shared = sizeof(float) * static_cast<size_t>(p.time_hidden.out + p.time_out.out);
   const int all = preparation.step_blocks + preparation.state_blocks + preparation.pack_blocks;
-  const char* error = launch({static_cast<unsigned>(all), block_threads, shared, c.call.stream},
-                             prepare<Math>, preparation);
-  return error ? error : launch(plan.launch, plan.kernel, c);
+  return launch({static_cast<unsigned>(all), block_threads, shared, chain.call.stream},
+                prepare<Math>, preparation);
 }
 
 }  // namespace
 
 const char* plan_reverse_diffusion(const ReverseDiffusionCall& call, KernelPlan* result) {
-  Plan plan{};
-  if (const char* reason = make_plan(call, &plan)) return reason;
-  *result = {plan.chain.group.size, plan.rows, 0, static_cast<int>(plan.launch.shared_bytes),
+  Plan<Chain> plan{};
+  if (const char* reason = make_plan<ChainOp>(call, &plan)) return reason;
+  const Chain& c = plan.arguments;
+  *result = {c.group.size, plan.rows, 0, static_cast<int>(plan.launch.shared_bytes),
              plan.clocks * call.denoiser.steps};
-  for (int l = 0; l < plan.chain.layer_count; ++l)
-    result->resident_layers += plan.chain.layers[l].shared_offset >= 0;
+  for (int l = 0; l < c.layer_count; ++l) result->resident_layers += c.layers[l].shared_offset >= 0;
   return nullptr;
 }
 
 int64_t reverse_diffusion_workspace(const ReverseDiffusionCall& call) {
-  Plan plan{};
-  return make_plan(call, &plan) ? -1 : lay_out_workspace(nullptr, &plan);
+  return workspace_bytes<ChainOp>(call);
 }
 
 const char* reverse_diffusion(const ReverseDiffusionCall& call) {
-  Plan plan{};
   if (call.batch == 0) return nullptr;
-  if (const char* error = make_plan(call, &plan)) return error;
-  if (lay_out_workspace(nullptr, &plan) > call.workspace_bytes)
-    return "the workspace is smaller than the plan needs";
-  lay_out_workspace(static_cast<char*>(call.workspace), &plan);
-  switch (call.denoiser.precision) {
-    case Precision::float32: return run<Float32Math>(plan);
-    case Precision::tf32: return run<Tf32Math>(plan);
-    case Precision::bfloat16: return run<Bfloat16Math>(plan);
-    case Precision::float16: return run<Float16Math>(plan);
-  }
-  return "an unknown precision";
+  Plan<Chain> plan{};
+  if (const char* error = make_plan_in_workspace<ChainOp>(call, &plan)) return error;
+  const char* error = by_precision(call.denoiser.precision, [&](auto math) {
+    return launch_prepare<decltype(math)>(plan.arguments);
+  });
+  return error ? error : launch(plan.launch, plan.kernel, plan.arguments);
 }
 
 }  // namespace cuda

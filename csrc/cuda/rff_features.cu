@@ -15,10 +15,10 @@
 //
 // Roofline, on an H100 at 1.7 GHz (132 multiprocessors of 128 FFMA a clock, 3.35 TB/s), batch 256,
 // 256 -> 1024. Forward, 134 MFLOP: 64 tiles of 64 * 64 * 256 multiply-adds, one a multiprocessor,
-// 8,200 clocks; shared memory is read in as many wavefronts, one a clock, and written in 2,000: 6.0
+// 8,200 clocks; shared memory is read in as many wavefronts, one a clock, and written in 1,000: 5.4
 // us. A sine and cosine are some 40 instructions, 1,300 clocks a tile; memory, 2.3 MB, 0.7 us. So
 // shared memory limits it, on half the device. Backward, 268 MFLOP and 4.7 MB: 64 tiles of
-// grad_omega like those, and 16 of grad_x that sum over 1024, 38,900 clocks or 23 us. No GPU has
+// grad_omega like those, and 16 of grad_x that sum over 1024, 36,900 clocks or 22 us. No GPU has
 // measured it yet.
 #include "gemm.cuh"
 #include "kernels.h"
@@ -29,25 +29,27 @@ namespace cuda {
 
 namespace {
 
-// A matrix [rows, columns] in memory as an operand whose index is the row and whose k the column.
-struct ByRow {
+// What has an element at(row, column), as an operand whose index is the row and whose k the column.
+template <class Source>
+struct ByRow : Source {
   static constexpr bool k_contiguous = true;
-  const float* values;
-  int64_t rows;
-  int64_t columns;
-  __device__ float operator()(int64_t index, int64_t k) const {
-    return index < rows && k < columns ? values[index * columns + k] : 0.0f;
-  }
+  __device__ float operator()(int64_t index, int64_t k) const { return this->at(index, k); }
 };
 
 // The same with index and k the other way round.
-struct ByColumn {
+template <class Source>
+struct ByColumn : Source {
   static constexpr bool k_contiguous = false;
+  __device__ float operator()(int64_t index, int64_t k) const { return this->at(k, index); }
+};
+
+// Of [rows, columns] in memory; 0 outside.
+struct Matrix {
   const float* values;
   int64_t rows;
   int64_t columns;
-  __device__ float operator()(int64_t index, int64_t k) const {
-    return k < rows && index < columns ? values[k * columns + index] : 0.0f;
+  __device__ float at(int64_t row, int64_t column) const {
+    return row < rows && column < columns ? values[row * columns + column] : 0.0f;
   }
 };
 
@@ -67,18 +69,6 @@ struct ArgumentGradient {
   }
 };
 
-template <bool pair>
-struct GradientByRow : ArgumentGradient<pair> {
-  static constexpr bool k_contiguous = true;
-  __device__ float operator()(int64_t index, int64_t k) const { return this->at(index, k); }
-};
-
-template <bool pair>
-struct GradientByColumn : ArgumentGradient<pair> {
-  static constexpr bool k_contiguous = false;
-  __device__ float operator()(int64_t index, int64_t k) const { return this->at(k, index); }
-};
-
 __global__ void __launch_bounds__(gemm::threads, 2) rff_forward(RffCall call) {
   DIFFCORE_DYNAMIC_SHARED(memory);
   const auto shared = reinterpret_cast<gemm::Shared*>(memory);
@@ -87,8 +77,8 @@ __global__ void __launch_bounds__(gemm::threads, 2) rff_forward(RffCall call) {
   const int64_t row_tile = blockIdx.x / tiles * gemm::tile;
   const int64_t column_tile = blockIdx.x % tiles * gemm::tile;
   float sums[gemm::square][gemm::square], unused[gemm::square];
-  gemm::multiply(ByRow{call.x, call.batch, in}, row_tile, ByRow{call.omega.weight, features, in},
-                 column_tile, 0, in, shared, sums, unused);
+  const ByRow<Matrix> x = {{call.x, call.batch, in}}, omega = {{call.omega.weight, features, in}};
+  gemm::multiply(x, row_tile, omega, column_tile, 0, in, shared, sums, unused);
 
   const bool pair = call.kind == RffKind::cos_sin;
   const int64_t width = pair ? 2 * features : features;
@@ -147,10 +137,10 @@ __device__ __forceinline__ void grad_x_tile(const BackwardPlan& plan, gemm::Shar
   const int64_t tiles = gemm::tiles_of(in);
   const int64_t row_tile = blockIdx.x / tiles * gemm::tile;
   const int64_t column_tile = blockIdx.x % tiles * gemm::tile;
-  const GradientByRow<pair> d = {{call.grad_y, call.saved, call.batch, features}};
+  const ByRow<ArgumentGradient<pair>> d = {{call.grad_y, call.saved, call.batch, features}};
+  const ByColumn<Matrix> omega = {{call.omega.weight, features, in}};
   float sums[gemm::square][gemm::square], unused[gemm::square];
-  gemm::multiply(d, row_tile, ByColumn{call.omega.weight, features, in}, column_tile, 0, features,
-                 shared, sums, unused);
+  gemm::multiply(d, row_tile, omega, column_tile, 0, features, shared, sums, unused);
   const int64_t column = column_tile + gemm::square * gemm::thread_column();
 #pragma unroll
   for (int i = 0; i < gemm::square; ++i) {
@@ -170,10 +160,10 @@ __device__ __forceinline__ void grad_omega_tile(const BackwardPlan& plan, gemm::
   const int64_t column_tile = rest % tiles * gemm::tile;
   const int64_t first = piece * rows_of_piece;
   const int64_t last = first + rows_of_piece < call.batch ? first + rows_of_piece : call.batch;
-  const GradientByColumn<pair> d = {{call.grad_y, call.saved, call.batch, features}};
+  const ByColumn<ArgumentGradient<pair>> d = {{call.grad_y, call.saved, call.batch, features}};
+  const ByColumn<Matrix> x = {{call.x, call.batch, in}};
   float sums[gemm::square][gemm::square], row_sums[gemm::square];
-  gemm::multiply(d, feature_tile, ByColumn{call.x, call.batch, in}, column_tile, first, last,
-                 shared, sums, row_sums);
+  gemm::multiply(d, feature_tile, x, column_tile, first, last, shared, sums, row_sums);
   const int64_t column = column_tile + gemm::square * gemm::thread_column();
 #pragma unroll
   for (int i = 0; i < gemm::square; ++i) {

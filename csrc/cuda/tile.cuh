@@ -39,6 +39,13 @@ __host__ __device__ constexpr int operand_stride(int k) {
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % 32; }
 __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / 32; }
 
+// The warp's sum of a number a lane, the same to all lanes.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(all_lanes, x, lanes);
+  return x;
+}
+
 // Sums of a warp on their way to whoever finishes them, [rows, 32] in shared memory. A stride of 40
 // keeps both Maths' stores free of bank conflicts.
 constexpr int sums_stride = 40;

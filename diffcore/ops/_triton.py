@@ -37,6 +37,9 @@ OPERAND_DTYPES = {
 #: Inputs and outputs of a weight that one program transposes.
 TRANSPOSED_BLOCK = 64
 
+#: Numbers that one program rounds.
+ROUNDED_BLOCK = 1024
+
 
 # -- launches --------------------------------------------------------------------------------------
 
@@ -99,11 +102,40 @@ def pick(tensors, index, FIRST: tl.constexpr, STRIDE: tl.constexpr, COUNT: tl.co
 
 
 @triton.jit
-def dot(a, b, sums, PRECISION: tl.constexpr):
-    """sums + a b, with float32 sums.
+def operand(x, PRECISION: tl.constexpr):
+    """float32 x as `dot` takes it.
 
-    float32 is multiplied as such ("float32") or as TF32; half-precision operands as they come.
+    TF32 has the upper 10 of float32's 23 bits of mantissa. Tensor cores leave out the lower ones by
+    themselves, which takes every number closer to zero, by up to 2^-10.
     """
+    if PRECISION == "float16":
+        return x.to(tl.float16)
+    elif PRECISION == "bfloat16":
+        return x.to(tl.bfloat16)
+    else:
+        return x
+
+
+@triton.jit
+def rounded_operand(x, PRECISION: tl.constexpr):
+    """The same, but TF32 too is rounded to nearest, with ties away from zero, as the CUDA kernels do.
+
+    For what is stored once and multiplied many times: three instructions a number are more than the
+    products that would otherwise do with one. Below 2^-100 the lower bits may be left out after all.
+    """
+    if PRECISION == "tf32":
+        # Half a unit of the last bit that stays is 2^-11 of x without its mantissa. Of NaN that is an
+        # infinity: as numbers they add up to NaN, where bits could become those of another number.
+        power = (x.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)
+        up = x + power * 0.00048828125
+        return (up.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        return operand(x, PRECISION)
+
+
+@triton.jit
+def dot(a, b, sums, PRECISION: tl.constexpr):
+    """sums + a b, with float32 sums, of what `operand` gives."""
     if PRECISION == "float32":
         return tl.dot(a, b, sums, input_precision="ieee")
     elif PRECISION == "tf32":
@@ -224,13 +256,26 @@ def pack_hidden(
     weights, biases = parameters[::2], parameters[1::2]
     dtype = OPERAND_DTYPES[precision]
     if weights and len(biases[0]) == width:
-        return torch.stack(weights).to(dtype), torch.stack(biases)
-    packed_weights = torch.zeros(len(weights), width, width, dtype=dtype, device=device)
-    packed_biases = torch.zeros(len(weights), width, device=device)
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        packed_weights[i, : weight.shape[0], : weight.shape[1]] = weight
-        packed_biases[i, : len(bias)] = bias
+        packed_weights, packed_biases = torch.stack(weights).to(dtype), torch.stack(biases)
+    else:
+        packed_weights = torch.zeros(len(weights), width, width, dtype=dtype, device=device)
+        packed_biases = torch.zeros(len(weights), width, device=device)
+        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            packed_weights[i, : weight.shape[0], : weight.shape[1]] = weight
+            packed_biases[i, : len(bias)] = bias
+    if precision == "tf32" and weights:
+        count = packed_weights.numel()
+        programs = triton.cdiv(count, ROUNDED_BLOCK)
+        launch(round_kernel, programs, packed_weights, count, precision, ROUNDED_BLOCK)
     return packed_weights, packed_biases
+
+
+@triton.jit
+def round_kernel(x, COUNT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
+    """Rounds float32 x in its place."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = tl.load(x + i, mask=i < COUNT, other=0.0)
+    tl.store(x + i, rounded_operand(here, PRECISION), mask=i < COUNT)
 
 
 def forward_weights(weights: Tensor, precision: str) -> Tensor:
@@ -253,8 +298,8 @@ def add_hidden(
 ):
     """sums + source weight if INPUTS_FIRST, else source weight^T, for a block of columns ``[1, N]``.
 
-    source: addresses ``[R, 1]`` of the rows of a ``[R, WIDTH]`` scratch in the precision's dtype;
-    weight: address of a ``[WIDTH, WIDTH]`` matrix in it. Nothing is masked.
+    source: addresses ``[R, 1]`` of the rows of a ``[R, WIDTH]`` scratch of `rounded_operand`;
+    weight: address of a ``[WIDTH, WIDTH]`` matrix of `pack_hidden`. Nothing is masked.
     """
     for k in range(0, WIDTH, BLOCK_K):
         inner = k + tl.arange(0, BLOCK_K)

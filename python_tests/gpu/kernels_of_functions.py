@@ -14,7 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from diffcore.ops import _triton
-from diffcore.ops._triton import activate, activate_with_slope, load_seed, normals
+from diffcore.ops._triton import (
+    activate,
+    activate_with_slope,
+    load_seed,
+    normals,
+    rounded_operand,
+)
 
 BLOCK = 1024
 
@@ -51,6 +57,13 @@ def normals_kernel(
     tl.store(z + row * columns + column, drawn, mask=there)
 
 
+@triton.jit
+def rounding_kernel(x, y, count, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = tl.load(x + i, mask=i < count, other=0.0)
+    tl.store(y + i, rounded_operand(here, PRECISION), mask=i < count)
+
+
 def on(device: str) -> SimpleNamespace:
     """Functions of tensors on the CPU that run on a device."""
 
@@ -69,4 +82,11 @@ def on(device: str) -> SimpleNamespace:
         _triton.launch(normals_kernel, triton.cdiv(rows, 16), z, *pair, *numbers)
         return z.cpu()
 
-    return SimpleNamespace(activate=activate, normals=normals)
+    def rounded(x: Tensor, precision: str) -> Tensor:
+        x = x.to(device)
+        y = torch.empty_like(x)
+        programs = triton.cdiv(len(x), BLOCK)
+        _triton.launch(rounding_kernel, programs, x, y, len(x), precision, BLOCK)
+        return y.cpu()
+
+    return SimpleNamespace(activate=activate, normals=normals, rounded=rounded)

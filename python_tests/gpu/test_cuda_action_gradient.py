@@ -374,6 +374,18 @@ def plan(module: Any, hidden: int, precision: str, batch: int) -> Any:
     return module.action_gradient_plan(pointers, pointers, 6, 17, kind, 20, batch)
 
 
+@pytest.mark.parametrize("hidden", [8193, 2**24, 2**31 - 1])
+@pytest.mark.parametrize("of_state", [False, True])
+def test_sizes_beyond_an_int_are_too_wide(cuda_module: Any, hidden: int, of_state: bool) -> None:
+    """In bytes of shared memory, which mustn't seem few because they overflowed."""
+    state, width = (hidden - 6, 16) if of_state else (17, hidden)
+    layers = [(0, 0, state + 6, width), (0, 0, width, width), (0, 0, width, 1)]
+    planned = cuda_module.action_gradient_plan(
+        layers, layers, 6, state, cuda_module.Precision.float32, 20, 256
+    )
+    assert planned == "the critic's layers are too wide for shared memory"
+
+
 @pytest.mark.skipif(ON_GPU, reason="plans for devices that this one is not")
 def test_plans_for_an_h100(cuda_module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the arithmetic at the top of action_gradient.cu comes to."""

@@ -26,7 +26,7 @@ ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
 #: Registers that a kernel may have by the budget that is stated at the top of its file.
 REGISTERS = {
     "ascend": 255,
-    "prepare": 255,
+    "prepare": 64,
     "probe": 16,
     "reverse_chain": 255,
     "reverse_step_by_four": 40,
@@ -127,6 +127,16 @@ def test_tensor_cores_where_asked_for_and_nowhere_else(kernels: list[cuda_builds
             operand = {"Tf32": ".TF32", "Bfloat16": ".BF16", "Float16": ".F32"}[math[1]]
             assert all(operand in line for line in re.findall(r"HMMA\S*", k.instructions))
     assert len(seen) == len(architectures()) * 2 * 3
+
+
+def test_the_ascent_reads_nothing_as_constant(kernels: list[cuda_builds.Kernel]) -> None:
+    """Its blocks read what others wrote in the same launch. A load that the compiler takes for one of
+    what nobody writes may find it in a cache as it was before."""
+    ascents = [k for k in kernels if base_name(k) == "ascend"]
+    assert ascents
+    for k in ascents:
+        assert "LDG" in k.instructions
+        assert not re.search(r"LDG\S*\.CONSTANT", k.instructions), (k.architecture, k.name)
 
 
 def test_without_a_gpu(kernels: list[cuda_builds.Kernel]) -> None:

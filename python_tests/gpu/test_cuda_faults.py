@@ -152,8 +152,8 @@ FAULTS = {
     "a first layer that all make whole has no buffer": Fault(
         CHAIN_IN_GROUPS,
         "reverse_diffusion.cu",
-        "group.hidden_bytes * (c.share_first ? 2 : 3)",
-        "group.hidden_bytes * 2",
+        "c.group.hidden_bytes * (c.share_first ? 2 : 3)",
+        "c.group.hidden_bytes * 2",
     ),
     "a chain's groups begin with any count": Fault(
         CHAIN_IN_GROUPS,
@@ -169,15 +169,15 @@ FAULTS = {
     ),
     "a chain's clusters wait for each other": Fault(
         CHAIN_IN_GROUPS,
-        "reverse_diffusion.cu",
-        "    if (at_once < plan.chain.groups && !is_best(at_once)) return nullptr;\n",
+        "plan.cuh",
+        "    if (at_once < plan.arguments.groups && !is_best(at_once)) return nullptr;\n",
         "",
     ),
     "a column too many of x is multiplied": Fault(
         FEATURES,
         "rff_features.cu",
-        "index < rows && k < columns ?",
-        "index < rows && k <= columns ?",
+        "row < rows && column < columns ?",
+        "row < rows && column <= columns ?",
     ),
     "no barrier between loading a step and multiplying it": Fault(
         FEATURES,

@@ -43,6 +43,7 @@ from diffcore.ops._triton import (
     at_least,
     at_most,
     dot,
+    rounded_operand,
 )
 
 
@@ -382,7 +383,7 @@ def block_gradient(
             sums = add_thin(sums, actions + local * COLUMNS, w, action_dim, here, real)
             h, slope = activate_with_slope(sums, ACTIVATION, FAST)
             at = local * WIDTH + column
-            tl.store(hidden_scratch + at, h.to(weights.dtype.element_ty))
+            tl.store(hidden_scratch + at, rounded_operand(h, PRECISION))
             tl.store(slopes + at, slope)
         tl.debug_barrier()
         source = hidden_scratch
@@ -398,7 +399,7 @@ def block_gradient(
                 sums = add_hidden(sums, rows, w, column, INPUTS_FIRST, WIDTH, BLOCK_K, PRECISION)
                 h, slope = activate_with_slope(sums, ACTIVATION, FAST)
                 at = local * WIDTH + column
-                tl.store(target + at, h.to(weights.dtype.element_ty))
+                tl.store(target + at, rounded_operand(h, PRECISION))
                 tl.store(slopes + at, slope)
             tl.debug_barrier()
             source = target
@@ -431,7 +432,7 @@ def block_gradient(
                 w = tl.load(last_weights + critic * hidden + column, mask=real, other=0.0)
                 at = local * WIDTH + column
                 g = w * tl.load(slopes + at)
-                tl.store(hidden_scratch + at, g.to(weights.dtype.element_ty))
+                tl.store(hidden_scratch + at, rounded_operand(g, PRECISION))
             tl.debug_barrier()
             source = hidden_scratch
             for i in tl.range(inner_layers, disable_licm=True):
@@ -445,7 +446,7 @@ def block_gradient(
                     sums = add_hidden(sums, rows, w, column, True, WIDTH, BLOCK_K, PRECISION)
                     at = local * WIDTH + column
                     g = sums * tl.load(slopes + at)
-                    tl.store(target + at, g.to(weights.dtype.element_ty))
+                    tl.store(target + at, rounded_operand(g, PRECISION))
                 tl.debug_barrier()
                 source = target
             for a in range(0, COLUMNS, BLOCK_A):
@@ -463,7 +464,7 @@ def block_gradient(
                         mask=(inner[:, None] < hidden) & real,
                         other=0.0,
                     )
-                    g = dot(h, w_in.to(h.dtype), g, PRECISION)
+                    g = dot(h, rounded_operand(w_in, PRECISION), g, PRECISION)
                 at = local * COLUMNS + column
                 so_far = tl.load(gradients + at) - tl.where(share != 0.0, share * g, 0.0)
                 tl.store(gradients + at, so_far)

@@ -35,6 +35,7 @@ from diffcore.ops._triton import (
     activate_with_slope,
     dot,
     launch,
+    operand,
     outputs_adjoin,
     pick,
     round_up,
@@ -107,17 +108,6 @@ def row_settings(networks: int, batch: int, precision: str) -> dict[str, int]:
 
 
 # -- a block of rows through layers ----------------------------------------------------------------
-
-
-@triton.jit
-def operand(x, PRECISION: tl.constexpr):
-    """As matrix products take it."""
-    if PRECISION == "float16":
-        return x.to(tl.float16)
-    elif PRECISION == "bfloat16":
-        return x.to(tl.bfloat16)
-    else:
-        return x
 
 
 @triton.jit

@@ -51,6 +51,7 @@ from diffcore.ops._triton import (
     dot,
     load_seed,
     normals,
+    rounded_operand,
 )
 
 
@@ -228,7 +229,7 @@ def chain_kernel(
             sums += tl.load(step_bias + step * hidden + column, mask=real, other=0.0)
             w = first_weight + column * first_inputs
             sums = add_thin(sums, x_rows, w, action_dim, here, real)
-            h = activate(sums, ACTIVATION, FAST).to(weights.dtype.element_ty)
+            h = rounded_operand(activate(sums, ACTIVATION, FAST), PRECISION)
             tl.store(hidden_scratch + local * WIDTH + column, h)
         tl.debug_barrier()
 
@@ -241,7 +242,7 @@ def chain_kernel(
                 sums += tl.load(biases + layer * WIDTH + column)
                 h_rows, w = source + local * WIDTH, weights + layer * WIDTH * WIDTH
                 sums = add_hidden(sums, h_rows, w, column, INPUTS_FIRST, WIDTH, BLOCK_K, PRECISION)
-                h = activate(sums, ACTIVATION, FAST).to(weights.dtype.element_ty)
+                h = rounded_operand(activate(sums, ACTIVATION, FAST), PRECISION)
                 tl.store(target + local * WIDTH + column, h)
             tl.debug_barrier()
             source = target
@@ -261,7 +262,7 @@ def chain_kernel(
                     at = column * hidden + inner[:, None]
                 exists = real & (inner[:, None] < hidden)
                 w = tl.load(last_weight + at, mask=exists, other=0.0)
-                eps = dot(h, w.to(h.dtype), eps, PRECISION)
+                eps = dot(h, rounded_operand(w, PRECISION), eps, PRECISION)
 
             x = tl.load(x_rows + column)
             x0_previous = tl.load(x0_rows + column)

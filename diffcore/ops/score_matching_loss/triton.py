@@ -30,13 +30,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffcore.ops._triton import dot, launch, outputs_adjoin, transposed
+from diffcore.ops._triton import dot, launch, operand, outputs_adjoin, transposed
 from diffcore.ops.mlp.triton import (
     MOST_SUMMED_ROWS,
     PROGRAMS,
     depth_of_blocks,
     existing,
-    operand,
     product,
     rows_of_program,
 )
