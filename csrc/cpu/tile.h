@@ -119,20 +119,22 @@ struct Bfloat16Operand {
   DIFFCORE_INLINE void multiply_add(const Input* x, ptrdiff_t x_stride, int k,
                                     const Weight* const (&panel)[vectors],
                                     Vec (&sum)[rows][vectors]) {
-    Vec low[vectors], high[vectors];
+    Vec w0[vectors], w1[vectors];
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) {
-      low[j] = low_bf16(panel[j]);
-      high[j] = high_bf16(panel[j]);
+      const Vec pairs = load_pairs(panel[j]);
+      w0[j] = first_of_pairs(pairs);
+      w1[j] = second_of_pairs(pairs);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
-      Vec x0, x1;
-      broadcast_pair(x + i * x_stride + 2 * k, &x0, &x1);
+      float pair;
+      memcpy(&pair, x + i * x_stride + 2 * k, sizeof pair);
+      const Vec pairs = broadcast(pair), x0 = first_of_pairs(pairs), x1 = second_of_pairs(pairs);
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) {
-        sum[i][j] = fma(x1, high[j], sum[i][j]);
-        sum[i][j] = fma(x0, low[j], sum[i][j]);
+        sum[i][j] = fma(x1, w1[j], sum[i][j]);
+        sum[i][j] = fma(x0, w0[j], sum[i][j]);
       }
     }
   }
