@@ -16,9 +16,10 @@ using ActivateFunction = void (*)(const float* sums, ptrdiff_t sums_stride, int 
 
 // f of vectors_at_once vectors side by side, `width` of a row. Where rows don't divide among them, the last
 // one is taken more than once.
-template <class Operand, class Function, int width>
+template <class Operand, Activation kind, int width>
 static void activate_side_by_side(const float* sums, ptrdiff_t sums_stride, int rows, int columns,
                                   typename Operand::Input* out, ptrdiff_t out_stride) {
+  using Function = ActivationFunction<kind, Operand::precision>;
   constexpr int height = vectors_at_once / width;
   for (int first = 0; first < rows; first += height) {
     ptrdiff_t row[height];
@@ -36,17 +37,18 @@ static void activate_side_by_side(const float* sums, ptrdiff_t sums_stride, int 
   }
 }
 
-template <class Operand, class Function>
+template <class Operand, Activation kind>
 static void activate(const float* sums, ptrdiff_t sums_stride, int rows, int columns,
                      typename Operand::Input* out, ptrdiff_t out_stride, float* slope,
                      ptrdiff_t slope_stride) {
-  if (!slope) {
-    if constexpr (Function::side_by_side) {
+  using Function = ActivationFunction<kind, Operand::precision>;
+  if constexpr (side_by_side<kind>) {
+    if (!slope) {
       // A block is 1, 2 or a multiple of 4 vectors wide.
-      const auto function = columns == W ? activate_side_by_side<Operand, Function, 1>
+      const auto function = columns == W ? activate_side_by_side<Operand, kind, 1>
                             : columns == 2 * W
-                                ? activate_side_by_side<Operand, Function, 2>
-                                : activate_side_by_side<Operand, Function, vectors_at_once>;
+                                ? activate_side_by_side<Operand, kind, 2>
+                                : activate_side_by_side<Operand, kind, vectors_at_once>;
       return function(sums, sums_stride, rows, columns, out, out_stride);
     }
   }
@@ -69,24 +71,15 @@ static void activate(const float* sums, ptrdiff_t sums_stride, int rows, int col
 template <class Operand>
 DIFFCORE_INLINE ActivateFunction<Operand> activate_function(Activation kind) {
   switch (kind) {
-    case Activation::identity:
-      return activate<Operand, ActivationFunction<Activation::identity, Operand::precision>>;
-    case Activation::relu:
-      return activate<Operand, ActivationFunction<Activation::relu, Operand::precision>>;
-    case Activation::elu:
-      return activate<Operand, ActivationFunction<Activation::elu, Operand::precision>>;
-    case Activation::silu:
-      return activate<Operand, ActivationFunction<Activation::silu, Operand::precision>>;
-    case Activation::tanh:
-      return activate<Operand, ActivationFunction<Activation::tanh, Operand::precision>>;
-    case Activation::mish:
-      return activate<Operand, ActivationFunction<Activation::mish, Operand::precision>>;
-    case Activation::gelu:
-      return activate<Operand, ActivationFunction<Activation::gelu, Operand::precision>>;
-    case Activation::sin:
-      return activate<Operand, ActivationFunction<Activation::sin, Operand::precision>>;
-    case Activation::cos:
-      return activate<Operand, ActivationFunction<Activation::cos, Operand::precision>>;
+    case Activation::identity: return activate<Operand, Activation::identity>;
+    case Activation::relu: return activate<Operand, Activation::relu>;
+    case Activation::elu: return activate<Operand, Activation::elu>;
+    case Activation::silu: return activate<Operand, Activation::silu>;
+    case Activation::tanh: return activate<Operand, Activation::tanh>;
+    case Activation::mish: return activate<Operand, Activation::mish>;
+    case Activation::gelu: return activate<Operand, Activation::gelu>;
+    case Activation::sin: return activate<Operand, Activation::sin>;
+    case Activation::cos: return activate<Operand, Activation::cos>;
   }
   return nullptr;
 }
