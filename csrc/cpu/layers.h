@@ -144,9 +144,9 @@ struct Prefetcher {
 
 DIFFCORE_INLINE Offset bias_only(const PackedLinear& layer) { return {layer.bias, nullptr, 0}; }
 
-// Clears what stands past the end of rows of odd width, of which a block was just written: in bfloat16
-// it makes a pair with the last value. Its weight is zero, but it came of zeros times x, and isn't zero
-// itself where x is infinite.
+// Of rows of odd width, whose last block was just written, clears the value behind the last: in bfloat16 the
+// next product reads them as a pair. That value's weight is zero, but so were those that it came of, and
+// zero times an infinite x has made it NaN, which would spread.
 template <class Out>
 DIFFCORE_INLINE void end_pairs(Rows<typename Out::Input> out, int row, int count, int column,
                                int columns, int width) {
@@ -225,13 +225,18 @@ DIFFCORE_INLINE void clear_rows(Rows<float> r, int64_t rows) {
   memset(r.data, 0, sizeof(float) * static_cast<size_t>(rows * r.stride));
 }
 
-// Copies `columns` of each row and clears the rest of the last vector.
-DIFFCORE_INLINE void copy_rows(const float* from, ptrdiff_t from_stride, int64_t rows, int columns,
-                               Rows<float> to) {
-  for (int64_t i = 0; i < rows; ++i) {
-    memcpy(to.row(i), from + i * from_stride, sizeof(float) * static_cast<size_t>(columns));
-    for (int n = columns; n < padded(columns); ++n) to.row(i)[n] = 0.0f;
-  }
+// A vector of which the first `count` lanes lie at p: of the others loads make zeros, and nothing is stored.
+DIFFCORE_INLINE Vec load_some(const float* p, int64_t count) {
+  if (count >= W) return load(p);
+  float lanes[W] = {};
+  memcpy(lanes, p, sizeof(float) * static_cast<size_t>(count));
+  return load(lanes);
+}
+DIFFCORE_INLINE void store_some(float* p, Vec value, int64_t count) {
+  if (count >= W) return store(p, value);
+  float lanes[W];
+  store(lanes, value);
+  memcpy(p, lanes, sizeof(float) * static_cast<size_t>(count));
 }
 
 // Rows as a product reads them: times `factor` where that has memory, of the operand's type, padded
@@ -248,27 +253,9 @@ static void convert_rows(const float* from, ptrdiff_t from_stride, int64_t rows,
     int n = 0;
     for (; n + W <= columns; n += W) store_vector(n, load(row + n));
     if (n == columns) continue;
-    float rest[W] = {};
-    memcpy(rest, row + n, sizeof(float) * static_cast<size_t>(columns - n));
-    store_vector(n, load(rest));
+    store_vector(n, load_some(row + n, columns - n));
     end_pairs<Operand>(to, static_cast<int>(i), 1, n, W, columns);
   }
-}
-
-// `count` floats at p, or zeros where p is null, the rest of the vector zeros.
-DIFFCORE_INLINE Vec load_some(const float* p, int64_t count) {
-  if (!p) return zero();
-  if (count >= W) return load(p);
-  float lanes[W] = {};
-  memcpy(lanes, p, sizeof(float) * static_cast<size_t>(count));
-  return load(lanes);
-}
-
-DIFFCORE_INLINE void store_some(float* p, Vec value, int64_t count) {
-  if (count >= W) return store(p, value);
-  float lanes[W];
-  store(lanes, value);
-  memcpy(p, lanes, sizeof(float) * static_cast<size_t>(count));
 }
 
 // The first `columns` of each row, side by side.

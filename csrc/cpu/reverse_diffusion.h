@@ -168,7 +168,7 @@ static void reverse_diffusion_tile(const ReverseDiffusionCall& call, Span span,
   const int noise_steps = noise_block_steps(rows);
   clear_rows(b.z, noise_steps * rows);
   if (call.x_init) {
-    copy_rows(call.x_init + actions_before, columns, rows, columns, b.x);
+    convert_rows<Float32Operand>(call.x_init + actions_before, columns, rows, columns, b.x);
   } else {
     fill_normals(call.seed, 0, 1, span.first, rows, columns, b.x.data, b.x.stride);
   }
@@ -200,7 +200,7 @@ static void reverse_diffusion_tile(const ReverseDiffusionCall& call, Span span,
 
     Rows<float> z = b.z;
     if (call.noise) {
-      copy_rows(call.noise + step_offset, columns, rows, columns, z);
+      convert_rows<Float32Operand>(call.noise + step_offset, columns, rows, columns, z);
     } else if (call.noise_scale != 0.0f) {
       if (step % noise_steps == 0) {
         const int left = call.steps - step;
