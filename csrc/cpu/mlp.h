@@ -81,6 +81,7 @@ struct MlpSaved {
   Rows<Input> input[max_layers];
   Rows<float> slope[max_layers];
 
+  // In memory of mlp_saved_width() floats a row; without any, nowhere.
   static MlpSaved at(const MlpPack& pack, float* base, int64_t rows) {
     MlpSaved s;
     s.input[0] = {nullptr, 0};
@@ -88,12 +89,12 @@ struct MlpSaved {
       const ptrdiff_t stride = saved_stride(pack.forward[l]);
       if (l + 1 < pack.layer_count) {
         s.input[l + 1] = {reinterpret_cast<Input*>(base), stride};
-        base += saved_floats(pack, rows * stride);
+        if (base) base += saved_floats(pack, rows * stride);
       }
       s.slope[l] = {nullptr, 0};
       if (pack.activations[l] == Activation::identity) continue;
       s.slope[l] = {base, stride};
-      base += rows * stride;
+      if (base) base += rows * stride;
     }
     return s;
   }
