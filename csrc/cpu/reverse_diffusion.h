@@ -53,8 +53,7 @@ static void carve_denoiser(const DenoiserParameters& p, Carver* memory, Denoiser
                                           packer, memory);
   }
   pack->step_bias_stride = padded(first.out);
-  float* step_bias =
-      memory->take<float>(4 * static_cast<int64_t>(p.steps) * pack->step_bias_stride);
+  float* step_bias = memory->take<float>(4 * pack->step_bias_stride * p.steps);
   pack->step_bias = step_bias;
 
   // step_bias[i] = W_t time_mlp(embedding of step i) + b, max_tile steps at a time.
@@ -77,9 +76,9 @@ static void carve_denoiser(const DenoiserParameters& p, Carver* memory, Denoiser
     linear_activate<Float32Operand, Float32Operand>(embedding, rows, hidden, bias_only(hidden),
                                                     function, b.hidden, {nullptr, 0});
     linear_store<Float32Operand>(b.hidden, rows, out, bias_only(out), b.out);
-    linear_store<Float32Operand>(b.out, rows, into_trunk, bias_only(into_trunk),
-                                 {step_bias + static_cast<ptrdiff_t>(step) * pack->step_bias_stride,
-                                  pack->step_bias_stride});
+    linear_store<Float32Operand>(
+        b.out, rows, into_trunk, bias_only(into_trunk),
+        {step_bias + step * pack->step_bias_stride, pack->step_bias_stride});
   }
 }
 
