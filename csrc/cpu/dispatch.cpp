@@ -382,7 +382,8 @@ class PackCache {
   int64_t bytes_ = 0;
 };
 
-PackCache cache;
+// Never destroyed: when the process ends, threads that nobody waits for may still be in a call.
+PackCache& cache = *new PackCache;
 constexpr int64_t entry_bytes = 1024;  // that a pack's key takes, with what leads to it
 
 // A lock that another thread holds during fork() would stay locked in the child for ever.

@@ -267,6 +267,29 @@ def test_other_python_threads_run_on() -> None:
     assert rounds > 10
 
 
+def test_the_process_ends_while_a_thread_that_nobody_waits_for_computes() -> None:
+    """In one call that looks for packs again and again, also while what is static is destroyed."""
+    script = """
+import threading, time, torch
+from diffcore import nn, ops
+
+torch.set_num_threads(1)
+psi, zeta = (nn.MLP(2, 8, out, 1, "relu", "uniform") for out in (4, 8))
+optimizer = torch.optim.Adam([*psi.parameters(), *zeta.parameters()])
+rows = [torch.randn(10**6, 2, 2) for _ in range(3)]
+arguments = (psi, zeta, *rows, torch.randn(10**6, 2), optimizer)
+step = threading.Thread(target=ops.representation_step, args=arguments, daemon=True)
+before = psi.layers[0].bias.clone()
+step.start()
+while torch.equal(psi.layers[0].bias, before):
+    time.sleep(0.001)
+print(step.is_alive())
+"""
+    result = run_script(script)
+    assert result.stdout == "True\n"
+    assert result.returncode == 0, result.stderr
+
+
 @needs_fork
 def test_after_fork() -> None:
     """A child has no OpenMP pool to wait for: it computes alone, and the same numbers."""
