@@ -409,6 +409,8 @@ std::shared_ptr<const Packed<Pack>> find_or_build(PackKey key, int64_t bytes, Bu
     packed = std::make_shared<Packed<Pack>>();
     packed->memory = std::make_unique<Block>(bytes);
   }
+  // A count of 1 alone doesn't order what others read before they let go of it before what is written now.
+  std::atomic_thread_fence(std::memory_order_acquire);
   build(packed->memory->data(), &packed->pack);
   ++built;
   // Another thread may have changed the weights after they were read: then the pack is of others than the
