@@ -18,6 +18,7 @@
 #include <new>
 #include <stdexcept>
 #include <unordered_map>
+#include <utility>
 
 namespace diffcore {
 
@@ -436,7 +437,7 @@ std::shared_ptr<const Packed<DenoiserPack>> packed_denoiser(const DenoiserParame
   key.add(p.time_out);
   for (int l = 0; l < p.trunk_layers; ++l) key.add(p.trunk[l]);
   key.add(p.time_embedding, static_cast<int64_t>(p.steps) * p.time_hidden.in);
-  return find_or_build<DenoiserPack>(key, kernels.denoiser_pack_bytes(p),
+  return find_or_build<DenoiserPack>(std::move(key), kernels.denoiser_pack_bytes(p),
                                      [&](void* block, DenoiserPack* pack) {
                                        const TeamWork how = kernels.pack_denoiser(p, block, pack);
                                        if (work) *work = std::max(*work, how);
@@ -454,7 +455,7 @@ std::shared_ptr<const Packed<TwinCriticPack>> packed_twin_critic(const TwinCriti
     for (int l = 0; l < critic.layer_count; ++l) key.add(critic.layers[l]);
   }
   return find_or_build<TwinCriticPack>(
-      key, kernels.twin_critic_pack_bytes(p), [&](void* block, TwinCriticPack* pack) {
+      std::move(key), kernels.twin_critic_pack_bytes(p), [&](void* block, TwinCriticPack* pack) {
         const TeamWork how = kernels.pack_twin_critic(p, block, pack);
         if (work) *work = std::max(*work, how);
       });
@@ -469,9 +470,9 @@ std::shared_ptr<const Packed<MlpPack>> packed_mlp(const MlpParameters& p) {
     key.add(p.layers[l]);
     key.shape.push_back(static_cast<int>(p.activations[l]));
   }
-  return find_or_build<MlpPack>(key, kernels.mlp_pack_bytes(p), [&](void* block, MlpPack* pack) {
-    kernels.pack_mlp(p, block, pack);
-  });
+  return find_or_build<MlpPack>(
+      std::move(key), kernels.mlp_pack_bytes(p),
+      [&](void* block, MlpPack* pack) { kernels.pack_mlp(p, block, pack); });
 }
 
 std::shared_ptr<const Packed<PackedLinear>> packed_layer(const LinearParameters& p,
@@ -480,7 +481,7 @@ std::shared_ptr<const Packed<PackedLinear>> packed_layer(const LinearParameters&
   PackKey key(PackKind::layer, kernels, p, {transposed, p.bias != nullptr});
   key.add(p);
   return find_or_build<PackedLinear>(
-      key, kernels.layer_pack_bytes(p, transposed),
+      std::move(key), kernels.layer_pack_bytes(p, transposed),
       [&](void* block, PackedLinear* pack) { kernels.pack_layer(p, transposed, block, pack); });
 }
 
