@@ -86,6 +86,7 @@ MLP = torch.ops.diffcore.mlp
 CRITIC_LOSS = torch.ops.diffcore.critic_loss
 MLP_BACKWARD = torch.ops.diffcore.mlp_backward
 LAYERS = "networks of 1 to 16 layers are expected, got 17"
+DEEPER = "networks of 2 to 16 layers are expected, got "
 NETWORKS = "1 to 8 networks of one shape are expected, got 9"
 X, Y = torch.ones(3, 4), torch.ones(9, 3, 4)
 
@@ -104,12 +105,14 @@ X, Y = torch.ones(3, 4), torch.ones(9, 3, 4)
             lambda: CRITIC_LOSS(X, X, None, square(9), "relu", [True, True], "float32", "cpu"),
             NETWORKS,
         ),
-        (lambda: call_action_gradient(17), LAYERS),
-        (lambda: call_reverse_diffusion(2 + 17), LAYERS),
+        (lambda: call_action_gradient(1), DEEPER + "1$"),
+        (lambda: call_action_gradient(17), DEEPER + "17"),
+        (lambda: call_reverse_diffusion(2 + 1), DEEPER + "1$"),
+        (lambda: call_reverse_diffusion(2 + 17), DEEPER + "17"),
         (lambda: call_denoising_loss(2 + 17), LAYERS),
     ],
 )
-def test_lists_longer_than_the_kernels_have_are_refused(
+def test_lists_that_the_kernels_cannot_take_are_refused(
     call: Callable[[], object], message: str
 ) -> None:
     """The public functions run them on the reference; torch's ops are there for everyone."""
