@@ -15,19 +15,13 @@
 #include <vector>
 
 #include "../cpu/dispatch.h"
+#include "bindings.h"
 #include "tensors.h"
 
 namespace py = pybind11;
 using namespace diffcore;
 
 namespace {
-
-using Address = uintptr_t;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // `threads` read and pack it.
 LinearParameters linear_parameters(const Layer& layer, int threads) {
@@ -762,30 +756,10 @@ using Unlocked = py::call_guard<py::gil_scoped_release, ScratchRelease>;
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Compiled CPU kernels of diffcore. Use diffcore.ops instead.";
-  py::enum_<Activation>(m, "Activation")
-      .value("identity", Activation::identity)
-      .value("relu", Activation::relu)
-      .value("elu", Activation::elu)
-      .value("silu", Activation::silu)
-      .value("tanh", Activation::tanh)
-      .value("mish", Activation::mish)
-      .value("gelu", Activation::gelu)
-      .value("sin", Activation::sin)
-      .value("cos", Activation::cos);
-  py::enum_<Precision>(m, "Precision")
+  define_enumerations<Activation, RffKind, NormClip, ActionOptimizer>(m);
+  py::enum_<Precision>(m, "Precision", py::module_local())
       .value("float32", Precision::float32)
       .value("bfloat16", Precision::bfloat16);
-  py::enum_<RffKind>(m, "RffKind")
-      .value("sin", RffKind::sin)
-      .value("cos", RffKind::cos)
-      .value("cos_sin", RffKind::cos_sin);
-  py::enum_<NormClip>(m, "NormClip")
-      .value("none", NormClip::none)
-      .value("batch", NormClip::batch)
-      .value("row", NormClip::row);
-  py::enum_<ActionOptimizer>(m, "ActionOptimizer")
-      .value("adam", ActionOptimizer::adam)
-      .value("ascent", ActionOptimizer::ascent);
   m.def("use_torch", &use_torch);
   m.def("inputs_fit", &inputs_fit);
   m.def("fits", &fits);

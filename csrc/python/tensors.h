@@ -13,9 +13,10 @@
 #include <cstdint>
 #include <exception>
 #include <optional>
-#include <tuple>
 #include <utility>
 #include <vector>
+
+#include "bindings.h"
 
 namespace diffcore {
 
@@ -483,9 +484,6 @@ inline py::object mlp_stacks(py::handle module, py::type type, const py::tuple& 
   }
   return std::move(result);
 }
-
-// (weight address, bias address, in, out)
-using Layer = std::tuple<uintptr_t, uintptr_t, int, int>;
 
 // A contiguous float32 tensor on the CPU.
 struct Floats {
