@@ -156,6 +156,9 @@ DIFFCORE_INLINE void store(uint16_t* p, Vec a) {
 }
 // Pairs of bfloat16 in 32-bit words, the first of each in the low half.
 DIFFCORE_INLINE Vec load_pairs(const uint32_t* p) { return {_mm512_loadu_ps(p)}; }
+DIFFCORE_INLINE Vec broadcast_pair(uint32_t pair) {
+  return {_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(pair)))};
+}
 DIFFCORE_INLINE Vec first_of_pairs(Vec a) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 16))};
 }
@@ -282,6 +285,9 @@ DIFFCORE_INLINE void store(uint16_t* p, Vec a) {
 DIFFCORE_INLINE Vec load_pairs(const uint32_t* p) {
   return {_mm256_castsi256_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+DIFFCORE_INLINE Vec broadcast_pair(uint32_t pair) {
+  return {_mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(pair)))};
+}
 DIFFCORE_INLINE Vec first_of_pairs(Vec a) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 16))};
 }
@@ -373,6 +379,9 @@ DIFFCORE_INLINE void store(uint16_t* p, Vec a) {
   vst1_u16(p, vshrn_n_u32(vreinterpretq_u32_f32(round_to_bf16(a).v), 16));
 }
 DIFFCORE_INLINE Vec load_pairs(const uint32_t* p) { return {vreinterpretq_f32_u32(vld1q_u32(p))}; }
+DIFFCORE_INLINE Vec broadcast_pair(uint32_t pair) {
+  return {vreinterpretq_f32_u32(vdupq_n_u32(pair))};
+}
 DIFFCORE_INLINE Vec first_of_pairs(Vec a) {
   return {vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(a.v), 16))};
 }
@@ -475,13 +484,16 @@ DIFFCORE_INLINE Vec load_pairs(const uint32_t* p) {
   memcpy(&a.v, p, sizeof a.v);
   return a;
 }
+DIFFCORE_INLINE Vec broadcast_pair(uint32_t pair) {
+  return {(Float4)Word4{pair, pair, pair, pair}};
+}
 DIFFCORE_INLINE Vec first_of_pairs(Vec a) { return {(Float4)((Word4)a.v << 16)}; }
 DIFFCORE_INLINE Vec second_of_pairs(Vec a) { return {(Float4)((Word4)a.v & 0xffff0000u)}; }
 
 #endif
 
 #if !defined(DIFFCORE_ISA_AVX512)
-// By a division: what these sets estimate it to has fewer bits, if they do.
+// Divided: AVX2's and NEON's estimates have fewer bits, and other CPUs none.
 DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return broadcast(1.0f) / a; }
 #endif
 

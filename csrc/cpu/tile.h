@@ -128,9 +128,10 @@ struct Bfloat16Operand {
     }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
-      float pair;
+      uint32_t pair;
       memcpy(&pair, x + i * x_stride + 2 * k, sizeof pair);
-      const Vec pairs = broadcast(pair), x0 = first_of_pairs(pairs), x1 = second_of_pairs(pairs);
+      const Vec pairs = broadcast_pair(pair);
+      const Vec x0 = first_of_pairs(pairs), x1 = second_of_pairs(pairs);
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) {
         sum[i][j] = fma(x1, w1[j], sum[i][j]);
@@ -377,8 +378,8 @@ constexpr int64_t four_panels_at_once = 128 * 1024;
 // narrow_sums where they are long.
 constexpr int sum_chunk = W < 8 ? 64 : 256;
 
-// Products that are added to the offset one by one. Registers for sums beside those of a chunk are to be
-// had where there are many chunks anyway.
+// How many of a sum's first products join the offset one by one: the first chunk's, which so needs no sums of
+// its own. Where chunks are short most sums have several, and those registers anyway.
 constexpr int first_chunk = W < 8 ? 0 : sum_chunk;
 
 // Adds products [first, end) of each row to its sums, and moves the panels on behind them.
