@@ -155,7 +155,9 @@ DIFFCORE_INLINE void store(uint16_t* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
 }
 // Pairs of bfloat16 in 32-bit words, the first of each in the low half.
-DIFFCORE_INLINE Vec load_pairs(const uint32_t* p) { return {_mm512_loadu_ps(p)}; }
+DIFFCORE_INLINE Vec load_pairs(const uint32_t* p) {
+  return {_mm512_castsi512_ps(_mm512_loadu_si512(p))};
+}
 DIFFCORE_INLINE Vec broadcast_pair(uint32_t pair) {
   return {_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(pair)))};
 }
