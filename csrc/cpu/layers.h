@@ -260,6 +260,7 @@ static void convert_rows(const float* from, ptrdiff_t from_stride, int64_t rows,
 
 // The first `columns` of each row, side by side.
 DIFFCORE_INLINE void write_rows(Rows<float> from, int64_t rows, int columns, float* to) {
+  if (columns == 0) return;  // `to` is null then, which memcpy doesn't take even for no bytes
   for (int64_t i = 0; i < rows; ++i)
     memcpy(to + i * columns, from.row(i), sizeof(float) * static_cast<size_t>(columns));
 }
