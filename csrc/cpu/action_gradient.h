@@ -36,7 +36,8 @@ static void carve_critic(const CriticParameters& p, Carver* memory, CriticPack* 
   float* output_weight = memory->take<float>(4 * static_cast<int64_t>(padded(width)));
   pack->output_weight = output_weight;
   if (!memory->base || packer.rank != 0) return;
-  copy_rows(p.layers[last].weight, width, 1, width, {output_weight, padded(width)});
+  convert_rows<Float32Operand>(p.layers[last].weight, width, 1, width,
+                               {output_weight, padded(width)});
 }
 
 static void carve_twin_critic(const TwinCriticParameters& p, Carver* memory, TwinCriticPack* pack,
@@ -60,7 +61,7 @@ static TeamWork pack_twin_critic(const TwinCriticParameters& p, void* block, Twi
                       });
 }
 
-// What outlives a tile's turn: one set for the whole batch.
+// Of all rows of the batch, what is kept from step to step.
 struct AscentState {
   Rows<float> action, gradient, first_moment, second_moment;
   Rows<float> state_part[2];
@@ -312,8 +313,8 @@ DIFFCORE_INLINE void update_actions(const ActionGradientCall& call, Span span, c
 static void begin_ascent(const ActionGradientCall& call, Span span, const AscentState& s) {
   clear_rows(rows_from(s.first_moment, span.first), span.rows);
   clear_rows(rows_from(s.second_moment, span.first), span.rows);
-  copy_rows(call.action + span.first * call.action_dim, call.action_dim, span.rows, call.action_dim,
-            rows_from(s.action, span.first));
+  convert_rows<Float32Operand>(call.action + span.first * call.action_dim, call.action_dim,
+                               span.rows, call.action_dim, rows_from(s.action, span.first));
   const Rows<float> state = {const_cast<float*>(call.state) + span.first * call.state_dim,
                              call.state_dim};
   for (int q = 0; q < 2; ++q) {

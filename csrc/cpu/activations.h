@@ -197,13 +197,17 @@ DIFFCORE_INLINE void sincos(Vec x, Vec* sine, Vec* cosine) {
   }
 }
 
-// `precision` is what the value is kept in. `side_by_side`: whether values are written for Vecs too.
+// Whether an activation's value is written for Vecs, too: where it is a long chain of operations that wait
+// for each other, with few registers of its own.
+template <Activation kind>
+constexpr bool side_by_side = kind == Activation::silu || kind == Activation::mish;
+
+// `precision` is what the value is kept in.
 template <Activation kind, Precision precision>
 struct ActivationFunction;
 
 template <Precision precision>
 struct ActivationFunction<Activation::identity, precision> {
-  static constexpr bool side_by_side = false;
   DIFFCORE_INLINE Vec value(Vec x) { return x; }
   DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
     *slope = broadcast(1.0f);
@@ -213,7 +217,6 @@ struct ActivationFunction<Activation::identity, precision> {
 
 template <Precision precision>
 struct ActivationFunction<Activation::relu, precision> {
-  static constexpr bool side_by_side = false;
   DIFFCORE_INLINE Vec value(Vec x) { return at_least(zero(), x); }
   DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
     *slope = select(less(zero(), x), broadcast(1.0f), zero());
@@ -223,7 +226,6 @@ struct ActivationFunction<Activation::relu, precision> {
 
 template <Precision precision>
 struct ActivationFunction<Activation::elu, precision> {
-  static constexpr bool side_by_side = false;
   DIFFCORE_INLINE Vec value(Vec x) { return select(less(zero(), x), x, expm1(x)); }
   DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
     *slope = select(less(zero(), x), broadcast(1.0f), exp(x));
@@ -235,7 +237,6 @@ struct ActivationFunction<Activation::elu, precision> {
 // get any smaller would not be: x itself stops there.
 template <Precision precision>
 struct ActivationFunction<Activation::silu, precision> {
-  static constexpr bool side_by_side = true;
   template <class V>
   DIFFCORE_INLINE V sigmoid(V x) {
     return inverse<precision>(broadcast(1.0f) + exp<precision>(zero() - x));
@@ -254,7 +255,6 @@ struct ActivationFunction<Activation::silu, precision> {
 
 template <Precision precision>
 struct ActivationFunction<Activation::tanh, precision> {
-  static constexpr bool side_by_side = false;
   DIFFCORE_INLINE Vec value(Vec x) {
     // Odd polynomial below 0.625, 1 - 2 / (exp(2|x|) + 1) with the sign put back above.
     const Vec x2 = x * x;
@@ -281,7 +281,6 @@ struct ActivationFunction<Activation::tanh, precision> {
 // no logarithm is needed. Above 20 the quotient is 1 in float32.
 template <Precision precision>
 struct ActivationFunction<Activation::mish, precision> {
-  static constexpr bool side_by_side = true;
   template <class V>
   DIFFCORE_INLINE V value(V x) {
     x = at_least(broadcast(lowest_exponent), x);
@@ -317,7 +316,6 @@ DIFFCORE_INLINE Vec rounding_of_square(Vec x, Vec square) {
 // ones. Beyond 13.19 the exponential is below float32's normal numbers.
 template <Precision precision>
 struct ActivationFunction<Activation::gelu, precision> {
-  static constexpr bool side_by_side = false;
   struct Parts {
     Vec limited, exponential, distribution;
   };
@@ -357,7 +355,6 @@ struct ActivationFunction<Activation::gelu, precision> {
 
 template <Precision precision>
 struct ActivationFunction<Activation::sin, precision> {
-  static constexpr bool side_by_side = false;
   DIFFCORE_INLINE Vec value(Vec x) {
     Vec slope;
     return value_and_slope(x, &slope);
@@ -371,7 +368,6 @@ struct ActivationFunction<Activation::sin, precision> {
 
 template <Precision precision>
 struct ActivationFunction<Activation::cos, precision> {
-  static constexpr bool side_by_side = false;
   DIFFCORE_INLINE Vec value(Vec x) {
     Vec sine, cosine;
     sincos(x, &sine, &cosine);

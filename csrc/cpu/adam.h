@@ -53,9 +53,7 @@ static double adam_range(const AdamParameter& p, const float* gradient, int64_t 
   }
   if (i < end) {
     const int count = static_cast<int>(end - i);
-    float lanes[W] = {};
-    memcpy(lanes, gradient + i, sizeof(float) * static_cast<size_t>(count));
-    const Vec g = load(lanes);
+    const Vec g = load_some(gradient + i, count);
     squares = fma(g, g, squares);
     adam_lanes(p.scalars, g, p.value + i, p.exp_avg + i, p.exp_avg_sq + i, count);
   }

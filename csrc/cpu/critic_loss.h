@@ -4,7 +4,6 @@
 #pragma once
 
 #include "mlp.h"
-#include "operand.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
@@ -71,20 +70,8 @@ static void critic_loss_tile(const CriticLossCall& call, int n, Span span,
   mlp_forward_tile(pack, span.rows, saved, tile.q, backward);
 
   write_rows(tile.q, span.rows, out, call.q + (n * call.batch + span.first) * out);
-  const float scale = static_cast<float>(2.0 / (static_cast<double>(call.batch) * out));
-  for (int i = 0; i < span.rows; ++i) {
-    const int64_t row = span.first + i;
-    const float weight = call.row_weight ? call.row_weight[row] : 1.0f;
-    const float slope = scale * weight;
-    double loss = 0.0;
-    for (int c = 0; c < out; ++c) {
-      float* q = tile.q.row(i) + c;
-      const float residual = *q - call.target[row * out + c];
-      loss += static_cast<double>(residual) * residual;
-      *q = slope * residual;  // the loss's slope at q takes its place
-    }
-    row_loss[i] = weight * loss;
-  }
+  squared_errors(tile.q, span, out, call.target, call.row_weight,
+                 static_cast<double>(call.batch) * out, row_loss);
   if (!backward) return;
 
   mlp_backward_tile(pack, span.rows, saved, tile.q.data, tile.q.stride, rows.deltas,

@@ -8,7 +8,6 @@
 #pragma once
 
 #include "mlp.h"
-#include "operand.h"
 
 namespace diffcore {
 namespace DIFFCORE_ISA {
@@ -98,20 +97,7 @@ static void denoising_loss_tile(const DenoisingLossCall& call, Span span,
                         rows.trunk_input);
   mlp_forward_tile(trunk, span.rows, rows.trunk_saved, tile.eps, backward);
 
-  const float scale = static_cast<float>(2.0 / entries_of_loss(call));
-  for (int i = 0; i < span.rows; ++i) {
-    const int64_t row = span.first + i;
-    const float weight = call.weight ? call.weight[row] : 1.0f;
-    const float slope = scale * weight;
-    double loss = 0.0;
-    for (int n = 0; n < A; ++n) {
-      float* eps = tile.eps.row(i) + n;
-      const float residual = *eps - call.noise[row * A + n];
-      loss += static_cast<double>(residual) * residual;
-      *eps = slope * residual;  // the loss's slope at eps takes its place
-    }
-    row_loss[i] = weight * loss;
-  }
+  squared_errors(tile.eps, span, A, call.noise, call.weight, entries_of_loss(call), row_loss);
   if (!backward) return;
 
   mlp_backward_tile(trunk, span.rows, rows.trunk_saved, tile.eps.data, tile.eps.stride,

@@ -18,6 +18,7 @@
 #include <new>
 #include <stdexcept>
 #include <unordered_map>
+#include <utility>
 
 namespace diffcore {
 
@@ -382,7 +383,8 @@ class PackCache {
   int64_t bytes_ = 0;
 };
 
-PackCache cache;
+// Never destroyed: when the process ends, threads that nobody waits for may still be in a call.
+PackCache& cache = *new PackCache;
 constexpr int64_t entry_bytes = 1024;  // that a pack's key takes, with what leads to it
 
 // A lock that another thread holds during fork() would stay locked in the child for ever.
@@ -408,6 +410,8 @@ std::shared_ptr<const Packed<Pack>> find_or_build(PackKey key, int64_t bytes, Bu
     packed = std::make_shared<Packed<Pack>>();
     packed->memory = std::make_unique<Block>(bytes);
   }
+  // A count of 1 alone doesn't order what others read before they let go of it before what is written now.
+  std::atomic_thread_fence(std::memory_order_acquire);
   build(packed->memory->data(), &packed->pack);
   ++built;
   // Another thread may have changed the weights after they were read: then the pack is of others than the
@@ -433,7 +437,7 @@ std::shared_ptr<const Packed<DenoiserPack>> packed_denoiser(const DenoiserParame
   key.add(p.time_out);
   for (int l = 0; l < p.trunk_layers; ++l) key.add(p.trunk[l]);
   key.add(p.time_embedding, static_cast<int64_t>(p.steps) * p.time_hidden.in);
-  return find_or_build<DenoiserPack>(key, kernels.denoiser_pack_bytes(p),
+  return find_or_build<DenoiserPack>(std::move(key), kernels.denoiser_pack_bytes(p),
                                      [&](void* block, DenoiserPack* pack) {
                                        const TeamWork how = kernels.pack_denoiser(p, block, pack);
                                        if (work) *work = std::max(*work, how);
@@ -451,7 +455,7 @@ std::shared_ptr<const Packed<TwinCriticPack>> packed_twin_critic(const TwinCriti
     for (int l = 0; l < critic.layer_count; ++l) key.add(critic.layers[l]);
   }
   return find_or_build<TwinCriticPack>(
-      key, kernels.twin_critic_pack_bytes(p), [&](void* block, TwinCriticPack* pack) {
+      std::move(key), kernels.twin_critic_pack_bytes(p), [&](void* block, TwinCriticPack* pack) {
         const TeamWork how = kernels.pack_twin_critic(p, block, pack);
         if (work) *work = std::max(*work, how);
       });
@@ -466,9 +470,9 @@ std::shared_ptr<const Packed<MlpPack>> packed_mlp(const MlpParameters& p) {
     key.add(p.layers[l]);
     key.shape.push_back(static_cast<int>(p.activations[l]));
   }
-  return find_or_build<MlpPack>(key, kernels.mlp_pack_bytes(p), [&](void* block, MlpPack* pack) {
-    kernels.pack_mlp(p, block, pack);
-  });
+  return find_or_build<MlpPack>(
+      std::move(key), kernels.mlp_pack_bytes(p),
+      [&](void* block, MlpPack* pack) { kernels.pack_mlp(p, block, pack); });
 }
 
 std::shared_ptr<const Packed<PackedLinear>> packed_layer(const LinearParameters& p,
@@ -477,7 +481,7 @@ std::shared_ptr<const Packed<PackedLinear>> packed_layer(const LinearParameters&
   PackKey key(PackKind::layer, kernels, p, {transposed, p.bias != nullptr});
   key.add(p);
   return find_or_build<PackedLinear>(
-      key, kernels.layer_pack_bytes(p, transposed),
+      std::move(key), kernels.layer_pack_bytes(p, transposed),
       [&](void* block, PackedLinear* pack) { kernels.pack_layer(p, transposed, block, pack); });
 }
 

@@ -53,7 +53,7 @@ struct DenoiserPack {
   PackedLinear trunk[max_layers];  // from the second layer on
   int trunk_layers;
   const float* step_bias;
-  int step_bias_stride;
+  int64_t step_bias_stride;
   int steps;
   Activation activation;
   Precision precision;

@@ -16,9 +16,10 @@ using ActivateFunction = void (*)(const float* sums, ptrdiff_t sums_stride, int 
 
 // f of vectors_at_once vectors side by side, `width` of a row. Where rows don't divide among them, the last
 // one is taken more than once.
-template <class Operand, class Function, int width>
+template <class Operand, Activation kind, int width>
 static void activate_side_by_side(const float* sums, ptrdiff_t sums_stride, int rows, int columns,
                                   typename Operand::Input* out, ptrdiff_t out_stride) {
+  using Function = ActivationFunction<kind, Operand::precision>;
   constexpr int height = vectors_at_once / width;
   for (int first = 0; first < rows; first += height) {
     ptrdiff_t row[height];
@@ -36,17 +37,18 @@ static void activate_side_by_side(const float* sums, ptrdiff_t sums_stride, int 
   }
 }
 
-template <class Operand, class Function>
+template <class Operand, Activation kind>
 static void activate(const float* sums, ptrdiff_t sums_stride, int rows, int columns,
                      typename Operand::Input* out, ptrdiff_t out_stride, float* slope,
                      ptrdiff_t slope_stride) {
-  if (!slope) {
-    if constexpr (Function::side_by_side) {
+  using Function = ActivationFunction<kind, Operand::precision>;
+  if constexpr (side_by_side<kind>) {
+    if (!slope) {
       // A block is 1, 2 or a multiple of 4 vectors wide.
-      const auto function = columns == W ? activate_side_by_side<Operand, Function, 1>
+      const auto function = columns == W ? activate_side_by_side<Operand, kind, 1>
                             : columns == 2 * W
-                                ? activate_side_by_side<Operand, Function, 2>
-                                : activate_side_by_side<Operand, Function, vectors_at_once>;
+                                ? activate_side_by_side<Operand, kind, 2>
+                                : activate_side_by_side<Operand, kind, vectors_at_once>;
       return function(sums, sums_stride, rows, columns, out, out_stride);
     }
   }
@@ -69,24 +71,15 @@ static void activate(const float* sums, ptrdiff_t sums_stride, int rows, int col
 template <class Operand>
 DIFFCORE_INLINE ActivateFunction<Operand> activate_function(Activation kind) {
   switch (kind) {
-    case Activation::identity:
-      return activate<Operand, ActivationFunction<Activation::identity, Operand::precision>>;
-    case Activation::relu:
-      return activate<Operand, ActivationFunction<Activation::relu, Operand::precision>>;
-    case Activation::elu:
-      return activate<Operand, ActivationFunction<Activation::elu, Operand::precision>>;
-    case Activation::silu:
-      return activate<Operand, ActivationFunction<Activation::silu, Operand::precision>>;
-    case Activation::tanh:
-      return activate<Operand, ActivationFunction<Activation::tanh, Operand::precision>>;
-    case Activation::mish:
-      return activate<Operand, ActivationFunction<Activation::mish, Operand::precision>>;
-    case Activation::gelu:
-      return activate<Operand, ActivationFunction<Activation::gelu, Operand::precision>>;
-    case Activation::sin:
-      return activate<Operand, ActivationFunction<Activation::sin, Operand::precision>>;
-    case Activation::cos:
-      return activate<Operand, ActivationFunction<Activation::cos, Operand::precision>>;
+    case Activation::identity: return activate<Operand, Activation::identity>;
+    case Activation::relu: return activate<Operand, Activation::relu>;
+    case Activation::elu: return activate<Operand, Activation::elu>;
+    case Activation::silu: return activate<Operand, Activation::silu>;
+    case Activation::tanh: return activate<Operand, Activation::tanh>;
+    case Activation::mish: return activate<Operand, Activation::mish>;
+    case Activation::gelu: return activate<Operand, Activation::gelu>;
+    case Activation::sin: return activate<Operand, Activation::sin>;
+    case Activation::cos: return activate<Operand, Activation::cos>;
   }
   return nullptr;
 }
@@ -151,9 +144,9 @@ struct Prefetcher {
 
 DIFFCORE_INLINE Offset bias_only(const PackedLinear& layer) { return {layer.bias, nullptr, 0}; }
 
-// Clears what stands past the end of rows of odd width, of which a block was just written: in bfloat16
-// it makes a pair with the last value. Its weight is zero, but it came of zeros times x, and isn't zero
-// itself where x is infinite.
+// Of rows of odd width, whose last block was just written, clears the value behind the last: in bfloat16 the
+// next product reads them as a pair. That value's weight is zero, but so were those that it came of, and
+// zero times an infinite x has made it NaN, which would spread.
 template <class Out>
 DIFFCORE_INLINE void end_pairs(Rows<typename Out::Input> out, int row, int count, int column,
                                int columns, int width) {
@@ -232,13 +225,18 @@ DIFFCORE_INLINE void clear_rows(Rows<float> r, int64_t rows) {
   memset(r.data, 0, sizeof(float) * static_cast<size_t>(rows * r.stride));
 }
 
-// Copies `columns` of each row and clears the rest of the last vector.
-DIFFCORE_INLINE void copy_rows(const float* from, ptrdiff_t from_stride, int64_t rows, int columns,
-                               Rows<float> to) {
-  for (int64_t i = 0; i < rows; ++i) {
-    memcpy(to.row(i), from + i * from_stride, sizeof(float) * static_cast<size_t>(columns));
-    for (int n = columns; n < padded(columns); ++n) to.row(i)[n] = 0.0f;
-  }
+// A vector of which the first `count` lanes lie at p: of the others loads make zeros, and nothing is stored.
+DIFFCORE_INLINE Vec load_some(const float* p, int64_t count) {
+  if (count >= W) return load(p);
+  float lanes[W] = {};
+  memcpy(lanes, p, sizeof(float) * static_cast<size_t>(count));
+  return load(lanes);
+}
+DIFFCORE_INLINE void store_some(float* p, Vec value, int64_t count) {
+  if (count >= W) return store(p, value);
+  float lanes[W];
+  store(lanes, value);
+  memcpy(p, lanes, sizeof(float) * static_cast<size_t>(count));
 }
 
 // Rows as a product reads them: times `factor` where that has memory, of the operand's type, padded
@@ -255,31 +253,14 @@ static void convert_rows(const float* from, ptrdiff_t from_stride, int64_t rows,
     int n = 0;
     for (; n + W <= columns; n += W) store_vector(n, load(row + n));
     if (n == columns) continue;
-    float rest[W] = {};
-    memcpy(rest, row + n, sizeof(float) * static_cast<size_t>(columns - n));
-    store_vector(n, load(rest));
+    store_vector(n, load_some(row + n, columns - n));
     end_pairs<Operand>(to, static_cast<int>(i), 1, n, W, columns);
   }
 }
 
-// `count` floats at p, or zeros where p is null, the rest of the vector zeros.
-DIFFCORE_INLINE Vec load_some(const float* p, int64_t count) {
-  if (!p) return zero();
-  if (count >= W) return load(p);
-  float lanes[W] = {};
-  memcpy(lanes, p, sizeof(float) * static_cast<size_t>(count));
-  return load(lanes);
-}
-
-DIFFCORE_INLINE void store_some(float* p, Vec value, int64_t count) {
-  if (count >= W) return store(p, value);
-  float lanes[W];
-  store(lanes, value);
-  memcpy(p, lanes, sizeof(float) * static_cast<size_t>(count));
-}
-
 // The first `columns` of each row, side by side.
 DIFFCORE_INLINE void write_rows(Rows<float> from, int64_t rows, int columns, float* to) {
+  if (columns == 0) return;  // `to` is null then, which memcpy doesn't take even for no bytes
   for (int64_t i = 0; i < rows; ++i)
     memcpy(to + i * columns, from.row(i), sizeof(float) * static_cast<size_t>(columns));
 }

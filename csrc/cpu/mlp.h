@@ -8,6 +8,7 @@
 // weights, and on the way back the deltas. Sums, biases, slopes and all results are float32.
 #pragma once
 
+#include "operand.h"
 #include "team.h"
 #include "weight_gradient.h"
 
@@ -36,11 +37,8 @@ static void carve_mlp(const MlpParameters& p, Carver* memory, MlpPack* pack, Pac
 }
 
 static void carve_mlp(const MlpParameters& p, Carver* memory, MlpPack* pack, Packer packer) {
-  if (p.precision == Precision::bfloat16) {
-    carve_mlp<Bfloat16Operand>(p, memory, pack, packer);
-  } else {
-    carve_mlp<Float32Operand>(p, memory, pack, packer);
-  }
+  with_operand(p.precision,
+               [&](auto operand) { carve_mlp<decltype(operand)>(p, memory, pack, packer); });
 }
 
 static int64_t mlp_pack_bytes(const MlpParameters& p) {
@@ -83,6 +81,7 @@ struct MlpSaved {
   Rows<Input> input[max_layers];
   Rows<float> slope[max_layers];
 
+  // In memory of mlp_saved_width() floats a row; without any, nowhere.
   static MlpSaved at(const MlpPack& pack, float* base, int64_t rows) {
     MlpSaved s;
     s.input[0] = {nullptr, 0};
@@ -90,12 +89,12 @@ struct MlpSaved {
       const ptrdiff_t stride = saved_stride(pack.forward[l]);
       if (l + 1 < pack.layer_count) {
         s.input[l + 1] = {reinterpret_cast<Input*>(base), stride};
-        base += saved_floats(pack, rows * stride);
+        if (base) base += saved_floats(pack, rows * stride);
       }
       s.slope[l] = {nullptr, 0};
       if (pack.activations[l] == Activation::identity) continue;
       s.slope[l] = {base, stride};
-      base += rows * stride;
+      if (base) base += rows * stride;
     }
     return s;
   }
@@ -197,11 +196,8 @@ static void mlp_forward(const MlpCall& call) {
 }
 
 static void mlp_forward(const MlpCall& call) {
-  if (call.networks[0]->precision == Precision::bfloat16) {
-    mlp_forward<Bfloat16Operand>(call);
-  } else {
-    mlp_forward<Float32Operand>(call);
-  }
+  with_operand(call.networks[0]->precision,
+               [&](auto operand) { mlp_forward<decltype(operand)>(call); });
 }
 
 // ---- backward --------------------------------------------------------------------------------
@@ -341,10 +337,29 @@ static void mlp_backward(const MlpBackwardCall& call) {
 }
 
 static void mlp_backward(const MlpBackwardCall& call) {
-  if (call.networks[0]->precision == Precision::bfloat16) {
-    mlp_backward<Bfloat16Operand>(call);
-  } else {
-    mlp_backward<Float32Operand>(call);
+  with_operand(call.networks[0]->precision,
+               [&](auto operand) { mlp_backward<decltype(operand)>(call); });
+}
+
+// ---- squared errors, of which losses are made ---------------------------------------------------
+
+// Each row's |y - target|^2, times its weight (null: 1). Where a loss is their sum by `entries`, its slopes
+// at y take y's place.
+static void squared_errors(Rows<float> y, Span span, int columns, const float* target,
+                           const float* row_weight, double entries, double* row_loss) {
+  const float scale = static_cast<float>(2.0 / entries);
+  for (int i = 0; i < span.rows; ++i) {
+    const int64_t row = span.first + i;
+    const float weight = row_weight ? row_weight[row] : 1.0f;
+    const float slope = scale * weight;
+    double loss = 0.0;
+    for (int c = 0; c < columns; ++c) {
+      float* const value = y.row(i) + c;
+      const float residual = *value - target[row * columns + c];
+      loss += static_cast<double>(residual) * residual;
+      *value = slope * residual;
+    }
+    row_loss[i] = weight * loss;
   }
 }
 

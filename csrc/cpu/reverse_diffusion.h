@@ -53,8 +53,7 @@ static void carve_denoiser(const DenoiserParameters& p, Carver* memory, Denoiser
                                           packer, memory);
   }
   pack->step_bias_stride = padded(first.out);
-  float* step_bias =
-      memory->take<float>(4 * static_cast<int64_t>(p.steps) * pack->step_bias_stride);
+  float* step_bias = memory->take<float>(4 * pack->step_bias_stride * p.steps);
   pack->step_bias = step_bias;
 
   // step_bias[i] = W_t time_mlp(embedding of step i) + b, max_tile steps at a time.
@@ -77,9 +76,9 @@ static void carve_denoiser(const DenoiserParameters& p, Carver* memory, Denoiser
     linear_activate<Float32Operand, Float32Operand>(embedding, rows, hidden, bias_only(hidden),
                                                     function, b.hidden, {nullptr, 0});
     linear_store<Float32Operand>(b.hidden, rows, out, bias_only(out), b.out);
-    linear_store<Float32Operand>(b.out, rows, into_trunk, bias_only(into_trunk),
-                                 {step_bias + static_cast<ptrdiff_t>(step) * pack->step_bias_stride,
-                                  pack->step_bias_stride});
+    linear_store<Float32Operand>(
+        b.out, rows, into_trunk, bias_only(into_trunk),
+        {step_bias + step * pack->step_bias_stride, pack->step_bias_stride});
   }
 }
 
@@ -168,7 +167,7 @@ static void reverse_diffusion_tile(const ReverseDiffusionCall& call, Span span,
   const int noise_steps = noise_block_steps(rows);
   clear_rows(b.z, noise_steps * rows);
   if (call.x_init) {
-    copy_rows(call.x_init + actions_before, columns, rows, columns, b.x);
+    convert_rows<Float32Operand>(call.x_init + actions_before, columns, rows, columns, b.x);
   } else {
     fill_normals(call.seed, 0, 1, span.first, rows, columns, b.x.data, b.x.stride);
   }
@@ -200,7 +199,7 @@ static void reverse_diffusion_tile(const ReverseDiffusionCall& call, Span span,
 
     Rows<float> z = b.z;
     if (call.noise) {
-      copy_rows(call.noise + step_offset, columns, rows, columns, z);
+      convert_rows<Float32Operand>(call.noise + step_offset, columns, rows, columns, z);
     } else if (call.noise_scale != 0.0f) {
       if (step % noise_steps == 0) {
         const int left = call.steps - step;

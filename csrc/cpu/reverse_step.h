@@ -39,8 +39,8 @@ static void reverse_step(const ReverseStepCall& call) {
     Vec x0;
     const Vec next =
         step.next(load_some(call.x + i, left), load_some(call.eps + i, left),
-                  load_some(call.noise ? call.noise + i : nullptr, left),
-                  load_some(call.x0_previous ? call.x0_previous + i : nullptr, left), &x0);
+                  call.noise ? load_some(call.noise + i, left) : zero(),
+                  call.x0_previous ? load_some(call.x0_previous + i, left) : zero(), &x0);
     store_some(call.next + i, next, left);
     store_some(call.x0 + i, x0, left);
   }

@@ -30,20 +30,6 @@ static void pack_layer(const LinearParameters& layer, bool transposed, void* blo
                });
 }
 
-// The first `count` lanes, where a row ends within the vector.
-DIFFCORE_INLINE Vec load_first(const float* p, int count) {
-  if (count >= W) return load(p);
-  float lanes[W] = {};
-  memcpy(lanes, p, sizeof(float) * static_cast<size_t>(count));
-  return load(lanes);
-}
-DIFFCORE_INLINE void store_first(float* p, Vec value, int count) {
-  if (count >= W) return store(p, value);
-  float lanes[W];
-  store(lanes, value);
-  memcpy(p, lanes, sizeof(float) * static_cast<size_t>(count));
-}
-
 static void rff_features(const RffCall& call) {
   const PackedLinear& layer = *call.layer;
   const int features = layer.out;
@@ -64,22 +50,21 @@ static void rff_features(const RffCall& call) {
         },
         [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {
           for (int i = 0; i < count; ++i) {
-            const int64_t r = span.first + row + i;
-            float* y = call.y + r * width + column;
-            float* slope = call.slope ? call.slope + r * features + column : nullptr;
+            float* y = features_out.row(row + i) + column;
+            float* slope = slope_out.data ? slope_out.row(row + i) + column : nullptr;
             for (int n = 0; n < columns && column + n < features; n += W) {
               const int left = features - column - n;
               Vec sine, cosine;
               sincos(load(sums + i * stride + n), &sine, &cosine);
               if (call.kind == RffKind::cos_sin) {
-                store_first(y + n, scale * cosine, left);
-                store_first(y + features + n, scale * sine, left);
+                store_some(y + n, scale * cosine, left);
+                store_some(y + features + n, scale * sine, left);
               } else if (call.kind == RffKind::sin) {
-                store_first(y + n, scale * sine, left);
-                if (slope) store_first(slope + n, scale * cosine, left);
+                store_some(y + n, scale * sine, left);
+                if (slope) store_some(slope + n, scale * cosine, left);
               } else {
-                store_first(y + n, scale * cosine, left);
-                if (slope) store_first(slope + n, minus_scale * sine, left);
+                store_some(y + n, scale * cosine, left);
+                if (slope) store_some(slope + n, minus_scale * sine, left);
               }
             }
           }
@@ -100,10 +85,10 @@ DIFFCORE_INLINE void rff_argument_gradient(const RffBackwardCall& call, Span spa
       const int left = features - n;
       Vec d;
       if (pair) {
-        d = load_first(g + features + n, left) * load_first(s + n, left) -
-            load_first(g + n, left) * load_first(s + features + n, left);
+        d = load_some(g + features + n, left) * load_some(s + n, left) -
+            load_some(g + n, left) * load_some(s + features + n, left);
       } else {
-        d = load_first(g + n, left) * load_first(s + n, left);
+        d = load_some(g + n, left) * load_some(s + n, left);
       }
       store(delta.row(r) + n, d);
     }

@@ -434,7 +434,7 @@ struct HiddenBuffers {
 
   static HiddenBuffers take(const ScoreMatchingLossCall& call, Carver* memory) {
     HiddenBuffers b;
-    b.weight = memory->take<typename Operand::Weight>(4 * hidden_block * panel_width *
+    b.weight = memory->take<typename Operand::Weight>(int64_t{4} * hidden_block * panel_width *
                                                       Operand::depth(call.features));
     b.part = memory->take<float>(4 * hidden_block * panel_width * hidden_rows);
     b.total = memory->take<float>(4 * hidden_block * panel_width * hidden_rows);
@@ -572,11 +572,11 @@ DIFFCORE_INLINE void for_weight_tiles(const ScoreMatchingLossCall& call,
       if (!of_weight(call)) continue;
       for (int n = 0; n < m.hidden_panels; ++n) {
         const int column = n * panel_width;
-        use(WeightTile<Operand>{block * m.hidden_panels + n,
-                                (d.first * call.state_dim + s) * H + column, d.rows,
-                                H - column < panel_width ? H - column : panel_width, scaled.data,
-                                scaled.stride, m.hidden_columns + (n * depth + k) * panel_width,
-                                part, row > 0, row + batch_depth >= call.batch});
+        use(WeightTile<Operand>{
+            block * m.hidden_panels + n, (d.first * call.state_dim + s) * H + column, d.rows,
+            H - column < panel_width ? H - column : panel_width, scaled.data, scaled.stride,
+            m.hidden_columns + (int64_t{n} * depth + k) * panel_width, part, row > 0,
+            row + batch_depth >= call.batch});
       }
     }
   }
@@ -719,7 +719,6 @@ static void score_matching_loss(const ScoreMatchingLossCall& call) {
   const int64_t even_blocks = ceil_div(wanted_blocks, call.threads) * call.threads;
   const int64_t hidden_blocks = even_blocks < m.hidden_panels ? even_blocks : m.hidden_panels;
   const int64_t shares = feature_shares<Operand>(call);
-  const int threads = call.batch < 2 * min_tile ? 1 : call.threads;
 
   const int64_t most_panels = tile_span(m.row_panels, tiles, 0).rows;
   const auto take_score = [&](Carver* memory) {
@@ -733,7 +732,7 @@ static void score_matching_loss(const ScoreMatchingLossCall& call) {
   const int64_t own_bytes =
       larger(bytes_of(take_score), larger(bytes_of(take_hidden), bytes_of(take_step)));
 
-  run_threads(threads, own_bytes, [&](const Carver own) {
+  run_threads(call.threads, own_bytes, [&](const Carver own) {
 #pragma omp for schedule(static) nowait
     for (int64_t p = 0; p < m.row_panels; ++p) m.pack_row_panel(call, p);
 #pragma omp for schedule(static)

@@ -54,16 +54,17 @@ DIFFCORE_INLINE Vec select(Mask m, Vec yes, Vec no) {
   return {_mm512_mask_blend_ps(m, no.v, yes.v)};
 }
 DIFFCORE_INLINE bool all(Mask m) { return m == 0xffff; }
-// Where the lowest bit of a's mantissa is set, and a's sign flipped where bit 1 of another's is.
+// Where the lowest bit of a's representation is set.
 DIFFCORE_INLINE Mask bit_0(Vec a) {
   return _mm512_test_epi32_mask(_mm512_castps_si512(a.v), _mm512_set1_epi32(1));
 }
+// a, with its sign flipped where bit 1 of `by` is set.
 DIFFCORE_INLINE Vec flip_by_bit_1(Vec a, Vec by) {
   const __m512i bit = _mm512_and_si512(_mm512_castps_si512(by.v), _mm512_set1_epi32(2));
   return {
       _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a.v), _mm512_slli_epi32(bit, 30)))};
 }
-// So many 32-bit words, again and again.
+// The `words` 32-bit words at p, again and again through the vector.
 template <int words>
 DIFFCORE_INLINE Vec repeat(const void* p) {
   if constexpr (words == 2) {
@@ -78,7 +79,7 @@ DIFFCORE_INLINE Vec repeat(const void* p) {
     return {_mm512_loadu_ps(p)};
   }
 }
-// The same of fewer words, zeros in place of the rest, which isn't read.
+// The same, but of the words only the first `count` are read, and the others are zero.
 template <int words>
 DIFFCORE_INLINE Vec repeat_some(const void* p, int count) {
   const auto present = static_cast<__mmask16>((1 << count) - 1);
@@ -93,7 +94,7 @@ DIFFCORE_INLINE Vec repeat_some(const void* p, int count) {
     return {_mm512_maskz_loadu_ps(present, p)};
   }
 }
-// Sums of so many lanes next to each other, and zeros behind them.
+// In the first lanes the sums of groups of so many lanes next to each other; zeros behind them.
 template <int lanes>
 DIFFCORE_INLINE Vec sum_groups(Vec a) {
   a.v = _mm512_add_ps(a.v, _mm512_permute_ps(a.v, 0xb1));
@@ -107,8 +108,9 @@ DIFFCORE_INLINE Vec sum_groups(Vec a) {
 DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return {_mm512_rcp14_ps(a.v)}; }
 // a * 2^n for integral n, where both a and the product are normal numbers, or a is NaN.
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-// 2^(n / 2^power_bits), a normal number, for the integer n in the lowest bits of i. The table has the bits
-// of 2^(k / 16) less k << 19: n moved up to the exponent leaves its fraction k there.
+// 2^(n / 2^power_bits), a normal number, for the integer n in the lowest bits of i. n << 19 adds whole
+// powers to the exponent, and n's lowest 4 bits, k, below it. Those the table takes off again, which has the
+// bits of 2^(k / 16) less k << 19.
 constexpr int power_bits = 4;
 alignas(64) constexpr uint32_t powers_of_2[] = {
     0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
@@ -152,22 +154,19 @@ DIFFCORE_INLINE void store(uint16_t* p, Vec a) {
 #endif
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
 }
-// Pairs of bfloat16 packed as 32-bit words: the value at the even position is in the low half.
-DIFFCORE_INLINE Vec low_bf16(const uint32_t* p) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))};
+// Pairs of bfloat16 in 32-bit words, the first of each in the low half.
+DIFFCORE_INLINE Vec load_pairs(const uint32_t* p) {
+  return {_mm512_castsi512_ps(_mm512_loadu_si512(p))};
 }
-DIFFCORE_INLINE Vec high_bf16(const uint32_t* p) {
+DIFFCORE_INLINE Vec broadcast_pair(uint32_t pair) {
+  return {_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(pair)))};
+}
+DIFFCORE_INLINE Vec first_of_pairs(Vec a) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 16))};
+}
+DIFFCORE_INLINE Vec second_of_pairs(Vec a) {
   return {_mm512_castsi512_ps(
-      _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
-}
-// One such pair in every lane.
-DIFFCORE_INLINE void broadcast_pair(const uint16_t* p, Vec* low, Vec* high) {
-  int32_t pair;
-  memcpy(&pair, p, sizeof pair);
-  const __m512i bits = _mm512_set1_epi32(pair);
-  *low = {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
-  *high = {
-      _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+      _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
 }
 
 #elif defined(DIFFCORE_ISA_AVX2)
@@ -246,7 +245,6 @@ DIFFCORE_INLINE Vec sum_groups(Vec a) {
   constexpr int others = 0xff & ~((1 << 8 / lanes) - 1);
   return {_mm256_blend_ps(_mm256_permutevar8x32_ps(a.v, firsts), _mm256_setzero_ps(), others)};
 }
-DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return broadcast(1.0f) / a; }
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
   return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), exponent))};
@@ -286,22 +284,18 @@ DIFFCORE_INLINE void store(uint16_t* p, Vec a) {
       _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
 }
-DIFFCORE_INLINE Vec low_bf16(const uint32_t* p) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
+DIFFCORE_INLINE Vec load_pairs(const uint32_t* p) {
+  return {_mm256_castsi256_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-DIFFCORE_INLINE Vec high_bf16(const uint32_t* p) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return {
-      _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
+DIFFCORE_INLINE Vec broadcast_pair(uint32_t pair) {
+  return {_mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(pair)))};
 }
-DIFFCORE_INLINE void broadcast_pair(const uint16_t* p, Vec* low, Vec* high) {
-  int32_t pair;
-  memcpy(&pair, p, sizeof pair);
-  const __m256i bits = _mm256_set1_epi32(pair);
-  *low = {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
-  *high = {
-      _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
+DIFFCORE_INLINE Vec first_of_pairs(Vec a) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 16))};
+}
+DIFFCORE_INLINE Vec second_of_pairs(Vec a) {
+  return {_mm256_castsi256_ps(
+      _mm256_and_si256(_mm256_castps_si256(a.v), _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
 }
 
 #elif defined(DIFFCORE_ISA_NEON)
@@ -353,18 +347,11 @@ DIFFCORE_INLINE Vec repeat(const void* p) {
     return load(values);
   }
 }
-template <int words>
-DIFFCORE_INLINE Vec repeat_some(const void* p, int count) {
-  float some[words] = {};
-  memcpy(some, p, sizeof(float) * static_cast<size_t>(count));
-  return repeat<words>(some);
-}
 template <int lanes>
 DIFFCORE_INLINE Vec sum_groups(Vec a) {
   const float32x2_t pairs = vpadd_f32(vget_low_f32(a.v), vget_high_f32(a.v)), none = vdup_n_f32(0);
   return {vcombine_f32(lanes == 2 ? pairs : vset_lane_f32(vaddv_f32(pairs), none, 0), none)};
 }
-DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return broadcast(1.0f) / a; }
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   const int32x4_t exponent = vshlq_n_s32(vcvtnq_s32_f32(n.v), 23);
   return {vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a.v), exponent))};
@@ -393,18 +380,15 @@ DIFFCORE_INLINE Vec load(const uint16_t* p) {
 DIFFCORE_INLINE void store(uint16_t* p, Vec a) {
   vst1_u16(p, vshrn_n_u32(vreinterpretq_u32_f32(round_to_bf16(a).v), 16));
 }
-DIFFCORE_INLINE Vec low_bf16(const uint32_t* p) {
-  return {vreinterpretq_f32_u32(vshlq_n_u32(vld1q_u32(p), 16))};
+DIFFCORE_INLINE Vec load_pairs(const uint32_t* p) { return {vreinterpretq_f32_u32(vld1q_u32(p))}; }
+DIFFCORE_INLINE Vec broadcast_pair(uint32_t pair) {
+  return {vreinterpretq_f32_u32(vdupq_n_u32(pair))};
 }
-DIFFCORE_INLINE Vec high_bf16(const uint32_t* p) {
-  return {vreinterpretq_f32_u32(vandq_u32(vld1q_u32(p), vdupq_n_u32(0xffff0000u)))};
+DIFFCORE_INLINE Vec first_of_pairs(Vec a) {
+  return {vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(a.v), 16))};
 }
-DIFFCORE_INLINE void broadcast_pair(const uint16_t* p, Vec* low, Vec* high) {
-  uint32_t pair;
-  memcpy(&pair, p, sizeof pair);
-  const uint32x4_t bits = vdupq_n_u32(pair);
-  *low = {vreinterpretq_f32_u32(vshlq_n_u32(bits, 16))};
-  *high = {vreinterpretq_f32_u32(vandq_u32(bits, vdupq_n_u32(0xffff0000u)))};
+DIFFCORE_INLINE Vec second_of_pairs(Vec a) {
+  return {vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a.v), vdupq_n_u32(0xffff0000u)))};
 }
 
 #else  // baseline: GCC/Clang vector extensions, any CPU
@@ -456,12 +440,6 @@ DIFFCORE_INLINE Vec repeat(const void* p) {
     memcpy(reinterpret_cast<char*>(&a.v) + 4 * i, p, sizeof(float) * words);
   return a;
 }
-template <int words>
-DIFFCORE_INLINE Vec repeat_some(const void* p, int count) {
-  float some[words] = {};
-  memcpy(some, p, sizeof(float) * static_cast<size_t>(count));
-  return repeat<words>(some);
-}
 template <int lanes>
 DIFFCORE_INLINE Vec sum_groups(Vec a) {
   const float first = a.v[0] + a.v[1], second = a.v[2] + a.v[3];
@@ -479,16 +457,15 @@ DIFFCORE_INLINE Vec sqrt(Vec a) {
   for (int i = 0; i < 4; ++i) a.v[i] = __builtin_sqrtf(a.v[i]);
   return a;
 }
-DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return broadcast(1.0f) / a; }
 DIFFCORE_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
-  return {(Float4)((Int4)a.v + (__builtin_convertvector(n.v, Int4) << 23))};
+  return {(Float4)((Word4)a.v + ((Word4) __builtin_convertvector(n.v, Int4) << 23))};
 }
 constexpr int power_bits = 0;
 DIFFCORE_INLINE Vec power_of_2(Vec i) { return {(Float4)(((Word4)i.v << 23) + 0x3f800000u)}; }
 DIFFCORE_INLINE void split_exponent(Vec a, Vec* mantissa, Vec* exponent) {
   const Int4 bits = (Int4)a.v, e = (bits - 0x3f3504f3) >> 23;
   *exponent = {__builtin_convertvector(e, Float4)};
-  *mantissa = {(Float4)(bits - (e << 23))};
+  *mantissa = {(Float4)((Word4)bits - ((Word4)e << 23))};
 }
 DIFFCORE_INLINE Vec round_to_bf16(Vec a) {
   const Word4 bits = (Word4)a.v;
@@ -504,24 +481,31 @@ DIFFCORE_INLINE void store(uint16_t* p, Vec a) {
   const Half4 bits = __builtin_convertvector((Word4)round_to_bf16(a).v >> 16, Half4);
   memcpy(p, &bits, sizeof bits);
 }
-DIFFCORE_INLINE Vec low_bf16(const uint32_t* p) {
-  Word4 bits;
-  memcpy(&bits, p, sizeof bits);
-  return {(Float4)(bits << 16)};
+DIFFCORE_INLINE Vec load_pairs(const uint32_t* p) {
+  Vec a;
+  memcpy(&a.v, p, sizeof a.v);
+  return a;
 }
-DIFFCORE_INLINE Vec high_bf16(const uint32_t* p) {
-  Word4 bits;
-  memcpy(&bits, p, sizeof bits);
-  return {(Float4)(bits & 0xffff0000u)};
+DIFFCORE_INLINE Vec broadcast_pair(uint32_t pair) {
+  return {(Float4)Word4{pair, pair, pair, pair}};
 }
-DIFFCORE_INLINE void broadcast_pair(const uint16_t* p, Vec* low, Vec* high) {
-  uint32_t pair;
-  memcpy(&pair, p, sizeof pair);
-  const Word4 bits = {pair, pair, pair, pair};
-  *low = {(Float4)(bits << 16)};
-  *high = {(Float4)(bits & 0xffff0000u)};
-}
+DIFFCORE_INLINE Vec first_of_pairs(Vec a) { return {(Float4)((Word4)a.v << 16)}; }
+DIFFCORE_INLINE Vec second_of_pairs(Vec a) { return {(Float4)((Word4)a.v & 0xffff0000u)}; }
 
+#endif
+
+#if !defined(DIFFCORE_ISA_AVX512)
+// Divided: AVX2's and NEON's estimates have fewer bits, and other CPUs none.
+DIFFCORE_INLINE Vec rough_reciprocal(Vec a) { return broadcast(1.0f) / a; }
+#endif
+
+#if !defined(DIFFCORE_ISA_AVX512) && !defined(DIFFCORE_ISA_AVX2)  // without masked loads
+template <int words>
+DIFFCORE_INLINE Vec repeat_some(const void* p, int count) {
+  float some[words] = {};
+  memcpy(some, p, sizeof(float) * static_cast<size_t>(count));
+  return repeat<words>(some);
+}
 #endif
 
 DIFFCORE_INLINE Vec zero() { return broadcast(0.0f); }

@@ -53,7 +53,7 @@ static void squashed_gaussian_backward(const SquashedGaussianBackwardCall& call)
     for (int n = 0; n < A; n += W) {
       const Vec a = load_some(call.action + row * A + n, A - n);
       const Vec grad_a =
-          load_some(call.grad_action ? call.grad_action + row * A + n : nullptr, A - n);
+          call.grad_action ? load_some(call.grad_action + row * A + n, A - n) : zero();
       const Vec grad_u = fma(grad_a, fnma(a, a, broadcast(1.0f)), grad_log_prob * (a + a));
       const Vec grad_log_std = fma(grad_u, load_some(spread + n, A - n), zero() - grad_log_prob);
       float* to = call.grad_raw + row * 2 * A + n;

@@ -119,20 +119,23 @@ struct Bfloat16Operand {
   DIFFCORE_INLINE void multiply_add(const Input* x, ptrdiff_t x_stride, int k,
                                     const Weight* const (&panel)[vectors],
                                     Vec (&sum)[rows][vectors]) {
-    Vec low[vectors], high[vectors];
+    Vec w0[vectors], w1[vectors];
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) {
-      low[j] = low_bf16(panel[j]);
-      high[j] = high_bf16(panel[j]);
+      const Vec pairs = load_pairs(panel[j]);
+      w0[j] = first_of_pairs(pairs);
+      w1[j] = second_of_pairs(pairs);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
-      Vec x0, x1;
-      broadcast_pair(x + i * x_stride + 2 * k, &x0, &x1);
+      uint32_t pair;
+      memcpy(&pair, x + i * x_stride + 2 * k, sizeof pair);
+      const Vec pairs = broadcast_pair(pair);
+      const Vec x0 = first_of_pairs(pairs), x1 = second_of_pairs(pairs);
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) {
-        sum[i][j] = fma(x1, high[j], sum[i][j]);
-        sum[i][j] = fma(x0, low[j], sum[i][j]);
+        sum[i][j] = fma(x1, w1[j], sum[i][j]);
+        sum[i][j] = fma(x0, w0[j], sum[i][j]);
       }
     }
   }
@@ -375,8 +378,8 @@ constexpr int64_t four_panels_at_once = 128 * 1024;
 // narrow_sums where they are long.
 constexpr int sum_chunk = W < 8 ? 64 : 256;
 
-// Products that are added to the offset one by one. Registers for sums beside those of a chunk are to be
-// had where there are many chunks anyway.
+// How many of a sum's first products join the offset one by one: the first chunk's, which so needs no sums of
+// its own. Where chunks are short most sums have several, and those registers anyway.
 constexpr int first_chunk = W < 8 ? 0 : sum_chunk;
 
 // Adds products [first, end) of each row to its sums, and moves the panels on behind them.

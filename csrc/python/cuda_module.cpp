@@ -12,25 +12,18 @@
 #include <array>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "../cuda/kernels.h"
+#include "bindings.h"
 
 namespace py = pybind11;
 using namespace diffcore::cuda;
+using diffcore::Address;
+using diffcore::Layer;
+using diffcore::pointer;
 
 namespace {
-
-using Address = uintptr_t;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// (weight address, bias address, in, out)
-using Layer = std::tuple<Address, Address, int, int>;
 
 LinearParameters linear_parameters(const Layer& layer) {
   const auto& [weight, bias, in, out] = layer;
@@ -264,34 +257,13 @@ py::object why_unavailable() {
   return reason ? py::object(py::str(reason)) : py::none();
 }
 
-// Types are local: the module for the GPU and the one for the CPU may be loaded side by side.
 void define(py::module_& m) {
-  py::enum_<Activation>(m, "Activation", py::module_local())
-      .value("identity", Activation::identity)
-      .value("relu", Activation::relu)
-      .value("elu", Activation::elu)
-      .value("silu", Activation::silu)
-      .value("tanh", Activation::tanh)
-      .value("mish", Activation::mish)
-      .value("gelu", Activation::gelu)
-      .value("sin", Activation::sin)
-      .value("cos", Activation::cos);
+  diffcore::define_enumerations<Activation, RffKind, NormClip, ActionOptimizer>(m);
   py::enum_<Precision>(m, "Precision", py::module_local())
       .value("float32", Precision::float32)
       .value("tf32", Precision::tf32)
       .value("bfloat16", Precision::bfloat16)
       .value("float16", Precision::float16);
-  py::enum_<RffKind>(m, "RffKind", py::module_local())
-      .value("sin", RffKind::sin)
-      .value("cos", RffKind::cos)
-      .value("cos_sin", RffKind::cos_sin);
-  py::enum_<NormClip>(m, "NormClip", py::module_local())
-      .value("none", NormClip::none)
-      .value("batch", NormClip::batch)
-      .value("row", NormClip::row);
-  py::enum_<ActionOptimizer>(m, "ActionOptimizer", py::module_local())
-      .value("adam", ActionOptimizer::adam)
-      .value("ascent", ActionOptimizer::ascent);
   m.attr("max_layers") = max_layers;
   m.attr("architectures") = DIFFCORE_CUDA_ARCHITECTURES;
   m.def("unavailable", &why_unavailable);

@@ -15,31 +15,13 @@
 #include <vector>
 
 #include "../cpu/dispatch.h"
+#include "bindings.h"
 #include "tensors.h"
 
 namespace py = pybind11;
 using namespace diffcore;
 
 namespace {
-
-using Address = uintptr_t;
-
-constexpr std::pair<const char*, Activation> activation_names[] = {
-    {"identity", Activation::identity}, {"relu", Activation::relu}, {"elu", Activation::elu},
-    {"silu", Activation::silu},         {"tanh", Activation::tanh}, {"mish", Activation::mish},
-    {"gelu", Activation::gelu},         {"sin", Activation::sin},   {"cos", Activation::cos}};
-constexpr std::pair<const char*, RffKind> rff_kind_names[] = {
-    {"sin", RffKind::sin}, {"cos", RffKind::cos}, {"cos_sin", RffKind::cos_sin}};
-
-// What an op's calls hand on lies in scratch memory: only at the end of all of them it may go.
-struct ScratchRelease {
-  ~ScratchRelease() { release_large_scratch(); }
-};
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // `threads` read and pack it.
 LinearParameters linear_parameters(const Layer& layer, int threads) {
@@ -48,33 +30,53 @@ LinearParameters linear_parameters(const Layer& layer, int threads) {
 }
 
 // Lists of layers have so many places.
-void check_layer_count(size_t count) {
-  if (count < 1 || count > max_layers)
-    throw std::invalid_argument("networks of 1 to " + std::to_string(max_layers) +
-                                " layers are expected, got " + std::to_string(count));
+void check_layer_count(size_t count, size_t least = 1) {
+  if (count < least || count > max_layers)
+    throw std::invalid_argument("networks of " + std::to_string(least) + " to " +
+                                std::to_string(max_layers) + " layers are expected, got " +
+                                std::to_string(count));
 }
 
 // A denoiser's layers are its time MLP's two, then the trunk's.
-int trunk_layer_count(const Layers& layers) {
+int trunk_layer_count(const Layers& layers, size_t least) {
   if (layers.size() < 2) throw std::invalid_argument("a time MLP of two layers is expected");
-  check_layer_count(layers.size() - 2);
+  check_layer_count(layers.size() - 2, least);
   return static_cast<int>(layers.size()) - 2;
 }
+
+// The threads of a call of which a team may run the only tile, if there is but one; and how long it took.
+class TeamCall {
+ public:
+  TeamCall(int64_t batch, int wanted)
+      : threads_(usable_threads(wanted)),
+        team_(team_options(threads_, &work_)),
+        small_(batch < least_shared_rows) {}
+  TeamCall(const TeamCall&) = delete;  // team_ refers to work_
+
+  int threads() const { return threads_; }
+  const TeamOptions& team() const { return team_; }
+  // Before a call of milliseconds it doesn't matter how the threads that packed were woken.
+  int packing_threads() const { return small_ ? team_.threads : threads_; }
+  TeamWork* packing_work() { return small_ ? &work_ : nullptr; }
+  void end() const { team_ended(start_, work_); }
+
+ private:
+  const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  TeamWork work_;
+  const int threads_;
+  const TeamOptions team_;
+  const bool small_;
+};
 
 void reverse_diffusion(const Layers& layers, int action_dim, int state_dim, Activation activation,
                        Precision precision, Address time_embedding, int steps, Address coefficients,
                        int64_t batch, Address state, Address x_init, Address noise, uint64_t seed,
                        float noise_scale, float clip, Address trajectory, Address actions,
                        int threads) {
-  const auto start = std::chrono::steady_clock::now();
-  TeamWork work;
-  threads = usable_threads(threads);
-  const TeamOptions team = team_options(threads, &work);
-  // Before a call of milliseconds it doesn't matter how the threads that packed were woken.
-  const bool small = batch < least_shared_rows;
-  const int packing = small ? team.threads : threads;
+  TeamCall run(batch, threads);
+  const int packing = run.packing_threads();
   DenoiserParameters parameters{};
-  parameters.trunk_layers = trunk_layer_count(layers);
+  parameters.trunk_layers = trunk_layer_count(layers, 2);
   parameters.time_hidden = linear_parameters(layers[0], packing);
   parameters.time_out = linear_parameters(layers[1], packing);
   for (int l = 0; l < parameters.trunk_layers; ++l)
@@ -85,7 +87,7 @@ void reverse_diffusion(const Layers& layers, int action_dim, int state_dim, Acti
   parameters.precision = precision;
   parameters.time_embedding = pointer<const float>(time_embedding);
   parameters.steps = steps;
-  const auto denoiser = packed_denoiser(parameters, small ? &work : nullptr);
+  const auto denoiser = packed_denoiser(parameters, run.packing_work());
 
   ReverseDiffusionCall call{};
   call.denoiser = &denoiser->pack;
@@ -102,10 +104,10 @@ void reverse_diffusion(const Layers& layers, int action_dim, int state_dim, Acti
   call.clip = clip;
   call.trajectory = pointer<float>(trajectory);
   call.actions = pointer<float>(actions);
-  call.threads = threads;
-  call.team = team;
+  call.threads = run.threads();
+  call.team = run.team();
   active_kernels().reverse_diffusion(call);
-  team_ended(start, work);
+  run.end();
 }
 
 void reverse_step(int64_t count, Address x, Address eps, Address noise, Address x0_previous,
@@ -122,17 +124,12 @@ void action_gradient(const Layers& first, const Layers& second, int action_dim, 
                      Address action, Address improved, int steps, float lr, float eps,
                      float max_norm, NormClip norm_clip, ActionOptimizer optimizer, float low,
                      float high, int threads) {
-  const auto start = std::chrono::steady_clock::now();
-  TeamWork work;
-  threads = usable_threads(threads);
-  const TeamOptions team = team_options(threads, &work);
-  // Before a call of milliseconds it doesn't matter how the threads that packed were woken.
-  const bool small = batch < least_shared_rows;
-  const int packing = small ? team.threads : threads;
+  TeamCall run(batch, threads);
+  const int packing = run.packing_threads();
   TwinCriticParameters parameters{};
   for (int q = 0; q < 2; ++q) {
     const Layers& layers = q == 0 ? first : second;
-    check_layer_count(layers.size());
+    check_layer_count(layers.size(), 2);
     CriticParameters& critic = parameters.critics[q];
     critic.layer_count = static_cast<int>(layers.size());
     for (int l = 0; l < critic.layer_count; ++l)
@@ -142,7 +139,7 @@ void action_gradient(const Layers& first, const Layers& second, int action_dim, 
     critic.activation = activation;
     critic.precision = precision;
   }
-  const auto critics = packed_twin_critic(parameters, small ? &work : nullptr);
+  const auto critics = packed_twin_critic(parameters, run.packing_work());
 
   ActionGradientCall call{};
   for (int q = 0; q < 2; ++q) call.critics[q] = &critics->pack.critics[q];
@@ -160,10 +157,10 @@ void action_gradient(const Layers& first, const Layers& second, int action_dim, 
   call.optimizer = optimizer;
   call.low = low;
   call.high = high;
-  call.threads = threads;
-  call.team = team;
+  call.threads = run.threads();
+  call.team = run.team();
   active_kernels().action_gradient(call);
-  team_ended(start, work);
+  run.end();
 }
 
 // Networks of one shape, as [network 0's layers, network 1's layers, ...].
@@ -317,7 +314,7 @@ void denoising_loss(const Layers& layers, Activation activation, Precision preci
   threads = threads_for(batch, threads);
   const GradientAddresses gradients(grad_parameters, layers);
   const bool backward = gradients.wanted || grad_state || grad_action;
-  const auto trunk_layers = static_cast<size_t>(trunk_layer_count(layers));
+  const auto trunk_layers = static_cast<size_t>(trunk_layer_count(layers, 1));
   const auto pack = [&](const Layer* first, size_t depth, bool backward_to_input) {
     std::vector<Activation> activations(depth, activation);
     activations.back() = Activation::identity;
@@ -747,6 +744,11 @@ double fma_peak(int threads, double seconds) {
   return active_kernels().fma_peak(usable_threads(threads), seconds);
 }
 
+// What an op's calls hand on lies in scratch memory: only at the end of all of them it may go.
+struct ScratchRelease {
+  ~ScratchRelease() { release_large_scratch(); }
+};
+
 // Python's lock isn't held while a kernel runs.
 using Unlocked = py::call_guard<py::gil_scoped_release, ScratchRelease>;
 
@@ -802,7 +804,7 @@ class PlainMlps {
   bool begin(const std::optional<py::tuple>& activations) {
     if (!activations || !tensors_.look_at_rows(x_, &rows_)) return false;
     for (py::handle name : *activations) {
-      const auto activation = named(name, activation_names);
+      const auto activation = named(name, activation_names<Activation>);
       if (!activation) return false;
       activations_.push_back(*activation);
     }
@@ -880,7 +882,7 @@ py::object plain_mlp_ensemble(py::handle x, py::handle networks, py::handle acti
 py::object plain_rff_features(py::handle x, py::handle omega, py::handle bias, py::handle kind_name,
                               float scale, bool with_gradients, int threads) {
   PlainTensors tensors(with_gradients);
-  const auto kind = named(kind_name, rff_kind_names);
+  const auto kind = named(kind_name, rff_kind_names<RffKind>);
   TensorLook rows, weight, phases{};
   if (!kind || !tensors.look_at_rows(x, &rows) || !tensors.look(omega, &weight) ||
       weight.dimensions != 2 || weight.columns != rows.last || weight.rows == 0)
@@ -905,20 +907,10 @@ py::object plain_rff_features(py::handle x, py::handle omega, py::handle bias, p
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Compiled CPU kernels of diffcore. Use diffcore.ops instead.";
-  py::enum_<Activation> activations(m, "Activation");
-  for (const auto& [name, value] : activation_names) activations.value(name, value);
-  py::enum_<Precision>(m, "Precision")
+  define_enumerations<Activation, RffKind, NormClip, ActionOptimizer>(m);
+  py::enum_<Precision>(m, "Precision", py::module_local())
       .value("float32", Precision::float32)
       .value("bfloat16", Precision::bfloat16);
-  py::enum_<RffKind> rff_kinds(m, "RffKind");
-  for (const auto& [name, value] : rff_kind_names) rff_kinds.value(name, value);
-  py::enum_<NormClip>(m, "NormClip")
-      .value("none", NormClip::none)
-      .value("batch", NormClip::batch)
-      .value("row", NormClip::row);
-  py::enum_<ActionOptimizer>(m, "ActionOptimizer")
-      .value("adam", ActionOptimizer::adam)
-      .value("ascent", ActionOptimizer::ascent);
   m.def("use_torch", &use_torch);
   m.def("inputs_fit", &inputs_fit);
   m.def("fits", &fits);

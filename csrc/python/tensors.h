@@ -13,9 +13,10 @@
 #include <cstdint>
 #include <exception>
 #include <optional>
-#include <tuple>
 #include <utility>
 #include <vector>
+
+#include "bindings.h"
 
 namespace diffcore {
 
@@ -523,9 +524,6 @@ std::optional<Value> named(py::handle text, const std::pair<const char*, Value> 
     if (PyUnicode_CompareWithASCIIString(text.ptr(), name) == 0) return value;
   return std::nullopt;
 }
-
-// (weight address, bias address, in, out)
-using Layer = std::tuple<uintptr_t, uintptr_t, int, int>;
 
 // A contiguous float32 tensor on the CPU.
 struct Floats {

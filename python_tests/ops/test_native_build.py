@@ -86,6 +86,7 @@ MLP = torch.ops.diffcore.mlp
 CRITIC_LOSS = torch.ops.diffcore.critic_loss
 MLP_BACKWARD = torch.ops.diffcore.mlp_backward
 LAYERS = "networks of 1 to 16 layers are expected, got 17"
+DEEPER = "networks of 2 to 16 layers are expected, got "
 NETWORKS = "1 to 8 networks of one shape are expected, got 9"
 X, Y = torch.ones(3, 4), torch.ones(9, 3, 4)
 
@@ -104,12 +105,14 @@ X, Y = torch.ones(3, 4), torch.ones(9, 3, 4)
             lambda: CRITIC_LOSS(X, X, None, square(9), "relu", [True, True], "float32", "cpu"),
             NETWORKS,
         ),
-        (lambda: call_action_gradient(17), LAYERS),
-        (lambda: call_reverse_diffusion(2 + 17), LAYERS),
+        (lambda: call_action_gradient(1), DEEPER + "1$"),
+        (lambda: call_action_gradient(17), DEEPER + "17"),
+        (lambda: call_reverse_diffusion(2 + 1), DEEPER + "1$"),
+        (lambda: call_reverse_diffusion(2 + 17), DEEPER + "17"),
         (lambda: call_denoising_loss(2 + 17), LAYERS),
     ],
 )
-def test_lists_longer_than_the_kernels_have_are_refused(
+def test_lists_that_the_kernels_cannot_take_are_refused(
     call: Callable[[], object], message: str
 ) -> None:
     """The public functions run them on the reference; torch's ops are there for everyone."""
@@ -265,6 +268,29 @@ def test_other_python_threads_run_on() -> None:
         rounds += 1
     caller.join()
     assert rounds > 10
+
+
+def test_the_process_ends_while_a_thread_that_nobody_waits_for_computes() -> None:
+    """In one call that looks for packs again and again, also while what is static is destroyed."""
+    script = """
+import threading, time, torch
+from diffcore import nn, ops
+
+torch.set_num_threads(1)
+psi, zeta = (nn.MLP(2, 8, out, 1, "relu", "uniform") for out in (4, 8))
+optimizer = torch.optim.Adam([*psi.parameters(), *zeta.parameters()])
+rows = [torch.randn(10**6, 2, 2) for _ in range(3)]
+arguments = (psi, zeta, *rows, torch.randn(10**6, 2), optimizer)
+step = threading.Thread(target=ops.representation_step, args=arguments, daemon=True)
+before = psi.layers[0].bias.clone()
+step.start()
+while torch.equal(psi.layers[0].bias, before):
+    time.sleep(0.001)
+print(step.is_alive())
+"""
+    result = run_script(script)
+    assert result.stdout == "True\n"
+    assert result.returncode == 0, result.stderr
 
 
 @needs_fork
