@@ -305,6 +305,8 @@ def test_backward_twice_and_scaled() -> None:
     for factor in (1.0, 3.0):
         gradients = torch.autograd.grad(factor * loss, parameters, retain_graph=True)
         assert_same(list(gradients), [factor * g for g in expected])
+        for gradient in gradients:
+            gradient.zero_()  # it belongs to whom it was given
     loss.backward()
     assert_same([p.grad for p in parameters], expected)  # type: ignore[misc]
 
