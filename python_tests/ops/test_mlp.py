@@ -97,6 +97,19 @@ def test_value_is_the_same_where_a_gradient_will_be_taken(
     assert torch.equal(kept, alone)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_slopes_at_zero_and_far_out(isa: str, activation: str) -> None:
+    """Relu's at its kink is 0, as torch has it; nothing grows where the value is a constant."""
+    x = torch.tensor([0.0, -0.0, 1e3, -1e3, 1e38, -1e38])[:, None]
+    layers = ([torch.ones(1, 1)], [torch.zeros(1)], [activation])
+    y, slope, *_ = run(x, layers, torch.ones_like(x), "cpu")
+    exact = x.double().requires_grad_()
+    expected = ACTIVATIONS[activation](exact)
+    torch.testing.assert_close(y.double(), expected.detach(), rtol=1e-6, atol=1e-30)
+    (expected_slope,) = torch.autograd.grad(expected.sum(), exact)
+    torch.testing.assert_close(slope.double(), expected_slope, rtol=1e-6, atol=1e-30)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 7, 12, 13, 63, 64, 65, 130, 257, 600])
 @pytest.mark.parametrize(
     "widths", [[1, 1, 1], [4, 3, 2], [17, 31, 33, 1], [5, 16, 32, 48], [376, 40, 9], [7, 3]]

@@ -95,6 +95,10 @@ def test_the_outcome_depends_on_seed_and_number_only() -> None:
 
 def test_training_streams_are_left_alone(register_env: Any) -> None:
     class GlobalNoise(CountingEnv):
+        def __init__(self) -> None:
+            super().__init__()
+            np.random.random()
+
         def step(self, action: Any) -> Any:
             np.random.random()
             random.random()

@@ -36,7 +36,7 @@ from diffcore.training import (
     resume,
     train,
 )
-from diffcore.training.checkpoint import load_checkpoint
+from diffcore.training.checkpoint import copy_tensors, load_checkpoint, save_checkpoint
 from diffcore.training.config import to_dict
 from diffcore.training.logging import read_csv, read_series
 from diffcore.training.run_directory import RunDirectory
@@ -587,6 +587,16 @@ def test_a_complete_run_can_be_extended(tiny_run: MakeConfig, console: Console) 
     assert_equal_trees(*weights)
 
 
+def test_the_time_spent_adds_up(tiny_run: MakeConfig, console: Console) -> None:
+    run = train(tiny_run(total_steps=40), TinyConfig(), console=console).run
+    checkpoint = copy_tensors(load_checkpoint(run / "checkpoint.pt"))
+    save_checkpoint(run / "checkpoint.pt", {**checkpoint, "seconds": 5000.0})
+    resume(run, total_steps=60, console=console)
+    steps, seconds = read_series(run / "timing.csv", "seconds")
+    assert all((second > 5000) == (step > 40) for step, second in zip(steps, seconds, strict=True))
+    assert load_checkpoint(run / "checkpoint.pt")["seconds"] > 5000
+
+
 @pytest.mark.parametrize("damage", ["missing", "torn"])
 def test_weights_that_a_complete_run_lacks_are_written_by_resuming_it(
     tiny_run: MakeConfig, console: Console, damage: str
@@ -730,6 +740,28 @@ def test_an_environment_that_cannot_be_saved_restarts_with_a_warning(
     assert ((rows["next_state"] - rows["state"])[:, 1] == 1).all()
     lengths = read_series(result.run / "progress.csv", "episode_length")[1]
     assert set(lengths) == {7.0}
+
+
+def test_no_two_episodes_begin_with_the_same_seed(
+    tiny_run: MakeConfig, console: Console, signal_at: SignalAt, register_env: Any
+) -> None:
+    seeds = []
+
+    class Watched(OpaqueEnv):
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            seeds.append(seed)
+            return super().reset(seed=seed, options=options)
+
+    env_id = register_env(Watched, max_episode_steps=100)
+    signal_at(18)
+    run = train(tiny_run(env=env_id, num_envs=2), TinyConfig(), console=console).run
+    signal_at(38)
+    resume(run, console=console)
+    resume(run, console=console)
+    given = [seed for seed in seeds if seed is not None]
+    # Of two environments at the start and after each restart, and of two in each of three evaluations.
+    assert len(given) == 3 * 2 + 3 * 2
+    assert len({*given}) == len(given)
 
 
 def test_running_in_one_directory_twice_is_refused(
