@@ -757,7 +757,7 @@ def test_a_table_of_another_schedule_is_refused(backend: str) -> None:
         )
 
     levels = schedule.alphas_cumprod.clone()
-    levels[-1] *= 2  # a number so small that in absolute terms it is the same
+    levels[-1] *= 2
     nearly = DiffusionSchedule.from_alphas_cumprod(levels)
     for other in (DiffusionSchedule.vp(8), DiffusionSchedule.cosine(4), nearly):
         message = f"solver: expected a table of {schedule}, got one of {other}"
@@ -774,6 +774,16 @@ def test_a_table_of_another_schedule_is_refused(backend: str) -> None:
     rounded = DiffusionSchedule(schedule.betas.float()).solver("ddim", steps=4)
     for table in (again, rounded, copy.deepcopy(again)):
         torch.testing.assert_close(act(table), expected, rtol=0, atol=1e-3)
+
+
+def test_levels_next_to_nothing_are_told_apart() -> None:
+    schedule = DiffusionSchedule.cosine(1000)
+    levels = schedule.alphas_cumprod.clone()
+    levels[-1] *= 2
+    assert levels[-1] < 1e-8  # what torch takes for equal to any other so small
+    table = DiffusionSchedule.from_alphas_cumprod(levels).solver("ddim", steps=2)
+    with pytest.raises(ValueError, match="^solver: expected a table of"):
+        ops.reverse_diffusion(nn.Denoiser(5, 3, 8), schedule, torch.ones(2, 5), solver=table)
 
 
 def test_a_callable_needs_a_start() -> None:

@@ -375,6 +375,20 @@ def test_stored_actions_are_the_agents_and_within_bounds(
     assert not torch.equal(rows["action"], rows["best_action"])
 
 
+def test_the_random_start_has_start_steps(
+    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    act, explored = TinyAgent.act, []
+
+    def watched(agent: TinyAgent, observation: torch.Tensor, **how: Any) -> torch.Tensor:
+        explored.append(how["explore"])
+        return act(agent, observation, **how)
+
+    monkeypatch.setattr(TinyAgent, "act", watched)
+    train(tiny_run(), TinyConfig(start_steps=13), console=console)
+    assert explored.count(True) == 60 - 13
+
+
 def test_diverged_actions_stop_the_run(
     tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -759,8 +773,8 @@ def test_no_two_episodes_begin_with_the_same_seed(
     resume(run, console=console)
     resume(run, console=console)
     given = [seed for seed in seeds if seed is not None]
-    # Of two environments at the start and after each restart, and of two in each of three evaluations.
-    assert len(given) == 3 * 2 + 3 * 2
+    starts, evaluations = 3, 3  # each of two environments
+    assert len(given) == 2 * starts + 2 * evaluations
     assert len({*given}) == len(given)
 
 
