@@ -27,6 +27,7 @@ from diffcore.training import (
     CheckpointError,
     ConfigError,
     EnvError,
+    Evaluator,
     RunError,
     TrainConfig,
     Trainer,
@@ -402,6 +403,25 @@ def test_diverged_actions_stop_the_run(
 # Evaluations and checkpoints on the side
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_evaluations_are_as_configured(
+    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    made = []
+
+    class Watched(Evaluator):
+        def __init__(self, env_id: str, **settings: Any) -> None:
+            made.append((env_id, settings))
+            super().__init__(env_id, **settings)
+
+    monkeypatch.setattr("diffcore.training.loop.Evaluator", Watched)
+    settings = {"max_episode_steps": 9, "env_kwargs": {"g": 9.0}, "seed": 5}
+    config = tiny_run(eval_episodes=3, eval_deterministic=deterministic, **settings)
+    train(config, TinyConfig(), console=console)
+    own = {"episodes": 3, "deterministic": deterministic, "device": torch.device("cpu")}
+    assert made == [("Pendulum-v1", {**settings, **own})]
+
+
 @both_agents
 def test_evaluations_and_checkpoints_do_not_touch_training(
     tiny_run: MakeConfig, console: Console, agent_config: Any
@@ -495,6 +515,26 @@ def test_a_full_ring_resumes(tiny_run: MakeConfig, console: Console, signal_at: 
     parts = train(tiny_run("parts"), agent_config, console=console).run
     resume(parts, console=console)
     assert_equal_runs(whole, parts)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="tells which files are open")
+def test_what_a_checkpoint_counts_on_is_on_the_disk_before_it(
+    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, synced = os.fsync, []
+
+    def watched(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    run = train(tiny_run(), TinyConfig(), console=console).run
+    logs = ["progress.csv", "evaluations.csv", "timing.csv"]
+    # A file that is moved to its name, and the directory that then has the name.
+    checkpoint, weights = (
+        [f"{name}.tmp", run.name] for name in ("checkpoint.pt", "weights.safetensors")
+    )
+    assert synced[-7:] == logs + checkpoint + weights
 
 
 @pytest.mark.parametrize("crash_after", [29, 41])
