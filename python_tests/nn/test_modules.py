@@ -274,6 +274,11 @@ def test_compute_dtype() -> None:
     assert all(map(torch.equal, values, expected))
     exact = ops.mlp_ensemble(torch.cat([state, action], 1), networks, critic.q1.activations)
     assert not torch.equal(values[0], exact[0])
+    target = torch.randn(9, 1)
+    arguments = (torch.cat([state, action], 1), networks, critic.q1.activations, target)
+    loss, _ = ops.critic_loss(*arguments, compute_dtype=torch.bfloat16)
+    assert torch.equal(critic.loss(state, action, target)[0], loss)
+    assert not torch.equal(ops.critic_loss(*arguments)[0], loss)
     sum(values).sum().backward()
     assert {p.grad.dtype for p in critic.parameters()} == {torch.float32}
     network = nn.MLP(5, 40, 2, 1, compute_dtype=torch.bfloat16)
