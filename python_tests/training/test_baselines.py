@@ -154,9 +154,11 @@ def test_the_replay_of_a_checkpoint_holds_the_rows_in_use_also_when_it_has_wrapp
     run = train(tiny_run("b", total_steps=30), config, console=console).run
     replay = load_checkpoint(run / "checkpoint.pt")["replay"]
     assert (len(replay["rewards"]), replay["position"], replay["full"]) == (16, 14, True)
-    training.resume(run, total_steps=34, console=console)
-    replay = load_checkpoint(run / "checkpoint.pt")["replay"]
-    assert (len(replay["rewards"]), replay["position"], replay["full"]) == (16, 2, True)
+    for steps, position in ((31, 15), (34, 2)):  # before the ring's end, and past it
+        training.resume(run, total_steps=steps, console=console)
+        replay = load_checkpoint(run / "checkpoint.pt")["replay"]
+        rows = len(replay["rewards"])
+        assert (rows, replay["position"], replay["full"]) == (16, position, True)
 
 
 @pytest.mark.parametrize("terminates", [True, False])

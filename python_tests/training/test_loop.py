@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import errno
 import io
+import itertools
 import json
 import os
 import signal
+import types
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -34,6 +36,7 @@ from diffcore.training import (
     TrainingError,
     WriteError,
     load_agent,
+    loop,
     resume,
     train,
 )
@@ -515,6 +518,22 @@ def test_a_full_ring_resumes(tiny_run: MakeConfig, console: Console, signal_at: 
     parts = train(tiny_run("parts"), agent_config, console=console).run
     resume(parts, console=console)
     assert_equal_runs(whole, parts)
+
+
+def test_checkpoints_keep_their_distance(
+    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, seconds, steps = loop.save_checkpoint, itertools.count(), []
+
+    def watched(path: Path, contents: dict[str, Any]) -> None:
+        steps.append(contents["step"])
+        save(path, contents)
+
+    monkeypatch.setattr(loop, "save_checkpoint", watched)
+    clock = types.SimpleNamespace(monotonic=lambda: next(seconds))  # a look takes a second
+    monkeypatch.setattr(loop, "time", clock)
+    train(tiny_run(checkpoint_minutes=10 / 60), TinyConfig(), console=console)
+    assert steps == [9, 19, 29, 39, 49, 59, 60]
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="tells which files are open")
