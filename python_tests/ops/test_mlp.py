@@ -360,9 +360,12 @@ def test_only_wanted_gradients(compute_dtype: torch.dtype) -> None:
     full = run(x, (weights, biases, activations), torch.ones(6, 3), "cpu", **settings)
     ops.mlp(x, weights, biases, activations, **settings).sum().backward()
     assert torch.equal(x.grad, full[1])
-    weights[0].requires_grad_()
-    ops.mlp(x.detach(), weights, biases, activations, **settings).sum().backward()
-    assert torch.equal(weights[0].grad, full[2])
+    parameters = [*weights, *biases]
+    for parameter, expected in zip(parameters, full[2:], strict=True):
+        parameter.requires_grad_()
+        ops.mlp(x.detach(), weights, biases, activations, **settings).sum().backward()
+        assert torch.equal(parameter.grad, expected)
+        parameter.requires_grad_(False)
 
 
 @pytest.mark.parametrize("how", ["in place", "data", "numpy", "fused Adam"])
@@ -433,6 +436,14 @@ def test_vmap_over_an_ensemble(compute_dtype: torch.dtype) -> None:
     with torch.no_grad():
         together = torch.func.vmap(call)({k: v.detach() for k, v in stacked.items()})
         assert torch.equal(together, torch.stack([net(x) for net in nets]))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_vmap_over_inputs(dim: int) -> None:
+    net, x = nn.MLP(4, 8, 2), torch.randn(3, 5, 4)
+    with torch.no_grad():
+        together = torch.func.vmap(net, in_dims=dim)(x.movedim(0, dim))
+        torch.testing.assert_close(together, torch.stack([net(rows) for rows in x]))
 
 
 def test_what_is_saved_has_one_shape_for_all_instruction_sets(isa: str) -> None:
