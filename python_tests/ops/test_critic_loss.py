@@ -309,6 +309,8 @@ def test_backward_twice_and_scaled() -> None:
             gradient.zero_()  # it belongs to whom it was given
     loss.backward()
     assert_same([p.grad for p in parameters], expected)  # type: ignore[misc]
+    loss, _ = ops.critic_loss(x, networks, KINDS, target)
+    assert_same(list(torch.autograd.grad(0.5 * loss, parameters)), [0.5 * g for g in expected])
 
 
 @needs_kernels

@@ -189,6 +189,17 @@ def test_sb3_sees_where_episodes_end_and_why(
     np.testing.assert_allclose(made[0].actions, -2.0 + 4.0 * (actions + 1.0), atol=1e-5)
 
 
+def test_an_end_at_the_time_limit_is_an_end(
+    register_env: Any, tiny_run: MakeConfig, console: Console
+) -> None:
+    env_id = register_env(lambda **kwargs: CountingEnv(length=3), max_episode_steps=3)
+    config = tiny_run(env=env_id, max_episode_steps=None, total_steps=9, eval_interval=9)
+    run = train(config, SMALL["sb3-sac"], console=console).run
+    replay = load_checkpoint(run / "checkpoint.pt")["replay"]
+    assert replay["dones"].flatten().tolist() == [0, 0, 1] * 3
+    assert not replay["timeouts"].any()
+
+
 def test_ppo_learns_from_the_starts_of_episodes(
     register_env: Any, tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
