@@ -86,6 +86,9 @@ def test_which_schedules_end_in_noise() -> None:
         assert DiffusionSchedule.linear(K).ends_in_noise is (K == 1000)
         if K >= 3:
             assert not DiffusionSchedule.beta_cdf(K).ends_in_noise
+    for level, ends in ((0.019, True), (0.021, False)):
+        levels = torch.tensor([0.5, level], dtype=torch.float64)
+        assert DiffusionSchedule.from_alphas_cumprod(levels).ends_in_noise is ends
 
 
 def test_beta_cdf_levels_follow_the_distribution() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 from typing import Any
 
@@ -165,6 +166,89 @@ def test_a_step_by_itself_without_gradients_is_refused_by_name(kind: str) -> Non
 def test_acting_on_no_observations_gives_no_actions(kind: str) -> None:
     nothing = torch.empty(0, OBSERVATION_DIM)
     assert make_kind(kind).act(nothing, explore=True).shape == (0, ACTION_DIM)
+
+
+# ---------------------------------------------------------------- settings
+
+# Of every setting a value that isn't the small agents', and what else it takes to be asked for.
+OTHER_SETTINGS: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
+    "dipo": {
+        "mode": ("paper", {}),
+        "policy": ("mlp", {}),
+        "diffusion_steps": (6, {}),
+        "schedule": ("vp", {}),
+        "solver": ("ddim", {}),
+        "noise_ratio": (0.5, {}),
+        "hidden_dim": (16, {}),
+        "batch_size": (8, {}),
+        "gamma": (0.5, {}),
+        "tau": (0.5, {}),
+        "lr": (1e-2, {}),
+        "adam_eps": (1e-2, {}),
+        "ac_grad_norm": (1e-3, {}),
+        "action_lr": (0.1, {}),
+        "action_gradient_steps": (2, {}),
+        "action_grad_norm_ratio": (1e-6, {}),
+        "update_actor_target_every": (2, {"tau": 0.5}),
+        "compute_dtype": ("bfloat16", {}),
+    },
+    "diffsr": {
+        "mode": ("paper", {}),
+        "feature_dim": (8, {}),
+        "psi_hidden_dim": (16, {}),
+        "zeta_hidden_dim": (16, {}),
+        "hidden_dim": (16, {}),
+        "fourier_frequencies": ("gaussian", {}),
+        "fourier_kind": ("cos", {}),
+        "fourier_lengthscale": (1.0, {"fourier_frequencies": "gaussian"}),
+        "noise_levels": ("cosine", {}),
+        "noise_steps": (11, {}),
+        "conditioning": ("time_embedding", {}),
+        "extra_feature_steps": (2, {}),
+        "freeze_representation": (True, {}),
+        "representation_lr": (1e-2, {}),
+        "lr": (1e-2, {}),
+        "adam_eps": (1e-2, {}),
+        "batch_size": (8, {}),
+        "gamma": (0.5, {}),
+        "tau": (0.5, {}),
+        "update_target_every": (1, {}),
+        "gram_weight": (0.5, {}),
+        "initial_temperature": (0.3, {}),
+        "random_action_rate": (1.0, {}),
+        "bonus": ("kernel", {}),
+        "bonus_weight": (0.5, {"bonus": "kernel"}),
+        "bonus_ridge": (0.5, {"bonus": "kernel"}),
+        "bonus_samples": (8, {"bonus": "kernel"}),
+        "compute_dtype": ("bfloat16", {}),
+    },
+}
+
+
+@one_of_each
+def test_every_setting_is_listed(kind: str) -> None:
+    settings = {field.name for field in dataclasses.fields(make_kind(kind).config)}
+    assert settings == OTHER_SETTINGS[kind].keys() | {"start_steps", "buffer_size"}  # the loop's
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"), [(kind, name) for kind in OTHER_SETTINGS for name in OTHER_SETTINGS[kind]]
+)
+def test_every_setting_changes_something(kind: str, setting: str) -> None:
+    value, besides = OTHER_SETTINGS[kind][setting]
+
+    def life(**changes: Any) -> list[Tensor]:
+        """Of three updates, as many as what moves in every second one takes to be noticed."""
+        agent, replay = make_kind(kind, **besides, **changes), TensorReplay.random()
+        metrics = [agent.update(replay) for _ in range(3)]
+        action = agent.act(replay.columns["state"], explore=True)
+        # The last metrics alone: differences of the first ones show in what they led to.
+        return [action, *metrics[-1].values(), *agent.weights().values()]
+
+    changed, usual = life(**{setting: value}), life()
+    assert [t.shape for t in changed] != [t.shape for t in usual] or not all(
+        map(torch.equal, changed, usual)
+    )
 
 
 # ---------------------------------------------------------------- seeds, saving, resuming

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diffcore import DiffusionSchedule, ops
 from diffcore.agents import Batch, DiffSR, DiffSRConfig
 from diffcore.agents.diffsr import ModeSwitches, gram_distance
+from diffcore.agents.exploration import kernel_bonus
 from diffcore.nn import MLP
 
 SWITCHES = [field.name for field in dataclasses.fields(ModeSwitches)]
@@ -527,6 +528,27 @@ def test_the_bonus_is_added_to_the_reward(bonus: Any) -> None:
     metrics = agent.update_critic(batch, extra)
     torch.testing.assert_close(metrics["q_target_mean"], (batch.reward + extra).mean())
     torch.testing.assert_close(metrics["bonus_mean"], extra.mean())
+
+
+def test_the_elliptical_bonus_is_of_the_first_critics_features() -> None:
+    agent = make_agent(bonus="elliptical", bonus_weight=0.5, bonus_ridge=2.0)
+    agent.critic_target.load_state_dict(make_agent(seed=5).critic.state_dict())
+    batch, replay = random_batch(), TensorReplay.random(64)
+    phi = agent.critic.phi(agent.representation.psi(batch.state, batch.action))[0].double()
+    # The batch itself has been seen then, and stands for all that the replay holds.
+    seen = 64 / 16 * phi.T @ phi + 2.0 * torch.eye(phi.shape[1])
+    expected = 0.5 * (phi @ seen.inverse() * phi).sum(dim=1, keepdim=True)
+    torch.testing.assert_close(agent.exploration_bonus(batch, replay), expected.float().detach())
+
+
+def test_the_kernel_bonus_is_of_psi() -> None:
+    agent = make_agent(bonus="kernel", bonus_samples=8, bonus_weight=0.5, bonus_ridge=2.0)
+    batch, replay, psi = random_batch(), TensorReplay.random(), agent.representation.psi
+    given = agent.exploration_bonus(batch, replay)
+    [seen] = replay.drawn
+    features = psi(batch.state, batch.action), psi(seen.state, seen.action)
+    assert len(features[1]) == 8
+    torch.testing.assert_close(given, 0.5 * kernel_bonus(*features, 2.0))
 
 
 @pytest.mark.parametrize("bonus", ["elliptical", "kernel"])

@@ -294,12 +294,13 @@ def test_switch_store_improved_actions(store: bool) -> None:
 def test_switch_overwrite_replay(overwrite: bool) -> None:
     replay = replay_with_own_best_actions()
     agent = make_agent_with({"overwrite_replay": overwrite}, action_lr=0.001)
-    agent.update(replay)
+    metrics = agent.update(replay)
     [(column, _, improved)] = replay.written
     assert column == ("action" if overwrite else "best_action")
     # Three steps of at most lr: the improved actions show where the improvement started.
     start = getattr(replay.drawn[1], column)
     assert 0 < float((improved - start).abs().max()) <= 0.0031
+    torch.testing.assert_close(metrics["action_change"], (improved - start).abs().mean())
 
 
 def test_switch_action_optimizer_ascent_is_equation_15() -> None:
@@ -452,6 +453,8 @@ def test_overwriting_without_storing_is_refused() -> None:
 def test_policy_by_name(name: str, policy_type: type[Policy]) -> None:
     agent = make_agent(policy=name)
     assert type(agent.actor) is type(agent.actor_target) is policy_type
+    if isinstance(agent.actor, VAEPolicy):
+        assert agent.actor.latent_dim == agent.config.hidden_dim
 
 
 def test_one_critic_step_follows_its_equation() -> None:
@@ -472,7 +475,30 @@ def test_one_critic_step_follows_its_equation() -> None:
     metrics = agent.update_critic(batch, next_action)
     torch.testing.assert_close(metrics["critic_loss"], loss.detach())
     torch.testing.assert_close(metrics["critic_grad_norm"], grad_norm)
+    torch.testing.assert_close(metrics["q_target_mean"], target.mean())
     for ours, theirs in zip(agent.critic.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1e-2])
+def test_one_actor_step_follows_its_equation(max_norm: float) -> None:
+    eps = 1e-3  # at a smaller one Adam's first step doesn't show how long a gradient is
+    agent = make_agent(lr=1e-2, adam_eps=eps, ac_grad_norm=max_norm)
+    batch = TensorReplay.random().sample(16, agent.generator)
+    twin = copy.deepcopy(agent.actor)
+
+    def loss(policy: Policy) -> Tensor:
+        draws = torch.Generator().manual_seed(0)
+        return policy.loss(batch.state, batch.best_action, generator=draws)
+
+    loss(twin).backward()
+    grad_norm = nn.utils.clip_grad_norm_(twin.parameters(), max_norm or float("inf"))
+    assert float(grad_norm) > 10 * max_norm
+    torch.optim.Adam(twin.parameters(), lr=1e-2, eps=eps).step()
+
+    metrics = agent.update_actor(loss(agent.actor))
+    torch.testing.assert_close(metrics["actor_grad_norm"], grad_norm)
+    for ours, theirs in zip(agent.actor.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
@@ -550,6 +576,13 @@ def test_without_exploration_only_the_start_of_the_chain_is_random() -> None:
         for seed in (1, 2)
     ]
     assert torch.equal(*from_x_init)
+
+
+def test_the_deterministic_start_is_the_seeds_own() -> None:
+    policies = [make_agent(seed=seed).actor for seed in (0, 0, 1)]
+    first, same, other = (policy.state_dict()["deterministic_x_init"] for policy in policies)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -168,14 +169,32 @@ def test_loaded_counts_may_be_views() -> None:
         twins.step(*PARTS)
 
 
-def test_weight_decay_follows_torch() -> None:
-    for decoupled in (False, True):
-        twins = Twins()
-        for optimizer in twins.optimizers:
-            group = optimizer.param_groups[0]
-            group["weight_decay"], group["decoupled_weight_decay"] = 0.5, decoupled
-        for _ in range(STEPS):
-            twins.step(*PARTS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight_decay": 0.5},
+        {"weight_decay": 0.5, "decoupled_weight_decay": True},
+        {"maximize": True},
+        {"amsgrad": True},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_options_follow_torch(options: dict[str, Any]) -> None:
+    twins = Twins()
+    for optimizer in twins.optimizers:
+        optimizer.param_groups[0].update(options)
+    for _ in range(STEPS):
+        twins.step(*PARTS)
+
+
+def test_scaled_gradients_follow_torch() -> None:
+    """Adam's epsilon is what shows that they weren't unscaled."""
+    twins = Twins()
+    for optimizer in twins.optimizers:
+        optimizer.param_groups[0]["eps"] = 1e-2
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
+    for _ in range(STEPS):
+        twins.step(*PARTS)
 
 
 @pytest.mark.parametrize("fused", [True, False])

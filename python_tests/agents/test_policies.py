@@ -116,6 +116,9 @@ def test_vae_loss_is_the_negative_elbo_with_a_weight(
     observation: Tensor, action: Tensor, generator: torch.Generator
 ) -> None:
     policy = VAEPolicy(OBSERVATION_DIM, ACTION_DIM, hidden_dim=HIDDEN_DIM, latent_dim=3)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(4)  # at first all variances are 1, and the latent hardly counts
     noise = torch.randn(6, 3, generator=generator)
     mean, log_variance = policy.encoder(torch.cat([action, observation], dim=-1)).chunk(2, -1)
     posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())

@@ -53,6 +53,12 @@ def test_orthogonal_frequencies(in_dim: int, features: int) -> None:
         assert omega.square().sum(1).mean().item() == pytest.approx(4 * in_dim, rel=0.05)
 
 
+def test_orthogonal_frequencies_have_either_sign() -> None:
+    """As rotations of a line are 1 and -1; QR alone gives the same sign every time."""
+    omega = build(0, 1, 1000, orthogonal=True).omega
+    assert 400 < int((omega > 0).sum()) < 600
+
+
 @pytest.mark.parametrize("kind", ["sin", "cos", "cos_sin"])
 def test_values(backend: str, kind: str) -> None:
     module, x = build(0, 3, 7, kind=kind, lengthscale=2.0), torch.randn(2, 5, 3)

@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import diffcore
 from diffcore import DiffusionSchedule, nn, ops
+from diffcore.ops import _backends, _dispatch
 
 ACTIVATIONS = ("identity", "relu", "elu", "silu", "gelu", "mish", "tanh", "sin", "cos")
 
@@ -274,6 +275,11 @@ def test_compute_dtype() -> None:
     assert all(map(torch.equal, values, expected))
     exact = ops.mlp_ensemble(torch.cat([state, action], 1), networks, critic.q1.activations)
     assert not torch.equal(values[0], exact[0])
+    target = torch.randn(9, 1)
+    arguments = (torch.cat([state, action], 1), networks, critic.q1.activations, target)
+    loss, _ = ops.critic_loss(*arguments, compute_dtype=torch.bfloat16)
+    assert torch.equal(critic.loss(state, action, target)[0], loss)
+    assert not torch.equal(ops.critic_loss(*arguments)[0], loss)
     sum(values).sum().backward()
     assert {p.grad.dtype for p in critic.parameters()} == {torch.float32}
     network = nn.MLP(5, 40, 2, 1, compute_dtype=torch.bfloat16)
@@ -282,6 +288,45 @@ def test_compute_dtype() -> None:
     assert torch.equal(network.hidden(state), hidden)
     with pytest.raises(ValueError, match="compute_dtype: expected None"):
         nn.MLP(5, 40, 2, compute_dtype=torch.float64)
+
+
+S, A, T = torch.randn(9, 5), torch.randn(9, 3), torch.arange(9)
+PSI, TARGET, LEVEL = torch.randn(9, 6), torch.randn(9, 1), torch.rand(9, 1)
+
+#: Calls that have a backend: a module, what to call of it, and with what.
+CALLS: dict[str, tuple[Callable[[], Any], str, tuple[Tensor, ...]]] = {
+    "mlp": (lambda: nn.MLP(5, 8, 2), "forward", (S,)),
+    "hidden": (lambda: nn.MLP(5, 8, 2), "hidden", (S,)),
+    "denoiser": (lambda: nn.Denoiser(5, 3, 8), "forward", (A, S, T)),
+    "critic": (lambda: nn.TwinCritic(5, 3, 8), "forward", (S, A)),
+    "critic's loss": (lambda: nn.TwinCritic(5, 3, 8), "loss", (S, A, TARGET)),
+    "policy": (lambda: nn.SquashedGaussian(5, 3, 8), "forward", (S,)),
+    "sample": (lambda: nn.SquashedGaussian(5, 3, 8), "sample", (S, A)),
+    "psi": (lambda: nn.Psi(5, 3, 6, 8), "forward", (S, A)),
+    "zeta": (lambda: nn.Zeta(5, 6, 8, conditioning="time_embedding"), "forward", (S, LEVEL, T)),
+    "fourier": (lambda: nn.RandomFourierFeatures(5, 8), "forward", (S,)),
+    "rff critic": (lambda: nn.RFFCritic(6, 8, "gaussian"), "forward", (PSI,)),
+    "rff critics": (lambda: nn.TwinRFFCritic(6, 8), "forward", (PSI,)),
+    "rff critics apart": (lambda: nn.TwinRFFCritic(6, 8, "gaussian"), "forward", (PSI,)),
+    "rff critics' loss": (lambda: nn.TwinRFFCritic(6, 8), "loss", (PSI, TARGET)),
+    "rff critics' loss apart": (lambda: nn.TwinRFFCritic(6, 8, "gaussian"), "loss", (PSI, TARGET)),
+    "phi": (lambda: nn.TwinRFFCritic(6, 8, "gaussian"), "phi", (PSI,)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_op_of_a_call_runs_on_its_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose, forced = _dispatch.choose, []
+
+    def watched(op: str, support: Any, backend: str | None) -> str:
+        forced.append(backend)
+        return choose(op, support, backend)
+
+    monkeypatch.setattr(_dispatch, "choose", watched)
+    monkeypatch.setattr(_backends, "may_go_straight", lambda *_: False)  # past choose
+    make, method, arguments = CALLS[name]
+    getattr(make(), method)(*arguments, backend="reference")
+    assert {*forced} == {"reference"}
 
 
 def test_inference_mode_leaves_nothing_behind() -> None:

@@ -48,6 +48,16 @@ def test_log_standard_deviations_keep_their_bounds() -> None:
     _, log_std = policy(1e3 * torch.randn(64, 3))
     assert -1.0 <= float(log_std.min()) < -0.9
     assert 0.4 < float(log_std.max()) <= 0.5
+    assert nn.SquashedGaussian(3, 2, 8).log_std_bounds == (-5.0, 2.0)
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+def test_a_sample_is_of_the_policys_bounds_and_precision(compute_dtype: torch.dtype | None) -> None:
+    policy = nn.SquashedGaussian(3, 2, 32, log_std_bounds=(-1.0, 0.5), compute_dtype=compute_dtype)
+    state, noise = torch.randn(64, 3), torch.randn(64, 2)
+    mean, log_std = policy(state)
+    action, _ = policy.sample(state, noise)
+    torch.testing.assert_close(action, (mean + log_std.exp() * noise).tanh(), rtol=0, atol=1e-6)
 
 
 class Doubtful(nn.SquashedGaussian):

@@ -499,7 +499,7 @@ def test_compile_and_vmap(backend: str) -> None:
     critic = nn.TwinCritic(5, 3, 8)
 
     def improve(state: Tensor, action: Tensor) -> Tensor:
-        options = {"steps": 3, "max_norm": 0.05, "optimizer": "ascent", "backend": backend}
+        options = {"steps": 3, "lr": 1.0, "max_norm": 0.01, "optimizer": "ascent", "backend": backend}
         return ops.action_gradient(critic, state, action, **options)
 
     compiled = torch.compile(improve, fullgraph=True, backend="aot_eager")

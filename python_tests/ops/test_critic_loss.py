@@ -305,8 +305,12 @@ def test_backward_twice_and_scaled() -> None:
     for factor in (1.0, 3.0):
         gradients = torch.autograd.grad(factor * loss, parameters, retain_graph=True)
         assert_same(list(gradients), [factor * g for g in expected])
+        for gradient in gradients:
+            gradient.zero_()  # it belongs to whom it was given
     loss.backward()
     assert_same([p.grad for p in parameters], expected)  # type: ignore[misc]
+    loss, _ = ops.critic_loss(x, networks, KINDS, target)
+    assert_same(list(torch.autograd.grad(0.5 * loss, parameters)), [0.5 * g for g in expected])
 
 
 @needs_kernels

@@ -97,6 +97,19 @@ def test_value_is_the_same_where_a_gradient_will_be_taken(
     assert torch.equal(kept, alone)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_slopes_at_zero_and_far_out(isa: str, activation: str) -> None:
+    """Relu's at its kink is 0, as torch has it; nothing grows where the value is a constant."""
+    x = torch.tensor([0.0, -0.0, 1e3, -1e3, 1e38, -1e38])[:, None]
+    layers = ([torch.ones(1, 1)], [torch.zeros(1)], [activation])
+    y, slope, *_ = run(x, layers, torch.ones_like(x), "cpu")
+    exact = x.double().requires_grad_()
+    expected = ACTIVATIONS[activation](exact)
+    torch.testing.assert_close(y.double(), expected.detach(), rtol=1e-6, atol=1e-30)
+    (expected_slope,) = torch.autograd.grad(expected.sum(), exact)
+    torch.testing.assert_close(slope.double(), expected_slope, rtol=1e-6, atol=1e-30)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 7, 12, 13, 63, 64, 65, 130, 257, 600])
 @pytest.mark.parametrize(
     "widths", [[1, 1, 1], [4, 3, 2], [17, 31, 33, 1], [5, 16, 32, 48], [376, 40, 9], [7, 3]]
@@ -348,9 +361,12 @@ def test_only_wanted_gradients(compute_dtype: torch.dtype) -> None:
     full = run(x, (weights, biases, activations), torch.ones(6, 3), "cpu", **settings)
     ops.mlp(x, weights, biases, activations, **settings).sum().backward()
     assert torch.equal(x.grad, full[1])
-    weights[0].requires_grad_()
-    ops.mlp(x.detach(), weights, biases, activations, **settings).sum().backward()
-    assert torch.equal(weights[0].grad, full[2])
+    parameters = [*weights, *biases]
+    for parameter, expected in zip(parameters, full[2:], strict=True):
+        parameter.requires_grad_()
+        ops.mlp(x.detach(), weights, biases, activations, **settings).sum().backward()
+        assert torch.equal(parameter.grad, expected)
+        parameter.requires_grad_(False)
 
 
 @pytest.mark.parametrize("how", ["in place", "data", "numpy", "fused Adam"])
@@ -421,6 +437,14 @@ def test_vmap_over_an_ensemble(compute_dtype: torch.dtype) -> None:
     with torch.no_grad():
         together = torch.func.vmap(call)({k: v.detach() for k, v in stacked.items()})
         assert torch.equal(together, torch.stack([net(x) for net in nets]))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_vmap_over_inputs(dim: int) -> None:
+    net, x = nn.MLP(4, 8, 2), torch.randn(3, 5, 4)
+    with torch.no_grad():
+        together = torch.func.vmap(net, in_dims=dim)(x.movedim(0, dim))
+        torch.testing.assert_close(together, torch.stack([net(rows) for rows in x]))
 
 
 def test_what_is_saved_has_one_shape_for_all_instruction_sets(isa: str) -> None:

@@ -200,8 +200,9 @@ def test_nothing_is_drawn_where_all_noise_is_given(backend: str, problem: tuple)
     generator = seeded(5)
     before = generator.get_state()
     x, z = torch.randn(40, 3), torch.randn(6, 40, 3)
-    ops.reverse_diffusion(*problem, x_init=x, noise=z, generator=generator, backend=backend)
-    assert torch.equal(generator.get_state(), before)
+    for given in ({"noise": z}, {"noise_scale": 0.0}):
+        ops.reverse_diffusion(*problem, x_init=x, generator=generator, backend=backend, **given)
+        assert torch.equal(generator.get_state(), before)
 
 
 @torch.no_grad()

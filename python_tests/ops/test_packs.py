@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -405,13 +407,46 @@ def test_new_networks_at_old_addresses() -> None:
 def test_the_schedule_is_part_of_a_pack() -> None:
     denoiser = nn.Denoiser(5, 3, 16).requires_grad_(False)
     state, x = torch.randn(9, 5), torch.randn(9, 3)
-    for steps in (4, 2, 3, 4):
-        options = {"noise_scale": 0.0, "solver": SCHEDULE.solver("ddim", steps=steps)}
+    longer = DiffusionSchedule.cosine(9)  # of which as many steps are at other levels
+    for schedule, steps in ((SCHEDULE, 4), (SCHEDULE, 2), (longer, 2), (SCHEDULE, 3), (SCHEDULE, 4)):
+        options = {"noise_scale": 0.0, "solver": schedule.solver("ddim", steps=steps)}
         native, reference = (
-            ops.reverse_diffusion(denoiser, SCHEDULE, state, x_init=x, backend=b, **options)
+            ops.reverse_diffusion(denoiser, schedule, state, x_init=x, backend=b, **options)
             for b in ("cpu", "reference")
         )
         torch.testing.assert_close(native, reference, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["reverse_diffusion", "action_gradient", "mlp"])
+def test_activation_and_precision_are_part_of_a_pack(op: str) -> None:
+    state, x = torch.randn(9, 5), torch.randn(9, 3)
+
+    def call(module: Any, dtype: torch.dtype | None) -> torch.Tensor:
+        if op == "reverse_diffusion":
+            options = {"x_init": x, "noise_scale": 0.0, "compute_dtype": dtype}
+            return ops.reverse_diffusion(module, SCHEDULE, state, **options)
+        if op == "action_gradient":
+            return ops.action_gradient(module, state, x, steps=2, compute_dtype=dtype)
+        parameters = module.weights_and_biases()
+        layers = parameters[::2], parameters[1::2], module.activations
+        return ops.mlp(state, *layers, compute_dtype=dtype)
+
+    def make(activation: str) -> Any:
+        if op == "reverse_diffusion":
+            return nn.Denoiser(5, 3, 16, activation=activation)
+        if op == "action_gradient":
+            return nn.TwinCritic(5, 3, 16, activation=activation)
+        return nn.MLP(5, 16, 2, activation=activation)
+
+    first, second = make("mish").requires_grad_(False), make("tanh").requires_grad_(False)
+    pairs = zip(first.modules(), second.modules(), strict=True)
+    for one, other in [(a, b) for a, b in pairs if isinstance(a, nn.MLP)]:
+        other.layers = one.layers
+    copies = []  # of other places in memory, none of which is used again
+    for module in (first, second, first):
+        for dtype in (None, torch.bfloat16):
+            copies.append(copy.deepcopy(module))
+            assert torch.equal(call(module, dtype), call(copies[-1], dtype))
 
 
 def test_a_pack_outlives_a_change_while_it_is_read() -> None:

@@ -757,7 +757,7 @@ def test_a_table_of_another_schedule_is_refused(backend: str) -> None:
         )
 
     levels = schedule.alphas_cumprod.clone()
-    levels[-1] *= 2  # a number so small that in absolute terms it is the same
+    levels[-1] *= 2
     nearly = DiffusionSchedule.from_alphas_cumprod(levels)
     for other in (DiffusionSchedule.vp(8), DiffusionSchedule.cosine(4), nearly):
         message = f"solver: expected a table of {schedule}, got one of {other}"
@@ -774,6 +774,44 @@ def test_a_table_of_another_schedule_is_refused(backend: str) -> None:
     rounded = DiffusionSchedule(schedule.betas.float()).solver("ddim", steps=4)
     for table in (again, rounded, copy.deepcopy(again)):
         torch.testing.assert_close(act(table), expected, rtol=0, atol=1e-3)
+
+
+def test_a_chain_knows_nothing_of_the_one_before(isa: str) -> None:
+    """Which leaves its last x0 and noise in memory that the next one uses again."""
+    schedule, denoiser = DiffusionSchedule.cosine(4), nn.Denoiser(5, 3, 8).requires_grad_(False)
+    state, x = torch.randn(9, 5), torch.randn(9, 3)
+    steps = torch.tensor([[0.5, 0.1, 0.3, 0.2, 0.1, 0.4, 0.7]] * 2, dtype=torch.float64)
+    table = SolverTable(torch.tensor([3, 0]), steps)
+    options = {"x_init": x, "noise_scale": 0.0, "solver": table}
+    expected = ops.reverse_diffusion(denoiser, schedule, state, **options, backend="reference")
+    for noise in (torch.zeros(2, 9, 3), torch.full((2, 9, 3), torch.nan)):
+        before = {**options, "noise": noise, "noise_scale": 1.0}
+        ops.reverse_diffusion(denoiser, schedule, state, **before, backend="cpu")
+        actions = ops.reverse_diffusion(denoiser, schedule, state, **options, backend="cpu")
+        torch.testing.assert_close(actions, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_more_steps_than_fit_a_tile(isa: str, threads: int, set_threads: Any) -> None:
+    set_threads(threads)
+    schedule, state, x = DiffusionSchedule.vp(150), torch.randn(3, 5), torch.randn(3, 3)
+    denoiser = nn.Denoiser(5, 3, 8).requires_grad_(False)
+    options = {"x_init": x, "noise_scale": 0.0}
+    actions, expected = (
+        ops.reverse_diffusion(denoiser, schedule, state, **options, backend=backend)
+        for backend in ("cpu", "reference")
+    )
+    torch.testing.assert_close(actions, expected, rtol=0, atol=1e-4)
+
+
+def test_levels_next_to_nothing_are_told_apart() -> None:
+    schedule = DiffusionSchedule.cosine(1000)
+    levels = schedule.alphas_cumprod.clone()
+    levels[-1] *= 2
+    assert levels[-1] < 1e-8  # what torch takes for equal to any other so small
+    table = DiffusionSchedule.from_alphas_cumprod(levels).solver("ddim", steps=2)
+    with pytest.raises(ValueError, match="^solver: expected a table of"):
+        ops.reverse_diffusion(nn.Denoiser(5, 3, 8), schedule, torch.ones(2, 5), solver=table)
 
 
 def test_a_callable_needs_a_start() -> None:

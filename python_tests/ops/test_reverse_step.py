@@ -166,8 +166,10 @@ def test_any_shape_stride_and_size(isa: str, rows: int, columns: int, magnitude:
     buffer = torch.randn(columns, 2 * rows + 1) * 10.0**magnitude
     x = buffer[:, 1::2].T  # columns apart, from an odd offset
     eps = torch.randn(1, columns).expand(rows, columns)
-    step, x0 = ops.reverse_step(x, eps, COEFFICIENTS)
-    again, again_x0 = ops.reverse_step(x.contiguous(), eps.contiguous(), COEFFICIENTS)
+    noise, before = torch.randn(columns, rows).T, torch.randn(rows, 1).expand(rows, columns)
+    step, x0 = ops.reverse_step(x, eps, COEFFICIENTS, noise=noise, x0_previous=before)
+    x, eps, noise, before = (t.contiguous() for t in (x, eps, noise, before))
+    again, again_x0 = ops.reverse_step(x, eps, COEFFICIENTS, noise=noise, x0_previous=before)
     assert step.shape == (rows, columns)
     assert torch.equal(step, again)
     assert torch.equal(x0, again_x0)

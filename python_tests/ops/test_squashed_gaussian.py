@@ -237,6 +237,16 @@ def test_only_wanted_gradients_of_one_result(
 
 
 @needs_kernels
+def test_gradients_of_sums() -> None:
+    """Which come as one number, expanded."""
+    parameters, (x, noise, _) = make_parameters(), draw(9, 5, 2)
+    *_, expected = run(x, parameters, noise, (torch.ones(9, 2), torch.ones(9, 1)))
+    results = ops.squashed_gaussian(x, parameters[::2], parameters[1::2], KINDS, noise)
+    (gradient,) = torch.autograd.grad(sum(r.sum() for r in results), parameters[-1])
+    assert torch.equal(gradient, expected)
+
+
+@needs_kernels
 def test_second_derivative_is_refused() -> None:
     parameters, (x, noise, _) = make_parameters(), draw(9, 5, 2)
     action, _ = ops.squashed_gaussian(x, parameters[::2], parameters[1::2], KINDS, noise)

@@ -154,9 +154,11 @@ def test_the_replay_of_a_checkpoint_holds_the_rows_in_use_also_when_it_has_wrapp
     run = train(tiny_run("b", total_steps=30), config, console=console).run
     replay = load_checkpoint(run / "checkpoint.pt")["replay"]
     assert (len(replay["rewards"]), replay["position"], replay["full"]) == (16, 14, True)
-    training.resume(run, total_steps=34, console=console)
-    replay = load_checkpoint(run / "checkpoint.pt")["replay"]
-    assert (len(replay["rewards"]), replay["position"], replay["full"]) == (16, 2, True)
+    for steps, position in ((31, 15), (34, 2)):  # before the ring's end, and past it
+        training.resume(run, total_steps=steps, console=console)
+        replay = load_checkpoint(run / "checkpoint.pt")["replay"]
+        rows = len(replay["rewards"])
+        assert (rows, replay["position"], replay["full"]) == (16, position, True)
 
 
 @pytest.mark.parametrize("terminates", [True, False])
@@ -185,6 +187,17 @@ def test_sb3_sees_where_episodes_end_and_why(
     # Actions in [-1, 1] for the agent are the environment's bounds, [-2, 6].
     actions = replay["actions"].flatten().numpy()
     np.testing.assert_allclose(made[0].actions, -2.0 + 4.0 * (actions + 1.0), atol=1e-5)
+
+
+def test_an_end_at_the_time_limit_is_an_end(
+    register_env: Any, tiny_run: MakeConfig, console: Console
+) -> None:
+    env_id = register_env(lambda **kwargs: CountingEnv(length=3), max_episode_steps=3)
+    config = tiny_run(env=env_id, max_episode_steps=None, total_steps=9, eval_interval=9)
+    run = train(config, SMALL["sb3-sac"], console=console).run
+    replay = load_checkpoint(run / "checkpoint.pt")["replay"]
+    assert replay["dones"].flatten().tolist() == [0, 0, 1] * 3
+    assert not replay["timeouts"].any()
 
 
 def test_ppo_learns_from_the_starts_of_episodes(

@@ -53,9 +53,10 @@ def test_actions_are_rescaled_to_the_bounds_and_reshaped() -> None:
     np.testing.assert_allclose(inner.last_action, low + 0.75 * (high - low), rtol=1e-6)
 
 
-def test_rescaled_actions_never_leave_the_bounds() -> None:
-    low, high = np.float32(-0.4), np.float32(0.1)  # not representable without rounding
-    env = BoxEnvironment(SpacesEnv(UNIT, gym.spaces.Box(low, high, (1,))), "test")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rescaled_actions_never_leave_the_bounds(dtype: type[Any]) -> None:
+    low, high = dtype(-0.5), dtype(0.3)  # in float64 low plus the range is 0.30000000000000004
+    env = BoxEnvironment(SpacesEnv(UNIT, gym.spaces.Box(low, high, (1,), dtype=dtype)), "test")
     for unit in np.linspace(-1.0, 1.0, 1001, dtype=np.float32):
         assert low <= env.rescale(np.array([unit]))[0] <= high
 

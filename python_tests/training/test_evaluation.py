@@ -44,6 +44,19 @@ def test_every_episode_counts_once_whatever_its_length(register_env: Any) -> Non
     assert evaluation == Evaluation(returns=[3.0, 15.0, 6.0], lengths=[2, 5, 3])
 
 
+def test_an_agent_is_shown_its_episodes_as_they_are_now(register_env: Any) -> None:
+    class Watching(TinyAgent):
+        def act(self, observation: Any, **how: Any) -> Any:
+            shown.append(observation.tolist())
+            return super().act(observation, **how)
+
+    shown: list[list[list[float]]] = []
+    lengths = iter([2, 3])
+    env_id = register_env(lambda **kwargs: CountingEnv(length=next(lengths)))
+    make(env_id, episodes=2).evaluate(Watching(2, 1, TinyConfig(), seed=0))
+    assert shown == [[[0, 0], [0, 0]], [[0, 1], [0, 1]], [[0, 2]]]
+
+
 def test_goals_are_counted_where_the_environment_tells(register_env: Any) -> None:
     class Reaching(CountingEnv):
         def __init__(self, goal: str | None, length: int) -> None:
@@ -93,8 +106,27 @@ def test_the_outcome_depends_on_seed_and_number_only() -> None:
     assert make(seed=1).evaluate(agent(), 7) != first
 
 
+def test_what_the_agent_draws_depends_on_seed_and_number(register_env: Any) -> None:
+    """In an environment that is the same every time."""
+
+    def actions(number: int, seed: int = 0) -> list[float]:
+        evaluator = make(env_id, episodes=1, seed=seed)
+        evaluator.evaluate(agent(2), number)
+        inner: Any = evaluator.environments[0].unwrapped
+        return list(inner.actions)
+
+    env_id = register_env(lambda **kwargs: CountingEnv())
+    assert actions(7) == actions(7)
+    assert actions(7) != actions(8)
+    assert actions(7) != actions(7, seed=1)
+
+
 def test_training_streams_are_left_alone(register_env: Any) -> None:
     class GlobalNoise(CountingEnv):
+        def __init__(self) -> None:
+            super().__init__()
+            np.random.random()
+
         def step(self, action: Any) -> Any:
             np.random.random()
             random.random()

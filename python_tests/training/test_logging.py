@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,21 @@ def test_rows_that_find_the_disk_full_are_written_later(
     assert log.path.read_text() == "step\n1\n2\n3\n4\n"
 
 
+def test_a_row_that_finds_place_for_a_part_leaves_none(log: CSVLog, warnings: list[str]) -> None:
+    resource = pytest.importorskip("resource")
+    log.write({"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 2, limits[1]))
+    try:
+        log.write({"step": 1234})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(warnings) == 1
+    assert log.path.read_text() == "step\n1\n"
+    log.write({"step": 5678})
+    assert log.path.read_text() == "step\n1\n1234\n5678\n"
+
+
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     with pytest.raises(RunError, match="can't read"):
@@ -119,9 +135,24 @@ def test_metrics_are_not_read_before_they_are_needed(monkeypatch: pytest.MonkeyP
 
 
 def test_metrics_hold_no_graph() -> None:
+    class Saved:
+        """What the graph keeps in place of a tensor."""
+
+    kept = []
+
+    def pack(tensor: torch.Tensor) -> Saved:
+        saved = Saved()
+        kept.append(weakref.ref(saved))
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: torch.zeros(())):
+        loss = torch.zeros((), requires_grad=True).exp()
     averages = MetricAverages()
-    averages.add({"loss": torch.ones((), requires_grad=True) * 2})
-    assert averages.pop() == {"loss": 2.0}
+    averages.add({"loss": loss})
+    assert [saved() is None for saved in kept] == [False]
+    del loss
+    assert [saved() is None for saved in kept] == [True]
+    assert averages.pop() == {"loss": 1.0}
 
 
 def test_metrics_go_on_after_saving() -> None:

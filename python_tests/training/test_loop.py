@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import errno
 import io
+import itertools
 import json
 import os
 import signal
+import types
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -27,16 +29,18 @@ from diffcore.training import (
     CheckpointError,
     ConfigError,
     EnvError,
+    Evaluator,
     RunError,
     TrainConfig,
     Trainer,
     TrainingError,
     WriteError,
     load_agent,
+    loop,
     resume,
     train,
 )
-from diffcore.training.checkpoint import load_checkpoint
+from diffcore.training.checkpoint import copy_tensors, load_checkpoint, save_checkpoint
 from diffcore.training.config import to_dict
 from diffcore.training.logging import read_csv, read_series
 from diffcore.training.run_directory import RunDirectory
@@ -378,6 +382,20 @@ def test_stored_actions_are_the_agents_and_within_bounds(
     assert not torch.equal(rows["action"], rows["best_action"])
 
 
+def test_the_random_start_has_start_steps(
+    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    act, explored = TinyAgent.act, []
+
+    def watched(agent: TinyAgent, observation: torch.Tensor, **how: Any) -> torch.Tensor:
+        explored.append(how["explore"])
+        return act(agent, observation, **how)
+
+    monkeypatch.setattr(TinyAgent, "act", watched)
+    train(tiny_run(), TinyConfig(start_steps=13), console=console)
+    assert explored.count(True) == 60 - 13
+
+
 def test_diverged_actions_stop_the_run(
     tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,6 +407,25 @@ def test_diverged_actions_stop_the_run(
 
 
 # Evaluations and checkpoints on the side
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_evaluations_are_as_configured(
+    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    made = []
+
+    class Watched(Evaluator):
+        def __init__(self, env_id: str, **settings: Any) -> None:
+            made.append((env_id, settings))
+            super().__init__(env_id, **settings)
+
+    monkeypatch.setattr("diffcore.training.loop.Evaluator", Watched)
+    settings = {"max_episode_steps": 9, "env_kwargs": {"g": 9.0}, "seed": 5}
+    config = tiny_run(eval_episodes=3, eval_deterministic=deterministic, **settings)
+    train(config, TinyConfig(), console=console)
+    own = {"episodes": 3, "deterministic": deterministic, "device": torch.device("cpu")}
+    assert made == [("Pendulum-v1", {**settings, **own})]
 
 
 @both_agents
@@ -484,6 +521,42 @@ def test_a_full_ring_resumes(tiny_run: MakeConfig, console: Console, signal_at: 
     parts = train(tiny_run("parts"), agent_config, console=console).run
     resume(parts, console=console)
     assert_equal_runs(whole, parts)
+
+
+def test_checkpoints_keep_their_distance(
+    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, seconds, steps = loop.save_checkpoint, itertools.count(), []
+
+    def watched(path: Path, contents: dict[str, Any]) -> None:
+        steps.append(contents["step"])
+        save(path, contents)
+
+    monkeypatch.setattr(loop, "save_checkpoint", watched)
+    clock = types.SimpleNamespace(monotonic=lambda: next(seconds))  # a look takes a second
+    monkeypatch.setattr(loop, "time", clock)
+    train(tiny_run(checkpoint_minutes=10 / 60), TinyConfig(), console=console)
+    assert steps == [9, 19, 29, 39, 49, 59, 60]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="tells which files are open")
+def test_what_a_checkpoint_counts_on_is_on_the_disk_before_it(
+    tiny_run: MakeConfig, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, synced = os.fsync, []
+
+    def watched(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    run = train(tiny_run(), TinyConfig(), console=console).run
+    logs = ["progress.csv", "evaluations.csv", "timing.csv"]
+    # A file that is moved to its name, and the directory that then has the name.
+    checkpoint, weights = (
+        [f"{name}.tmp", run.name] for name in ("checkpoint.pt", "weights.safetensors")
+    )
+    assert synced[-7:] == logs + checkpoint + weights
 
 
 @pytest.mark.parametrize("crash_after", [29, 41])
@@ -588,6 +661,16 @@ def test_a_complete_run_can_be_extended(tiny_run: MakeConfig, console: Console) 
     whole = train(tiny_run("whole"), TinyConfig(), console=console).run
     weights = [safetensors.torch.load_file(r / "weights.safetensors") for r in (run, whole)]
     assert_equal_trees(*weights)
+
+
+def test_the_time_spent_adds_up(tiny_run: MakeConfig, console: Console) -> None:
+    run = train(tiny_run(total_steps=40), TinyConfig(), console=console).run
+    checkpoint = copy_tensors(load_checkpoint(run / "checkpoint.pt"))
+    save_checkpoint(run / "checkpoint.pt", {**checkpoint, "seconds": 5000.0})
+    resume(run, total_steps=60, console=console)
+    steps, seconds = read_series(run / "timing.csv", "seconds")
+    assert all((second > 5000) == (step > 40) for step, second in zip(steps, seconds, strict=True))
+    assert load_checkpoint(run / "checkpoint.pt")["seconds"] > 5000
 
 
 @pytest.mark.parametrize("damage", ["missing", "torn"])
@@ -733,6 +816,28 @@ def test_an_environment_that_cannot_be_saved_restarts_with_a_warning(
     assert ((rows["next_state"] - rows["state"])[:, 1] == 1).all()
     lengths = read_series(result.run / "progress.csv", "episode_length")[1]
     assert set(lengths) == {7.0}
+
+
+def test_no_two_episodes_begin_with_the_same_seed(
+    tiny_run: MakeConfig, console: Console, signal_at: SignalAt, register_env: Any
+) -> None:
+    seeds = []
+
+    class Watched(OpaqueEnv):
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            seeds.append(seed)
+            return super().reset(seed=seed, options=options)
+
+    env_id = register_env(Watched, max_episode_steps=100)
+    signal_at(18)
+    run = train(tiny_run(env=env_id, num_envs=2), TinyConfig(), console=console).run
+    signal_at(38)
+    resume(run, console=console)
+    resume(run, console=console)
+    given = [seed for seed in seeds if seed is not None]
+    starts, evaluations = 3, 3  # each of two environments
+    assert len(given) == 2 * starts + 2 * evaluations
+    assert len({*given}) == len(given)
 
 
 def test_running_in_one_directory_twice_is_refused(

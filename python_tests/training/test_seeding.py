@@ -33,11 +33,13 @@ def test_streams_differ_and_repeat() -> None:
 def test_process_wide_generators_are_seeded_and_preserved() -> None:
     with preserved_process_random_state():
         seed_process(1)
-        first = draws()
-        seed_process(1)
         np.random.standard_normal()  # leaves half a Box-Muller pair behind
+        expected = (np.random.standard_normal(), *draws())
+        seed_process(1)
+        np.random.standard_normal()
         with preserved_process_random_state():
             seed_process(2)
-            assert draws() != first
-        np.random.standard_normal()
-        assert random.random() == first[0]
+            np.random.standard_normal()
+            for own, of_another_seed in zip(draws(), expected[1:], strict=True):
+                assert own != of_another_seed
+        assert (np.random.standard_normal(), *draws()) == expected
