@@ -820,6 +820,25 @@ def test_so_does_one_of_a_callable(name: str) -> None:
                 assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("change", "layout"),
+    [
+        (lambda tensor: tensor.to_sparse(), "sparse_coo"),
+        (lambda tensor: torch.nested.nested_tensor([*tensor], layout=torch.jagged), "jagged"),
+    ],
+)
+@every_op
+def test_tensors_that_are_not_dense_are_refused(
+    name: str, change: Callable[[Tensor], Tensor], layout: str
+) -> None:
+    op = OPS[name]
+    network, rows = op.make(Sizes()), op.rows(Sizes(), 3)
+    first = next(iter(rows))
+    got = f"^{first}: expected a dense tensor, got one in torch.{layout}"
+    with pytest.raises(TypeError, match=got):
+        op.call(network, {**rows, first: change(rows[first])})
+
+
 class Call(nn.Module):
     """An op as a module of its network."""
 
