@@ -1,4 +1,4 @@
-"""Tensors that follow from hashable settings alone: computed once and kept."""
+"""What follows from hashable settings alone: computed once, and a constant under torch.compile."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def constant_under_compile(function: Callable[P, R]) -> Callable[P, R]:
+    """Marks a function whose result torch.compile may take for a constant.
+
+    The same as ``torch.compiler.assume_constant_result``, which imports the whole compiler to set one
+    attribute: a second, in every process that never compiles.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def kept(function: Callable[P, R]) -> Callable[P, R]:
@@ -26,4 +36,10 @@ def kept(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     cached: Callable[P, R] = functools.lru_cache(maxsize=256)(build)  # type: ignore[assignment]
-    return cached
+
+    # A function to mark as `constant_under_compile`: torch.compile doesn't see a cache's mark.
+    @functools.wraps(function)
+    def ask(*args: P.args, **kwargs: P.kwargs) -> R:
+        return cached(*args, **kwargs)
+
+    return ask

@@ -236,7 +236,7 @@ class DiffusionSchedule:
     def solver(
         self, name: str = "ddpm", *, steps: int | None = None, eta: float = 0.0
     ) -> SolverTable:
-        """The table of a sampler.
+        """The table of a sampler; what torch.compile compiles takes one that was made outside.
 
         Args:
             name: one of

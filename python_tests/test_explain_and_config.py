@@ -10,8 +10,8 @@ from helpers import ISAS, run_script
 
 import diffcore
 from diffcore import DiffusionSchedule, nn, ops
+from diffcore._kept import constant_under_compile
 from diffcore.ops import _native
-from diffcore.ops._compile import constant_under_compile
 
 SCHEDULE = DiffusionSchedule.linear(4)
 

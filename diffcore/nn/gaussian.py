@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffcore.nn.modules import MLP, altered, forced
 from diffcore.ops._checks import (
     as_rows,
+    check_bounds,
     check_like,
     check_number,
     check_positive_int,
@@ -47,13 +48,10 @@ class SquashedGaussian(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        low, high = log_std_bounds
-        low = check_number("log_std_bounds[0]", low)
-        high = check_number("log_std_bounds[1]", high, above=low)
+        self.log_std_bounds = check_bounds("log_std_bounds", log_std_bounds)
         state_dim = check_positive_int("state_dim", state_dim)
         action_dim = check_positive_int("action_dim", action_dim)
         self.state_dim, self.action_dim = state_dim, action_dim
-        self.log_std_bounds = (low, high)
         widths = (state_dim, hidden_dim, 2 * action_dim)
         self.trunk = MLP(*widths, hidden_layers, activation, "orthogonal", compute_dtype)
 

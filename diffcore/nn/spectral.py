@@ -159,8 +159,8 @@ class Zeta(nn.Module):
         self, perturbed: Tensor, alpha_bar: Tensor, level: Tensor, *, backend: str | None = None
     ) -> Tensor:
         """zeta, ``[B, d, S]``; arguments as for :meth:`inputs`."""
-        hidden = self.hidden(perturbed, alpha_bar, level, backend=backend)
-        flat: Tensor = self.last(hidden)
+        inputs = self.inputs(perturbed, alpha_bar, level, backend=backend)
+        flat: Tensor = self.trunk(inputs, **forced(backend))
         return flat.unflatten(-1, (self.feature_dim, self.state_dim))
 
 

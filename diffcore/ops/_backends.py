@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from diffcore._kept import constant_under_compile
 from diffcore.ops import _native
-from diffcore.ops._compile import constant_under_compile
 from diffcore.ops._dispatch import Support
 
 _NAMES = {"cpu": "CPU", "cuda": "CUDA", "triton": "Triton"}

@@ -76,8 +76,27 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
+def check_bounds(name: str, value: Any) -> tuple[float, float]:
+    """A lower and an upper bound."""
+    try:
+        low, high = value
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected two numbers, got {value!r}") from None
+    low = check_number(f"{name}[0]", low)
+    return low, check_number(f"{name}[1]", high, above=low)
+
+
+def check_sequence(name: str, value: Any, kind: str) -> None:
+    """A list or the like, of what `kind` says; a text is one only of letters."""
+    if type(value) is list:
+        return
+    if isinstance(value, str) or not isinstance(value, (Sequence, torch.nn.ParameterList)):
+        got = f"the text {value!r}" if isinstance(value, str) else type(value).__name__
+        raise TypeError(f"{name}: expected a list, {kind}, got {got}")
+
+
 def check_tensor(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
-    """A floating-point tensor of this shape.
+    """A dense floating-point tensor of this shape.
 
     A string in `shape` names a size that is free, a leading "..." any number of them.
     """
@@ -85,6 +104,7 @@ def check_tensor(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    _check_dense(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
     sizes: Sequence[int] = value.shape
@@ -98,6 +118,11 @@ def check_tensor(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
     if not fits:
         wanted = ", ".join(str(s) for s in shape)
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(value.shape)}")
+
+
+def _check_dense(name: str, value: Tensor) -> None:
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one in {value.layout}")
 
 
 def check_denoised(eps: Any, x: Tensor) -> None:
@@ -164,6 +189,7 @@ def check_levels(
     if not isinstance(t, Tensor) or t.dtype not in dtypes:
         kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"t: expected an integer tensor, got {kind}")
+    _check_dense("t", t)
     if t.device != other.device:
         raise ValueError(f"t: expected to be on {other.device} like {other_name}, is on {t.device}")
     if t.shape != other.shape[:1]:
@@ -188,11 +214,14 @@ def out_of_autocast(like: Any, *tensors: Any) -> list[Any]:
     """Under torch.autocast, tensors in its lower precision as the dtype of a network or weight.
 
     Layers before an op hand their results on in that precision; the ops choose theirs themselves.
-    Where no weight says it, the other tensors do: the dtype is that of their sum.
+    `like`: a module, a weight, or lists of weights. Where none says it, the other tensors do: the
+    dtype is that of their sum.
     """
     if not torch._C._is_any_autocast_enabled():
         return [*tensors]
     weight = next(like.parameters(), None) if isinstance(like, torch.nn.Module) else like
+    while isinstance(weight, Sequence) and weight and not isinstance(weight, str):
+        weight = weight[0]
     known = (weight,) if isinstance(weight, Tensor) else tensors
     dtypes = [t.dtype for t in known if isinstance(t, Tensor) and t.is_floating_point()]
     if not dtypes:

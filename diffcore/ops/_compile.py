@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 import torch
 from torch.nn.modules.module import (
@@ -15,19 +14,7 @@ from torch.nn.modules.module import (
 )
 from torch.optim.swa_utils import AveragedModel
 
-P = ParamSpec("P")
-R = TypeVar("R")
 M = TypeVar("M", bound=torch.nn.Module)
-
-
-def constant_under_compile(function: Callable[P, R]) -> Callable[P, R]:
-    """Marks a function whose result torch.compile may take for a constant.
-
-    The same as ``torch.compiler.assume_constant_result``, which imports the whole compiler to set one
-    attribute: a second, in every process that never compiles.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 #: Hooks that every module's call meets, as ``register_module_forward_hook`` makes them.

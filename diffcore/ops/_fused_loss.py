@@ -59,10 +59,13 @@ def fake_gradients(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Te
 def _is_last_use(grad_loss: Tensor) -> bool:
     """Whether nobody will read the gradients again, as after a plain ``loss.backward()``.
 
-    Then they themselves can be given away.
+    Then they themselves can be given away. What is traced or faked always scales them: its factor
+    has no value to look at.
     """
     return not (
         torch.is_grad_enabled()
+        or type(grad_loss) is not Tensor
+        or _native.is_in_a_mode()
         or torch._C._functorch.is_functorch_wrapped_tensor(grad_loss)
         or _native.is_batch_of_gradients(grad_loss)
         or torch._C._autograd._get_current_graph_task_keep_graph()

@@ -140,6 +140,11 @@ _PLAIN_KEYS = _plain_keys()
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
+def is_in_a_mode() -> bool:
+    """Whether calls are met by a dispatch mode, a tracer or a transform, as FakeTensorMode is one."""
+    return _included_keys() not in _PLAIN_KEYS
+
+
 def _dispatching(args: tuple[Any, ...]) -> bool:
     """Whether torch's dispatcher would do anything about a call but hand it to its kernel.
 
@@ -148,7 +153,7 @@ def _dispatching(args: tuple[Any, ...]) -> bool:
     negated, as zeros, or through a wrapper hasn't in memory what it stands for.
     """
     if (
-        _included_keys() not in _PLAIN_KEYS
+        is_in_a_mode()
         or torch._C._is_torch_function_mode_enabled()
         or torch.autograd._profiler_enabled()
     ):
@@ -162,7 +167,7 @@ def is_undisturbed() -> bool:
     """
     return _core is not None and not (
         torch.compiler.is_compiling()
-        or _included_keys() not in _PLAIN_KEYS
+        or is_in_a_mode()
         or torch._C._is_torch_function_mode_enabled()
         or torch.autograd._profiler_enabled()
         or torch._C._is_any_autocast_enabled()

@@ -137,6 +137,28 @@ def test_zeta_is_its_last_layer_on_what_enters_it(conditioning: str, batch: int)
         torch.testing.assert_close(whole[:, d], torch.nn.functional.linear(hidden, *rows))
 
 
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+def test_the_last_layer_of_zeta_is_one_of_its_op(
+    compute_dtype: torch.dtype | None, set_threads: Callable[[int], None]
+) -> None:
+    """In its precision, and with its promises: no bit depends on threads or batch."""
+    zeta = nn.Zeta(17, 64, compute_dtype=compute_dtype)
+    inputs = torch.randn(65, 17), torch.rand(65, 1), torch.arange(65)
+    parameters = list(zeta.trunk.parameters())
+    exact = ops.mlp(
+        zeta.inputs(*inputs),
+        parameters[::2],
+        parameters[1::2],
+        zeta.trunk.activations,
+        compute_dtype=compute_dtype,
+    )
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        assert torch.equal(zeta(*inputs).flatten(1), exact)
+    for rows in (1, 7, 64):
+        assert torch.equal(zeta(*(t[:rows] for t in inputs)).flatten(1), exact[:rows])
+
+
 def test_zeta_knows_the_level_by_its_condition_alone() -> None:
     perturbed, level = torch.randn(4, 3), torch.tensor([0, 1, 500, 999])
     one, other = torch.full((4, 1), 0.5), torch.full((4, 1), 0.9)

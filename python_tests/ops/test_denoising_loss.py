@@ -589,6 +589,25 @@ def test_compiles_whole(compute_dtype: torch.dtype, weighted: bool) -> None:
         torch.testing.assert_close(parameter.grad, expected)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_compiles_with_what_it_draws_for_any_schedule(known: bool) -> None:
+    """An open number of levels, where torch.compile leaves sizes open."""
+    ours, state, action = nn.Denoiser(5, 3, 8), torch.randn(4, 5), torch.randn(4, 3)
+    denoiser = ours if known else lambda x, s, t: ours(x, s, t)
+
+    def loss(schedule: DiffusionSchedule) -> Tensor:
+        return ops.denoising_loss(denoiser, schedule, state, action)
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for steps in (4, 6):
+        schedule = DiffusionSchedule.linear(steps)
+        drawn = []
+        for call in (compiled, loss):
+            torch.manual_seed(0)
+            drawn.append(call(schedule))
+        torch.testing.assert_close(*drawn)
+
+
 def test_func_grad_and_vmap() -> None:
     data = Data(12, weighted=True)
 

@@ -17,7 +17,9 @@ from helpers import ACTIVATIONS, assert_error_at_most_twice_eager, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffcore import DiffusionSchedule, ops
@@ -419,6 +421,42 @@ def test_a_second_derivative_of_a_kernel_says_that_there_is_none(name: str) -> N
         sum(slope.sum() for slope in slopes).backward()
 
 
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_of_a_checkpointed_call(name: str) -> None:
+    """torch computes it again where the way back first asks for what it has saved, and once only."""
+    op = OPS[name]
+    network, rows = op.make(Sizes()), op.rows(Sizes(), 3)
+    leaves = [rows[given_].requires_grad_() for given_ in op.differentiable]
+    inputs = [*leaves, *(p for p in network.parameters() if p.requires_grad)]
+
+    def value() -> Any:
+        by_row, of_all = op.call(network, rows, backend=op.backend)
+        return sum(weighted_sum(r) for r in (*by_row, *of_all) if r.requires_grad)
+
+    gradients = torch.autograd.grad(checkpoint(value, use_reentrant=False), inputs)
+    assert_same([*gradients], [*torch.autograd.grad(value(), inputs)])
+
+
+@pytest.mark.parametrize("tracing", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_are_traced_with_the_call(name: str, tracing: str) -> None:
+    op = OPS[name]
+    network = op.make(Sizes())
+    parameters = [p for p in network.parameters() if p.requires_grad]
+
+    def gradients(rows: Rows) -> tuple[Tensor, ...]:
+        leaves = {given_: rows[given_].detach().requires_grad_() for given_ in op.differentiable}
+        by_row, of_all = op.call(network, {**rows, **leaves}, backend=op.backend)
+        value: Any = sum(weighted_sum(r) for r in (*by_row, *of_all) if r.requires_grad)
+        return torch.autograd.grad(value, [*leaves.values(), *parameters])
+
+    traced = make_fx(gradients, tracing_mode=tracing, _allow_non_fake_inputs=True)(
+        op.rows(Sizes(), 3)
+    )
+    rows = op.rows(Sizes(), 3)
+    assert_same([*traced(rows)], [*gradients(rows)])
+
+
 @pytest.mark.parametrize("way", ["is_grads_batched", "torch.vmap"])
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_several_gradients_at_once(name: str, way: str) -> None:
@@ -780,6 +818,25 @@ def test_so_does_one_of_a_callable(name: str) -> None:
                 ours = op.call(Function(), rows | {given_: values.bfloat16()})
             for a, b in zip(ours[0] + ours[1], expected[0] + expected[1], strict=True):
                 assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "layout"),
+    [
+        (lambda tensor: tensor.to_sparse(), "sparse_coo"),
+        (lambda tensor: torch.nested.nested_tensor([*tensor], layout=torch.jagged), "jagged"),
+    ],
+)
+@every_op
+def test_tensors_that_are_not_dense_are_refused(
+    name: str, change: Callable[[Tensor], Tensor], layout: str
+) -> None:
+    op = OPS[name]
+    network, rows = op.make(Sizes()), op.rows(Sizes(), 3)
+    first = next(iter(rows))
+    got = f"^{first}: expected a dense tensor, got one in torch.{layout}"
+    with pytest.raises(TypeError, match=got):
+        op.call(network, {**rows, first: change(rows[first])})
 
 
 class Call(nn.Module):

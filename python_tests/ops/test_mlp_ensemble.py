@@ -132,5 +132,12 @@ def test_bad_arguments() -> None:
     double = [p.detach().double() for p in networks[1]]
     with pytest.raises(TypeError, match=r"networks\[1\]\[0\]: expected torch.float32"):
         ops.mlp_ensemble(x, [networks[0], double], ACTIVATIONS)
-    with pytest.raises(ValueError, match=r"x: expected shape|weights\[0\]: expected shape"):
+    with pytest.raises(ValueError, match=r"^networks\[0\]\[0\]: expected shape \[out, 22\]"):
         ops.mlp_ensemble(torch.randn(2, 22), networks, ACTIVATIONS)
+    with pytest.raises(ValueError, match=r"networks\[0\]: expected a weight and a bias .* got 5"):
+        ops.mlp_ensemble(x, [networks[0][:5], networks[1]], ACTIVATIONS)
+    module = torch.nn.ModuleList()
+    with pytest.raises(TypeError, match="networks: expected a list, one a network, got ModuleList"):
+        ops.mlp_ensemble(x, module, ACTIVATIONS)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"networks\[0\]: expected a list, .* got Tensor"):
+        ops.mlp_ensemble(x, networks[0], ACTIVATIONS)  # type: ignore[arg-type]

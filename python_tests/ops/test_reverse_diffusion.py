@@ -820,13 +820,18 @@ def test_a_callable_needs_a_start() -> None:
         ops.reverse_diffusion(lambda x, s, t: x, DiffusionSchedule.linear(4), torch.ones(2, 5))
 
 
-def test_compiles_with_a_table_on_the_reference() -> None:
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    "solver", ["ddpm", DiffusionSchedule.linear(4).solver("ddim", steps=2)], ids=["name", "table"]
+)
+def test_compiles_on_the_reference(solver: str | SolverTable, dynamic: bool | None) -> None:
     schedule, x = DiffusionSchedule.linear(4), torch.randn(2, 3)
-    table = schedule.solver("ddim", steps=2)
+    noise = torch.randn(4, 2, 3)
 
     def act(state: Tensor) -> Tensor:
-        return ops.reverse_diffusion(lambda x, s, t: x, schedule, state, x_init=x, solver=table)
+        given = {"x_init": x, "noise": noise if solver == "ddpm" else noise[:2]}
+        return ops.reverse_diffusion(lambda x, s, t: x, schedule, state, solver=solver, **given)
 
     state = torch.ones(2, 5)
-    compiled = torch.compile(act, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(act, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     assert torch.allclose(compiled(state), act(state), atol=1e-6)

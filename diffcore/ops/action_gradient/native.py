@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from diffcore._kept import constant_under_compile
 from diffcore.ops import _native
-from diffcore.ops._compile import constant_under_compile
 from diffcore.ops._flops import Shape, flops, mlps, mlps_backward
 
 

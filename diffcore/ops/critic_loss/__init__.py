@@ -51,8 +51,7 @@ def critic_loss(
         TypeError, ValueError: an argument of the wrong kind, number, shape, dtype or device, or a
             forced backend that can't run this call.
     """
-    like = networks[0][0] if networks and networks[0] else None
-    x, target, weight = out_of_autocast(like, x, target, weight)
+    x, target, weight = out_of_autocast(networks, x, target, weight)
     available = support(x, networks, activations, target, weight, compute_dtype)
     chosen = _dispatch.choose("critic_loss", available, backend)
     if chosen == "reference":

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from diffcore import nn  # which imports ops: its modules are there when an op is called
-from diffcore._kept import kept
+from diffcore._kept import constant_under_compile, kept
 from diffcore.ops import _backends, _dispatch, _native, _philox
 from diffcore.ops._checks import (
     check_choice,
@@ -20,7 +20,7 @@ from diffcore.ops._checks import (
     check_tensor,
     out_of_autocast,
 )
-from diffcore.ops._compile import constant_under_compile, not_own, own_module
+from diffcore.ops._compile import not_own, own_module
 from diffcore.ops.denoising_loss import native, reference
 from diffcore.ops.q_sample import cached_levels
 from diffcore.schedule import DiffusionSchedule
@@ -91,7 +91,9 @@ def denoising_loss(
     available, ours, parameters = support(*arguments, compute_dtype)
     chosen = _dispatch.choose("denoising_loss", available, backend)
     if t is None:
-        t = torch.randint(schedule.K, (action.shape[0],), generator=generator, device=action.device)
+        # torch.compile takes no open K beside a generator, were it None.
+        drawn_by: dict[str, Any] = {} if generator is None else {"generator": generator}
+        t = torch.randint(schedule.K, (action.shape[0],), device=action.device, **drawn_by)
     if noise is None:
         seed = _philox.draw_seed(generator, action.device)
         if chosen == "reference":
@@ -122,17 +124,11 @@ def _reference_noise(seed: Tensor, action: Tensor) -> Tensor:
 
 
 @constant_under_compile
+@kept
 def _tables(
     schedule: DiffusionSchedule, time_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """By level: sqrt(abar) and sqrt(1 - abar) ``[K, 2]``, the time embedding ``[K, time_dim]``."""
-    return _cached_tables(schedule, time_dim, device)
-
-
-@kept
-def _cached_tables(
-    schedule: DiffusionSchedule, time_dim: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
     embedding = nn.time_embedding(torch.arange(schedule.K, device="cpu"), time_dim)
     return cached_levels(schedule, device), embedding.to(device, torch.float32)
 

@@ -14,12 +14,15 @@ from diffcore.ops._checks import (
     check_choice,
     check_compute_dtype,
     check_like,
+    check_sequence,
     check_tensor,
     out_of_autocast,
 )
 from diffcore.ops.mlp import native, reference
 
 KERNELS = ("triton", "cpu")
+
+_NAMES = tuple(ACTIVATIONS)  # in which what can't be hashed is looked for as well
 
 
 def mlp(
@@ -66,7 +69,7 @@ def mlp(
         if isinstance(plain, Tensor):
             return plain
     if not plain:
-        [x] = out_of_autocast(weights[0] if weights else None, x)
+        [x] = out_of_autocast(weights, x)
         available = support(x, weights, biases, activations, compute_dtype)
         chosen = _dispatch.choose("mlp", available, backend)
     if chosen == "reference":
@@ -97,14 +100,17 @@ def support(
     biases: Sequence[Tensor],
     activations: Sequence[str],
     compute_dtype: torch.dtype | None,
+    network: str | None = None,
 ) -> _dispatch.Support:
-    """Checks the arguments and says which backends can take them."""
+    """Checks the arguments and says which backends can take them.
+
+    `network`: the argument in which weights and biases came by turns, if it was one.
+    """
     check_tensor("x", x, ("...", "in"))
-    if not weights:
-        raise ValueError("weights: expected at least one layer, got none")
-    if isinstance(activations, str):
-        raise TypeError(f"activations: expected a list, one a layer, got the text {activations!r}")
-    for name, given in (("biases", biases), ("activations", activations)):
+    for name, given in (("weights", weights), ("biases", biases), ("activations", activations)):
+        check_sequence(name, given, "one a layer")
+        if not weights:
+            raise ValueError(f"{network or 'weights'}: expected at least one layer, got none")
         if len(given) != len(weights):
             raise ValueError(f"{name}: expected {len(weights)}, one a layer, got {len(given)}")
     width: int = x.shape[-1]
@@ -112,18 +118,24 @@ def support(
         _native.layers_fit(weights, biases, width)
         and x.dtype is torch.float32
         and x.is_cpu
-        and ACTIVATIONS.keys() >= {*activations}
+        and all(map(_NAMES.__contains__, activations))
     ):
         layers = zip(weights, biases, activations, strict=True)
         for i, (weight, bias, activation) in enumerate(layers):
-            _check_layer(i, weight, bias, activation, width, x)
+            _check_layer(i, weight, bias, activation, width, x, network)
             width = weight.shape[0]
     check_compute_dtype(compute_dtype)
     return _backends.support(KERNELS, [x], activations, len(weights), compute_dtype=compute_dtype)
 
 
 def _check_layer(
-    i: int, weight: Tensor, bias: Tensor, activation: str, width: int, x: Tensor
+    i: int,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str,
+    width: int,
+    x: Tensor,
+    network: str | None,
 ) -> None:
     # Composing a message's parts for every layer of every call would cost more than a small MLP.
     if (
@@ -134,11 +146,15 @@ def _check_layer(
         and bias.shape == weight.shape[:1]
         and weight.dtype is bias.dtype is x.dtype
         and weight.device == bias.device == x.device
-        and activation in ACTIVATIONS
+        and weight.layout is bias.layout is torch.strided
+        and activation in _NAMES
     ):
         return
-    check_tensor(f"weights[{i}]", weight, ("out", width))
-    check_tensor(f"biases[{i}]", bias, (weight.shape[0],))
-    check_like(f"weights[{i}]", weight, "x", x)
-    check_like(f"biases[{i}]", bias, "x", x)
+    names = f"weights[{i}]", f"biases[{i}]"
+    if network is not None:
+        names = f"{network}[{2 * i}]", f"{network}[{2 * i + 1}]"
+    check_tensor(names[0], weight, ("out", width))
+    check_tensor(names[1], bias, (weight.shape[0],))
+    check_like(names[0], weight, "x", x)
+    check_like(names[1], bias, "x", x)
     check_choice(f"activations[{i}]", activation, ACTIVATIONS)

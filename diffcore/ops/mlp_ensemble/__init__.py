@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _backends, _dispatch, _native
-from diffcore.ops._checks import check_tensor, out_of_autocast
+from diffcore.ops._checks import check_sequence, check_tensor, out_of_autocast
 from diffcore.ops.mlp import run_native
 from diffcore.ops.mlp import support as mlp_support
 from diffcore.ops.mlp_ensemble import reference
@@ -48,7 +48,7 @@ def mlp_ensemble(
         if isinstance(plain, Tensor):
             return plain
     if not plain:
-        [x] = out_of_autocast(networks[0][0] if networks and networks[0] else None, x)
+        [x] = out_of_autocast(networks, x)
         available = support(x, networks, activations, compute_dtype)
         chosen = _dispatch.choose("mlp_ensemble", available, backend)
     if chosen == "reference":
@@ -65,10 +65,18 @@ def support(
     compute_dtype: torch.dtype | None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
+    check_sequence("networks", networks, "one a network")
     if not networks:
         raise ValueError("networks: expected at least one network, got none")
+    for i, network in enumerate(networks):
+        check_sequence(f"networks[{i}]", network, "of a weight and a bias a layer")
     first = networks[0]
-    available = mlp_support(x, first[::2], first[1::2], activations, compute_dtype)
+    if len(first) % 2:
+        raise ValueError(
+            f"networks[0]: expected a weight and a bias for every layer, got {len(first)} tensors"
+        )
+    layers = [*first[::2]], [*first[1::2]]
+    available = mlp_support(x, *layers, activations, compute_dtype, "networks[0]")
     for i, network in enumerate(networks[1:], start=1):
         if len(network) != len(first):
             raise ValueError(

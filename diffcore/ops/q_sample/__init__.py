@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffcore._kept import kept
+from diffcore._kept import constant_under_compile, kept
 from diffcore.ops import _backends, _dispatch, _native
 from diffcore.ops._checks import check_levels, check_like, check_tensor, out_of_autocast
-from diffcore.ops._compile import constant_under_compile
 from diffcore.ops.q_sample import native, reference
 from diffcore.schedule import DiffusionSchedule
 
@@ -45,7 +44,7 @@ def q_sample(
     x0, noise = out_of_autocast(None, x0, noise)
     chosen = _dispatch.choose("q_sample", support(x0, t, noise, schedule), backend)
     if chosen != "reference":
-        arguments = (x0, t, noise, _levels(schedule, x0.device), chosen)
+        arguments = (x0, t, noise, cached_levels(schedule, x0.device), chosen)
         if _native.differentiates(x0, noise):
             sample: Tensor = _native.apply(native.QSample, *arguments)
             return sample
@@ -57,11 +56,6 @@ def q_sample(
 
 
 @constant_under_compile
-def _levels(schedule: DiffusionSchedule, device: torch.device) -> Tensor:
-    """float32 ``[K, 2]``: sqrt(abar), sqrt(1 - abar)."""
-    return cached_levels(schedule, device)
-
-
 @kept
 def cached_levels(schedule: DiffusionSchedule, device: torch.device) -> Tensor:
     """float32 ``[K, 2]`` by level: what x0 and the noise are multiplied by."""

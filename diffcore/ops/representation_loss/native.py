@@ -193,8 +193,8 @@ class RepresentationLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: None) -> Any:
-        count = len(ctx.wanted)
-        grads, inputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        count, saved = len(ctx.wanted), ctx.saved_tensors  # which are unpacked at every look
+        grads, inputs = saved[:count], saved[count:]
         scaled = _fused_loss.scaled("representation_loss", grad_loss, grads, inputs)
         wanted = [g if want else None for g, want in zip(scaled, ctx.wanted, strict=True)]
         return *wanted[:2], *[None] * 8, *wanted[2:]

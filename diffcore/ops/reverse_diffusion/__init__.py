@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffcore import nn  # which imports ops: its modules are there when an op is called
-from diffcore._kept import kept
+from diffcore._kept import constant_under_compile, kept
 from diffcore.ops import _backends, _dispatch, _native, _philox
 from diffcore.ops._checks import (
     check_choice,
@@ -21,7 +21,7 @@ from diffcore.ops._checks import (
     checked_once,
     out_of_autocast,
 )
-from diffcore.ops._compile import constant_under_compile, not_own, own_module
+from diffcore.ops._compile import not_own, own_module
 from diffcore.ops.reverse_diffusion import native, reference
 from diffcore.schedule import SOLVERS, DiffusionSchedule, SolverTable
 
@@ -101,9 +101,18 @@ def reverse_diffusion(
         else:
             assert x_init is not None
             action_dim = x_init.shape[1]
-        table = _table(schedule, solver)
+        timesteps, coefficients = _steps(schedule, solver)
         return reference.reverse_diffusion(
-            eps, table, state, action_dim, x_init, noise, seed, noise_scale, clip
+            eps,
+            timesteps,
+            coefficients,
+            state,
+            action_dim,
+            x_init,
+            noise,
+            seed,
+            noise_scale,
+            clip,
         )
 
     assert ours is not None
@@ -121,37 +130,13 @@ def reverse_diffusion(
     return chain(*inputs, parameters, *settings, False, chosen)[0]
 
 
-# What follows from schedule and solver alone is computed once, and is a constant under
-# torch.compile, which looks at the outer function's mark and doesn't see through the inner cache.
-
-
-@constant_under_compile
-def _coefficients(
-    schedule: DiffusionSchedule, solver: str | SolverTable, device: torch.device
-) -> Tensor:
-    """float32 ``[steps, 7]``."""
-    return _cached_coefficients(schedule, solver, device)
-
-
-@constant_under_compile
-def _embedding(
-    schedule: DiffusionSchedule, solver: str | SolverTable, dim: int, device: torch.device
-) -> Tensor:
-    """float32 ``[steps, dim]``: the time embedding of every executed step."""
-    return _cached_embedding(schedule, solver, dim, device)
-
-
 def _table(schedule: DiffusionSchedule, solver: str | SolverTable) -> SolverTable:
     return schedule.solver(solver) if isinstance(solver, str) else solver
 
 
 @constant_under_compile
-def _why_not_on(schedule: DiffusionSchedule, solver: SolverTable) -> str | None:
-    return _cached_why_not_on(schedule, solver)
-
-
 @kept
-def _cached_why_not_on(schedule: DiffusionSchedule, solver: SolverTable) -> str | None:
+def _why_not_on(schedule: DiffusionSchedule, solver: SolverTable) -> str | None:
     """Why a chain on this schedule can't run the table; None if it can."""
     if solver.schedule is not None and not _same_levels(solver.schedule, schedule):
         return f"expected a table of {schedule}, got one of {solver.schedule}"
@@ -170,17 +155,29 @@ def _same_levels(schedule: DiffusionSchedule, other: DiffusionSchedule) -> bool:
     return levels.shape == others.shape and torch.allclose(levels, others, rtol=1e-4, atol=0)
 
 
+@constant_under_compile  # as a table itself can't be
 @kept
-def _cached_coefficients(
+def _steps(schedule: DiffusionSchedule, solver: str | SolverTable) -> tuple[Tensor, Tensor]:
+    """The table's timesteps and coefficients."""
+    table = _table(schedule, solver)
+    return table.timesteps, table.coefficients
+
+
+@constant_under_compile
+@kept
+def _coefficients(
     schedule: DiffusionSchedule, solver: str | SolverTable, device: torch.device
 ) -> Tensor:
+    """float32 ``[steps, 7]``."""
     return _table(schedule, solver).coefficients.to(device, torch.float32)
 
 
+@constant_under_compile
 @kept
-def _cached_embedding(
+def _embedding(
     schedule: DiffusionSchedule, solver: str | SolverTable, dim: int, device: torch.device
 ) -> Tensor:
+    """float32 ``[steps, dim]``: the time embedding of every executed step."""
     return nn.time_embedding(_table(schedule, solver).timesteps, dim).to(device, torch.float32)
 
 

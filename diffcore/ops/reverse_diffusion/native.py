@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffcore._kept import constant_under_compile
 from diffcore.ops import _native
 from diffcore.ops._activations import ACTIVATIONS
-from diffcore.ops._compile import constant_under_compile
 from diffcore.ops._flops import Shape, flops, mlps, mlps_backward
 from diffcore.ops.mlp import native as mlp
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from diffcore.ops import _philox
 from diffcore.ops._checks import check_denoised
 from diffcore.ops.reverse_step.reference import reverse_step
-from diffcore.schedule import SolverTable
 
 
 def reverse_diffusion(
     denoiser: Callable[[Tensor, Tensor, Tensor], Tensor],
-    table: SolverTable,
+    timesteps: Tensor,
+    coefficients: Tensor,
     state: Tensor,
     action_dim: int,
     x_init: Tensor | None,
@@ -34,10 +34,10 @@ def reverse_diffusion(
 
     x = draw(0) if x_init is None else x_init
     x0 = torch.zeros_like(x)
-    for i in range(table.steps):
-        t = table.timesteps[i].to(state.device).expand(batch)
+    for i in range(len(timesteps)):
+        t = timesteps[i].to(state.device).expand(batch)
         z = noise[i] if noise is not None else draw(i + 1) if noise_scale != 0 else None
         eps = denoiser(x, state, t)
         check_denoised(eps, x)
-        x, x0 = reverse_step(x, eps, table.coefficients[i], z, x0, noise_scale, clip)
+        x, x0 = reverse_step(x, eps, coefficients[i], z, x0, noise_scale, clip)
     return x.clamp(-clip, clip)

@@ -101,7 +101,8 @@ class ScoreMatchingLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: None) -> Any:
-        grads, tensors = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        saved = ctx.saved_tensors  # which are unpacked at every look
+        grads, tensors = saved[:4], saved[4:]
         scaled = _fused_loss.scaled("score_matching_loss", grad_loss, grads, tensors)
         pairs = zip(scaled, ctx.wanted, strict=True)
         return *(g if want else None for g, want in pairs), *[None] * 5

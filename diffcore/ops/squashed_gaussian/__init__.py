@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore.ops import _backends, _dispatch, _native
-from diffcore.ops._checks import check_like, check_number, check_tensor, out_of_autocast
+from diffcore.ops._checks import check_bounds, check_like, check_tensor, out_of_autocast
 from diffcore.ops.mlp import run_native
 from diffcore.ops.mlp import support as mlp_support
 from diffcore.ops.squashed_gaussian import native, reference
@@ -49,10 +49,10 @@ def squashed_gaussian(
         TypeError, ValueError: an argument of the wrong kind, number, shape, dtype or device, or a
             forced backend that can't run this call.
     """
-    x, noise = out_of_autocast(weights[0] if weights else None, x, noise)
+    x, noise = out_of_autocast(weights, x, noise)
     arguments = (x, weights, biases, activations, noise)
-    available = support(*arguments, log_std_bounds, compute_dtype)
-    log_std_bounds = float(log_std_bounds[0]), float(log_std_bounds[1])
+    log_std_bounds = check_bounds("log_std_bounds", log_std_bounds)
+    available = support(*arguments, compute_dtype)
     chosen = _dispatch.choose("squashed_gaussian", available, backend)
     if chosen == "reference":
         return reference.squashed_gaussian(*arguments, log_std_bounds)
@@ -74,7 +74,6 @@ def support(
     biases: Sequence[Tensor],
     activations: Sequence[str],
     noise: Tensor,
-    log_std_bounds: tuple[float, float],
     compute_dtype: torch.dtype | None,
 ) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
@@ -85,8 +84,5 @@ def support(
         raise ValueError(f"weights[-1]: expected an even number of outputs, got {outputs}")
     check_tensor("noise", noise, (x.shape[0], outputs // 2))
     check_like("noise", noise, "x", x)
-    low, high = log_std_bounds
-    check_number("log_std_bounds[0]", low)
-    check_number("log_std_bounds[1]", high, above=low)
     available.restrict("cpu", lambda: _backends.no_gradient_in(("noise", noise)))
     return available
