@@ -238,7 +238,7 @@ def test_networks_too_deep_for_the_kernels(layers: int, chosen: list[str]) -> No
 )
 @pytest.mark.parametrize("op", CALLS)
 def test_no_check_is_passed_by(op: str, change: Callable[[Tensor], Any], named: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=f"^(x|state|weights|omega).*{named}"):
+    with pytest.raises((TypeError, ValueError), match=f"^(x|state|weights|networks|omega).*{named}"):
         CALLS[op](change(torch.randn(4, 5)))
 
 
