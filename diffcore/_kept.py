@@ -16,8 +16,9 @@ R = TypeVar("R")
 def constant_under_compile(function: Callable[P, R]) -> Callable[P, R]:
     """Marks a function whose result torch.compile may take for a constant.
 
-    The same as ``torch.compiler.assume_constant_result``, which imports the whole compiler to set one
-    attribute: a second, in every process that never compiles.
+    Tensors come in a tuple: two that are the results themselves, in one graph, torch.compile takes
+    for one and fails. ``torch.compiler.assume_constant_result`` sets the same mark, but imports the
+    whole compiler for it: a second, in every process that never compiles.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

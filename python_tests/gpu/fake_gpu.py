@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
@@ -229,20 +229,13 @@ def _requires_grad(tensor: Tensor | None) -> bool:
 def _give_tables(patch: pytest.MonkeyPatch) -> None:
     """What is copied to the device once for a schedule and kept, before any capture."""
 
-    def table(*shape: int) -> Callable[..., Tensor]:
-        made = torch.empty(shape, device="cuda")
-        return lambda *args: made
+    def give(op: str, name: str, *columns: int) -> None:
+        made = tuple(torch.empty(SCHEDULE.K, n, device="cuda") for n in columns)
+        patch.setattr(importlib.import_module(f"diffcore.ops.{op}"), name, lambda *args: made)
 
-    steps, chain = SCHEDULE.K, importlib.import_module("diffcore.ops.reverse_diffusion")
-    patch.setattr(chain, "_coefficients", table(steps, 7))
-    patch.setattr(chain, "_embedding", table(steps, 32))
-    corruption = importlib.import_module("diffcore.ops.q_sample")
-    patch.setattr(corruption, "_levels", table(steps, 2))
-    loss, both = (
-        importlib.import_module("diffcore.ops.denoising_loss"),
-        (table(steps, 2)(), table(steps, 32)()),
-    )
-    patch.setattr(loss, "_tables", lambda *args: both)
+    give("reverse_diffusion", "_tables", 7, 32)
+    give("q_sample", "_levels", 2)
+    give("denoising_loss", "_tables", 2, 32)
 
 
 # -- calls -----------------------------------------------------------------------------------------

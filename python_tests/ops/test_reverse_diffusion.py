@@ -820,6 +820,27 @@ def test_a_callable_needs_a_start() -> None:
         ops.reverse_diffusion(lambda x, s, t: x, DiffusionSchedule.linear(4), torch.ones(2, 5))
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_compiles_with_chains_of_several_tables(known: bool) -> None:
+    """Each keeps its own constants; losses among them have tables as well."""
+    ours, state, x = nn.Denoiser(5, 3, 8), torch.randn(2, 5), torch.randn(2, 3)
+    denoiser = ours if known else lambda x, s, t: ours(x, s, t)
+    schedules = DiffusionSchedule.linear(4), DiffusionSchedule.cosine(4)
+    t, noise = torch.tensor([0, 3]), torch.randn(2, 3)
+    table = schedules[0].solver("ddim", steps=2)
+
+    def results(state: Tensor) -> list[Tensor]:
+        given = {"x_init": x, "noise_scale": 0.0}
+        acts = [ops.reverse_diffusion(denoiser, s, state, **given) for s in schedules]
+        fewer = ops.reverse_diffusion(denoiser, schedules[0], state, solver=table, **given)
+        losses = [ops.denoising_loss(denoiser, s, state, x, t=t, noise=noise) for s in schedules]
+        return [*acts, fewer, *losses]
+
+    compiled = torch.compile(results, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(state), results(state), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize(
     "solver", ["ddpm", DiffusionSchedule.linear(4).solver("ddim", steps=2)], ids=["name", "table"]

@@ -44,7 +44,7 @@ def q_sample(
     x0, noise = out_of_autocast(None, x0, noise)
     chosen = _dispatch.choose("q_sample", support(x0, t, noise, schedule), backend)
     if chosen != "reference":
-        arguments = (x0, t, noise, cached_levels(schedule, x0.device), chosen)
+        arguments = (x0, t, noise, *_levels(schedule, x0.device), chosen)
         if _native.differentiates(x0, noise):
             sample: Tensor = _native.apply(native.QSample, *arguments)
             return sample
@@ -56,6 +56,11 @@ def q_sample(
 
 
 @constant_under_compile
+def _levels(schedule: DiffusionSchedule, device: torch.device) -> tuple[Tensor]:
+    """``cached_levels``."""
+    return (cached_levels(schedule, device),)
+
+
 @kept
 def cached_levels(schedule: DiffusionSchedule, device: torch.device) -> Tensor:
     """float32 ``[K, 2]`` by level: what x0 and the noise are multiplied by."""
@@ -63,9 +68,7 @@ def cached_levels(schedule: DiffusionSchedule, device: torch.device) -> Tensor:
     return torch.stack([abar.sqrt(), (1 - abar).sqrt()], dim=1).to(device, torch.float32)
 
 
-def support(
-    x0: Tensor, t: Tensor, noise: Tensor, schedule: DiffusionSchedule
-) -> _dispatch.Support:
+def support(x0: Tensor, t: Tensor, noise: Tensor, schedule: DiffusionSchedule) -> _dispatch.Support:
     """Checks the arguments and says which backends can take them."""
     check_tensor("x0", x0, ("B", *x0.shape[1:]) if isinstance(x0, Tensor) else ("B",))
     check_tensor("noise", noise, tuple(x0.shape))

@@ -117,8 +117,7 @@ def reverse_diffusion(
 
     assert ours is not None
     settings = (
-        _coefficients(schedule, solver, state.device),
-        _embedding(schedule, solver, ours.time_dim, state.device),
+        *_tables(schedule, solver, ours.time_dim, state.device),
         noise_scale,
         clip,
         ours.activation,
@@ -128,10 +127,6 @@ def reverse_diffusion(
     if _native.differentiates(state, x_init, noise, *parameters):
         return _native.apply(native.Chain, *inputs, *settings, chosen, *parameters)[0]
     return chain(*inputs, parameters, *settings, False, chosen)[0]
-
-
-def _table(schedule: DiffusionSchedule, solver: str | SolverTable) -> SolverTable:
-    return schedule.solver(solver) if isinstance(solver, str) else solver
 
 
 @constant_under_compile
@@ -159,26 +154,19 @@ def _same_levels(schedule: DiffusionSchedule, other: DiffusionSchedule) -> bool:
 @kept
 def _steps(schedule: DiffusionSchedule, solver: str | SolverTable) -> tuple[Tensor, Tensor]:
     """The table's timesteps and coefficients."""
-    table = _table(schedule, solver)
+    table = schedule.solver(solver) if isinstance(solver, str) else solver
     return table.timesteps, table.coefficients
 
 
 @constant_under_compile
 @kept
-def _coefficients(
-    schedule: DiffusionSchedule, solver: str | SolverTable, device: torch.device
-) -> Tensor:
-    """float32 ``[steps, 7]``."""
-    return _table(schedule, solver).coefficients.to(device, torch.float32)
-
-
-@constant_under_compile
-@kept
-def _embedding(
-    schedule: DiffusionSchedule, solver: str | SolverTable, dim: int, device: torch.device
-) -> Tensor:
-    """float32 ``[steps, dim]``: the time embedding of every executed step."""
-    return nn.time_embedding(_table(schedule, solver).timesteps, dim).to(device, torch.float32)
+def _tables(
+    schedule: DiffusionSchedule, solver: str | SolverTable, time_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """By executed step: coefficients ``[steps, 7]``, the time embedding ``[steps, time_dim]``."""
+    timesteps, coefficients = _steps(schedule, solver)
+    embedding = nn.time_embedding(timesteps, time_dim)
+    return coefficients.to(device, torch.float32), embedding.to(device, torch.float32)
 
 
 def _check_settings(
