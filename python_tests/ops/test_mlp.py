@@ -160,13 +160,17 @@ def test_awkward_sizes_in_bfloat16(isa: str, batch: int, widths: list[int]) -> N
 
 def test_bfloat16_rounds_like_torch(isa: str) -> None:
     """x on the way in and grad_y on the way back; every value passes through one product."""
-    values = torch.cat([torch.randn(500) * 10.0**e for e in range(-30, 30, 6)])[:, None]
-    weight, bias = torch.ones(1, 1), torch.zeros(1)
+    between = 1 + torch.arange(1, 64, 2) / 256  # of two neighbours, of which the even one is taken
+    values = torch.cat([torch.randn(500) * 10.0**e for e in range(-30, 30, 6)] + [between, -between])
+    values, weight, bias = values[:, None], torch.ones(1, 1), torch.zeros(1)
     y, grad_x, *_ = run(
         values, ([weight], [bias], ["identity"]), values, "cpu", compute_dtype=torch.bfloat16
     )
     for result in (y, grad_x):
         assert torch.equal(result, values.bfloat16().float())
+    as_weights = ([values], [torch.zeros(len(values))], ["identity"])
+    y, *_ = run(weight, as_weights, values.T, "cpu", compute_dtype=torch.bfloat16)
+    assert torch.equal(y, values.bfloat16().float().T)
     quiet, signalling = 0x7FC00000, 0x7F800001  # of which the upper half alone is infinity
     nans = torch.tensor([quiet, signalling, quiet - 2**31], dtype=torch.int32).view(torch.float32)
     y = ops.mlp(nans[:, None], [weight], [bias], ["identity"], compute_dtype=torch.bfloat16)
