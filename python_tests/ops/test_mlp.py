@@ -372,6 +372,17 @@ def test_only_wanted_gradients(compute_dtype: torch.dtype) -> None:
         parameter.requires_grad_(False)
 
 
+def test_a_call_may_want_more_than_the_one_before() -> None:
+    """A gradient in x, for which the first layer is packed the other way round as well."""
+    weights, biases, activations = make_layers([4, 8, 3])
+    x, grad_y = torch.randn(6, 4), torch.ones(6, 3)
+    for parameter in (*weights, *biases):
+        parameter.requires_grad_()
+    ops.mlp(x, weights, biases, activations, backend="cpu").backward(grad_y)
+    ours = run(x, (weights, biases, activations), grad_y, "cpu")
+    torch.testing.assert_close(ours, run(x, (weights, biases, activations), grad_y, "reference"))
+
+
 @pytest.mark.parametrize("how", ["in place", "data", "numpy", "fused Adam"])
 def test_changed_weights_are_seen(how: str) -> None:
     """However they were changed: torch's fused Adam and `.data` don't even tell autograd."""
