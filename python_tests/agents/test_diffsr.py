@@ -355,6 +355,31 @@ def test_one_critic_step_follows_its_equation() -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
+def test_the_gram_regulariser_counts_with_its_weight() -> None:
+    agent = make_agent(gram_weight=0.3)
+    batch = dataclasses.replace(random_batch(), mask=torch.zeros(16, 1))
+    twin = copy.deepcopy(agent)
+    features = twin.representation.psi(batch.state, batch.action).detach()
+    loss, _ = twin.critic.loss(features, batch.reward)
+    total = loss + 0.3 * twin.gram_regularizer(features)
+    gradients = torch.autograd.grad(total, [*twin.critic.parameters()])
+    metrics = agent.update_critic(batch)
+    expected = torch.cat([g.flatten() for g in gradients]).norm()
+    torch.testing.assert_close(metrics["critic_grad_norm"], expected)
+
+
+def test_every_optimizer_has_its_learning_rate_and_epsilon() -> None:
+    agent = make_agent(lr=0.25, representation_lr=0.5, adam_eps=1e-3)
+    settings = {
+        name: [(group["lr"], group["eps"]) for group in part.param_groups]
+        for name, part in agent.parts().items()
+        if isinstance(part, torch.optim.Optimizer)
+    }
+    assert settings.pop("representation_optimizer") == [(0.5, 1e-3)]
+    assert settings.keys() == {f"{name}_optimizer" for name in ("critic", "actor", "temperature")}
+    assert all(group == [(0.25, 1e-3)] for group in settings.values())
+
+
 def test_one_step_of_actor_and_temperature_follows_its_equation() -> None:
     agent, batch = make_agent(initial_temperature=0.3), random_batch()
     twin = copy.deepcopy(agent.actor)

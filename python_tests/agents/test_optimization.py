@@ -238,6 +238,16 @@ def test_hooks_run_at_every_step(fused: bool) -> None:
     assert ran == ["before", "after"] * STEPS
 
 
+def test_the_profiler_sees_every_step() -> None:
+    twins = Twins()
+    with torch.profiler.profile() as profile:
+        for _ in range(STEPS):
+            twins.step(*PARTS)
+    seen = {event.key: event.count for event in profile.key_averages()}
+    steps = [seen.get(f"Optimizer.step#{name}.step") for name in ("FusedAdam", "Adam")]
+    assert steps == [STEPS, STEPS]
+
+
 @pytest.mark.skipif(_native._core is None, reason="needs the compiled module")
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 63, 64, 65, 4095, 4096, 4097, 10_001])
 def test_a_norm_that_is_only_reported(isa: str, size: int) -> None:

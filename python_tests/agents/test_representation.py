@@ -84,6 +84,20 @@ def test_the_corrector_runs_where_the_levels_end_far_from_noise(levels: str, ste
     assert torch.equal(by_default, stated)
 
 
+def test_the_corrector_stays_at_the_noisiest_level() -> None:
+    asked = []
+
+    class Watched(KnownScore):
+        def predicted_noise(self, psi: Tensor, perturbed: Tensor, level: Tensor) -> Tensor:
+            asked.append(int(level[0]))
+            return super().predicted_noise(psi, perturbed, level)
+
+    model = Watched(1, 1, schedule=DiffusionSchedule.linear(4), feature_dim=4)
+    state = torch.zeros(3, 1)
+    model.sample_next_state(state, state, corrector_steps=2)
+    assert asked == [3, 3, 3, 2, 1, 0]
+
+
 def test_what_is_drawn_follows_the_generator_and_keeps_gradients_out() -> None:
     agent = make_kind("diffsr-paper")
     state, action = torch.randn(5, OBSERVATION_DIM), torch.rand(5, ACTION_DIM)
@@ -106,8 +120,18 @@ def test_next_states_keep_their_bound(kind: str) -> None:
     agent = make_kind(kind)
     state, action = 5 * torch.randn(50, OBSERVATION_DIM), torch.rand(50, ACTION_DIM)
     bounded = agent.sample_next_state(state, action, clip=0.3)
-    assert float(bounded.abs().max()) <= 0.3 * (1 + 1e-6)
+    assert float(bounded.abs().max()) == pytest.approx(0.3)
     assert float(agent.sample_next_state(state, action).abs().max()) > 0.3
+
+
+def test_levels_are_drawn_uniformly() -> None:
+    schedule = DiffusionSchedule.cosine(5)
+    representation = DiffusionRepresentation(3, 2, schedule=schedule, feature_dim=4)
+    generator = torch.Generator().manual_seed(0)
+    level = representation.perturb(torch.zeros(5000, 3), generator=generator).level
+    counts = level.bincount(minlength=5)
+    assert len(counts) == 5
+    assert ((counts - 1000).abs() < 150).all()
 
 
 def test_no_states_give_no_next_states() -> None:

@@ -160,13 +160,17 @@ def test_awkward_sizes_in_bfloat16(isa: str, batch: int, widths: list[int]) -> N
 
 def test_bfloat16_rounds_like_torch(isa: str) -> None:
     """x on the way in and grad_y on the way back; every value passes through one product."""
-    values = torch.cat([torch.randn(500) * 10.0**e for e in range(-30, 30, 6)])[:, None]
-    weight, bias = torch.ones(1, 1), torch.zeros(1)
+    between = 1 + torch.arange(1, 64, 2) / 256  # of two neighbours, of which the even one is taken
+    values = torch.cat([torch.randn(500) * 10.0**e for e in range(-30, 30, 6)] + [between, -between])
+    values, weight, bias = values[:, None], torch.ones(1, 1), torch.zeros(1)
     y, grad_x, *_ = run(
         values, ([weight], [bias], ["identity"]), values, "cpu", compute_dtype=torch.bfloat16
     )
     for result in (y, grad_x):
         assert torch.equal(result, values.bfloat16().float())
+    as_weights = ([values], [torch.zeros(len(values))], ["identity"])
+    y, *_ = run(weight, as_weights, values.T, "cpu", compute_dtype=torch.bfloat16)
+    assert torch.equal(y, values.bfloat16().float().T)
     quiet, signalling = 0x7FC00000, 0x7F800001  # of which the upper half alone is infinity
     nans = torch.tensor([quiet, signalling, quiet - 2**31], dtype=torch.int32).view(torch.float32)
     y = ops.mlp(nans[:, None], [weight], [bias], ["identity"], compute_dtype=torch.bfloat16)
@@ -367,6 +371,17 @@ def test_only_wanted_gradients(compute_dtype: torch.dtype) -> None:
         ops.mlp(x.detach(), weights, biases, activations, **settings).sum().backward()
         assert torch.equal(parameter.grad, expected)
         parameter.requires_grad_(False)
+
+
+def test_a_call_may_want_more_than_the_one_before() -> None:
+    """A gradient in x, for which the first layer is packed the other way round as well."""
+    weights, biases, activations = make_layers([4, 8, 3])
+    x, grad_y = torch.randn(6, 4), torch.ones(6, 3)
+    for parameter in (*weights, *biases):
+        parameter.requires_grad_()
+    ops.mlp(x, weights, biases, activations, backend="cpu").backward(grad_y)
+    ours = run(x, (weights, biases, activations), grad_y, "cpu")
+    torch.testing.assert_close(ours, run(x, (weights, biases, activations), grad_y, "reference"))
 
 
 @pytest.mark.parametrize("how", ["in place", "data", "numpy", "fused Adam"])

@@ -422,6 +422,16 @@ def test_autocast() -> None:
     assert encoder.weight.grad.abs().max() > 0
 
 
+def test_the_way_back_of_a_gpu_s_chain_is_float32_under_autocast() -> None:
+    """It is made of torch's own products, which run here as well."""
+    (state, *rest), settings = op_arguments(4, True)
+    _, trajectory = chain(state, *rest, *settings, "float32", True, "cpu")
+    arguments = (torch.randn(4, 3), trajectory, state, rest[-1], *settings, True, "triton")
+    expected = chain_backward.kernel(*arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(map(torch.equal, chain_backward.kernel(*arguments), expected))
+
+
 def test_autocast_of_the_reference() -> None:
     """There the network's layers run in autocast's precision, as anywhere in eager PyTorch."""
     policy, inputs = Policy(nn.Denoiser(5, 3, 8), backend="reference"), draw()

@@ -268,6 +268,12 @@ def test_acting(name: str, tiny_run: MakeConfig, console: Console) -> None:
         agent.act(observation, explore=True, deterministic=True)
 
 
+def test_exploring_actions_keep_their_bounds() -> None:
+    agent = SB3TD3(3, 1, TD3Config(exploration_noise=5.0), seed=0)
+    actions = agent.act(torch.zeros(200, 3), explore=True)
+    assert (actions.min(), actions.max()) == (-1.0, 1.0)
+
+
 def test_the_weights_are_those_that_act(tiny_run: MakeConfig, console: Console) -> None:
     def keys(name: str) -> set[str]:
         run = train(tiny_run(name, total_steps=20), SMALL[name], console=console).run
