@@ -294,7 +294,7 @@ S, A, T = torch.randn(9, 5), torch.randn(9, 3), torch.arange(9)
 PSI, TARGET, LEVEL = torch.randn(9, 6), torch.randn(9, 1), torch.rand(9, 1)
 
 #: Calls that have a backend: a module, what to call of it, and with what.
-CALLS: dict[str, tuple[Callable[[], Any], str, tuple[Tensor, ...]]] = {
+WITH_BACKENDS: dict[str, tuple[Callable[[], Any], str, tuple[Tensor, ...]]] = {
     "mlp": (lambda: nn.MLP(5, 8, 2), "forward", (S,)),
     "hidden": (lambda: nn.MLP(5, 8, 2), "hidden", (S,)),
     "denoiser": (lambda: nn.Denoiser(5, 3, 8), "forward", (A, S, T)),
@@ -314,7 +314,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str, tuple[Tensor, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", WITH_BACKENDS)
 def test_every_op_of_a_call_runs_on_its_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     choose, forced = _dispatch.choose, []
 
@@ -324,7 +324,7 @@ def test_every_op_of_a_call_runs_on_its_backend(name: str, monkeypatch: pytest.M
 
     monkeypatch.setattr(_dispatch, "choose", watched)
     monkeypatch.setattr(_backends, "may_go_straight", lambda *_: False)  # past choose
-    make, method, arguments = CALLS[name]
+    make, method, arguments = WITH_BACKENDS[name]
     getattr(make(), method)(*arguments, backend="reference")
     assert {*forced} == {"reference"}
 
