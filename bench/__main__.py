@@ -133,6 +133,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         say(str(case))
         errors = {v.name: case.check(v.name) for v in case.variants}
         timings = measure.interleave(case.variants, seconds=options.seconds, least=rounds)
+        case.check_kernels()
         for name, timing in timings.items():
             results["rows"].append(
                 {

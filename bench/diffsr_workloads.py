@@ -28,10 +28,12 @@ from workloads import (
     SIZES,
     Case,
     Error,
+    Result,
     Rivals,
     Variant,
     change_weights,
     flat,
+    forward_and_backward,
     random_replay,
 )
 
@@ -52,9 +54,6 @@ CHECK_EPS = 1e-3
 """Adam's epsilon in checks of an update: with 1e-8 it makes a full step of a gradient that is all
 rounding."""
 
-Result = Sequence[Tensor]
-"""What an op returns, then its gradients."""
-
 
 def in_scale(result: Result, scales: Sequence[float]) -> Tensor:
     """The result as one vector, each tensor divided by its scale: errors become relative."""
@@ -64,14 +63,6 @@ def in_scale(result: Result, scales: Sequence[float]) -> Tensor:
 def scales_of(result: Result) -> list[float]:
     """Each tensor's root mean square."""
     return [r.detach().square().mean().sqrt().item() for r in result]
-
-
-def forward_and_backward(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
-) -> Result:
-    """The function's value and its gradients at all inputs."""
-    y = function(*inputs)
-    return y, *torch.autograd.grad(y, inputs, grad.to(y.dtype))
 
 
 def rff_features_case(batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
@@ -228,7 +219,8 @@ def soft_value_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Cas
     temperature = torch.tensor(0.1)
     as_written = eager_diffsr.Actor(eager.sequential(policy.trunk), policy.log_std_bounds)
     heads = eager_diffsr.RFFCritic(*(eager.sequential(q.head) for q in (critics.q1, critics.q2)))
-    eager_judges = eager.sequential(psi.trunk), heads
+    trained = copy.deepcopy(nn.ModuleList([eager.sequential(psi.trunk), heads])).requires_grad_()
+    frozen = copy.deepcopy(trained).requires_grad_(False)
     in_bf16, *bf16_judges = copy.deepcopy([policy, psi, critics])
     for network in (in_bf16.trunk, bf16_judges[0].trunk):
         network.compute_dtype = torch.bfloat16
@@ -257,11 +249,10 @@ def soft_value_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Cas
 
     def trained_judges() -> Result:
         """As the authors have it: the judges' gradients are computed too, and thrown away."""
-        networks = nn.ModuleList([as_written, *eager_judges]).requires_grad_()
-        value = by_distribution(as_written, *eager_judges, state, torch.randn_like(noise))
-        return torch.autograd.grad(value, list(networks.parameters()), allow_unused=True)
+        value = by_distribution(as_written, *trained, state, torch.randn_like(noise))
+        wanted = [*as_written.parameters(), *trained.parameters()]
+        return torch.autograd.grad(value, wanted, allow_unused=True)
 
-    frozen = nn.ModuleList(copy.deepcopy(eager_judges)).requires_grad_(False)
     scales = scales_of(run(by_distribution, as_written, *frozen, state, noise))
 
     def variant(

@@ -6,9 +6,10 @@ import copy
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import eager
 import torch
@@ -18,6 +19,7 @@ from torch.nn.functional import mse_loss
 from diffcore import DiffusionSchedule, ops
 from diffcore.agents import DIPO, DIPOConfig
 from diffcore.nn import Denoiser, TwinCritic
+from diffcore.ops import _dispatch
 from diffcore.training import ReplayBuffer
 
 BASELINE = "eager, as written"
@@ -63,6 +65,9 @@ class Rivals(NamedTuple):
         """The variants that take part; None stands for one that couldn't be made."""
         return tuple(v for v in variants if v and (self.compiled or v.name != COMPILED))
 
+
+Result = Sequence[Tensor]
+"""What an op returns, then its gradients."""
 
 ALL_RIVALS = Rivals()
 NO_RIVALS = Rivals(compiled=False, jax=False)
@@ -153,6 +158,25 @@ class Case:
                 f"{self}: {name!r} has the error {error}, allowed is {bound}"
             )
         return error
+
+    def check_kernels(self) -> None:
+        """Ask it once all variants were timed: one may change what another one works on.
+
+        Raises:
+            WrongResultError: a call of ours, or a part of one, runs on the reference.
+        """
+        for variant in self.variants:
+            if variant.name in (OURS, OURS_NEW_WEIGHTS, OURS_BF16):
+                choose = functools.partial(_kernel, f"{self}: {variant.name!r}", _dispatch.choose)
+                with mock.patch.object(_dispatch, "choose", choose):
+                    variant.call()
+
+
+def _kernel(what: str, choose: Callable[..., str], op: str, *settings: Any) -> str:
+    chosen = choose(op, *settings)
+    if chosen == "reference":
+        raise WrongResultError(f"{what} runs {op} on the reference")
+    return chosen
 
 
 def reverse_diffusion_case(env: str, batch: int, steps: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
@@ -353,18 +377,22 @@ def mlp_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
     in_bf16 = copy.deepcopy(model)
     in_bf16.compute_dtype = torch.bfloat16
 
-    def gradients(run: Callable[[Tensor], Tensor], of: nn.Module, x: Tensor = x) -> Tensor:
-        y = run(x).sum()
-        parameters = list(of.parameters())
-        return torch.cat([g.flatten() for g in torch.autograd.grad(y, [x, *parameters])])
+    grad = torch.ones(batch, 1)
+
+    def call_of(run: Callable[[Tensor], Tensor], of: nn.Module, x: Tensor) -> Callable[[], Result]:
+        inputs = [x, *of.parameters()]
+        return lambda: forward_and_backward(lambda x, *_: run(x), inputs, grad)
+
+    def gradients(result: Result) -> Tensor:
+        return flat(result[1:])
 
     def exact() -> Tensor:
         double = copy.deepcopy(as_written).double()
-        return gradients(double, double, x.double())
+        return gradients(call_of(double, double, x.detach().double().requires_grad_())())
 
     def same(name: str, run: Callable[[Tensor], Tensor], of: nn.Module, **more: Any) -> Variant:
-        call = functools.partial(gradients, run, of)
-        return Variant(name, call, call, **more)
+        call = call_of(run, of, x)
+        return Variant(name, call, lambda: gradients(call()), **more)
 
     def in_jax() -> Variant | None:
         if not (jax := rivals.jax_baselines()):
@@ -373,9 +401,8 @@ def mlp_case(env: str, batch: int, *, rivals: Rivals = ALL_RIVALS) -> Case:
         def of_parameters(x: Any, *parameters: Any) -> Any:
             return jax.mlp(x, jax.as_layers(parameters))
 
-        inputs = [x, *model.parameters()]
-        call = jax.ForwardAndBackward(of_parameters, inputs, torch.ones(batch, 1))
-        return Variant(JAX, call, lambda: flat(call.on()[1:]))
+        call = jax.ForwardAndBackward(of_parameters, [x, *model.parameters()], grad)
+        return Variant(JAX, call, lambda: gradients(call.on()))
 
     variants = [
         same(BASELINE, as_written, as_written),
@@ -432,6 +459,14 @@ class Update:
         before = flat(self.module.parameters())
         self()
         return (flat(self.module.parameters()) - before) / self.lr
+
+
+def forward_and_backward(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
+) -> Result:
+    """The function's value and its gradients at all inputs."""
+    y = function(*inputs)
+    return y, *torch.autograd.grad(y, inputs, grad.to(y.dtype))
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
