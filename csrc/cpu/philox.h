@@ -14,18 +14,40 @@ constexpr int philox_lanes = 32;
 
 // Ten rounds on `philox_lanes` counters at once, in place.
 DIFFCORE_INLINE void philox_rounds(uint64_t seed, uint32_t (&c)[4][philox_lanes]) {
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    for (int l = 0; l < philox_lanes; ++l) {
-      const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c[0][l];
-      const uint64_t p1 = static_cast<uint64_t>(0xCD9E8D57u) * c[2][l];
-      c[0][l] = static_cast<uint32_t>(p1 >> 32) ^ c[1][l] ^ key0;
-      c[1][l] = static_cast<uint32_t>(p1);
-      c[2][l] = static_cast<uint32_t>(p0 >> 32) ^ c[3][l] ^ key1;
-      c[3][l] = static_cast<uint32_t>(p0);
+  // A product is twice as wide as what is multiplied, so every vector of counters is two: the even ones and
+  // the odd ones, in the lower halves of 64-bit words. What gets into the upper halves nobody reads.
+  constexpr int count = vectors_at_once;
+  for (int first = 0; first < philox_lanes; first += count / 2 * W) {
+    Words word[4][count];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < count; v += 2) {
+        memcpy(&word[i][v], c[i] + first + v / 2 * W, sizeof(Words));
+        word[i][v + 1] = word[i][v] >> 32;
+      }
+    const Words multiplier0 = Words{} + 0xD2511F53u, multiplier1 = Words{} + 0xCD9E8D57u;
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll 4
+      for (int v = 0; v < count; ++v) {
+        const Words p0 = low_products(word[0][v], multiplier0);
+        const Words p1 = low_products(word[2][v], multiplier1);
+        word[0][v] = p1 >> 32 ^ word[1][v] ^ (Words{} + key0);
+        word[1][v] = p1;
+        word[2][v] = p0 >> 32 ^ word[3][v] ^ (Words{} + key1);
+        word[3][v] = p0;
+      }
+      key0 += 0x9E3779B9u;
+      key1 += 0xBB67AE85u;
     }
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < count; v += 2) {
+        const Words both = (word[i][v] & 0xffffffffu) | word[i][v + 1] << 32;
+        memcpy(c[i] + first + v / 2 * W, &both, sizeof both);
+      }
   }
 }
 
@@ -85,7 +107,7 @@ static inline void fill_normals(uint64_t seed, uint32_t first_step, int steps, i
       philox_rounds(seed, c);
       float z[4][philox_lanes];
       box_muller(c[0], c[1], z[0], z[1]);
-      box_muller(c[2], c[3], z[2], z[3]);
+      if (columns - column > 2) box_muller(c[2], c[3], z[2], z[3]);
       write_block(z, count, columns - column, out + column, out_stride);
     }
     out += count * out_stride;

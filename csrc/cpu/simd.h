@@ -13,6 +13,8 @@
 #include <immintrin.h>
 #elif defined(DIFFCORE_ISA_NEON)
 #include <arm_neon.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #define DIFFCORE_INLINE static inline __attribute__((always_inline))
@@ -493,6 +495,22 @@ DIFFCORE_INLINE Vec first_of_pairs(Vec a) { return {(Float4)((Word4)a.v << 16)};
 DIFFCORE_INLINE Vec second_of_pairs(Vec a) { return {(Float4)((Word4)a.v & 0xffff0000u)}; }
 
 #endif
+
+// A vector of 64-bit words, and the products of their lower halves.
+typedef uint64_t Words __attribute__((vector_size(4 * Vec::width)));
+DIFFCORE_INLINE Words low_products(Words a, Words b) {
+#if defined(DIFFCORE_ISA_AVX512)
+  return (Words)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(DIFFCORE_ISA_AVX2)
+  return (Words)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(DIFFCORE_ISA_NEON)
+  return (Words)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
+#elif defined(__SSE2__)
+  return (Words)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
 
 #if !defined(DIFFCORE_ISA_AVX512)
 // Divided: AVX2's and NEON's estimates have fewer bits, and other CPUs none.
