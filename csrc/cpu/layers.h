@@ -154,22 +154,44 @@ DIFFCORE_INLINE void end_pairs(Rows<typename Out::Input> out, int row, int count
   for (int i = 0; i < count; ++i) out.row(row + i)[width] = 0;
 }
 
+// A layer's rows in `out`: `finish` makes them of the sums, which lie there already where both are float32, and
+// else in memory of their own. Before a block's product `fetch` asks for what else `finish` needs.
+template <class In, class Out, class Fetch, class Finish>
+DIFFCORE_INLINE void linear_to(Rows<typename Out::Input> out, Rows<typename In::Input> x, int rows,
+                               const PackedLinear& layer, Offset offset, Fetch fetch,
+                               Finish finish) {
+  const auto prologue = [&](int row, int count, int column, int columns) {
+    prefetch_block(out, row, count, column, columns);
+    fetch(row, count, column, columns);
+  };
+  const auto epilogue = [&](int row, int count, int column, int columns, const float* sums,
+                            ptrdiff_t stride) {
+    finish(row, count, column, columns, sums, stride);
+    end_pairs<Out>(out, row, count, column, columns, layer.out);
+  };
+  if constexpr (Out::precision == Precision::float32) {
+    linear_in<In>(
+        [&](int row, int column, int) { return Place{out.row(row) + column, out.stride}; }, x.data,
+        x.stride, rows, layer, offset, prologue, epilogue);
+  } else {
+    linear<In>(x.data, x.stride, rows, layer, offset, prologue, epilogue);
+  }
+}
+
 // out = f(x W^T + offset), and where `slope` has memory slope = f'(...).
 template <class In, class Out>
 DIFFCORE_INLINE void linear_activate(Rows<typename In::Input> x, int rows,
                                      const PackedLinear& layer, Offset offset,
                                      ActivateFunction<Out> function, Rows<typename Out::Input> out,
                                      Rows<float> slope) {
-  linear<In>(
-      x.data, x.stride, rows, layer, offset,
+  linear_to<In, Out>(
+      out, x, rows, layer, offset,
       [&](int row, int count, int column, int columns) {
-        prefetch_block(out, row, count, column, columns);
         prefetch_block(slope, row, count, column, columns);
       },
       [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {
         function(sums, stride, count, columns, out.row(row) + column, out.stride,
                  slope.data ? slope.row(row) + column : nullptr, slope.stride);
-        end_pairs<Out>(out, row, count, column, columns, layer.out);
       });
 }
 
@@ -177,16 +199,13 @@ DIFFCORE_INLINE void linear_activate(Rows<typename In::Input> x, int rows,
 template <class In, class Out = Float32Operand>
 DIFFCORE_INLINE void linear_store(Rows<typename In::Input> x, int rows, const PackedLinear& layer,
                                   Offset offset, Rows<typename Out::Input> out) {
-  linear<In>(
-      x.data, x.stride, rows, layer, offset,
-      [&](int row, int count, int column, int columns) {
-        prefetch_block(out, row, count, column, columns);
-      },
+  linear_to<In, Out>(
+      out, x, rows, layer, offset, [](int, int, int, int) {},
       [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {
+        if (Out::precision == Precision::float32) return;
         for (int i = 0; i < count; ++i)
           for (int n = 0; n < columns; n += W)
             Out::store_activation(out.row(row + i) + column + n, load(sums + i * stride + n));
-        end_pairs<Out>(out, row, count, column, columns, layer.out);
       });
 }
 
@@ -196,11 +215,10 @@ DIFFCORE_INLINE void linear_multiply(Rows<typename In::Input> x, int rows,
                                      const PackedLinear& layer, Rows<float> factor,
                                      Rows<typename Out::Input> out) {
   if (!factor.data) return linear_store<In, Out>(x, rows, layer, bias_only(layer), out);
-  linear<In>(
-      x.data, x.stride, rows, layer, bias_only(layer),
+  linear_to<In, Out>(
+      out, x, rows, layer, bias_only(layer),
       [&](int row, int count, int column, int columns) {
         prefetch_block<For::reading>(factor, row, count, column, columns);
-        prefetch_block(out, row, count, column, columns);
       },
       [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {
         for (int i = 0; i < count; ++i)
@@ -208,7 +226,6 @@ DIFFCORE_INLINE void linear_multiply(Rows<typename In::Input> x, int rows,
             Out::store_activation(
                 out.row(row + i) + column + n,
                 load(sums + i * stride + n) * load(factor.row(row + i) + column + n));
-        end_pairs<Out>(out, row, count, column, columns, layer.out);
       });
 }
 

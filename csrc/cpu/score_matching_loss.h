@@ -96,11 +96,11 @@ static inline __attribute__((noinline)) void use_sums(const typename Operand::In
     for (int share = shares_of(depth); share > 0; --share) {
       aside();
       for (int end = k + side_step; k < end; ++k, at[0] += panel_width, at[1] += panel_width)
-        Operand::template multiply_add<rows, 2>(x, x_stride, k, at, sum);
+        add_product<Operand>(x, x_stride, k, at, sum);
     }
   }
   for (; k < depth; ++k, at[0] += panel_width, at[1] += panel_width)
-    Operand::template multiply_add<rows, 2>(x, x_stride, k, at, sum);
+    add_product<Operand>(x, x_stride, k, at, sum);
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) use(i, sum[i][0], sum[i][1]);
   use.finish();

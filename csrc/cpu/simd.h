@@ -33,6 +33,7 @@ using Mask = __mmask16;
 constexpr bool fma_rounds_once = true;
 // Rows of the register tile: 12 rows x 2 vectors + 2 weights + 1 input = 27 of 32 registers.
 constexpr int max_tile_rows = 12;
+constexpr int last_products = 3;  // taken row by row, see tile.h; with their weights 31 registers
 constexpr int max_narrow_rows = 6;
 constexpr int vectors_at_once = 4;  // that registers hold on their way through an activation
 
@@ -184,6 +185,7 @@ struct Mask {
 constexpr bool fma_rounds_once = true;
 // 6 rows x 2 vectors + 2 weights + 1 input = 15 of 16 registers.
 constexpr int max_tile_rows = 6;
+constexpr int last_products = 0;  // too few registers
 constexpr int max_narrow_rows = 3;
 constexpr int vectors_at_once = 2;
 
@@ -312,6 +314,7 @@ struct Mask {
 
 constexpr bool fma_rounds_once = true;
 constexpr int max_tile_rows = 8;
+constexpr int last_products = 0;  // not measured
 constexpr int max_narrow_rows = 6;
 constexpr int vectors_at_once = 4;
 
@@ -410,6 +413,7 @@ struct Mask {
 
 constexpr bool fma_rounds_once = false;
 constexpr int max_tile_rows = 4;
+constexpr int last_products = 0;  // too few registers
 constexpr int max_narrow_rows = 3;
 constexpr int vectors_at_once = 2;
 

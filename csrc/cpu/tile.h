@@ -42,21 +42,11 @@ struct Float32Operand {
   static constexpr bool whole_tiles = false, groups = true;
   static constexpr Precision precision = Precision::float32;
   DIFFCORE_INLINE int depth(int in) { return in; }
-  template <int rows, int vectors>
-  DIFFCORE_INLINE void multiply_add(const Input* x, ptrdiff_t x_stride, int k,
-                                    const Weight* const (&panel)[vectors],
-                                    Vec (&sum)[rows][vectors]) {
-    Vec w[vectors];
-#pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) w[j] = load(panel[j]);
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) {
-      const Vec xi = broadcast(x[i * x_stride + k]);
-#pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) sum[i][j] = fma(xi, w[j], sum[i][j]);
-    }
-  }
-  DIFFCORE_INLINE Vec multiply_add(Vec x, const Weight* w, Vec sum) { return fma(x, load(w), sum); }
+  using Factor = Vec;  // of a product: an input in every lane, or weights
+  DIFFCORE_INLINE Factor factor(Vec words) { return words; }
+  DIFFCORE_INLINE Factor load_input(const Input* x, int k) { return broadcast(x[k]); }
+  DIFFCORE_INLINE Factor load_weights(const Weight* p) { return load(p); }
+  DIFFCORE_INLINE Vec multiply_add(Factor x, Factor w, Vec sum) { return fma(x, w, sum); }
   DIFFCORE_INLINE void store_activation(Input* p, Vec value) { store(p, value); }
   DIFFCORE_INLINE Weight weight(float first, float) { return first; }
 };
@@ -95,49 +85,32 @@ struct Bfloat16Operand {
     for (int c = 0; c < Vec::width; ++c) p[c] = weight(first[c], second[c]);
   }
 #if defined(DIFFCORE_NATIVE_BF16)
-  template <int rows, int vectors>
-  DIFFCORE_INLINE void multiply_add(const Input* x, ptrdiff_t x_stride, int k,
-                                    const Weight* const (&panel)[vectors],
-                                    Vec (&sum)[rows][vectors]) {
-    __m512bh w[vectors];
-#pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) w[j] = (__m512bh)_mm512_loadu_si512(panel[j]);
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) {
-      int32_t pair;
-      memcpy(&pair, x + i * x_stride + 2 * k, sizeof pair);
-      const __m512bh xi = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) sum[i][j].v = _mm512_dpbf16_ps(sum[i][j].v, w[j], xi);
-    }
+  using Factor = __m512bh;
+  DIFFCORE_INLINE Factor factor(Vec words) { return (__m512bh)words.v; }
+  DIFFCORE_INLINE Factor load_input(const Input* x, int k) {
+    int32_t pair;
+    memcpy(&pair, x + 2 * k, sizeof pair);
+    return (__m512bh)_mm512_set1_epi32(pair);
   }
-  DIFFCORE_INLINE Vec multiply_add(Vec x, const Weight* w, Vec sum) {
-    return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_loadu_si512(w), (__m512bh)x.v)};
+  DIFFCORE_INLINE Factor load_weights(const Weight* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  DIFFCORE_INLINE Vec multiply_add(Factor x, Factor w, Vec sum) {
+    return {_mm512_dpbf16_ps(sum.v, w, x)};
   }
 #else
-  template <int rows, int vectors>
-  DIFFCORE_INLINE void multiply_add(const Input* x, ptrdiff_t x_stride, int k,
-                                    const Weight* const (&panel)[vectors],
-                                    Vec (&sum)[rows][vectors]) {
-    Vec w0[vectors], w1[vectors];
-#pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) {
-      const Vec pairs = load_pairs(panel[j]);
-      w0[j] = first_of_pairs(pairs);
-      w1[j] = second_of_pairs(pairs);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) {
-      uint32_t pair;
-      memcpy(&pair, x + i * x_stride + 2 * k, sizeof pair);
-      const Vec pairs = broadcast_pair(pair);
-      const Vec x0 = first_of_pairs(pairs), x1 = second_of_pairs(pairs);
-#pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) {
-        sum[i][j] = fma(x1, w1[j], sum[i][j]);
-        sum[i][j] = fma(x0, w0[j], sum[i][j]);
-      }
-    }
+  struct Factor {
+    Vec first, second;
+  };
+  DIFFCORE_INLINE Factor factor(Vec pairs) {
+    return {first_of_pairs(pairs), second_of_pairs(pairs)};
+  }
+  DIFFCORE_INLINE Factor load_input(const Input* x, int k) {
+    uint32_t pair;
+    memcpy(&pair, x + 2 * k, sizeof pair);
+    return factor(broadcast_pair(pair));
+  }
+  DIFFCORE_INLINE Factor load_weights(const Weight* p) { return factor(load_pairs(p)); }
+  DIFFCORE_INLINE Vec multiply_add(Factor x, Factor w, Vec sum) {
+    return fma(x.first, w.first, fma(x.second, w.second, sum));
   }
 #endif
 };
@@ -382,16 +355,78 @@ constexpr int sum_chunk = W < 8 ? 64 : 256;
 // its own. Where chunks are short most sums have several, and those registers anyway.
 constexpr int first_chunk = W < 8 ? 0 : sum_chunk;
 
-// Adds products [first, end) of each row to its sums, and moves the panels on behind them.
+// sum += product k of each row.
 template <class Operand, int rows, int vectors>
-DIFFCORE_INLINE void add_products(const typename Operand::Input* x, ptrdiff_t x_stride, int first,
+DIFFCORE_INLINE void add_product(const typename Operand::Input* x, ptrdiff_t x_stride, int k,
+                                 const typename Operand::Weight* const (&panel)[vectors],
+                                 Vec (&sum)[rows][vectors]) {
+  typename Operand::Factor w[vectors];
+#pragma GCC unroll 8
+  for (int j = 0; j < vectors; ++j) w[j] = Operand::load_weights(panel[j]);
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) {
+    const typename Operand::Factor xi = Operand::load_input(x + i * x_stride, k);
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) sum[i][j] = Operand::multiply_add(xi, w[j], sum[i][j]);
+  }
+}
+
+// How many products a row's sums get at a time in the end, where the tile is large. Each row's stores then come
+// between other rows' products; all at once Zen 5 does them while the multipliers wait, 46 of 814 clock ticks
+// for a tile of 64 products.
+template <class Operand, int rows, int vectors>
+constexpr int products_by_rows =
+    rows * vectors >= 16 && sizeof(typename Operand::Factor) == sizeof(Vec) ? last_products : 0;
+
+// Sums of products [first, end) of each row: begin(i, j) is where they start from, finish(i, j, sum) gets them.
+// Moves the panels on behind them.
+template <class Operand, int rows, int vectors, class Begin, class Finish>
+DIFFCORE_INLINE void sum_products(const typename Operand::Input* x, ptrdiff_t x_stride, int first,
                                   int end, const typename Operand::Weight* (&panel)[vectors],
-                                  ptrdiff_t panel_step, Vec (&sum)[rows][vectors]) {
-  for (int k = first; k < end; ++k) {
-    Operand::template multiply_add<rows, vectors>(x, x_stride, k, panel, sum);
+                                  ptrdiff_t panel_step, Begin begin, Finish finish) {
+  Vec sum[rows][vectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) sum[i][j] = begin(i, j);
+  constexpr int by_rows = products_by_rows<Operand, rows, vectors>;
+  const bool stepwise = end - first < by_rows;
+  int k = first;
+  for (const int last = stepwise ? end : end - by_rows; k < last; ++k) {
+    add_product<Operand>(x, x_stride, k, panel, sum);
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) panel[j] += panel_step;
   }
+  if constexpr (by_rows > 0) {
+    if (!stepwise) {
+      typename Operand::Factor w[by_rows][vectors];
+#pragma GCC unroll 4
+      for (int c = 0; c < by_rows; ++c)
+#pragma GCC unroll 8
+        for (int j = 0; j < vectors; ++j)
+          w[c][j] = Operand::load_weights(panel[j] + c * panel_step);
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j) panel[j] += by_rows * panel_step;
+#pragma GCC unroll 16
+      for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+        for (int c = 0; c < by_rows; ++c) {
+          const typename Operand::Factor xi = Operand::load_input(x + i * x_stride, k + c);
+#pragma GCC unroll 8
+          for (int j = 0; j < vectors; ++j)
+            sum[i][j] = Operand::multiply_add(xi, w[c][j], sum[i][j]);
+        }
+#pragma GCC unroll 8
+        for (int j = 0; j < vectors; ++j) finish(i, j, sum[i][j]);
+        asm volatile("" ::: "memory");  // the compiler leaves the stores here
+      }
+      return;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) finish(i, j, sum[i][j]);
 }
 
 // Sums of `rows` rows and `vectors` vectors of outputs, into `out`. Row k of a panel lies
@@ -401,38 +436,26 @@ static inline __attribute__((noinline)) void tile_sums(
     const typename Operand::Input* __restrict x, ptrdiff_t x_stride, int depth,
     const typename Operand::Weight* __restrict panels, ptrdiff_t panel_step, Offset offset,
     float* __restrict out, ptrdiff_t out_stride) {
-  Vec sum[rows][vectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) {
-      sum[i][j] = load(offset.bias + j * W);
-      if (offset.rows) sum[i][j] = sum[i][j] + load(offset.rows + i * offset.stride + j * W);
-    }
-  }
   const typename Operand::Weight* panel[vectors];
 #pragma GCC unroll 8
   for (int j = 0; j < vectors; ++j)
     panel[j] = panels + static_cast<ptrdiff_t>(j / 2) * depth * panel_width + (j % 2) * W;
-  add_products<Operand>(x, x_stride, 0, depth < first_chunk ? depth : first_chunk, panel,
-                        panel_step, sum);
+  sum_products<Operand, rows>(
+      x, x_stride, 0, depth < first_chunk ? depth : first_chunk, panel, panel_step,
+      [=](int i, int j) {
+        const Vec bias = load(offset.bias + j * W);
+        return offset.rows ? bias + load(offset.rows + i * offset.stride + j * W) : bias;
+      },
+      [=](int i, int j, Vec sum) { store(out + i * out_stride + j * W, sum); });
   for (int k = first_chunk; k < depth; k += sum_chunk) {
-    Vec part[rows][vectors];
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) part[i][j] = zero();
-    const int end = depth - k < sum_chunk ? depth : k + sum_chunk;
-    add_products<Operand>(x, x_stride, k, end, panel, panel_step, part);
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) sum[i][j] = sum[i][j] + part[i][j];
+    sum_products<Operand, rows>(
+        x, x_stride, k, depth - k < sum_chunk ? depth : k + sum_chunk, panel, panel_step,
+        [](int, int) { return zero(); },
+        [=](int i, int j, Vec sum) {
+          float* const total = out + i * out_stride + j * W;
+          store(total, load(total) + sum);
+        });
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) store(out + i * out_stride + j * W, sum[i][j]);
 }
 
 // The same for a panel of one vector: four interleaved partial sums a row.
@@ -454,12 +477,12 @@ static inline __attribute__((noinline)) void narrow_sums(
 #pragma GCC unroll 4
     for (int p = 0; p < 4; ++p) {
       const typename Operand::Weight* const row[1] = {panel + (k + p) * panel_step};
-      Operand::template multiply_add<rows, 1>(x, x_stride, k + p, row, part[p]);
+      add_product<Operand>(x, x_stride, k + p, row, part[p]);
     }
   }
   for (; k < depth; ++k) {
     const typename Operand::Weight* const row[1] = {panel + k * panel_step};
-    Operand::template multiply_add<rows, 1>(x, x_stride, k, row, part[0]);
+    add_product<Operand>(x, x_stride, k, row, part[0]);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
@@ -485,22 +508,25 @@ static inline __attribute__((noinline)) void grouped_sums(
     for (int p = 0; p < 4; ++p)
 #pragma GCC unroll 8
       for (int i = 0; i < rows; ++i)
-        part[p][i] = Operand::multiply_add(repeat<group>(x + i * x_stride + (k + p) * values),
-                                           panel + (k + p) * W, part[p][i]);
+        part[p][i] = Operand::multiply_add(
+            Operand::factor(repeat<group>(x + i * x_stride + (k + p) * values)),
+            Operand::load_weights(panel + (k + p) * W), part[p][i]);
   }
   for (; k < whole; ++k) {
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i)
-      part[0][i] = Operand::multiply_add(repeat<group>(x + i * x_stride + k * values),
-                                         panel + k * W, part[0][i]);
+      part[0][i] =
+          Operand::multiply_add(Operand::factor(repeat<group>(x + i * x_stride + k * values)),
+                                Operand::load_weights(panel + k * W), part[0][i]);
   }
   if (const int rest = depth % group) {  // what lies behind the row is anything
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i)
-      part[1][i] =
-          Operand::multiply_add(repeat_some<group>(x + i * x_stride + whole * values, rest),
-                                panel + whole * W, part[1][i]);
+      part[1][i] = Operand::multiply_add(
+          Operand::factor(repeat_some<group>(x + i * x_stride + whole * values, rest)),
+          Operand::load_weights(panel + whole * W), part[1][i]);
   }
+#pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
     const Vec sum = (part[0][i] + part[1][i]) + (part[2][i] + part[3][i]);
     Vec start = load(offset.bias);
@@ -741,14 +767,19 @@ DIFFCORE_INLINE void block_sums(BlockState<Operand>& state, int rows, int vector
   function(x, x_stride, depth, panel, panel_step, offset, out, out_stride);
 }
 
-// y = x W^T + offset for `rows` rows, block by block. Before each block prologue(row, row_count,
-// column, column_count) may fetch what will be needed; afterwards the epilogue gets the sums:
-// epilogue(row, row_count, column, column_count, sums, sums_stride).
-template <class Operand, class Prologue, class Epilogue>
-DIFFCORE_INLINE void linear(const typename Operand::Input* x, ptrdiff_t x_stride, int rows,
-                            const PackedLinear& layer, Offset offset, Prologue prologue,
-                            Epilogue epilogue) {
-  alignas(64) float sums[block_rows<Operand>(2) * max_vectors * W];
+// Where a block's sums are written.
+struct Place {
+  float* sums;
+  ptrdiff_t stride;
+};
+
+// y = x W^T + offset for `rows` rows, block by block. A block's sums are written to place_of(row, column,
+// column_count). Before that prologue(row, row_count, column, column_count) may fetch what will be needed;
+// afterwards comes epilogue(row, row_count, column, column_count, sums, sums_stride).
+template <class Operand, class PlaceOf, class Prologue, class Epilogue>
+DIFFCORE_INLINE void linear_in(PlaceOf place_of, const typename Operand::Input* x,
+                               ptrdiff_t x_stride, int rows, const PackedLinear& layer,
+                               Offset offset, Prologue prologue, Epilogue epilogue) {
   const int depth = Operand::depth(layer.in);
   const typename Operand::Weight* panels =
       static_cast<const typename Operand::Weight*>(layer.panels);
@@ -781,22 +812,33 @@ DIFFCORE_INLINE void linear(const typename Operand::Input* x, ptrdiff_t x_stride
       const Offset here = {offset.bias + n,
                            offset.rows ? offset.rows + row * offset.stride + n : nullptr,
                            offset.stride};
+      const Place to = place_of(row, n, width);
       prologue(row, count, n, width);
       if (group > 1) {
-        grouped_function_of<Operand>(group, count)(from, x_stride, depth, panels, step, here, sums,
-                                                   width);
+        grouped_function_of<Operand>(group, count)(from, x_stride, depth, panels, step, here,
+                                                   to.sums, to.stride);
       } else if (wide) {
-        wide(from, x_stride, depth, panels, step, here, sums, width);
+        wide(from, x_stride, depth, panels, step, here, to.sums, to.stride);
       } else {
-        block_sums<Operand>(state, count, step / W, from, x_stride, depth, panels, step, here, sums,
-                            width);
+        block_sums<Operand>(state, count, step / W, from, x_stride, depth, panels, step, here,
+                            to.sums, to.stride);
       }
-      epilogue(row, count, n, width, sums, width);
+      epilogue(row, count, n, width, to.sums, to.stride);
       row += count;
     }
     panels += static_cast<ptrdiff_t>(depth) * width;
     n += width;
   }
+}
+
+// The same in memory of its own, which the next block's sums are written to as well.
+template <class Operand, class Prologue, class Epilogue>
+DIFFCORE_INLINE void linear(const typename Operand::Input* x, ptrdiff_t x_stride, int rows,
+                            const PackedLinear& layer, Offset offset, Prologue prologue,
+                            Epilogue epilogue) {
+  alignas(64) float sums[block_rows<Operand>(2) * max_vectors * W];
+  linear_in<Operand>([&](int, int, int columns) { return Place{sums, columns}; }, x, x_stride, rows,
+                     layer, offset, prologue, epilogue);
 }
 
 template <class Operand, class Epilogue>
