@@ -262,6 +262,24 @@ def test_infinity_is_a_number_like_others(isa: str, width: int, compute_dtype: t
         assert torch.equal(torch.isfinite(ours), torch.isfinite(theirs))
 
 
+# Around where a sum's last products are taken row by row, and where it is cut into chunks.
+DEPTHS = [*range(1, 9), *range(60, 71), *range(252, 264), *range(508, 518)]
+
+
+@pytest.mark.parametrize("compute_dtype", PRECISIONS)
+@pytest.mark.parametrize("out", [6, 40, 64])
+def test_sums_of_any_depth_are_exact_where_numbers_are_small_integers(
+    isa: str, out: int, compute_dtype: torch.dtype
+) -> None:
+    for depth in DEPTHS:
+        for rows in (1, 3, 11, 12, 25):
+            x, weight, bias = (
+                torch.randint(-3, 4, shape).float() for shape in ((rows, depth), (out, depth), (out,))
+            )
+            y = ops.mlp(x, [weight], [bias], ["identity"], compute_dtype=compute_dtype, backend="cpu")
+            assert torch.equal(y, x @ weight.T + bias), (depth, rows)
+
+
 @given(
     batch=st.integers(1, 14),
     inputs=st.integers(1, 40),
