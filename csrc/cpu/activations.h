@@ -310,7 +310,7 @@ struct ActivationFunction<Activation::mish, precision> {
     const Vec limited = at_most(broadcast(20.0f), x);
     const Vec e = exp_in_range<precision, Reduction::one_step>(limited);
     const Vec n = fma(e, e, e + e);
-    const Vec t = quotient<precision>(n, n + broadcast(2.0f));
+    const Vec t = quotient<precision>(n, n + broadcast(2.0f));  // not n r: value() has these bits
     const Vec r = inverse<precision>(n + broadcast(2.0f));
     // mish'(x) = t + 4 x e (1 + e) / (n + 2)^2
     *slope = fma(limited * r * broadcast(4.0f), fma(e, e, e) * r, t);

@@ -154,7 +154,7 @@ DIFFCORE_INLINE void end_pairs(Rows<typename Out::Input> out, int row, int count
   for (int i = 0; i < count; ++i) out.row(row + i)[width] = 0;
 }
 
-// A layer's rows in `out`: `finish` makes them of the sums, which lie there already where both are float32, and
+// A layer's rows in `out`: `finish` makes them of the sums, which lie there already where it is float32, and
 // else in memory of their own. Before a block's product `fetch` asks for what else `finish` needs.
 template <class In, class Out, class Fetch, class Finish>
 DIFFCORE_INLINE void linear_to(Rows<typename Out::Input> out, Rows<typename In::Input> x, int rows,

@@ -351,8 +351,8 @@ constexpr int64_t four_panels_at_once = 128 * 1024;
 // narrow_sums where they are long.
 constexpr int sum_chunk = W < 8 ? 64 : 256;
 
-// How many of a sum's first products join the offset one by one: the first chunk's, which so needs no sums of
-// its own. Where chunks are short most sums have several, and those registers anyway.
+// How many of a sum's first products join the offset one by one: the first chunk's, which so needs no addition
+// of its own. Where chunks are short most sums have several of them anyway.
 constexpr int first_chunk = W < 8 ? 0 : sum_chunk;
 
 // sum += product k of each row.
