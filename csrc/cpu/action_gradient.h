@@ -218,12 +218,15 @@ static void descent_gradient(const ActionGradientCall& call, Span span, const As
   const int rows = span.rows, columns = call.action_dim;
   const int together = team->alone() ? 1 : 2;  // a team meets once for both critics
   for (int q = 0; q < 2; q += together) critics_forward(call, q, q + together, span, s, b, team);
+  // Which critic a row goes through nobody can predict: it is written to both lists, and counted in its own.
   int count[2] = {0, 0};
   for (int i = 0; i < rows; ++i) {
     const float q1 = *b.value[0].row(i), q2 = *b.value[1].row(i);
-    if (!(q2 < q1)) b.rows_of[0][count[0]++] = i;
-    if (!(q1 < q2)) b.rows_of[1][count[1]++] = i;
-    memset(s.gradient.row(span.first + i), 0, sizeof(float) * static_cast<size_t>(padded(columns)));
+    b.rows_of[0][count[0]] = i;
+    b.rows_of[1][count[1]] = i;
+    count[0] += !(q2 < q1);
+    count[1] += !(q1 < q2);
+    for (int n = 0; n < columns; n += W) store(s.gradient.row(span.first + i) + n, zero());
   }
   for (int q = 0; q < 2; q += together) critics_backward(call, q, q + together, count, b, team);
   for (int q = 0; q < 2; ++q) {
@@ -231,9 +234,10 @@ static void descent_gradient(const ActionGradientCall& call, Span span, const As
       const int row = b.rows_of[q][i];
       const float q1 = *b.value[0].row(row), q2 = *b.value[1].row(row);
       // A NaN reaches the action even where the slopes don't carry it (relu's is 0 or 1).
-      const float share = q1 < q2 || q2 < q1 ? 1.0f : q1 == q2 ? 0.5f : q1 + q2;
+      const Vec share = broadcast(q1 < q2 || q2 < q1 ? 1.0f : q1 == q2 ? 0.5f : q1 + q2);
       float* g = s.gradient.row(span.first + row);
-      for (int n = 0; n < columns; ++n) g[n] -= share * b.gradient[q].row(i)[n];
+      for (int n = 0; n < columns; n += W)
+        store(g + n, fnma(share, load(b.gradient[q].row(i) + n), load(g + n)));
     }
   }
   for (int i = 0; i < rows; ++i) {
