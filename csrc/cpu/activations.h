@@ -262,9 +262,10 @@ struct ActivationFunction<Activation::silu, precision> {
   DIFFCORE_INLINE V value(V x) {
     return at_least(broadcast(lowest_exponent), x) * sigmoid(x);
   }
-  DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
-    const Vec s = sigmoid(x);
-    const Vec y = at_least(broadcast(lowest_exponent), x) * s;
+  template <class V>
+  DIFFCORE_INLINE V value_and_slope(V x, V* slope) {
+    const V s = sigmoid(x);
+    const V y = at_least(broadcast(lowest_exponent), x) * s;
     *slope = fma(y, broadcast(1.0f) - s, s);
     return y;
   }
@@ -305,15 +306,17 @@ struct ActivationFunction<Activation::mish, precision> {
     const V n = fma(e, e, e + e);
     return x * quotient<precision>(n, n + broadcast(2.0f));
   }
-  DIFFCORE_INLINE Vec value_and_slope(Vec x, Vec* slope) {
+  template <class V>
+  DIFFCORE_INLINE V value_and_slope(V x, V* slope) {
     x = at_least(broadcast(lowest_exponent), x);
-    const Vec limited = at_most(broadcast(20.0f), x);
-    const Vec e = exp_in_range<precision, Reduction::one_step>(limited);
-    const Vec n = fma(e, e, e + e);
-    const Vec t = quotient<precision>(n, n + broadcast(2.0f));  // not n r: value() has these bits
-    const Vec r = inverse<precision>(n + broadcast(2.0f));
-    // mish'(x) = t + 4 x e (1 + e) / (n + 2)^2
-    *slope = fma(limited * r * broadcast(4.0f), fma(e, e, e) * r, t);
+    const V limited = at_most(broadcast(20.0f), x);
+    const V e = exp_in_range<precision, Reduction::one_step>(limited);
+    const V n = fma(e, e, e + e);
+    const V d = n + broadcast(2.0f);
+    const V t = quotient<precision>(n, d);  // not n r / 2: value() has these bits
+    const V r = quotient<precision>(V(broadcast(2.0f)), d);
+    // mish'(x) = t + 4 x e (1 + e) / (n + 2)^2, where e (1 + e) = n - e
+    *slope = fma(limited * r, (n - e) * r, t);
     return x * t;
   }
 };

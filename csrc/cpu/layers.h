@@ -16,25 +16,37 @@ using ActivateFunction = void (*)(const float* sums, ptrdiff_t sums_stride, int 
 
 // f of vectors_at_once vectors side by side, `width` of a row. Where rows don't divide among them, the last
 // one is taken more than once.
-template <class Operand, Activation kind, int width>
+template <class Operand, Activation kind, bool with_slope, int width>
 static void activate_side_by_side(const float* sums, ptrdiff_t sums_stride, int rows, int columns,
-                                  typename Operand::Input* out, ptrdiff_t out_stride) {
+                                  typename Operand::Input* out, ptrdiff_t out_stride, float* slope,
+                                  ptrdiff_t slope_stride) {
   using Function = ActivationFunction<kind, Operand::precision>;
   constexpr int height = vectors_at_once / width;
   for (int first = 0; first < rows; first += height) {
     ptrdiff_t row[height];
     for (int i = 0; i < height; ++i) row[i] = first + i < rows ? first + i : rows - 1;
     for (int n = 0; n < columns; n += width * W) {
-      Vecs<vectors_at_once> z;
+      Vecs<vectors_at_once> z, s;
       for (int i = 0; i < height; ++i)
         for (int j = 0; j < width; ++j)
           z.part[i * width + j] = load(sums + row[i] * sums_stride + n + j * W);
-      z = Function::value(z);
-      for (int i = 0; i < height; ++i)
-        for (int j = 0; j < width; ++j)
+      z = with_slope ? Function::value_and_slope(z, &s) : Function::value(z);
+      for (int i = 0; i < height; ++i) {
+        for (int j = 0; j < width; ++j) {
           Operand::store_activation(out + row[i] * out_stride + n + j * W, z.part[i * width + j]);
+          if (with_slope) store(slope + row[i] * slope_stride + n + j * W, s.part[i * width + j]);
+        }
+      }
     }
   }
+}
+
+// A block is 1, 2 or a multiple of 4 vectors wide.
+template <class Operand, Activation kind, bool with_slope>
+DIFFCORE_INLINE ActivateFunction<Operand> side_by_side_function(int columns) {
+  return columns == W       ? activate_side_by_side<Operand, kind, with_slope, 1>
+         : columns == 2 * W ? activate_side_by_side<Operand, kind, with_slope, 2>
+                            : activate_side_by_side<Operand, kind, with_slope, vectors_at_once>;
 }
 
 template <class Operand, Activation kind>
@@ -43,27 +55,21 @@ static void activate(const float* sums, ptrdiff_t sums_stride, int rows, int col
                      ptrdiff_t slope_stride) {
   using Function = ActivationFunction<kind, Operand::precision>;
   if constexpr (side_by_side<kind>) {
-    if (!slope) {
-      // A block is 1, 2 or a multiple of 4 vectors wide.
-      const auto function = columns == W ? activate_side_by_side<Operand, kind, 1>
-                            : columns == 2 * W
-                                ? activate_side_by_side<Operand, kind, 2>
-                                : activate_side_by_side<Operand, kind, vectors_at_once>;
-      return function(sums, sums_stride, rows, columns, out, out_stride);
-    }
+    const auto function = slope ? side_by_side_function<Operand, kind, true>(columns)
+                                : side_by_side_function<Operand, kind, false>(columns);
+    return function(sums, sums_stride, rows, columns, out, out_stride, slope, slope_stride);
   }
   for (int i = 0; i < rows; ++i) {
     const float* z = sums + i * sums_stride;
-    if (slope) {
-      for (int n = 0; n < columns; n += W) {
+    for (int n = 0; n < columns; n += W) {
+      if (slope) {
         Vec s;
-        const Vec y = Function::value_and_slope(load(z + n), &s);
-        Operand::store_activation(out + i * out_stride + n, y);
+        Operand::store_activation(out + i * out_stride + n,
+                                  Function::value_and_slope(load(z + n), &s));
         store(slope + i * slope_stride + n, s);
-      }
-    } else {
-      for (int n = 0; n < columns; n += W)
+      } else {
         Operand::store_activation(out + i * out_stride + n, Function::value(load(z + n)));
+      }
     }
   }
 }
