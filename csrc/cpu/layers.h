@@ -120,6 +120,10 @@ DIFFCORE_INLINE void prefetch_block(Rows<T> r, int row, int count, int column, i
   }
 }
 
+// Where a layer's rows lie. Far ones, of a whole batch or under other cores' eyes, are worth asking for ahead
+// of a block; near ones are in this core's L1 or L2, and asking costs more time than it saves.
+enum class Reach { near, far };
+
 // Fetches a block of rows into L2, a few lines at every call, while products keep the CPU busy: for
 // pieces of rows that are too short for the hardware to see a stream.
 template <class T>
@@ -161,15 +165,11 @@ DIFFCORE_INLINE void end_pairs(Rows<typename Out::Input> out, int row, int count
 }
 
 // A layer's rows in `out`: `finish` makes them of the sums, which lie there already where it is float32, and
-// else in memory of their own. Before a block's product `fetch` asks for what else `finish` needs.
+// else in memory of their own. Before a block's product `fetch` may ask for what is far.
 template <class In, class Out, class Fetch, class Finish>
 DIFFCORE_INLINE void linear_to(Rows<typename Out::Input> out, Rows<typename In::Input> x, int rows,
                                const PackedLinear& layer, Offset offset, Fetch fetch,
                                Finish finish) {
-  const auto prologue = [&](int row, int count, int column, int columns) {
-    prefetch_block(out, row, count, column, columns);
-    fetch(row, count, column, columns);
-  };
   const auto epilogue = [&](int row, int count, int column, int columns, const float* sums,
                             ptrdiff_t stride) {
     finish(row, count, column, columns, sums, stride);
@@ -178,9 +178,9 @@ DIFFCORE_INLINE void linear_to(Rows<typename Out::Input> out, Rows<typename In::
   if constexpr (Out::precision == Precision::float32) {
     linear_in<In>(
         [&](int row, int column, int) { return Place{out.row(row) + column, out.stride}; }, x.data,
-        x.stride, rows, layer, offset, prologue, epilogue);
+        x.stride, rows, layer, offset, fetch, epilogue);
   } else {
-    linear<In>(x.data, x.stride, rows, layer, offset, prologue, epilogue);
+    linear<In>(x.data, x.stride, rows, layer, offset, fetch, epilogue);
   }
 }
 
@@ -189,10 +189,12 @@ template <class In, class Out>
 DIFFCORE_INLINE void linear_activate(Rows<typename In::Input> x, int rows,
                                      const PackedLinear& layer, Offset offset,
                                      ActivateFunction<Out> function, Rows<typename Out::Input> out,
-                                     Rows<float> slope) {
+                                     Rows<float> slope, Reach reach = Reach::near) {
   linear_to<In, Out>(
       out, x, rows, layer, offset,
       [&](int row, int count, int column, int columns) {
+        if (reach == Reach::near) return;
+        prefetch_block(out, row, count, column, columns);
         prefetch_block(slope, row, count, column, columns);
       },
       [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {
@@ -215,7 +217,7 @@ DIFFCORE_INLINE void linear_store(Rows<typename In::Input> x, int rows, const Pa
       });
 }
 
-// out = (x W^T) * factor, element by element; without a factor where it has no memory.
+// out = (x W^T) * factor, element by element, both far; without a factor where it has no memory.
 template <class In, class Out>
 DIFFCORE_INLINE void linear_multiply(Rows<typename In::Input> x, int rows,
                                      const PackedLinear& layer, Rows<float> factor,
@@ -224,6 +226,7 @@ DIFFCORE_INLINE void linear_multiply(Rows<typename In::Input> x, int rows,
   linear_to<In, Out>(
       out, x, rows, layer, bias_only(layer),
       [&](int row, int count, int column, int columns) {
+        prefetch_block(out, row, count, column, columns);
         prefetch_block<For::reading>(factor, row, count, column, columns);
       },
       [&](int row, int count, int column, int columns, const float* sums, ptrdiff_t stride) {

@@ -134,17 +134,18 @@ template <class Operand>
 DIFFCORE_INLINE void mlp_forward_tile(const MlpPack& pack, int rows, const MlpSaved<Operand>& saved,
                                       Rows<float> y, bool keep_slopes) {
   const int last = pack.layer_count - 1;
+  const Reach reach = keep_slopes ? Reach::far : Reach::near;
   for (int l = 0; l <= last; ++l) {
     const PackedLinear& layer = pack.forward[l];
     const Rows<float> slope = keep_slopes ? saved.slope[l] : Rows<float>{nullptr, 0};
     if (l == last) {
       linear_activate<Operand, Float32Operand>(
           saved.input[l], rows, layer, bias_only(layer),
-          activate_function<Float32Operand>(pack.activations[l]), y, slope);
+          activate_function<Float32Operand>(pack.activations[l]), y, slope, reach);
     } else {
       linear_activate<Operand, Operand>(saved.input[l], rows, layer, bias_only(layer),
                                         activate_function<Operand>(pack.activations[l]),
-                                        saved.input[l + 1], slope);
+                                        saved.input[l + 1], slope, reach);
     }
   }
 }

@@ -101,7 +101,8 @@ DIFFCORE_INLINE void share_of_layer(const Team& team, Rows<typename Operand::Inp
   const Columns mine = team.share<typename Operand::Input>(layer.out);
   const PackedLinear share = layer_columns<Operand>(layer, mine.first, mine.count);
   linear_activate<Operand, Operand>(x, rows, share, bias_only(share), function,
-                                    columns_from(out, mine.first), columns_from(slope, mine.first));
+                                    columns_from(out, mine.first), columns_from(slope, mine.first),
+                                    team.alone() ? Reach::near : Reach::far);
 }
 
 // How many of a call's threads run a tile whose wide layers are those `count`: as many as have each
