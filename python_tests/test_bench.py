@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,28 @@ def test_profile_adds_up_to_a_step(tmp_path: Path) -> None:
     *parts, total = [float(line[1].removesuffix(" ms")) for line in lines]
     assert total > 0
     assert sum(parts) == pytest.approx(total, abs=0.1)
+
+
+def test_kernels_are_timed_part_by_part(tmp_path: Path) -> None:
+    program = tmp_path / "kernel_parts"
+    flags = ("-O1", "-std=gnu++17", "-fopenmp", "-w", f"-I{BENCH.parent / 'csrc' / 'cpu'}")
+    isa = ("-DDIFFCORE_ISA=baseline", "-DDIFFCORE_ISA_BASELINE")
+    source = BENCH / "kernel_parts.cpp"
+    compiler = os.environ.get("CXX", "g++")
+    subprocess.run([compiler, *flags, *isa, str(source), "-o", str(program)], check=True)
+    done = subprocess.run([program, "20", "1"], capture_output=True, text=True, check=True)
+    first, *parts = done.stdout.splitlines()
+    assert first == "64 rows, hidden width 20"
+    products = {"hidden layer, mish": 20 * 20, "output layer": 6 * 20, "mish alone": 0}
+    for name, count in products.items():
+        (line,) = (part for part in parts if part.startswith(f"{name}  "))
+        ticks, needed = (float(word) for word in line[44:].split() if word[0].isdigit())
+        assert ticks > 0.0
+        assert needed == pytest.approx(count / 4 / 2)  # two products of four numbers a tick
+    for wrong in ("0", "1025"):
+        refused = subprocess.run([program, wrong], capture_output=True, text=True)
+        assert refused.returncode == 2
+        assert "hidden width" in refused.stderr
 
 
 def test_check_fails_when_a_ratio_fell(stored: Path, tmp_path: Path) -> None:
