@@ -2,6 +2,7 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <tuple>
@@ -15,6 +16,29 @@ template <class T>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
+
+// Python's lock isn't held while one of these lives.
+//
+// A daemon thread that wants it back when the interpreter has ended is ended as well, up to Python 3.13 by
+// pthread_exit, which unwinds it as an exception would; the first function that throws nothing, such as a
+// destructor, then aborts the process. So it is stopped here, and sleeps until the process is gone, as it
+// does in Python 3.14.
+class WithoutGil {
+ public:
+  WithoutGil() : thread_(PyEval_SaveThread()) {}
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+  ~WithoutGil() {
+    try {
+      PyEval_RestoreThread(thread_);
+    } catch (...) {  // to leave it, even by an exception of its own, is to go on with the end
+      for (;;) pause();
+    }
+  }
+
+ private:
+  PyThreadState* thread_;
+};
 
 // (weight address, bias address, in, out)
 using Layer = std::tuple<Address, Address, int, int>;

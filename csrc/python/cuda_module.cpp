@@ -108,7 +108,7 @@ void launch_reverse_diffusion(const std::vector<Layer>& layers, int action_dim, 
                               Address x_init, Address noise, uint64_t seed, Address seed_address,
                               float noise_scale, float clip, Address trajectory, Address actions,
                               Address workspace, int64_t workspace_bytes, Address stream) {
-  const py::gil_scoped_release unlocked;
+  const WithoutGil unlocked;
   ReverseDiffusionCall call{};
   call.denoiser = denoiser_parameters(layers, action_dim, state_dim, activation, precision,
                                       time_embedding, steps);
@@ -194,7 +194,7 @@ void launch_action_gradient(const std::vector<Layer>& first, const std::vector<L
                             Address improved, int steps, float lr, float eps, float max_norm,
                             NormClip norm_clip, ActionOptimizer optimizer, float low, float high,
                             Address workspace, int64_t workspace_bytes, Address stream) {
-  const py::gil_scoped_release unlocked;
+  const WithoutGil unlocked;
   ActionGradientCall call =
       action_gradient_shapes(first, second, action_dim, state_dim, activation, precision, batch);
   call.state = pointer<const float>(state);
@@ -216,7 +216,7 @@ void launch_action_gradient(const std::vector<Layer>& first, const std::vector<L
 
 void launch_rff_features(const Layer& omega, RffKind kind, float scale, int64_t batch, Address x,
                          Address y, Address slope, Address stream) {
-  const py::gil_scoped_release unlocked;
+  const WithoutGil unlocked;
   check(rff_features({linear_parameters(omega), batch, kind, scale, pointer<const float>(x),
                       pointer<float>(y), pointer<float>(slope), pointer<void>(stream)}));
 }
@@ -245,7 +245,7 @@ int64_t rff_features_backward_bytes(const Layer& omega, RffKind kind, int64_t ba
 void launch_rff_features_backward(const Layer& omega, RffKind kind, int64_t batch, Address x,
                                   Address saved, Address grad_y, Address grad_x, Address grad_omega,
                                   Address grad_bias, Address workspace, Address stream) {
-  const py::gil_scoped_release unlocked;
+  const WithoutGil unlocked;
   check(rff_features_backward(rff_backward_call(omega, kind, batch, x, saved, grad_y, grad_x,
                                                 grad_omega, grad_bias, workspace, stream)));
 }

@@ -749,8 +749,8 @@ struct ScratchRelease {
   ~ScratchRelease() { release_large_scratch(); }
 };
 
-// Python's lock isn't held while a kernel runs.
-using Unlocked = py::call_guard<py::gil_scoped_release, ScratchRelease>;
+// What a kernel runs under.
+using Unlocked = py::call_guard<WithoutGil, ScratchRelease>;
 
 // ---- whole calls, from an op's arguments to its result ------------------------------------------
 //
@@ -834,7 +834,7 @@ class PlainMlps {
     Address y;
     py::object result = empty_like(x_, shape, &y);
     if (rows_.count == 0) return result;
-    const py::gil_scoped_release unlocked;
+    const WithoutGil unlocked;
     const ScratchRelease release;
     mlp_forward(layers_, activations_, bfloat16 ? Precision::bfloat16 : Precision::float32,
                 rows_.count / rows_.last, address_of(rows_), y, 0, threads);
@@ -895,7 +895,7 @@ py::object plain_rff_features(py::handle x, py::handle omega, py::handle bias, p
   py::object result = empty_like(
       x, result_shape(rows, *kind == RffKind::cos_sin ? 2 * weight.rows : weight.rows), &y);
   if (rows.count == 0) return result;
-  const py::gil_scoped_release unlocked;
+  const WithoutGil unlocked;
   const ScratchRelease release;
   rff_features({address_of(weight), address_of(phases), static_cast<int>(weight.columns),
                 static_cast<int>(weight.rows)},

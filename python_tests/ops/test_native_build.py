@@ -293,6 +293,45 @@ print(step.is_alive())
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "ops.reverse_diffusion(denoiser, schedule, state)",
+        "network(state)",
+    ],
+    ids=["reverse_diffusion", "mlp"],
+)
+def test_the_process_ends_while_a_thread_comes_back_from_a_kernel(call: str) -> None:
+    """Python 3.11 ends such a thread by unwinding it, which aborts where that meets a destructor."""
+    script = f"""
+import threading, time, torch
+from diffcore import DiffusionSchedule, nn, ops
+
+torch.set_num_threads(1)
+denoiser = nn.Denoiser(16, 2, 64).requires_grad_(False)
+network = nn.MLP(16, 64, 2).requires_grad_(False)
+schedule, state = DiffusionSchedule.cosine(20), torch.randn(256, 16)
+calls = 0
+
+def keep_calling():
+    global calls
+    while True:
+        {call}
+        calls += 1
+
+class Lasting:
+    def __del__(self):
+        time.sleep(0.2)  # while the interpreter ends: long enough for a call to end as well
+
+lasting = Lasting()
+threading.Thread(target=keep_calling, daemon=True).start()
+while calls < 2:
+    time.sleep(0.001)
+"""
+    result = run_script(script)
+    assert result.returncode == 0, result.stderr
+
+
 @needs_fork
 def test_after_fork() -> None:
     """A child has no OpenMP pool to wait for: it computes alone, and the same numbers."""
