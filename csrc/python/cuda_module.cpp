@@ -22,6 +22,7 @@ using namespace diffcore::cuda;
 using diffcore::Address;
 using diffcore::Layer;
 using diffcore::pointer;
+using diffcore::WithoutGil;
 
 namespace {
 
