@@ -43,7 +43,7 @@ double least_seconds(Part part) {
   return least;
 }
 
-// `products`: multiply-adds a row and column of outputs, in all.
+// `products`: multiply-adds of numbers, for a row.
 template <class Part>
 void report(const char* name, double products, Part part) {
   volatile float sink;
