@@ -297,36 +297,41 @@ print(step.is_alive())
     "call",
     [
         "ops.reverse_diffusion(denoiser, schedule, state)",
-        "network(state)",
+        "network(states)",
     ],
     ids=["reverse_diffusion", "mlp"],
 )
 def test_the_process_ends_while_a_thread_comes_back_from_a_kernel(call: str) -> None:
-    """Python 3.11 ends such a thread by unwinding it, which aborts where that meets a destructor."""
+    """Python 3.11 ends such a thread by unwinding it, which aborts where that meets a destructor.
+
+    Torch's own operations abort so as well: the thread must be in a kernel when the interpreter ends.
+    """
     script = f"""
 import threading, time, torch
 from diffcore import DiffusionSchedule, nn, ops
 
 torch.set_num_threads(1)
-denoiser = nn.Denoiser(16, 2, 64).requires_grad_(False)
-network = nn.MLP(16, 64, 2).requires_grad_(False)
-schedule, state = DiffusionSchedule.cosine(20), torch.randn(256, 16)
+denoiser = nn.Denoiser(16, 2, 256).requires_grad_(False)
+network = nn.MLP(16, 256, 2).requires_grad_(False)
+schedule = DiffusionSchedule.cosine(20)
+state, states = torch.randn(4096, 16), torch.randn(65536, 16)
 calls = 0
 
 def keep_calling():
     global calls
     while True:
-        {call}
+        {call}  # some 100 ms
         calls += 1
 
 class Lasting:
     def __del__(self):
-        time.sleep(0.2)  # while the interpreter ends: long enough for a call to end as well
+        time.sleep(1)  # while the interpreter ends: long enough for a call to end as well
 
 lasting = Lasting()
 threading.Thread(target=keep_calling, daemon=True).start()
-while calls < 2:
+while calls < 1:
     time.sleep(0.001)
+time.sleep(0.02)  # into the next call's kernel
 """
     result = run_script(script)
     assert result.returncode == 0, result.stderr
