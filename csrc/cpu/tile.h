@@ -376,7 +376,9 @@ DIFFCORE_INLINE void add_product(const typename Operand::Input* x, ptrdiff_t x_s
 // for a tile of 64 products.
 template <class Operand, int rows, int vectors>
 constexpr int products_by_rows =
-    rows * vectors >= 16 && sizeof(typename Operand::Factor) == sizeof(Vec) ? last_products : 0;
+    rows * vectors < 16 || sizeof(typename Operand::Factor) > sizeof(Vec) ? 0
+    : vectors > 2 && last_products > 1                                    ? 1
+                                                                          : last_products;
 
 // Sums of products [first, end) of each row: begin(i, j) is where they start from, finish(i, j, sum) gets them.
 // Moves the panels on behind them.
@@ -553,6 +555,20 @@ DIFFCORE_INLINE TileFunction<Operand> tile_function(int wanted) {
     return tile_sums<Operand, 1, 2>;
   } else {
     return wanted == rows ? tile_sums<Operand, rows, 2> : tile_function<Operand, rows - 1>(wanted);
+  }
+}
+
+// The most rows of a tile of four vectors. As many sums as 12 rows by 2 vectors have get 10 vectors a product
+// there, in place of 14.
+template <class Operand>
+constexpr int wide_rows = Operand::precision == Precision::float32 ? max_wide_rows : 3;
+
+template <class Operand, int rows = wide_rows<Operand>>
+DIFFCORE_INLINE TileFunction<Operand> wide_function(int wanted) {
+  if constexpr (rows == 1) {
+    return tile_sums<Operand, 1, 4>;
+  } else {
+    return wanted == rows ? tile_sums<Operand, rows, 4> : wide_function<Operand, rows - 1>(wanted);
   }
 }
 
@@ -800,20 +816,17 @@ DIFFCORE_INLINE void linear_in(PlaceOf place_of, const typename Operand::Input* 
     int width = left > W ? panel_width : W;
     const int group = left > W ? 1 : group_size<Operand>(layer.in, layer.out - n);
     // With few rows, several panels at once: enough independent sums to hide the FMA's latency.
-    TileFunction<Operand> wide = nullptr;
     if (Operand::whole_tiles) {
       // A tile has enough of them however few its rows.
     } else if (rows == 1 && left >= 4 * panel_width && four_at_once) {
-      wide = tile_sums<Operand, 1, 8>;
       width = 4 * panel_width;
-    } else if (rows <= 3 && left >= 2 * panel_width) {
-      wide = rows == 1   ? tile_sums<Operand, 1, 4>
-             : rows == 2 ? tile_sums<Operand, 2, 4>
-                         : tile_sums<Operand, 3, 4>;
+    } else if ((rows <= 3 || wide_rows<Operand> > 3) && left >= 2 * panel_width) {
       width = 2 * panel_width;
     }
     const int step = width < panel_width ? width : panel_width;
-    const int blocks = block_count<Operand>(rows, step / W);
+    const int blocks = width > panel_width
+                           ? static_cast<int>(ceil_div(rows, wide_rows<Operand>))
+                           : block_count<Operand>(rows, step / W);
     for (int b = 0, row = 0; b < blocks; ++b) {
       const int count = rows / blocks + (b < rows % blocks);
       const typename Operand::Input* from = x + row * x_stride;
@@ -822,7 +835,10 @@ DIFFCORE_INLINE void linear_in(PlaceOf place_of, const typename Operand::Input* 
                            offset.stride};
       const Place to = place_of(row, n, width);
       prologue(row, count, n, width);
-      const auto function = group > 1 ? grouped_function_of<Operand>(group, count) : wide;
+      const auto function = group > 1                    ? grouped_function_of<Operand>(group, count)
+                            : width == 4 * panel_width ? tile_sums<Operand, 1, 8>
+                            : width == 2 * panel_width ? wide_function<Operand>(count)
+                                                       : nullptr;
       if (function) {
         function(from, x_stride, depth, panels, step, here.bias, here.rows, here.stride, to.sums,
                  to.stride);
