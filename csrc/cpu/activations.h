@@ -104,6 +104,15 @@ DIFFCORE_INLINE V quotient(V a, V b) {
   return precision == Precision::float32 && fma_rounds_once ? a / b : a * inverse<precision>(b);
 }
 
+// 2 / b likewise, where nothing asks for that quotient's very bits: within 1e-7 of it.
+template <Precision precision, class V>
+DIFFCORE_INLINE V twice_inverse(V b) {
+  const V two = broadcast(2.0f);
+  if (precision == Precision::bfloat16 || divides_quickly) return quotient<precision>(two, b);
+  const V r = rough_reciprocal(b), twice = r + r;
+  return fma(twice, fnma(b, r, V(broadcast(1.0f))), twice);
+}
+
 // exp(x) - 1 without cancellation near 0.
 DIFFCORE_INLINE Vec expm1(Vec x) {
   const ReducedExp<Vec> e = reduce_exp<0>(limit_exponent(x));  // whose powers of 2 are exact
@@ -314,7 +323,7 @@ struct ActivationFunction<Activation::mish, precision> {
     const V n = fma(e, e, e + e);
     const V d = n + broadcast(2.0f);
     const V t = quotient<precision>(n, d);  // not n r / 2: value() has these bits
-    const V r = quotient<precision>(V(broadcast(2.0f)), d);
+    const V r = twice_inverse<precision>(d);
     // mish'(x) = t + 4 x e (1 + e) / (n + 2)^2, where e (1 + e) = n - e
     *slope = fma(limited * r, (n - e) * r, t);
     return x * t;

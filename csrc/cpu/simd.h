@@ -34,12 +34,14 @@ constexpr bool fma_rounds_once = true;
 // Rows of the register tile: 12 rows x 2 vectors + 2 weights + 1 input = 27 of 32 registers.
 constexpr int max_tile_rows = 12;
 constexpr int last_products = 3;  // taken row by row, see tile.h; with their weights 31 registers
-// Rows of a tile of four vectors. AMD's CPUs, which have bfloat16 products but no AMX, take no more than a few
-// rows so; it wasn't measured there whether they would gain.
+// Of the CPUs with AVX-512 AMD's have bfloat16 products and no AMX; Intel's have both, or neither. On Intel's
+// two ports do all with long vectors, loads aside, and a division takes one of them for 10 clock ticks.
 #if defined(DIFFCORE_NATIVE_BF16) && !defined(DIFFCORE_AMX)
-constexpr int max_wide_rows = 3;
+constexpr int max_wide_rows = 3;  // more weren't measured
+constexpr bool divides_quickly = true;
 #else
-constexpr int max_wide_rows = 6;
+constexpr int max_wide_rows = 6;  // of a tile of four vectors
+constexpr bool divides_quickly = false;
 #endif
 constexpr int max_narrow_rows = 6;
 constexpr int vectors_at_once = 4;  // that registers hold on their way through an activation
@@ -194,6 +196,7 @@ constexpr bool fma_rounds_once = true;
 constexpr int max_tile_rows = 6;
 constexpr int last_products = 0;  // too few registers
 constexpr int max_wide_rows = 3;
+constexpr bool divides_quickly = true;
 constexpr int max_narrow_rows = 3;
 constexpr int vectors_at_once = 2;
 
@@ -324,6 +327,7 @@ constexpr bool fma_rounds_once = true;
 constexpr int max_tile_rows = 8;
 constexpr int last_products = 0;  // not measured
 constexpr int max_wide_rows = 3;
+constexpr bool divides_quickly = true;
 constexpr int max_narrow_rows = 6;
 constexpr int vectors_at_once = 4;
 
@@ -424,6 +428,7 @@ constexpr bool fma_rounds_once = false;
 constexpr int max_tile_rows = 4;
 constexpr int last_products = 0;  // too few registers
 constexpr int max_wide_rows = 3;
+constexpr bool divides_quickly = true;
 constexpr int max_narrow_rows = 3;
 constexpr int vectors_at_once = 2;
 
