@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import diffcore
 from diffcore import ops
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -190,3 +191,30 @@ def test_check_refuses_another_processor(stored: Path, tmp_path: Path) -> None:
     done = bench("--from", str(other), "--check", str(stored))
     assert done.returncode == 1
     assert "another" in done.stderr
+
+
+def test_builds_are_compared(tmp_path: Path) -> None:
+    """One with itself: what is printed, not how long it takes."""
+    installed = str(Path(diffcore.__file__).parent.parent)
+    script = str(BENCH / "compare_builds.py")
+
+    def compare(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, script, *arguments, "--seconds", "0.1"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    done = compare(installed, installed, "--only", "16 rows, width 64, 1 thread")
+    assert done.returncode == 0, done.stderr
+    header, row = done.stdout.splitlines()
+    assert header.split() == ["new", "by", "old", "old,", "least", "least", "quiet", "disturbed"]
+    assert row.startswith("chain of 16 rows, width 64, 1 thread ")
+    least, unit, ratio = row[42:].split()[:3]
+    assert float(least) > 0
+    assert unit == "ms"
+    assert float(ratio) > 0
+
+    done = compare(installed, installed, "--only", "nothing")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --only: 'nothing' is in no case's name: chain, width 64")
+    done = compare(installed, str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path}: expected a directory")

@@ -3,9 +3,10 @@
 // The register tile is `rows x 2 vectors` of float accumulators, or half as many rows of two panels.
 // Weights are packed in panels of two vectors of outputs, [panel][in][2 * width]; a last panel of at
 // most `width` outputs has one vector, and there the sum over `in` runs in four interleaved parts,
-// since one accumulator per row would leave the FMA units waiting. Where it has at most half as many outputs, a vector holds a group of
-// successive weights of each. How a row's sum is associated thus depends on the layer's shape only,
-// never on how many rows there are: results don't depend on the batch or the number of threads.
+// since one accumulator per row would leave the FMA units waiting. Where it has at most half as many
+// outputs, a vector holds a group of successive weights of each. How a row's sum is associated thus
+// depends on the layer's shape only, never on how many rows there are: results don't depend on the
+// batch or the number of threads.
 //
 // Operands are float32, or bfloat16 in pairs along `in` with float accumulation. Where the CPU has no
 // bfloat16 product, the same rounded values are multiplied in float. Where it multiplies whole tiles
@@ -375,10 +376,10 @@ DIFFCORE_INLINE void add_product(const typename Operand::Input* x, ptrdiff_t x_s
 // between other rows' products; all at once Zen 5 does them while the multipliers wait, 46 of 814 clock ticks
 // for a tile of 64 products. Of more than two vectors registers hold the weights of one product.
 template <class Operand, int rows, int vectors>
-constexpr int products_by_rows =
-    rows * vectors<16 || sizeof(typename Operand::Factor)> sizeof(Vec) ? 0
-    : vectors > 2 && last_products > 1                                 ? 1
-                                                                       : last_products;
+constexpr int products_by_rows() {
+  if (rows * vectors < 16 || sizeof(typename Operand::Factor) > sizeof(Vec)) return 0;
+  return vectors > 2 && last_products > 0 ? 1 : last_products;
+}
 
 // Sums of products [first, end) of each row: begin(i, j) is where they start from, finish(i, j, sum) gets them.
 // Moves the panels on behind them.
@@ -391,7 +392,7 @@ DIFFCORE_INLINE void sum_products(const typename Operand::Input* x, ptrdiff_t x_
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) sum[i][j] = begin(i, j);
-  constexpr int by_rows = products_by_rows<Operand, rows, vectors>;
+  constexpr int by_rows = products_by_rows<Operand, rows, vectors>();
   const bool stepwise = end - first < by_rows;
   int k = first;
   for (const int last = stepwise ? end : end - by_rows; k < last; ++k) {
@@ -559,8 +560,8 @@ DIFFCORE_INLINE TileFunction<Operand> tile_function(int wanted) {
 }
 
 // The most rows of a tile of four vectors. 6 by 4 are as many sums as 12 by 2 and read 10 vectors for 24 products,
-// not 14. Left alone an Intel core hides either; beside a busy hyperthread 12 by 2 took 1.4 times as long, 6 by 4
-// 1.2 to 1.3 times.
+// not 14. An Intel core that is left alone hides either behind the products; at times when 12 by 2 took 1.4 times as
+// long, and products on registers alone no longer (a busy hyperthread beside it), 6 by 4 took 1.2 to 1.3 times.
 template <class Operand>
 constexpr int wide_rows = Operand::precision == Precision::float32 ? max_wide_rows : 3;
 
