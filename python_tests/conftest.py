@@ -42,6 +42,23 @@ settings.register_profile(
 settings.load_profile("diffcore")
 
 
+#: Files of few tests that take long, each in processes of its own: they needn't stay together.
+ONE_BY_ONE = ("gpu/test_cuda_faults.py",)
+
+
+@pytest.hookimpl(optionalhook=True)  # there is one where pytest-xdist is installed
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests go to one process, the longest files first; those of ONE_BY_ONE come last."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return nodeid if file.endswith(ONE_BY_ONE) else file
+
+    return ByFile(config, log)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -3,5 +3,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh test dev
-# In as many processes as there are cores, up to four; a file's tests stay together.
-exec .venv/bin/pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
+# In as many processes as there are cores, up to four; python_tests/conftest.py shares the tests out.
+exec .venv/bin/pytest --numprocesses auto --maxprocesses 4 "$@"
