@@ -48,7 +48,7 @@ ONE_BY_ONE = ("gpu/test_cuda_faults.py",)
 
 @pytest.hookimpl(optionalhook=True)  # there is one where pytest-xdist is installed
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file's tests go to one process, the longest files first; those of ONE_BY_ONE come last."""
+    """A file's tests go to one process, files of most tests first; those of ONE_BY_ONE come last."""
     from xdist.scheduler import LoadFileScheduling
 
     class ByFile(LoadFileScheduling):
